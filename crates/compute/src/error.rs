@@ -1,0 +1,52 @@
+//! What a backend may refuse, with the numbers that did not fit.
+
+use tramontane_types::ExpertSlice;
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A buffer or tensor has the wrong number of elements or bytes.
+    #[error("{what}: expected {expected}, got {got}")]
+    Shape {
+        /// Which buffer or tensor.
+        what: String,
+        /// What the geometry asks for.
+        expected: usize,
+        /// What came.
+        got: usize,
+    },
+    /// An expert slice was asked for that is not loaded here.
+    #[error("{slice} is not held here")]
+    NotHeld {
+        /// The slice asked for.
+        slice: ExpertSlice,
+    },
+    /// An index (token id, row, page, layer, expert) is out of range.
+    #[error("{what} {got} is out of range, expected less than {limit}")]
+    OutOfRange {
+        /// Which index.
+        what: &'static str,
+        /// One behind the largest allowed value.
+        limit: usize,
+        /// What came.
+        got: usize,
+    },
+    /// This backend does not offer the weight format.
+    #[error("backend {backend} does not offer weights as {format}")]
+    WeightFormat {
+        /// Name of the backend.
+        backend: &'static str,
+        /// Name of the format.
+        format: String,
+    },
+    /// The library underneath refused (candle in the reference backend).
+    #[error("{operation}")]
+    Library {
+        /// What was being computed.
+        operation: &'static str,
+        /// The library's own words.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}

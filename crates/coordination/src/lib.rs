@@ -1,0 +1,1 @@
+//! Registry, leases, watch, election, placement and balance over etcd or memory.

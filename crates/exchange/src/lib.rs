@@ -1,0 +1,1 @@
+//! Carries rows to experts and sums what comes back. Knows no model.

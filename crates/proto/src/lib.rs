@@ -1,0 +1,1 @@
+//! Generated gRPC code of /proto and conversions to the shared types.

@@ -1,0 +1,1 @@
+//! Serves clients: OpenAI HTTP and gRPC in, tokens to and from workers.

@@ -1,0 +1,1 @@
+//! What every process does at start and stop: configuration, telemetry, health, shutdown.

@@ -1,0 +1,1 @@
+//! What tests share: tiny checkpoints, golden comparison, free ports. Never a dependency of shipped code.

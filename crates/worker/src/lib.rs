@@ -1,0 +1,1 @@
+//! Serves an engine and its experts to the cluster.
