@@ -174,7 +174,8 @@ pub trait Attention: Send + fmt::Debug {
     /// Looks up the embeddings of the batch's tokens: the residual stream, `[num_rows, hidden]` f32.
     ///
     /// # Errors
-    /// When a token, page or row is out of range; then nothing was changed.
+    /// When a token, page or row is out of range, or one page is written through two entries of the block
+    /// tables; then nothing was changed.
     fn begin(&mut self, batch: &StepBatch) -> Result<(), Error>;
 
     /// Attention half of a layer: norm, QKV, RoPE, KV write, paged attention, O, residual, norm, gate,

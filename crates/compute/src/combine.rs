@@ -18,6 +18,9 @@ pub struct Contributions<'a> {
     pub pieces: &'a [Piece],
     /// One entry per (row, expert), sorted by row, then expert; together they name every piece once.
     pub sums: &'a [ExpertSum],
+    /// Segments of an expert that have columns
+    /// ([`num_segments`](tramontane_types::slice::num_segments)): the pieces of every sum reach this far.
+    pub num_segments: u8,
 }
 
 /// One partial output vector: `hidden` f32.
@@ -52,12 +55,13 @@ pub fn add_expert_sums(
     contributions: &Contributions<'_>,
 ) -> Result<(), Error> {
     let mut scratch = Scratch::new(hidden);
+    let num_rows = residual.len() / hidden.max(1);
     for sum in contributions.sums {
         let begin = sum.row as usize * hidden;
         let Some(row) = residual.get_mut(begin..begin + hidden) else {
             return Err(Error::OutOfRange {
                 what: "row",
-                limit: begin / hidden.max(1),
+                limit: num_rows,
                 got: sum.row as usize,
             });
         };
@@ -69,7 +73,7 @@ pub fn add_expert_sums(
                 limit: contributions.pieces.len(),
                 got: sum.pieces.end as usize,
             })?;
-        add_one(row, sum.weight, pieces, contributions.buffers, &mut scratch)?;
+        add_one(row, sum.weight, pieces, contributions, &mut scratch)?;
     }
     Ok(())
 }
@@ -140,14 +144,39 @@ impl Scratch {
     }
 }
 
+/// Refuses a hole between the pieces of an expert or behind the last one: it would be summed silently.
+fn check_pieces(pieces: &[Piece], num_segments: u8) -> Result<(), Error> {
+    let mut next = 0;
+    for piece in pieces {
+        if piece.node.begin != next {
+            return Err(Error::Shape {
+                what: "first segment of the next piece of an expert".to_owned(),
+                expected: usize::from(next),
+                got: usize::from(piece.node.begin),
+            });
+        }
+        next = piece.node.begin.saturating_add(piece.node.len);
+    }
+    if next < num_segments {
+        return Err(Error::Shape {
+            what: "segments in the pieces of an expert".to_owned(),
+            expected: usize::from(num_segments),
+            got: usize::from(next),
+        });
+    }
+    Ok(())
+}
+
 fn add_one(
     row: &mut [f32],
     weight: f32,
     pieces: &[Piece],
-    buffers: &[&[f32]],
+    contributions: &Contributions<'_>,
     scratch: &mut Scratch,
 ) -> Result<(), Error> {
+    check_pieces(pieces, contributions.num_segments)?;
     let hidden = row.len();
+    let buffers = contributions.buffers;
     for piece in pieces {
         let vector = buffers
             .get(piece.buffer as usize)
@@ -157,8 +186,7 @@ fn add_one(
                 limit: buffers.get(piece.buffer as usize).map_or(0, |b| b.len()),
                 got: piece.offset + hidden,
             })?;
-        if let [only] = pieces {
-            debug_assert_eq!(only.node.begin, 0, "a lone piece is the whole expert");
+        if pieces.len() == 1 {
             accumulate(row, weight, vector);
             return Ok(());
         }
@@ -178,5 +206,93 @@ fn add_one(
 fn accumulate(row: &mut [f32], weight: f32, vector: &[f32]) {
     for (x, y) in row.iter_mut().zip(vector) {
         *x += weight * y;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tramontane_types::{SegmentRange, slice};
+
+    use super::*;
+
+    const HIDDEN: usize = 3;
+
+    /// Outputs of the leaves; no two sums of them are equal in f32 unless added in the same order.
+    fn leaf(segment: u8) -> [f32; HIDDEN] {
+        std::array::from_fn(|i| (f32::from(segment) * 1.7 + i as f32).sin() * 10_f32.powi(i as i32))
+    }
+
+    fn subtree(node: Node, num_segments: u8) -> Option<[f32; HIDDEN]> {
+        let Some((left, right)) = node.halves() else {
+            return (node.begin < num_segments).then(|| leaf(node.begin));
+        };
+        let left = subtree(left, num_segments)?;
+        let right = subtree(right, num_segments);
+        Some(right.map_or(left, |right| std::array::from_fn(|i| left[i] + right[i])))
+    }
+
+    fn add(nodes: &[Node], num_segments: u8) -> Result<Vec<f32>, Error> {
+        let vectors = nodes.iter().filter_map(|&n| subtree(n, num_segments));
+        let buffer: Vec<f32> = vectors.flatten().collect();
+        let pieces: Vec<Piece> = nodes
+            .iter()
+            .enumerate()
+            .map(|(i, &node)| Piece {
+                node,
+                buffer: 0,
+                offset: i * HIDDEN,
+            })
+            .collect();
+        let contributions = Contributions {
+            buffers: &[&buffer],
+            pieces: &pieces,
+            sums: &[ExpertSum {
+                row: 0,
+                weight: 0.3,
+                pieces: 0..nodes.len() as u32,
+            }],
+            num_segments,
+        };
+        let mut residual = vec![0.5; HIDDEN];
+        add_expert_sums(&mut residual, HIDDEN, &contributions)?;
+        Ok(residual)
+    }
+
+    #[test]
+    fn every_cut_of_an_expert_gives_the_same_bits() {
+        for ff in [100, 160, 192, 384] {
+            let num_segments = slice::num_segments(ff);
+            let whole = add(&[Node::ROOT], num_segments).unwrap();
+            for cuts in 0_u8..128 {
+                let mut nodes = Vec::new();
+                let mut begin = 0;
+                for end in 1..=8 {
+                    if end == 8 || cuts & (1 << (end - 1)) != 0 {
+                        let range = SegmentRange::new(begin, end).unwrap();
+                        nodes.extend(range.nodes(num_segments));
+                        begin = end;
+                    }
+                }
+                assert_eq!(
+                    add(&nodes, num_segments).unwrap(),
+                    whole,
+                    "ff {ff} cuts {cuts:b}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_hole_between_or_behind_the_pieces_is_refused() {
+        let node = |begin, len| Node { begin, len };
+        assert!(add(&[node(0, 2), node(4, 4)], 8).is_err());
+        assert!(add(&[node(4, 4)], 8).is_err());
+        assert!(add(&[node(0, 4), node(0, 4)], 8).is_err());
+        assert!(add(&[], 8).is_err());
+        assert!(add(&[node(0, 4)], 8).is_err(), "one piece");
+        assert!(add(&[node(0, 4), node(4, 2)], 8).is_err());
+        assert!(add(&[node(0, 4)], 5).is_err());
+        assert!(add(&[node(0, 4)], 4).is_ok(), "segments 4..8 are empty");
+        assert!(add(&[node(0, 4), node(4, 4)], 5).is_ok());
     }
 }

@@ -3,7 +3,7 @@
 //! A backend has two halves. [`Attention`] owns the KV cache and the residual stream of the running
 //! step (one per attention worker, used by one thread). [`Experts`] holds expert slices and is pure:
 //! any thread may call it, for its own rows or for those of another worker. The reference backend
-//! ([`reference`]) is the specification; every other one is tested against it.
+//! ([`mod@reference`]) is the specification; every other one is tested against it.
 
 pub mod backend;
 pub mod batch;

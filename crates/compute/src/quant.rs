@@ -7,7 +7,9 @@
 //! * **q8 rows** (activations): `d = amax / 127` in f32, `q = round(x / d)`. A row of `n` elements is
 //!   padded with zeros to whole blocks and stored as all `q` bytes, then all scales (f32, little-endian).
 //!
-//! `round` is to nearest, ties to even. A block of zeros has scale 0. The dot product of a q8 row with
+//! `round` is to nearest, ties to even. A block of zeros has scale 0. A block with a value that is not
+//! finite, or whose scale overflows f16, has scale NaN and every `q` 0: what reads it becomes NaN and not
+//! a plausible number. The dot product of a q8 row with
 //! q8 or q4 weights is exact in i32 inside a block; over blocks, ascending, it is
 //! `acc = fma(isum as f32, row_scale * weight_scale, acc)`: the same bits on every instruction set.
 
@@ -26,8 +28,7 @@ pub const fn q8_row_bytes(len: usize) -> usize {
 /// Quantises one block of weights to q8: 32 signed bytes and their scale.
 #[must_use]
 pub fn q8_weights(block: &[f32; BLOCK]) -> ([i8; BLOCK], f16) {
-    let amax = block.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-    let scale = f16::from_f32(amax / 127.0);
+    let scale = weight_scale(amax(block) / 127.0);
     let inverse = inverse(scale.to_f32());
     let mut q = [0; BLOCK];
     for (q, x) in q.iter_mut().zip(block) {
@@ -42,7 +43,8 @@ pub fn q4_weights(block: &[f32; BLOCK]) -> ([u8; BLOCK], f16) {
     let extreme = block
         .iter()
         .fold(0.0_f32, |m, &x| if x.abs() > m.abs() { x } else { m });
-    let scale = f16::from_f32(extreme / -8.0);
+    let is_finite = block.iter().all(|x| x.is_finite());
+    let scale = weight_scale(if is_finite { extreme / -8.0 } else { f32::NAN });
     let inverse = inverse(scale.to_f32());
     let mut q = [0; BLOCK];
     for (q, x) in q.iter_mut().zip(block) {
@@ -60,8 +62,7 @@ pub fn q8_row(row: &[f32], out: &mut [u8]) {
         .chunks_exact_mut(BLOCK)
         .zip(scales.chunks_exact_mut(4));
     for (block, (bytes, scale)) in row.chunks(BLOCK).zip(targets) {
-        let amax = block.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        let d = amax / 127.0;
+        let d = amax(block) / 127.0;
         let inverse = inverse(d);
         bytes.fill(0);
         for (q, x) in bytes.iter_mut().zip(block) {
@@ -83,6 +84,26 @@ pub fn q8_row_to_f32(row: &[u8], len: usize) -> Vec<f32> {
     }
     out.truncate(len);
     out
+}
+
+/// The largest magnitude; NaN when a value is not finite.
+fn amax(block: &[f32]) -> f32 {
+    if block.iter().all(|x| x.is_finite()) {
+        block.iter().fold(0.0, |m, x| m.max(x.abs()))
+    } else {
+        f32::NAN
+    }
+}
+
+/// The scale of a block of weights: NaN where f16 has no finite number for it.
+#[must_use]
+pub fn weight_scale(scale: f32) -> f16 {
+    let rounded = f16::from_f32(scale);
+    if rounded.is_finite() {
+        rounded
+    } else {
+        f16::NAN
+    }
 }
 
 fn inverse(scale: f32) -> f32 {
@@ -124,6 +145,41 @@ mod tests {
         let mut row = vec![7; q8_row_bytes(40)];
         q8_row(&[0.0; 40], &mut row);
         assert!(row.iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn a_block_that_is_not_finite_has_scale_nan_and_no_numbers() {
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 9, BLOCK - 1] {
+                let mut block = wave();
+                block[at] = poison;
+                let (q, d) = q8_weights(&block);
+                assert!(d.is_nan() && q == [0; BLOCK], "{poison} at {at}");
+                let (q, d) = q4_weights(&block);
+                assert!(d.is_nan() && q == [0; BLOCK], "{poison} at {at}");
+                let row: Vec<f32> = wave().into_iter().chain(block).collect();
+                let mut packed = vec![7; q8_row_bytes(row.len())];
+                q8_row(&row, &mut packed);
+                assert_eq!(packed[BLOCK..2 * BLOCK], [0; BLOCK]);
+                let back = q8_row_to_f32(&packed, row.len());
+                assert!(back[..BLOCK].iter().all(|x| x.is_finite()));
+                assert!(back[BLOCK..].iter().all(|x| x.is_nan()));
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_scale_beyond_f16_is_nan() {
+        let at = |x: f32| {
+            let mut block = wave();
+            block[3] = x;
+            block
+        };
+        assert!(q8_weights(&at(65_504.0 * 127.0)).1.is_finite());
+        assert!(q8_weights(&at(-65_600.0 * 127.0)).1.is_nan());
+        assert!(q4_weights(&at(65_504.0 * 8.0)).1.is_finite());
+        assert!(q4_weights(&at(-65_600.0 * 8.0)).1.is_nan());
+        assert!(q4_weights(&at(65_600.0 * 8.0)).1.is_nan());
     }
 
     #[test]

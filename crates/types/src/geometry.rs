@@ -45,7 +45,7 @@ impl ModelGeometry {
         self.num_experts > 1
     }
 
-    /// Non-empty segments of each expert, see [`slice`].
+    /// Non-empty segments of each expert, see [`mod@slice`].
     #[must_use]
     pub const fn num_segments(&self) -> u8 {
         slice::num_segments(self.ff)

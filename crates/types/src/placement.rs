@@ -146,7 +146,8 @@ impl Placement {
     /// # Errors
     /// Names the first expert that is not.
     pub fn validate(&self) -> Result<(), InvalidPlacement> {
-        let expected = self.num_layers * self.num_experts;
+        // Saturates: a hostile value must not overflow.
+        let expected = self.num_layers.saturating_mul(self.num_experts);
         let fits =
             self.num_layers <= usize::from(u16::MAX) && self.num_experts <= usize::from(u16::MAX);
         if !fits || self.experts.len() != expected {

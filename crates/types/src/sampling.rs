@@ -14,6 +14,8 @@ pub const STOP_IDS_MAX: usize = 64;
 pub const TEMPERATURE_MAX: f32 = 2.0;
 /// Largest absolute presence or frequency penalty.
 pub const PENALTY_MAX: f32 = 2.0;
+/// Smallest repetition penalty: a smaller divisor could take a logit beyond f32.
+pub const REPETITION_PENALTY_MIN: f32 = 0.01;
 /// Largest repetition penalty.
 pub const REPETITION_PENALTY_MAX: f32 = 10.0;
 /// Largest absolute logit bias.
@@ -108,14 +110,12 @@ impl SamplingParams {
             -PENALTY_MAX,
             PENALTY_MAX,
         )?;
-        if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= REPETITION_PENALTY_MAX) {
-            let rule = format!("greater than 0 and at most {REPETITION_PENALTY_MAX}");
-            return Err(invalid(
-                "repetition_penalty",
-                &rule,
-                self.repetition_penalty,
-            ));
-        }
+        in_range(
+            "repetition_penalty",
+            self.repetition_penalty,
+            REPETITION_PENALTY_MIN,
+            REPETITION_PENALTY_MAX,
+        )?;
         if self.max_tokens == 0 {
             return Err(invalid("max_tokens", "at least 1", self.max_tokens));
         }
@@ -170,6 +170,7 @@ fn in_range(param: &'static str, value: f32, min: f32, max: f32) -> Result<(), I
     Err(invalid(param, &format!("between {min} and {max}"), value))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers pass numbers")]
 fn invalid(param: &'static str, rule: &str, got: impl ToString) -> InvalidSampling {
     InvalidSampling {
         param,
@@ -211,6 +212,10 @@ mod tests {
         assert_eq!(
             refused(|p| p.min_p = 1.5),
             "min_p must be between 0 and 1, got 1.5"
+        );
+        assert_eq!(
+            refused(|p| p.repetition_penalty = 0.001),
+            "repetition_penalty must be between 0.01 and 10, got 0.001"
         );
         assert_eq!(
             refused(|p| p.max_tokens = 0),

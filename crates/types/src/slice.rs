@@ -126,7 +126,7 @@ impl SegmentRange {
                 return None;
             }
             let mut len = 1;
-            while begin % (len * 2) == 0 && begin + len * 2 <= end {
+            while begin.is_multiple_of(len * 2) && begin + len * 2 <= end {
                 len *= 2;
             }
             let node = Node { begin, len };

@@ -1,1 +1,0 @@
-//! The reference backend: plain f32 with candle-core, one row at a time. Slow, and obviously right.
