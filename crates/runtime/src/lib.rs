@@ -1,1 +1,12 @@
-//! What every process does at start and stop: configuration, telemetry, health, shutdown.
+//! What every process does at start and stop: configuration, logs and traces, metrics, health, shutdown.
+
+pub mod build_info;
+pub mod config;
+pub mod metrics;
+pub mod ops;
+pub mod readiness;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use readiness::{Readiness, ReadinessSetter};
+pub use shutdown::Shutdown;
