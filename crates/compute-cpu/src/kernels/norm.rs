@@ -1,0 +1,108 @@
+//! Row-wise steps of a layer: RMS norm, dot products of the gate, rotary embedding. No matrices.
+
+use crate::simd::{LANES, Operation, Simd, exp, load_padded, reduce_add};
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight`.
+pub(crate) struct RmsNorm<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) weight: &'a [f32],
+    pub(crate) eps: f32,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Operation for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut squares = s.splat(0.0);
+        for x in self.x.chunks(LANES) {
+            let x = load_padded(s, x);
+            squares = s.fma(x, x, squares);
+        }
+        let mean = reduce_add(s, squares) / self.x.len() as f32;
+        // Squares beyond f32 would make zeros of the row: it is refused as NaN like one that is not finite.
+        let inverse = if mean.is_finite() {
+            1.0 / (mean + self.eps).sqrt()
+        } else {
+            f32::NAN
+        };
+        for ((out, x), weight) in self.out.iter_mut().zip(self.x).zip(self.weight) {
+            *out = x * inverse * weight;
+        }
+    }
+}
+
+/// The dot product of two f32 rows of the same length.
+pub(crate) struct Dot<'a> {
+    pub(crate) a: &'a [f32],
+    pub(crate) b: &'a [f32],
+}
+
+impl Operation for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sum = s.splat(0.0);
+        for (a, b) in self.a.chunks(LANES).zip(self.b.chunks(LANES)) {
+            sum = s.fma(load_padded(s, a), load_padded(s, b), sum);
+        }
+        reduce_add(s, sum)
+    }
+}
+
+/// Rotates one head in place: element `i` with element `i + head_dim / 2` (the "half-split" form of the
+/// published checkpoints). `cos` and `sin` have `head_dim / 2` elements.
+pub(crate) struct Rotate<'a> {
+    pub(crate) head: &'a mut [f32],
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+}
+
+impl Operation for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _s: S) {
+        let (low, high) = self.head.split_at_mut(self.cos.len());
+        let angles = self.cos.iter().zip(self.sin);
+        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+            let (x, y) = (*a, *b);
+            *a = x * cos - y * sin;
+            *b = y * cos + x * sin;
+        }
+    }
+}
+
+/// Softmax in place.
+pub(crate) struct Softmax<'a> {
+    pub(crate) x: &'a mut [f32],
+}
+
+impl Operation for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut largest = f32::NEG_INFINITY;
+        for &x in self.x.iter() {
+            largest = largest.max(x);
+        }
+        let mut sum = 0.0;
+        for chunk in self.x.chunks_mut(LANES) {
+            let mut lanes = [0.0; LANES];
+            s.store(
+                exp(s, s.sub(load_padded(s, chunk), s.splat(largest))),
+                &mut lanes,
+            );
+            for (x, lane) in chunk.iter_mut().zip(lanes) {
+                *x = lane;
+                sum += lane;
+            }
+        }
+        for x in self.x.iter_mut() {
+            *x /= sum;
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Rows of activations in the form that the matrix kernels read. Computes no products.
+//!
+//! A row is cut into blocks of 32 columns, the last one padded with zeros. A bf16 block is 16 words of
+//! two numbers. A q8 block is 8 words of four signed bytes, a scale, and the sum of the 32 bytes, which
+//! corrects for weights that are stored with an offset.
+
+use tramontane_compute::RowFormat;
+use tramontane_compute::quant::BLOCK;
+
+use crate::disjoint::Disjoint;
+
+/// A table of rows of the same length.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    format: RowFormat,
+    num_rows: usize,
+    blocks: usize,
+    words: Vec<u32>,
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+/// One block of one row, to be written.
+#[derive(Debug)]
+pub(crate) struct BlockMut<'a> {
+    pub(crate) words: &'a mut [u32],
+    /// One element for q8, none for bf16.
+    pub(crate) scale: &'a mut [f32],
+    /// One element for q8, none for bf16.
+    pub(crate) sum: &'a mut [i32],
+}
+
+/// What the kernels read of one row, from some block on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowRef<'a> {
+    pub(crate) words: &'a [u32],
+    pub(crate) scales: &'a [f32],
+    pub(crate) sums: &'a [i32],
+}
+
+/// Words of one block.
+pub(crate) const fn block_words(format: RowFormat) -> usize {
+    match format {
+        RowFormat::F32 => BLOCK,
+        RowFormat::Bf16 => BLOCK / 2,
+        RowFormat::Q8 => BLOCK / 4,
+    }
+}
+
+/// Scales (and sums) of one block.
+const fn block_scales(format: RowFormat) -> usize {
+    match format {
+        RowFormat::F32 | RowFormat::Bf16 => 0,
+        RowFormat::Q8 => 1,
+    }
+}
+
+impl Rows {
+    /// No rows yet; [`reserve`](Self::reserve) makes room.
+    pub(crate) fn new(format: RowFormat, cols: usize) -> Self {
+        Self {
+            format,
+            num_rows: 0,
+            blocks: cols.div_ceil(BLOCK),
+            words: Vec::new(),
+            scales: Vec::new(),
+            sums: Vec::new(),
+        }
+    }
+
+    /// Makes room for at least `num_rows` rows; what they hold is undefined until written.
+    pub(crate) fn reserve(&mut self, num_rows: usize) {
+        if num_rows <= self.num_rows {
+            return;
+        }
+        let num_blocks = num_rows * self.blocks;
+        self.words.resize(num_blocks * block_words(self.format), 0);
+        self.scales
+            .resize(num_blocks * block_scales(self.format), 0.0);
+        self.sums.resize(num_blocks * block_scales(self.format), 0);
+        self.num_rows = num_rows;
+    }
+
+    /// Blocks `block_begin..block_begin + num_blocks` of a row.
+    ///
+    /// # Panics
+    /// When the row or a block does not exist.
+    #[inline]
+    pub(crate) fn row(&self, row: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
+        assert!(block_begin + num_blocks <= self.blocks, "block of a row");
+        let begin = row * self.blocks + block_begin;
+        let end = begin + num_blocks;
+        let (words, scales) = (block_words(self.format), block_scales(self.format));
+        RowRef {
+            words: &self.words[begin * words..end * words],
+            scales: &self.scales[begin * scales..end * scales],
+            sums: &self.sums[begin * scales..end * scales],
+        }
+    }
+
+    /// For writing from the items of a parallel run.
+    pub(crate) fn writer(&mut self) -> RowsWriter<'_> {
+        RowsWriter {
+            format: self.format,
+            blocks: self.blocks,
+            words: Disjoint::new(&mut self.words),
+            scales: Disjoint::new(&mut self.scales),
+            sums: Disjoint::new(&mut self.sums),
+        }
+    }
+}
+
+/// Writes blocks of [`Rows`] from the items of one parallel run.
+#[derive(Debug)]
+pub(crate) struct RowsWriter<'a> {
+    pub(crate) format: RowFormat,
+    blocks: usize,
+    words: Disjoint<'a, u32>,
+    scales: Disjoint<'a, f32>,
+    sums: Disjoint<'a, i32>,
+}
+
+impl RowsWriter<'_> {
+    /// One block.
+    ///
+    /// # Safety
+    /// While the result lives, no other call may ask for the same block.
+    pub(crate) unsafe fn block(&self, row: usize, block: usize) -> BlockMut<'_> {
+        assert!(block < self.blocks, "block of a row");
+        let at = row * self.blocks + block;
+        let (words, scales) = (block_words(self.format), block_scales(self.format));
+        // SAFETY: blocks do not overlap, and the caller promises that nobody else holds this one.
+        unsafe {
+            BlockMut {
+                words: self.words.range_mut(at * words..(at + 1) * words),
+                scale: self.scales.range_mut(at * scales..(at + 1) * scales),
+                sum: self.sums.range_mut(at * scales..(at + 1) * scales),
+            }
+        }
+    }
+
+    /// Copies one row from its wire form, see [`RowFormat`].
+    ///
+    /// # Safety
+    /// While this runs, no other call may ask for a block of the same row.
+    pub(crate) unsafe fn copy_wire(&self, row: usize, wire: &[u8]) {
+        let values = match self.format {
+            RowFormat::F32 | RowFormat::Bf16 => wire,
+            RowFormat::Q8 => &wire[..self.blocks * BLOCK],
+        };
+        let scales = &wire[values.len()..];
+        let block_bytes = block_words(self.format) * 4;
+        for (i, bytes) in values.chunks(block_bytes).enumerate() {
+            // SAFETY: the caller promises the whole row.
+            let block = unsafe { self.block(row, i) };
+            let target: &mut [u8] = bytemuck::cast_slice_mut(block.words);
+            target[..bytes.len()].copy_from_slice(bytes);
+            target[bytes.len()..].fill(0);
+            if let ([scale], [sum]) = (block.scale, block.sum) {
+                let at = 4 * i;
+                *scale = f32::from_le_bytes([
+                    scales[at],
+                    scales[at + 1],
+                    scales[at + 2],
+                    scales[at + 3],
+                ]);
+                *sum = bytes.iter().map(|&q| i32::from(q as i8)).sum();
+            }
+        }
+    }
+}
