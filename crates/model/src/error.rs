@@ -1,0 +1,87 @@
+//! Why a checkpoint is refused: file, tensor or field, expected, got.
+
+/// A checkpoint that cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file cannot be read.
+    #[error("{file}")]
+    Read {
+        /// The file.
+        file: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("{file}: {what}")]
+    File {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A field of `config.json` breaks its rule.
+    #[error("config.json: {field} must be {rule}, got {got}")]
+    Config {
+        /// The field.
+        field: &'static str,
+        /// What is allowed.
+        rule: String,
+        /// What came.
+        got: String,
+    },
+    /// A tensor is not where or what it must be.
+    #[error("{file}: tensor {tensor}: {what}")]
+    Tensor {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A tensor does not have the shape that `config.json` asks for.
+    #[error("{file}: tensor {tensor} has shape {got:?}, expected {expected:?} by config.json")]
+    Shape {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// By the configuration.
+        expected: Vec<usize>,
+        /// By the file.
+        got: Vec<usize>,
+    },
+    /// No file has the tensor.
+    #[error("tensor {tensor} is in none of {files}")]
+    Missing {
+        /// The tensor.
+        tensor: String,
+        /// Where it was looked for.
+        files: String,
+    },
+    /// A file does not have the digest that the manifest promises.
+    #[error("{file}: sha-256 is {got}, expected {expected} by {manifest}", manifest = crate::manifest::FILE)]
+    Digest {
+        /// The file.
+        file: String,
+        /// By the manifest.
+        expected: String,
+        /// By its bytes.
+        got: String,
+    },
+    /// An expert or layer that the model does not have.
+    #[error("{what} {got} is out of range, expected less than {limit}")]
+    OutOfRange {
+        /// Layer or expert.
+        what: &'static str,
+        /// One behind the last.
+        limit: usize,
+        /// What was asked for.
+        got: usize,
+    },
+    /// The backend refused a slice.
+    #[error(transparent)]
+    Backend(#[from] tramontane_compute::Error),
+}
