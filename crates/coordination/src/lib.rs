@@ -1,1 +1,32 @@
 //! Registry, leases, watch, election, placement and balance over etcd or memory.
+//!
+//! Losing the store freezes membership and never ends a process: every loop here keeps what it last
+//! knew, says that it is stale, and goes on trying.
+
+mod backoff;
+pub mod balance;
+pub mod election;
+mod error;
+pub mod etcd;
+pub mod fault;
+pub mod memory;
+mod mirror;
+pub mod placement_store;
+pub mod planner;
+pub mod registry;
+pub mod slices;
+pub mod store;
+
+pub use balance::{BalanceError, BalanceInput, PlacementPolicy, WorkerShare, balance};
+pub use election::run_elected;
+pub use error::Error;
+pub use etcd::{EtcdConfig, EtcdStore};
+pub use fault::FaultStore;
+pub use memory::MemoryStore;
+pub use placement_store::{PlacementStore, Placements, watch_placements};
+pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
+pub use registry::{
+    Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, watch_members,
+};
+pub use slices::{slices_to_drop, slices_to_load};
+pub use store::{CasOutcome, Entry, LeaseId, Listing, Revision, Store, Watch, WatchEvent};

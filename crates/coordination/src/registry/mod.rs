@@ -1,0 +1,19 @@
+//! Who is in the cluster: worker records, kept by their workers and watched by everybody else.
+//! Never evicts anybody because the store is away.
+
+mod members;
+mod record;
+mod registration;
+
+pub use members::{Members, REJOIN_GRACE, watch_members};
+pub use record::{
+    MODEL_DIMENSION_MAX, ModelFacts, RECORD_BYTES_MAX, RECORD_SCHEMA, RECORD_TEXT_BYTES_MAX, Roles,
+    WorkerLoad, WorkerRecord, WorkerState,
+};
+pub use registration::{
+    DEREGISTER_MAX, KEEP_ALIVES_PER_TTL, RECORD_WRITE_SPACING, REREGISTER_PAUSE_MAX,
+    REREGISTER_PAUSE_MIN, Registration,
+};
+
+#[cfg(test)]
+pub(crate) use record::tests::record as record_for_tests;
