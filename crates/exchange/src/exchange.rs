@@ -1,0 +1,368 @@
+//! Dispatch and combine: sends rows, computes its own share, waits, and asks elsewhere when it must.
+//! Never holds the compute pool while it waits.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use tramontane_compute::{Contributions, ExpertJob, Experts, RoutedRows, RowFormat};
+use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, WorkerId};
+
+use crate::answers::{self, Answer, Routing};
+use crate::flight::{Arrival, OpenCall, Ticket};
+use crate::health::Health;
+use crate::plan::{self, Frame, Plan, View};
+use crate::stats::{self, add};
+use crate::{CallLimits, Error, ExchangeStats, ExpertCall, Job, Refusal, Reply, Transport};
+
+/// How long a step waits for one layer: time for the planner to publish a new placement and for a
+/// survivor to load a slice.
+pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a call may take before another holder is asked, if there is one. Doubles with each such call.
+pub const CALL_TIMEOUT: Duration = Duration::from_millis(500);
+/// Most doublings of the call timeout.
+const PATIENCE_MAX: u32 = 5;
+/// How often an overdue call is checked again for another holder (a placement may have come).
+const OVERDUE_PAUSE: Duration = Duration::from_millis(50);
+/// How often jobs without a home are planned again.
+const HOMELESS_PAUSE: Duration = Duration::from_millis(5);
+
+/// Carries the rows of one layer to their experts and hands back what they return. One engine thread owns it.
+pub trait Exchange: Send + fmt::Debug {
+    /// Sends what is for others; does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Routing`] when `routed` does not fit the model. An absent worker is no error here.
+    fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error>;
+
+    /// Computes the local jobs, waits for the replies and calls `add` once with all of them.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] when a slice found nobody to compute it in time; what the backend or `add`
+    /// refuse. Then `add` was not called, or failed itself.
+    fn combine(
+        &mut self,
+        ticket: Ticket,
+        add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
+    ) -> Result<(), Error>;
+}
+
+/// What an exchange needs to know; made with [`ExchangeConfig::new`].
+#[derive(Clone, Debug)]
+pub struct ExchangeConfig {
+    /// The worker that dispatches.
+    pub me: WorkerId,
+    /// Shape of the model.
+    pub geometry: ModelGeometry,
+    /// Format of dispatched rows.
+    pub row_format: RowFormat,
+    /// How long a step waits for one layer, see [`LAYER_DEADLINE`].
+    pub layer_deadline: Duration,
+    /// How long a call may take before another holder is asked, see [`CALL_TIMEOUT`].
+    pub call_timeout: Duration,
+}
+
+impl ExchangeConfig {
+    /// The configuration with default times.
+    #[must_use]
+    pub const fn new(me: WorkerId, geometry: ModelGeometry, row_format: RowFormat) -> Self {
+        let (layer_deadline, call_timeout) = (LAYER_DEADLINE, CALL_TIMEOUT);
+        Self {
+            me,
+            geometry,
+            row_format,
+            layer_deadline,
+            call_timeout,
+        }
+    }
+}
+
+/// The exchange over a [`Transport`].
+#[derive(Debug)]
+pub struct ExpertExchange {
+    config: ExchangeConfig,
+    limits: CallLimits,
+    local: Option<Arc<dyn Experts>>,
+    placement: Arc<ArcSwapOption<Placement>>,
+    transport: Arc<dyn Transport>,
+    health: Health,
+    stats: Arc<ExchangeStats>,
+    turn: usize,
+}
+
+impl ExpertExchange {
+    /// An exchange that computes in `local` what `placement` gives to this worker, and asks the other
+    /// holders for the rest. The placement may be exchanged at any time.
+    #[must_use]
+    pub fn new(
+        config: ExchangeConfig,
+        local: Option<Arc<dyn Experts>>,
+        placement: Arc<ArcSwapOption<Placement>>,
+        transport: Arc<dyn Transport>,
+    ) -> Self {
+        let limits = CallLimits::new(&config.geometry, config.row_format);
+        // Workers begin at different turns, so that equal ones do not all ask the same holder.
+        let turn = config.me.as_str().bytes().map(usize::from).sum();
+        let (health, stats) = (Health::default(), Arc::default());
+        Self {
+            config,
+            limits,
+            local,
+            placement,
+            transport,
+            health,
+            stats,
+            turn,
+        }
+    }
+
+    /// Counters, readable from any thread.
+    #[must_use]
+    pub fn stats(&self) -> Arc<ExchangeStats> {
+        Arc::clone(&self.stats)
+    }
+
+    /// Plans `wants` on the newest placement and sends what is for others.
+    fn plan_and_send(&mut self, ticket: &mut Ticket, wants: &[Job], now: Instant) {
+        let placement = self.placement.load_full();
+        let epoch = placement.as_ref().map_or(Epoch(0), |p| p.epoch);
+        let usable = |worker: &WorkerId| self.health.usable(worker, now);
+        let plan = self.plan(placement.as_deref(), ticket.layer, wants, &usable);
+        ticket.local.extend(plan.local);
+        ticket.homeless.extend(plan.homeless);
+        let num_segments = self.config.geometry.num_segments();
+        for (worker, jobs) in plan.remote {
+            for frame in plan::frames(jobs, ticket.num_rows, num_segments, &self.limits) {
+                self.send(ticket, &worker, frame, epoch, now);
+            }
+        }
+    }
+
+    fn plan(
+        &self,
+        placement: Option<&Placement>,
+        layer: LayerId,
+        wants: &[Job],
+        usable: &dyn Fn(&WorkerId) -> bool,
+    ) -> Plan {
+        let view = View {
+            placement,
+            me: &self.config.me,
+            held: &|expert: ExpertId| self.local.as_ref().map_or(0, |e| e.held(layer, expert)),
+            usable,
+            turn: self.turn,
+            num_segments: self.config.geometry.num_segments(),
+        };
+        plan::plan(&view, layer, wants)
+    }
+
+    fn send(
+        &self,
+        ticket: &mut Ticket,
+        worker: &WorkerId,
+        frame: Frame,
+        epoch: Epoch,
+        now: Instant,
+    ) {
+        let (rows, jobs) = frame.pack(&ticket.rows, self.limits.row_bytes);
+        let (layer, num_rows) = (ticket.layer, frame.rows.len());
+        add(&self.stats.frames, 1);
+        add(&self.stats.bytes_sent, rows.len());
+        let patience = 1 << ticket.num_silent.min(PATIENCE_MAX);
+        let check_at = now + self.config.call_timeout * patience;
+        let open = OpenCall {
+            worker: worker.clone(),
+            outputs_len: answers::outputs_len(&self.config.geometry, &frame.jobs),
+            jobs: frame.jobs,
+            check_at,
+        };
+        let reply = ticket.open_call(open);
+        let call = ExpertCall {
+            epoch,
+            layer,
+            num_rows,
+            rows,
+            jobs,
+        };
+        self.transport.send(worker, call, reply);
+    }
+
+    /// Computes what is ours. A slice that was unloaded meanwhile has no home any more.
+    fn compute_local(&self, ticket: &mut Ticket) -> Result<(), Error> {
+        let jobs = std::mem::take(&mut ticket.local);
+        let Some(experts) = self.local.as_ref().filter(|_| !jobs.is_empty()) else {
+            return Ok(());
+        };
+        let borrowed: Vec<ExpertJob<'_>> = jobs.iter().map(borrow).collect();
+        let mut out = Vec::new();
+        let rows: &[u8] = &ticket.rows;
+        match experts.compute(ticket.layer, rows, ticket.num_rows, &borrowed, &mut out) {
+            Ok(()) => {
+                add(&self.stats.rows_local, num_pairs(&jobs));
+                ticket.answers.push(Answer::local(jobs, out));
+            }
+            Err(tramontane_compute::Error::NotHeld { .. }) => ticket.homeless.extend(jobs),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Waits until every job is answered, asking elsewhere when a call is refused, lost or late.
+    fn wait(&mut self, ticket: &mut Ticket) -> Result<(), Error> {
+        let begin = Instant::now();
+        let deadline = begin + self.config.layer_deadline;
+        let mut now = begin;
+        while !ticket.is_complete() {
+            if now >= deadline {
+                return Err(ticket.deadline(now - begin));
+            }
+            let mut wake = ticket
+                .next_check()
+                .map_or(deadline, |check| check.min(deadline));
+            if !ticket.homeless.is_empty() {
+                wake = wake.min(now + HOMELESS_PAUSE);
+            }
+            // One wait, then everything else that is there already.
+            while let Some(arrival) = ticket.next_arrival(wake) {
+                wake = now;
+                match arrival {
+                    Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
+                    Arrival::Needless(worker) => self.health.answered(&worker),
+                }
+            }
+            now = Instant::now();
+            self.give_up_overdue(ticket, now);
+            let homeless = std::mem::take(&mut ticket.homeless);
+            if !homeless.is_empty() {
+                self.plan_and_send(ticket, &homeless, now);
+                self.compute_local(ticket)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_answer(
+        &mut self,
+        ticket: &mut Ticket,
+        call: OpenCall,
+        answer: Result<Reply, Refusal>,
+    ) -> Result<(), Error> {
+        let expected = call.outputs_len;
+        let refusal = match answer {
+            Ok(reply) if reply.outputs.len() == expected => {
+                self.health.answered(&call.worker);
+                add(&self.stats.bytes_received, expected);
+                add(&self.stats.rows_remote, num_pairs(&call.jobs));
+                ticket.answers.push(Answer::remote(call.jobs, reply));
+                return Ok(());
+            }
+            Ok(reply) => {
+                let got = reply.outputs.len();
+                Refusal::Invalid(format!("reply of {got} bytes, expected {expected}"))
+            }
+            Err(refusal) => refusal,
+        };
+        self.on_refusal(ticket, call, refusal)
+    }
+
+    fn on_refusal(
+        &mut self,
+        ticket: &mut Ticket,
+        call: OpenCall,
+        why: Refusal,
+    ) -> Result<(), Error> {
+        let now = Instant::now();
+        tracing::debug!(layer = ticket.layer.0, worker = %call.worker, %why, "expert call refused");
+        add(&self.stats.retries, 1);
+        self.health.refused(&call.worker, now);
+        if let Refusal::Invalid(reason) = why {
+            // Asking the same worker again would be refused again; others may be down only for now.
+            self.health.silent(&call.worker, now);
+            let others = |worker: &WorkerId| worker != &call.worker;
+            if !self.has_home(ticket.layer, &call.jobs, &others) {
+                return Err(Error::Invalid {
+                    layer: ticket.layer,
+                    worker: call.worker,
+                    reason,
+                });
+            }
+            ticket.last_refusal = Some((call.worker, Refusal::Invalid(reason)));
+        } else {
+            ticket.last_refusal = Some((call.worker, why));
+        }
+        ticket.homeless.extend(call.jobs);
+        Ok(())
+    }
+
+    /// Calls that take too long are sent to another holder, if there is one for all their jobs.
+    fn give_up_overdue(&mut self, ticket: &mut Ticket, now: Instant) {
+        let layer = ticket.layer;
+        let overdue = ticket.take_overdue(now, OVERDUE_PAUSE, |call| {
+            let others =
+                |worker: &WorkerId| worker != &call.worker && self.health.usable(worker, now);
+            self.has_home(layer, &call.jobs, &others)
+        });
+        for call in overdue {
+            tracing::warn!(layer = layer.0, worker = %call.worker, "expert call is late, asking another holder");
+            add(&self.stats.retries, 1);
+            self.health.silent(&call.worker, now);
+            ticket.num_silent += 1;
+            let silence = Refusal::Lost("no answer in time".to_owned());
+            ticket.last_refusal = Some((call.worker, silence));
+            ticket.homeless.extend(call.jobs);
+        }
+    }
+
+    /// Whether somebody among the `usable`, or we ourselves, can compute all of `jobs` now.
+    fn has_home(&self, layer: LayerId, jobs: &[Job], usable: &dyn Fn(&WorkerId) -> bool) -> bool {
+        let placement = self.placement.load();
+        self.plan(placement.as_deref(), layer, jobs, usable)
+            .homeless
+            .is_empty()
+    }
+}
+
+impl Exchange for ExpertExchange {
+    fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error> {
+        let geometry = &self.config.geometry;
+        let wants = plan::wants(layer, routed, geometry, &self.limits)?;
+        let routing = Routing::new(routed, geometry.top_k);
+        let rows = Bytes::copy_from_slice(&routed.rows);
+        let mut ticket = Ticket::new(layer, routed.num_rows, rows, routing);
+        self.turn = self.turn.wrapping_add(1);
+        self.plan_and_send(&mut ticket, &wants, Instant::now());
+        Ok(ticket)
+    }
+
+    fn combine(
+        &mut self,
+        mut ticket: Ticket,
+        add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
+    ) -> Result<(), Error> {
+        self.compute_local(&mut ticket)?;
+        let begin = Instant::now();
+        let waited = self.wait(&mut ticket);
+        stats::add(
+            &self.stats.wait_us_total,
+            begin.elapsed().as_micros() as usize,
+        );
+        waited?;
+        answers::contribute(&self.config.geometry, &ticket.routing, &ticket.answers, add)?;
+        Ok(())
+    }
+}
+
+/// The borrowed form of a job that a backend takes.
+pub(crate) fn borrow(job: &Job) -> ExpertJob<'_> {
+    ExpertJob {
+        expert: job.expert,
+        range: job.range,
+        row_ids: &job.row_ids,
+    }
+}
+
+fn num_pairs(jobs: &[Job]) -> usize {
+    jobs.iter().map(|job| job.row_ids.len()).sum()
+}

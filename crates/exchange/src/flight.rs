@@ -1,0 +1,221 @@
+//! One layer under way: what is open, what is answered, what has no home. Decides nothing.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use tramontane_types::{ExpertSlice, LayerId, WorkerId};
+
+use crate::answers::{Answer, Routing};
+use crate::{Error, Job, Refusal, Reply, ReplySender};
+
+/// A dispatched layer. Hand it to [`Exchange::combine`](crate::Exchange::combine); dropped instead, its
+/// answers go nowhere.
+#[derive(Debug)]
+#[must_use = "the dispatched rows come back through `combine`"]
+pub struct Ticket {
+    pub(crate) layer: LayerId,
+    pub(crate) num_rows: usize,
+    pub(crate) routing: Routing,
+    /// All rows of the step.
+    pub(crate) rows: Bytes,
+    /// Jobs for our own experts, not computed yet.
+    pub(crate) local: Vec<Job>,
+    /// Jobs that nobody could be asked for.
+    pub(crate) homeless: Vec<Job>,
+    pub(crate) open: HashMap<u64, OpenCall>,
+    /// Calls that somebody else was asked for too; their answers may still come.
+    given_up: HashMap<u64, OpenCall>,
+    pub(crate) answers: Vec<Answer>,
+    pub(crate) last_refusal: Option<(WorkerId, Refusal)>,
+    /// Calls that got no answer in time; every one doubles the patience with the next.
+    pub(crate) num_silent: u32,
+    next_call: u64,
+    inbox: Arc<Inbox>,
+}
+
+/// A call that was sent and not answered yet.
+#[derive(Clone, Debug)]
+pub(crate) struct OpenCall {
+    pub(crate) worker: WorkerId,
+    /// In the numbering of the step.
+    pub(crate) jobs: Vec<Job>,
+    /// Bytes that a reply must have.
+    pub(crate) outputs_len: usize,
+    /// When to look for somebody else.
+    pub(crate) check_at: Instant,
+}
+
+/// What came from a worker.
+#[derive(Debug)]
+pub(crate) enum Arrival {
+    /// An answer that is needed.
+    Answer(OpenCall, Result<Reply, Refusal>),
+    /// This worker computed a call that was given up, and that others have computed or do in parts.
+    Needless(WorkerId),
+}
+
+impl Ticket {
+    pub(crate) fn new(layer: LayerId, num_rows: usize, rows: Bytes, routing: Routing) -> Self {
+        Self {
+            layer,
+            num_rows,
+            routing,
+            rows,
+            local: Vec::new(),
+            homeless: Vec::new(),
+            open: HashMap::new(),
+            given_up: HashMap::new(),
+            answers: Vec::new(),
+            last_refusal: None,
+            num_silent: 0,
+            next_call: 0,
+            inbox: Arc::default(),
+        }
+    }
+
+    /// Whether every job was answered or computed.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.local.is_empty() && self.homeless.is_empty() && self.open.is_empty()
+    }
+
+    /// Notes a call as open and makes the sender for its answer.
+    pub(crate) fn open_call(&mut self, call: OpenCall) -> ReplySender {
+        let id = self.next_call;
+        self.next_call += 1;
+        self.open.insert(id, call);
+        let inbox = Arc::clone(&self.inbox);
+        ReplySender::new(move |answer| inbox.put(id, answer))
+    }
+
+    /// The next arrival, or `None` when `until` has passed without one. A good reply to a call that was
+    /// given up answers in place of the call that replaced it, if that one is still open; a refusal of
+    /// such a call is ignored.
+    pub(crate) fn next_arrival(&mut self, until: Instant) -> Option<Arrival> {
+        loop {
+            let (id, answer) = self.inbox.take(until)?;
+            if let Some(call) = self.open.remove(&id) {
+                return Some(Arrival::Answer(call, answer));
+            }
+            let Some(call) = self.given_up.remove(&id) else {
+                continue;
+            };
+            if !matches!(&answer, Ok(reply) if reply.outputs.len() == call.outputs_len) {
+                continue;
+            }
+            if !self.drop_replacement(&call.jobs) {
+                return Some(Arrival::Needless(call.worker));
+            }
+            return Some(Arrival::Answer(call, answer));
+        }
+    }
+
+    /// Gives up the open call for exactly `jobs`. Every job is in one open call at most.
+    fn drop_replacement(&mut self, jobs: &[Job]) -> bool {
+        let same = self.open.iter().find(|(_, open)| open.jobs == jobs);
+        let Some((id, call)) = same
+            .map(|(&id, _)| id)
+            .and_then(|id| self.open.remove_entry(&id))
+        else {
+            return false;
+        };
+        self.given_up.insert(id, call);
+        true
+    }
+
+    /// Takes the calls whose time to look for somebody else has come, if `elsewhere` knows somebody for
+    /// all their jobs; the others wait on for `pause`.
+    pub(crate) fn take_overdue(
+        &mut self,
+        now: Instant,
+        pause: Duration,
+        elsewhere: impl Fn(&OpenCall) -> bool,
+    ) -> Vec<OpenCall> {
+        let mut overdue = Vec::new();
+        for (&id, call) in &mut self.open {
+            if call.check_at > now {
+                continue;
+            }
+            call.check_at = now + pause;
+            if elsewhere(call) {
+                overdue.push(id);
+            }
+        }
+        let mut taken = Vec::with_capacity(overdue.len());
+        for id in overdue {
+            if let Some(call) = self.open.remove(&id) {
+                self.given_up.insert(id, call.clone());
+                taken.push(call);
+            }
+        }
+        taken
+    }
+
+    /// Earliest time at which an open call is to be looked at.
+    pub(crate) fn next_check(&self) -> Option<Instant> {
+        self.open.values().map(|call| call.check_at).min()
+    }
+
+    /// The error of a layer that ran out of time after `waited`.
+    pub(crate) fn deadline(&self, waited: Duration) -> Error {
+        let layer = self.layer;
+        let open = self.open.values().flat_map(|call| &call.jobs);
+        let slice = |job: &Job| ExpertSlice {
+            layer,
+            expert: job.expert,
+            range: job.range,
+        };
+        let mut slices: Vec<_> = self.homeless.iter().chain(open).map(slice).collect();
+        let refused = self.last_refusal.iter().map(|(worker, _)| worker);
+        let mut workers: Vec<_> = self
+            .open
+            .values()
+            .map(|call| &call.worker)
+            .chain(refused)
+            .cloned()
+            .collect();
+        slices.sort_unstable();
+        slices.dedup();
+        workers.sort_unstable();
+        workers.dedup();
+        let last = self
+            .last_refusal
+            .as_ref()
+            .map(|(worker, why)| format!("{worker}: {why}"));
+        Error::Deadline {
+            layer,
+            waited,
+            slices,
+            workers,
+            last,
+        }
+    }
+}
+
+/// Answers on their way to the waiting engine: at most one per call of the ticket.
+#[derive(Debug, Default)]
+struct Inbox {
+    answers: Mutex<VecDeque<(u64, Result<Reply, Refusal>)>>,
+    arrived: Condvar,
+}
+
+impl Inbox {
+    fn put(&self, call: u64, answer: Result<Reply, Refusal>) {
+        self.answers.lock().push_back((call, answer));
+        self.arrived.notify_one();
+    }
+
+    fn take(&self, until: Instant) -> Option<(u64, Result<Reply, Refusal>)> {
+        let mut answers = self.answers.lock();
+        loop {
+            if let Some(answer) = answers.pop_front() {
+                return Some(answer);
+            }
+            if self.arrived.wait_until(&mut answers, until).timed_out() {
+                return answers.pop_front();
+            }
+        }
+    }
+}
