@@ -1,0 +1,418 @@
+//! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange,
+//! and never speaks to a client.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
+use tramontane_exchange::Exchange;
+use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
+
+use crate::kv::{BlockPool, pages_needed};
+use crate::model_runner::ModelRunner;
+use crate::sampler::{Draw, SampleError, Sampler};
+use crate::scheduler::{Chunk, Plan, Scheduler};
+use crate::sequence::{Sequence, SequenceKey, Sequences};
+use crate::{
+    EngineConfig, EngineStats, Error, NewSequence, SequenceEvent, StepReport, SubmitError, batch,
+};
+
+/// Events of a step, in order; those of one sequence are in the order in which they happened.
+type Events = Vec<(RequestId, SequenceEvent)>;
+
+/// Runs sequences on one attention worker. One thread owns it and calls [`step`](Self::step) while
+/// [`has_work`](Self::has_work).
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    geometry: ModelGeometry,
+    /// Tokens at which a sequence is full: prompt and output together.
+    length_max: usize,
+    sequences: Sequences,
+    by_id: HashMap<RequestId, SequenceKey>,
+    next_key: u64,
+    scheduler: Scheduler,
+    pool: BlockPool,
+    runner: ModelRunner,
+    sampler: Sampler,
+    /// Sequences that had ended when they were submitted: their end is told by the next step.
+    ended: Vec<(RequestId, FinishReason, Usage)>,
+    /// Failures of the exchange since the last step that was computed.
+    num_failures: u32,
+    stats: EngineStats,
+    /// Kept between steps for their memory.
+    batch: StepBatch,
+    logits: Vec<f32>,
+}
+
+impl Engine {
+    /// An engine without sequences. `attention` must have at least `config.num_pages` pages and take
+    /// `config.max_step_rows` rows.
+    ///
+    /// # Errors
+    /// When a limit breaks its rule.
+    pub fn new(
+        config: EngineConfig,
+        geometry: ModelGeometry,
+        attention: Box<dyn Attention>,
+        exchange: Box<dyn Exchange>,
+    ) -> Result<Self, Error> {
+        config.validate(geometry.vocab)?;
+        let pool = BlockPool::new(config.num_pages);
+        Ok(Self {
+            scheduler: Scheduler::new(&config, geometry.sliding_window, pool.clone()),
+            runner: ModelRunner::new(&geometry, attention, exchange)?,
+            length_max: length_max(&geometry, config.num_pages),
+            config,
+            geometry,
+            sequences: Sequences::new(),
+            by_id: HashMap::new(),
+            next_key: 0,
+            pool,
+            sampler: Sampler::default(),
+            ended: Vec::new(),
+            num_failures: 0,
+            stats: EngineStats::default(),
+            batch: StepBatch::default(),
+            logits: Vec::new(),
+        })
+    }
+
+    /// Queues a sequence.
+    ///
+    /// A sequence ends with [`FinishReason::Length`] at the model's context or when it would need more
+    /// than the whole KV cache, whatever `max_tokens` says.
+    ///
+    /// A resumed sequence whose last token already ended it (a stop id, `max_tokens`) is taken, and
+    /// finishes in the next step without a token.
+    ///
+    /// # Errors
+    /// When the queue is full or the sequence can never run here; then nothing was changed.
+    pub fn submit(&mut self, new: NewSequence) -> Result<(), SubmitError> {
+        self.check(&new)?;
+        let sequence = Sequence::new(new, &self.pool);
+        if let Some(reason) = sequence.finish_reason(&self.config.eos_ids, self.length_max) {
+            let usage = sequence.usage();
+            self.ended.push((sequence.id, reason, usage));
+            return Ok(());
+        }
+        let (tokens, max_positions) = (sequence.tokens.len(), self.geometry.max_positions);
+        if tokens >= max_positions {
+            return Err(SubmitError::TooLong {
+                tokens,
+                limit: max_positions.saturating_sub(1),
+            });
+        }
+        if tokens >= self.length_max {
+            return Err(SubmitError::NeverFits {
+                pages: pages_needed(tokens + 1, self.geometry.sliding_window),
+                limit: self.config.num_pages,
+            });
+        }
+        let key = SequenceKey(self.next_key);
+        self.next_key += 1;
+        self.by_id.insert(sequence.id.clone(), key);
+        self.sequences.insert(key, sequence);
+        self.scheduler.enqueue(key);
+        Ok(())
+    }
+
+    fn check(&self, new: &NewSequence) -> Result<(), SubmitError> {
+        let tokens = new.prompt.len();
+        if tokens == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if new.num_resumed >= tokens {
+            return Err(SubmitError::ResumedTooMany {
+                num_resumed: new.num_resumed,
+                tokens,
+            });
+        }
+        let vocab = self.geometry.vocab;
+        if let Some(&id) = new.prompt.iter().find(|&&id| id as usize >= vocab) {
+            return Err(SubmitError::TokenOutOfRange { id, vocab });
+        }
+        new.params.validate(vocab)?;
+        let is_known =
+            self.by_id.contains_key(&new.id) || self.ended.iter().any(|(id, ..)| *id == new.id);
+        if is_known {
+            return Err(SubmitError::Duplicate { id: new.id.clone() });
+        }
+        let limit = self.config.max_waiting;
+        if self.scheduler.num_waiting() + self.ended.len() >= limit {
+            return Err(SubmitError::QueueFull { limit });
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence without an event. Its pages are free when this returns. False when it is not here.
+    pub fn abort(&mut self, id: &RequestId) -> bool {
+        let num_ended = self.ended.len();
+        self.ended.retain(|(ended, ..)| ended != id);
+        match self.by_id.get(id) {
+            Some(&key) => self.remove(key).is_some(),
+            None => self.ended.len() < num_ended,
+        }
+    }
+
+    /// Whether [`step`](Self::step) has something to do.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.sequences.is_empty() || !self.ended.is_empty()
+    }
+
+    /// Plans and computes one step, and appends what happened to `events`.
+    ///
+    /// When the backend refuses, or the exchange has failed `step_attempts_max` times in a row, the
+    /// sequences of the step fail (retryable elsewhere), the report says why, and the engine goes on
+    /// with the others.
+    ///
+    /// # Errors
+    /// When the exchange did not complete: no token was sampled, nothing was cached, and `step` may
+    /// simply be called again. Sequences may be submitted and aborted in between. Events that were
+    /// appended are valid.
+    pub fn step(&mut self, events: &mut Events) -> Result<StepReport, Error> {
+        let mut report = StepReport::default();
+        for (id, reason, usage) in self.ended.drain(..) {
+            events.push((id.clone(), SequenceEvent::Started { cached_tokens: 0 }));
+            events.push((id, SequenceEvent::Finished { reason, usage }));
+            report.num_ended += 1;
+        }
+        let begin = Instant::now();
+        let plan = self.scheduler.next_step(&mut self.sequences);
+        self.stats.preemptions += plan.num_preempted as u64;
+        report.num_preempted = plan.num_preempted;
+        if plan.chunks.is_empty() {
+            return Ok(report);
+        }
+        batch::fill(&mut self.batch, &plan.chunks, &self.sequences);
+        report.times.schedule_us = elapsed_us(begin);
+        if let Err(error) = self
+            .runner
+            .run(&self.batch, &mut self.logits, &mut report.times)
+        {
+            self.give_up(error, &plan, events, &mut report)?;
+            return Ok(report);
+        }
+        self.num_failures = 0;
+        let begin = Instant::now();
+        self.commit(&plan, events, &mut report);
+        report.times.sample_us = elapsed_us(begin);
+        self.count(&report);
+        Ok(report)
+    }
+
+    /// Fails all running sequences: another worker may continue them. Waiting ones keep waiting.
+    pub fn fail_running(&mut self, message: &str, events: &mut Events) {
+        let running: Vec<_> = self.scheduler.running().iter().copied().collect();
+        for key in running {
+            self.fail(key, message.to_owned(), true, events);
+        }
+    }
+
+    /// Gauges and counters as they are now.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            running: self.scheduler.running().len(),
+            waiting: self.scheduler.num_waiting(),
+            pages_total: self.pool.num_pages(),
+            pages_free: self.pool.num_available(),
+            pages_cached: self.pool.num_idle(),
+            ..self.stats
+        }
+    }
+
+    /// Checks that every page is free, cached or read by exactly the sequences that say so. For tests
+    /// and diagnosis; costs a walk over all pages.
+    ///
+    /// # Errors
+    /// Says what does not add up.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.pool
+            .check_integrity(self.sequences.values().map(|s| s.table.pages()))
+    }
+
+    /// Takes over what the step computed: rows, sampled tokens, full pages.
+    fn commit(&mut self, plan: &Plan, events: &mut Events, report: &mut StepReport) {
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut rows = logits.chunks_exact_mut(self.geometry.vocab);
+        for chunk in &plan.chunks {
+            let Some(begin) = self.advance(*chunk, events) else {
+                continue;
+            };
+            report.num_rows += chunk.num_rows;
+            report.num_sequences += 1;
+            let is_complete = self.sequences[&chunk.key].num_remaining() == 0;
+            if !is_complete {
+                self.register(chunk.key, begin);
+                continue;
+            }
+            // One row of logits per completed chunk, in order: see `batch::fill`.
+            let Some(row) = rows.next() else {
+                continue;
+            };
+            match self.sample(chunk.key, row, events) {
+                Ok(()) => {
+                    report.num_sampled += 1;
+                    self.register(chunk.key, begin);
+                    report.num_ended += usize::from(self.finish(chunk.key, events));
+                }
+                Err(error) => {
+                    // What gave such logits must not be found by others.
+                    if let Some(sequence) = self.sequences.get(&chunk.key) {
+                        tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+                        sequence.table.forget();
+                    }
+                    self.fail(chunk.key, error.to_string(), false, events);
+                    report.num_ended += 1;
+                }
+            }
+        }
+        self.logits = logits;
+    }
+
+    /// Counts the rows of a chunk as computed. Returns how many there were before.
+    fn advance(&mut self, chunk: Chunk, events: &mut Events) -> Option<usize> {
+        let sequence = self.sequences.get_mut(&chunk.key)?;
+        let begin = sequence.num_computed;
+        sequence.num_computed += chunk.num_rows;
+        if !sequence.is_started {
+            sequence.is_started = true;
+            let found = sequence.cached_tokens.unwrap_or(0);
+            let cached_tokens = sequence.usage().cached_tokens;
+            events.push((
+                sequence.id.clone(),
+                SequenceEvent::Started { cached_tokens },
+            ));
+            self.stats.prompt_tokens += sequence.num_prompt() as u64;
+            if self.config.prefix_cache {
+                let looked_up = sequence.num_prompt().max(found as usize);
+                self.stats.prefix_query_tokens += looked_up as u64;
+                self.stats.prefix_hit_tokens += u64::from(found);
+            }
+        }
+        Some(begin)
+    }
+
+    fn sample(
+        &mut self,
+        key: SequenceKey,
+        logits: &mut [f32],
+        events: &mut Events,
+    ) -> Result<(), SampleError> {
+        let Some(sequence) = self.sequences.get_mut(&key) else {
+            return Ok(());
+        };
+        let draw = Draw {
+            params: &sequence.params,
+            position: sequence.num_output() as u32,
+            seen: &sequence.seen,
+            eos_ids: &self.config.eos_ids,
+        };
+        let output = self.sampler.sample(logits, draw)?;
+        sequence.push(output.id);
+        events.push((sequence.id.clone(), SequenceEvent::Token(output)));
+        Ok(())
+    }
+
+    /// Lets others find the pages that became full behind token `from`.
+    fn register(&mut self, key: SequenceKey, from: usize) {
+        if self.config.prefix_cache
+            && let Some(sequence) = self.sequences.get_mut(&key)
+        {
+            sequence.register_pages(from);
+        }
+    }
+
+    /// Ends the sequence if its last token says so.
+    fn finish(&mut self, key: SequenceKey, events: &mut Events) -> bool {
+        let length_max = self.length_max;
+        let reason = self
+            .sequences
+            .get(&key)
+            .and_then(|s| s.finish_reason(&self.config.eos_ids, length_max));
+        let (Some(reason), Some(sequence)) = (reason, reason.and_then(|_| self.remove(key))) else {
+            return false;
+        };
+        let usage = sequence.usage();
+        events.push((sequence.id, SequenceEvent::Finished { reason, usage }));
+        true
+    }
+
+    /// A step was not computed: either it is to be tried again, or its sequences fail.
+    fn give_up(
+        &mut self,
+        error: Error,
+        plan: &Plan,
+        events: &mut Events,
+        report: &mut StepReport,
+    ) -> Result<(), Error> {
+        self.stats.steps_failed += 1;
+        self.num_failures += 1;
+        let attempts_max = self.config.step_attempts_max;
+        if error.is_retryable() && self.num_failures < attempts_max {
+            return Err(error);
+        }
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            attempts = self.num_failures,
+            num_sequences = plan.chunks.len(),
+            "step given up, its sequences are handed back"
+        );
+        self.num_failures = 0;
+        let message = describe(&error);
+        for chunk in &plan.chunks {
+            self.fail(chunk.key, message.clone(), true, events);
+            report.num_ended += 1;
+        }
+        report.gave_up = Some(error);
+        Ok(())
+    }
+
+    fn fail(&mut self, key: SequenceKey, message: String, retryable: bool, events: &mut Events) {
+        if let Some(sequence) = self.remove(key) {
+            events.push((sequence.id, SequenceEvent::Failed { message, retryable }));
+        }
+    }
+
+    /// Takes a sequence out and gives its pages back.
+    fn remove(&mut self, key: SequenceKey) -> Option<Sequence> {
+        let mut sequence = self.sequences.remove(&key)?;
+        self.by_id.remove(&sequence.id);
+        self.scheduler.remove(key);
+        sequence.clear_pages();
+        Some(sequence)
+    }
+
+    const fn count(&mut self, report: &StepReport) {
+        self.stats.steps += 1;
+        self.stats.rows += report.num_rows as u64;
+        self.stats.tokens_sampled += report.num_sampled as u64;
+        self.stats.times.add(&report.times);
+    }
+}
+
+/// Tokens that a sequence may have: the model's context, or what fits when it has all pages to itself.
+fn length_max(geometry: &ModelGeometry, num_pages: usize) -> usize {
+    let max_positions = geometry.max_positions;
+    if pages_needed(max_positions, geometry.sliding_window) <= num_pages {
+        return max_positions;
+    }
+    max_positions.min(num_pages.saturating_mul(KV_PAGE_TOKENS))
+}
+
+/// The error and its causes in one line.
+fn describe(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+fn elapsed_us(begin: Instant) -> u64 {
+    begin.elapsed().as_micros() as u64
+}
