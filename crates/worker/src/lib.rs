@@ -1,1 +1,30 @@
-//! Serves an engine and its experts to the cluster.
+//! Serves an engine and its experts to the cluster. Sees token ids only, never text.
+//!
+//! [`run`] is a worker's whole life: load, listen, register, follow the placements, drain, leave. One
+//! thread owns the engine ([`EngineHandle`] speaks to it), one thread computes the expert calls of
+//! others, and everything that waits for the network is a task of the runtime.
+
+mod assemble;
+mod backend;
+pub mod config;
+mod drain;
+pub mod engine_thread;
+mod error;
+mod expert_keeper;
+mod follower;
+mod generate_service;
+mod metrics;
+mod peers;
+mod registration;
+mod run;
+mod server;
+mod state;
+pub mod status;
+
+pub use config::{RoleSet, WorkerConfig, machine_memory};
+pub use engine_thread::{
+    EngineHandle, EngineThread, Generation, GenerationEvent, GenerationFailure, RefusedSequence,
+};
+pub use error::{ConfigError, Error};
+pub use run::{ExchangeKind, WorkerParts, run};
+pub use status::{ERROR_DOMAIN, GenerateError, reason};

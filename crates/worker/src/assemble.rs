@@ -1,0 +1,207 @@
+//! Makes a worker's parts and connects them: backend, experts, exchange, engine. Nothing runs for the
+//! cluster before `run` says so.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use arc_swap::ArcSwapOption;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
+use tramontane_coordination::WorkerState;
+use tramontane_engine::Engine;
+use tramontane_exchange::{
+    CallLimits, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig, GrpcTransport,
+    GrpcTransportConfig, LinkSettings, Transport,
+};
+use tramontane_model::Checkpoint;
+use tramontane_types::{Placement, WorkerId};
+
+use crate::engine_thread::EngineThread;
+use crate::expert_keeper::KeptExperts;
+use crate::follower::Group;
+use crate::metrics::StepMetrics;
+use crate::run::ExchangeKind;
+use crate::state::{ExpertHalf, Node};
+use crate::{Error, WorkerConfig, backend};
+
+/// When all parts of a worker end, and who waits for them.
+#[derive(Debug, Default)]
+pub(crate) struct Life {
+    pub(crate) ended: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+/// The placement that is served on.
+pub(crate) type Serving = Arc<ArcSwapOption<Placement>>;
+
+/// The two halves of a worker, packed.
+#[derive(Debug)]
+pub(crate) struct Halves {
+    pub(crate) backend: Arc<dyn Backend>,
+    attention: Option<Box<dyn Attention>>,
+    experts: Option<Arc<KeptExperts>>,
+}
+
+/// Packs the attention weights, on a thread that may take its time.
+pub(crate) async fn build(
+    config: &WorkerConfig,
+    checkpoint: &Arc<Checkpoint>,
+) -> Result<Halves, Error> {
+    let (config, checkpoint) = (config.clone(), Arc::clone(checkpoint));
+    let what = "packing the attention weights";
+    tokio::task::spawn_blocking(move || {
+        let geometry = checkpoint.geometry();
+        let backend = backend::make(&config, geometry)?;
+        let roles = config.roles.0;
+        let attention = if roles.attention {
+            let weights = checkpoint.attention_weights().map_err(Error::Checkpoint)?;
+            let limits = config.engine(geometry, Vec::new());
+            let sizes = AttentionConfig {
+                num_pages: limits.num_pages,
+                max_rows: limits.max_step_rows,
+            };
+            Some(backend.attention(&weights, sizes).map_err(Error::Backend)?)
+        } else {
+            None
+        };
+        let experts = roles.experts.then(|| {
+            let (inner, format) = (backend.experts(), backend.row_format());
+            Arc::new(KeptExperts::new(inner, geometry.clone(), format))
+        });
+        Ok(Halves {
+            backend,
+            attention,
+            experts,
+        })
+    })
+    .await
+    .map_err(|source| Error::Task { what, source })?
+}
+
+/// A worker whose threads run.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) node: Arc<Node>,
+    pub(crate) engine: Option<EngineThread>,
+    pub(crate) expert_server: Option<ExpertServer>,
+    /// Whom to tell where the peers are; `None` when they are in this process.
+    pub(crate) grpc: Option<Arc<GrpcTransport>>,
+    pub(crate) steps: StepMetrics,
+}
+
+/// What the parts of a worker are made from.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    pub(crate) config: &'a WorkerConfig,
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) group: &'a Group,
+    pub(crate) exchange: &'a ExchangeKind,
+    pub(crate) serving: &'a Serving,
+    pub(crate) life: &'a Life,
+}
+
+impl Plan<'_> {
+    fn id(&self) -> WorkerId {
+        WorkerId::new(&self.config.id)
+    }
+
+    /// Starts the threads of both halves.
+    pub(crate) fn assemble(&self, halves: Halves) -> Result<Worker, Error> {
+        let Halves {
+            backend,
+            attention,
+            experts,
+        } = halves;
+        let geometry = self.checkpoint.geometry();
+        let epoch = Arc::new(AtomicU64::new(0));
+        let (grpc, transport) = self.transport(&*backend);
+        let expert_server = experts.clone().map(|experts| {
+            let (geometry, class) = (geometry.clone(), self.group.numeric_class.clone());
+            let config = ExpertServerConfig::new(geometry, backend.row_format(), class);
+            ExpertServer::start(config, experts as Arc<dyn Experts>, Arc::clone(&epoch))
+        });
+        if let (ExchangeKind::Local(hub), Some(server)) = (self.exchange, &expert_server) {
+            hub.insert(self.id(), server.handle());
+        }
+        let steps = StepMetrics::new();
+        let (mut engine, mut exchange) = (None, None);
+        if let Some(attention) = attention {
+            let local = experts.clone().map(|experts| experts as Arc<dyn Experts>);
+            let carrier = self.exchange(&*backend, local, Arc::clone(&transport));
+            exchange = Some(carrier.stats());
+            engine = Some(self.engine(attention, carrier, &steps)?);
+        }
+        let experts = experts
+            .zip(expert_server.as_ref())
+            .map(|(store, server)| ExpertHalf {
+                store,
+                server: server.handle(),
+                segment_bytes: backend.segment_bytes(),
+            });
+        let node = Node {
+            id: self.id(),
+            geometry: geometry.clone(),
+            engine: engine.as_ref().map(EngineThread::handle),
+            experts,
+            transport,
+            exchange,
+            epoch,
+            state: watch::Sender::new(WorkerState::Joining),
+        };
+        Ok(Worker {
+            node: Arc::new(node),
+            engine,
+            expert_server,
+            grpc,
+            steps,
+        })
+    }
+
+    fn transport(&self, backend: &dyn Backend) -> (Option<Arc<GrpcTransport>>, Arc<dyn Transport>) {
+        if let ExchangeKind::Local(hub) = self.exchange {
+            return (None, Arc::clone(hub) as _);
+        }
+        let config = GrpcTransportConfig {
+            me: self.id(),
+            cluster: self.config.cluster.clone(),
+            numeric_class: self.group.numeric_class.clone(),
+            model: self.group.model.clone(),
+            limits: CallLimits::new(self.checkpoint.geometry(), backend.row_format()),
+            link: LinkSettings::default(),
+        };
+        let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
+        let transport = Arc::new(GrpcTransport::new(config, Handle::current(), ended, tasks));
+        (Some(Arc::clone(&transport)), transport as _)
+    }
+
+    fn exchange(
+        &self,
+        backend: &dyn Backend,
+        local: Option<Arc<dyn Experts>>,
+        transport: Arc<dyn Transport>,
+    ) -> ExpertExchange {
+        let geometry = self.checkpoint.geometry().clone();
+        let mut config = ExchangeConfig::new(self.id(), geometry, backend.row_format());
+        config.layer_deadline = self.config.layer_deadline;
+        ExpertExchange::new(config, local, Arc::clone(self.serving), transport)
+    }
+
+    fn engine(
+        &self,
+        attention: Box<dyn Attention>,
+        exchange: ExpertExchange,
+        steps: &StepMetrics,
+    ) -> Result<EngineThread, Error> {
+        let geometry = self.checkpoint.geometry();
+        let limits = self
+            .config
+            .engine(geometry, self.checkpoint.config().eos_token_ids.clone());
+        let engine = Engine::new(limits, geometry.clone(), attention, Box::new(exchange))
+            .map_err(Error::Engine)?;
+        let observed = steps.clone();
+        EngineThread::start(engine, Box::new(move |report| observed.observe(report)))
+    }
+}

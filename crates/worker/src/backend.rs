@@ -1,0 +1,25 @@
+//! Chooses the backend by weight format. The only place that knows more than one.
+
+use std::sync::Arc;
+
+use tramontane_compute::{Backend, WeightFormat, reference::ReferenceBackend};
+use tramontane_compute_cpu::{CpuBackend, CpuConfig};
+use tramontane_types::ModelGeometry;
+
+use crate::{Error, WorkerConfig};
+
+/// The backend that a worker of this configuration computes with.
+pub(crate) fn make(
+    config: &WorkerConfig,
+    geometry: &ModelGeometry,
+) -> Result<Arc<dyn Backend>, Error> {
+    if config.weights == WeightFormat::F32 {
+        return Ok(Arc::new(ReferenceBackend::new(geometry)));
+    }
+    let cpu = CpuConfig {
+        threads: config.num_threads(),
+        isa: None,
+    };
+    let backend = CpuBackend::new(geometry, config.weights, cpu).map_err(Error::Backend)?;
+    Ok(Arc::new(backend))
+}

@@ -1,0 +1,449 @@
+//! The settings of one worker, checked once before a port is used. Never read again later.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tramontane_compute::{KV_PAGE_TOKENS, WeightFormat};
+use tramontane_coordination::Roles;
+use tramontane_engine::EngineConfig;
+use tramontane_types::{ModelGeometry, TokenId};
+
+use crate::ConfigError;
+
+/// Name of a cluster that nobody named.
+pub const CLUSTER: &str = "default";
+/// Time after which a worker that stopped answering leaves the cluster: long enough for a lost packet and
+/// a paused machine, short enough that its experts are replaced within a layer's deadline.
+pub const LEASE_TTL: Duration = Duration::from_secs(5);
+/// How long a draining worker takes at most: a long answer ends within it.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
+/// A slice that no placement gives to this worker is dropped when nobody asked for it for this long: the
+/// time in which every caller has seen the newer placement.
+pub const DROP_GRACE: Duration = Duration::from_secs(5);
+/// How long a step waits for the experts of one layer: time for the lease of a lost worker to end, for
+/// the planner to publish without it, and for a survivor to load a slice.
+pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest id of a worker or name of a cluster.
+pub const NAME_BYTES_MAX: usize = 128;
+/// What is assumed of a machine that does not say how much memory it has.
+const MEMORY_BYTES_UNKNOWN: u64 = 8 << 30;
+
+/// The settings of one worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerConfig {
+    /// Name of this worker, unique in the cluster.
+    pub id: String,
+    /// Name of the cluster.
+    pub cluster: String,
+    /// `host:port` that others reach this worker at; the address that it listens on when absent.
+    pub advertise: Option<String>,
+    /// What it does: `attention`, `experts`, or both with a comma.
+    pub roles: RoleSet,
+    /// How weights are kept in memory; `f32` takes the reference backend.
+    pub weights: WeightFormat,
+    /// Compute threads; all cores when absent.
+    pub threads: Option<NonZeroUsize>,
+    /// Bytes for expert weights; half of the machine's memory when absent.
+    pub expert_memory: Option<u64>,
+    /// Bytes for the KV cache; a quarter of the machine's memory when absent.
+    pub kv_memory: Option<u64>,
+    /// Pages of the KV cache, instead of what `kv_memory` has room for.
+    pub num_pages: Option<NonZeroUsize>,
+    /// Sequences in the running batch.
+    pub max_running: usize,
+    /// Sequences that may wait; further ones are refused.
+    pub max_waiting: usize,
+    /// Rows of one step.
+    pub max_step_rows: usize,
+    /// Rows of one prompt in one step.
+    pub max_prefill_chunk: usize,
+    /// Whether equal beginnings of prompts share their pages.
+    pub prefix_cache: bool,
+    /// How long the store keeps this worker listed without hearing from it.
+    #[serde(with = "duration_text")]
+    pub lease_ttl: Duration,
+    /// Longest drain, from the signal to the end.
+    #[serde(with = "duration_text")]
+    pub drain_deadline: Duration,
+    /// Longest time that a step waits for the experts of one layer.
+    #[serde(with = "duration_text")]
+    pub layer_deadline: Duration,
+    /// How long nobody may have asked for a slice before it is dropped.
+    #[serde(with = "duration_text")]
+    pub drop_grace: Duration,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        let engine = EngineConfig::default();
+        Self {
+            id: String::new(),
+            cluster: CLUSTER.to_owned(),
+            advertise: None,
+            roles: RoleSet::default(),
+            weights: WeightFormat::Bf16,
+            threads: None,
+            expert_memory: None,
+            kv_memory: None,
+            num_pages: None,
+            max_running: engine.max_running,
+            max_waiting: engine.max_waiting,
+            max_step_rows: engine.max_step_rows,
+            max_prefill_chunk: engine.max_prefill_chunk,
+            prefix_cache: engine.prefix_cache,
+            lease_ttl: LEASE_TTL,
+            drain_deadline: DRAIN_DEADLINE,
+            layer_deadline: LAYER_DEADLINE,
+            drop_grace: DROP_GRACE,
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// Checks every value that has a rule.
+    ///
+    /// # Errors
+    /// Names the first key that breaks its rule, the rule, and the value.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_name("id", &self.id)?;
+        check_name("cluster", &self.cluster)?;
+        if let Some(address) = &self.advertise {
+            check_address("advertise", address)?;
+        }
+        let counts = [
+            ("max_running", self.max_running),
+            ("max_waiting", self.max_waiting),
+            ("max_step_rows", self.max_step_rows),
+            ("max_prefill_chunk", self.max_prefill_chunk),
+        ];
+        if let Some((key, got)) = counts.iter().find(|(_, count)| *count == 0) {
+            return Err(ConfigError::new(key, "at least 1", got));
+        }
+        if self.roles.0.experts && self.expert_memory == Some(0) {
+            return Err(ConfigError::new(
+                "expert_memory",
+                "above 0 for a worker with experts",
+                &0,
+            ));
+        }
+        let times = [
+            (
+                "lease_ttl",
+                self.lease_ttl,
+                tramontane_coordination::store::LEASE_TTL_MIN,
+            ),
+            ("drain_deadline", self.drain_deadline, Duration::ZERO),
+            (
+                "layer_deadline",
+                self.layer_deadline,
+                Duration::from_millis(1),
+            ),
+            ("drop_grace", self.drop_grace, Duration::ZERO),
+        ];
+        for (key, got, min) in times {
+            if got < min || got > TIME_MAX {
+                let (min, max) = (humantime::format_duration(min), TIME_MAX);
+                let rule = format!("between {min} and {}", humantime::format_duration(max));
+                return Err(ConfigError::new(
+                    key,
+                    &rule,
+                    &humantime::format_duration(got),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes offered for expert weights.
+    #[must_use]
+    pub fn expert_bytes(&self) -> u64 {
+        self.expert_memory.unwrap_or_else(|| machine_memory() / 2)
+    }
+
+    /// Bytes offered for the KV cache.
+    #[must_use]
+    pub fn kv_bytes(&self) -> u64 {
+        self.kv_memory.unwrap_or_else(|| machine_memory() / 4)
+    }
+
+    /// Compute threads.
+    #[must_use]
+    pub fn num_threads(&self) -> NonZeroUsize {
+        let all = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        self.threads.unwrap_or(all)
+    }
+
+    /// The engine's limits for a model whose end-of-sequence ids are `eos_ids`.
+    #[must_use]
+    pub fn engine(&self, geometry: &ModelGeometry, eos_ids: Vec<TokenId>) -> EngineConfig {
+        EngineConfig {
+            max_running: self.max_running,
+            max_waiting: self.max_waiting,
+            max_step_rows: self.max_step_rows,
+            max_prefill_chunk: self.max_prefill_chunk,
+            num_pages: self.num_pages(geometry),
+            prefix_cache: self.prefix_cache,
+            eos_ids,
+            ..EngineConfig::default()
+        }
+    }
+
+    /// Pages of the KV cache: what the memory has room for, but no more than `max_running` sequences of
+    /// full length can use, and at least one sequence.
+    fn num_pages(&self, geometry: &ModelGeometry) -> usize {
+        if let Some(pages) = self.num_pages {
+            return pages.get();
+        }
+        let bytes = self.kv_bytes();
+        let fits = usize::try_from(bytes / self.page_bytes(geometry).max(1)).unwrap_or(usize::MAX);
+        let pages_of_one = geometry.max_positions.div_ceil(KV_PAGE_TOKENS);
+        let usable = pages_of_one.saturating_mul(self.max_running);
+        fits.min(usable).clamp(1, PAGES_MAX)
+    }
+
+    /// Bytes of one page: keys and values of all layers, heads padded as the CPU backend pads them.
+    fn page_bytes(&self, geometry: &ModelGeometry) -> u64 {
+        let element = if self.weights == WeightFormat::F32 {
+            4
+        } else {
+            2
+        };
+        let per_head = geometry.head_dim + geometry.head_dim.next_multiple_of(HEAD_PADDING);
+        let elements = geometry.num_layers * geometry.num_kv_heads * per_head * KV_PAGE_TOKENS;
+        (elements * element) as u64
+    }
+}
+
+/// Longest of all configured times: a day is a typing error.
+const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Page numbers travel as u32 and the last one is taken.
+const PAGES_MAX: usize = u32::MAX as usize - 1;
+/// The CPU backend pads value rows to whole vectors of this many lanes.
+const HEAD_PADDING: usize = 16;
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoleSet(pub Roles);
+
+impl Default for RoleSet {
+    fn default() -> Self {
+        Self(Roles {
+            attention: true,
+            experts: true,
+        })
+    }
+}
+
+impl FromStr for RoleSet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut roles = Roles::default();
+        for role in text.split(',') {
+            match role.trim() {
+                "attention" => roles.attention = true,
+                "experts" => roles.experts = true,
+                _ => {
+                    return Err(format!(
+                        "roles must be attention, experts or both, got {text:?}"
+                    ));
+                }
+            }
+        }
+        Ok(Self(roles))
+    }
+}
+
+impl fmt::Display for RoleSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.0.attention, self.0.experts) {
+            (true, true) => "attention,experts",
+            (true, false) => "attention",
+            (false, true) => "experts",
+            (false, false) => "",
+        })
+    }
+}
+
+impl Serialize for RoleSet {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for RoleSet {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Durations as people write them: `5s`, `2m 30s`, `250ms`.
+mod duration_text {
+    use super::{Deserialize, Deserializer, Duration, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_duration(*value))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        humantime::parse_duration(&text)
+            .map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}")))
+    }
+}
+
+fn check_name(key: &'static str, name: &str) -> Result<(), ConfigError> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain) {
+        return Ok(());
+    }
+    let rule = format!("1 to {NAME_BYTES_MAX} letters, digits or any of . _ -");
+    Err(ConfigError::new(key, &rule, &format!("{name:?}")))
+}
+
+fn check_address(key: &'static str, address: &str) -> Result<(), ConfigError> {
+    let (host, port) = address.rsplit_once(':').unwrap_or_default();
+    let port = port.parse::<u16>().unwrap_or_default();
+    if host.is_empty() || port == 0 {
+        return Err(ConfigError::new(key, "host:port", &format!("{address:?}")));
+    }
+    Ok(())
+}
+
+/// Memory of this machine or of its container, whichever is less.
+#[must_use]
+pub fn machine_memory() -> u64 {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = total_of(&meminfo).unwrap_or(MEMORY_BYTES_UNKNOWN);
+    let cgroup = std::fs::read_to_string("/sys/fs/cgroup/memory.max").unwrap_or_default();
+    // "max" where there is no limit.
+    cgroup
+        .trim()
+        .parse()
+        .map_or(total, |limit: u64| limit.min(total))
+}
+
+fn total_of(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> WorkerConfig {
+        WorkerConfig {
+            id: "w-0".to_owned(),
+            ..WorkerConfig::default()
+        }
+    }
+
+    fn refused(change: impl FnOnce(&mut WorkerConfig)) -> String {
+        let mut config = good();
+        config.validate().unwrap();
+        change(&mut config);
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_broken_rule_is_named_with_key_and_value() {
+        assert_eq!(
+            refused(|c| c.id = "a/b".to_owned()),
+            "id must be 1 to 128 letters, digits or any of . _ -, got \"a/b\""
+        );
+        assert_eq!(
+            refused(|c| c.max_waiting = 0),
+            "max_waiting must be at least 1, got 0"
+        );
+        assert_eq!(
+            refused(|c| c.lease_ttl = Duration::from_millis(1)),
+            "lease_ttl must be between 2s and 1day, got 1ms"
+        );
+        assert_eq!(
+            refused(|c| c.advertise = Some("here".to_owned())),
+            "advertise must be host:port, got \"here\""
+        );
+        assert_eq!(
+            refused(|c| c.expert_memory = Some(0)),
+            "expert_memory must be above 0 for a worker with experts, got 0"
+        );
+    }
+
+    #[test]
+    fn settings_survive_their_text_form_and_unknown_keys_are_refused() {
+        let text = serde_json::to_string(&good()).unwrap();
+        assert!(text.contains("\"roles\":\"attention,experts\""), "{text}");
+        assert!(text.contains("\"drain_deadline\":\"2m\""), "{text}");
+        assert_eq!(serde_json::from_str::<WorkerConfig>(&text).unwrap(), good());
+        let parse = |text: &str| serde_json::from_str::<WorkerConfig>(text);
+        let partial = parse(r#"{"roles": "experts", "lease_ttl": "1m 30s", "weights": "q4"}"#);
+        let partial = partial.unwrap();
+        assert_eq!(
+            partial.roles.0,
+            Roles {
+                attention: false,
+                experts: true
+            }
+        );
+        assert_eq!(partial.lease_ttl, Duration::from_secs(90));
+        assert!(
+            parse(r#"{"thread": 3}"#)
+                .unwrap_err()
+                .to_string()
+                .contains("`thread`")
+        );
+        let roles = parse(r#"{"roles": "cooking"}"#).unwrap_err().to_string();
+        assert!(roles.contains("got \"cooking\""), "{roles}");
+    }
+
+    #[test]
+    fn the_cache_takes_its_memory_but_no_more_than_can_be_used() {
+        let geometry = ModelGeometry {
+            hidden: 64,
+            num_layers: 2,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            ff: 96,
+            num_experts: 4,
+            top_k: 2,
+            vocab: 50,
+            rope_theta: 1e6,
+            rms_eps: 1e-5,
+            sliding_window: None,
+            max_positions: 256,
+        };
+        // Two layers of two heads of 16 keys and 16 values, 64 tokens, 2 bytes.
+        let page_bytes = 2 * 2 * 32 * 64 * 2;
+        let pages = |memory: u64| {
+            let config = WorkerConfig {
+                kv_memory: Some(memory),
+                max_running: 3,
+                ..good()
+            };
+            config.engine(&geometry, vec![]).num_pages
+        };
+        assert_eq!(pages(10 * page_bytes + 1), 10);
+        assert_eq!(pages(1 << 40), 3 * 4);
+        assert_eq!(pages(0), 1);
+    }
+
+    #[test]
+    fn the_machine_says_how_much_memory_it_has() {
+        assert_eq!(
+            total_of("MemFree: 1 kB\nMemTotal:       2048 kB\n"),
+            Some(2 << 20)
+        );
+        assert_eq!(total_of(""), None);
+        assert!(machine_memory() > 0);
+    }
+}

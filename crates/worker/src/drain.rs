@@ -1,0 +1,105 @@
+//! Leaving without losing anything: refuse, finish, hand over the experts, then end. Never waits longer
+//! than its deadline.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tramontane_coordination::{Members, Placements, WorkerState};
+
+use crate::state::Node;
+
+/// How often a worker that waits for its replacement looks whether its experts were asked.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Nobody may have asked our experts for this long before we go, once no placement names us: time for
+/// every caller to see the newest placement.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Who may ask our experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    /// Nobody runs sequences, or will.
+    Nobody,
+    /// Only a caller that has not seen the newest placement.
+    Unlikely,
+    /// A placement names us.
+    Likely,
+}
+
+/// What a drain looks at.
+#[derive(Debug)]
+pub(crate) struct Drain {
+    pub(crate) node: Arc<Node>,
+    pub(crate) placements: watch::Receiver<Arc<Placements>>,
+    pub(crate) members: watch::Receiver<Arc<Members>>,
+}
+
+impl Drain {
+    /// Refuses new sequences, waits for the running ones, and serves experts until they are not needed.
+    pub(crate) async fn run(self, limit: Duration) {
+        let (worker, deadline) = (&self.node.id, Instant::now() + limit);
+        let before = [WorkerState::Joining, WorkerState::Ready];
+        // First: a record that says "draining" counts every sequence that this worker will ever run.
+        if let Some(engine) = &self.node.engine {
+            engine.refuse_new();
+        }
+        self.node.advance(&before, WorkerState::Draining);
+        if let Some(engine) = &self.node.engine
+            && timeout_at(deadline, engine.idle()).await.is_err()
+        {
+            let left = engine.num_running();
+            tracing::warn!(%worker, left, ?limit, "sequences did not end, handed back");
+        }
+        if timeout_at(deadline, self.experts_not_needed())
+            .await
+            .is_err()
+        {
+            tracing::warn!(%worker, ?limit, "nobody took over the experts in time");
+        }
+        self.node
+            .advance(&[WorkerState::Draining], WorkerState::Leaving);
+    }
+
+    /// Waits until no placement names us and nobody has asked our experts for a while.
+    async fn experts_not_needed(&self) {
+        let Some(half) = &self.node.experts else {
+            return;
+        };
+        let mut ticks = interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut calls, mut quiet_since) = (half.server.stats().calls, Instant::now());
+        loop {
+            ticks.tick().await;
+            let stats = half.server.stats();
+            if stats.calls != calls || stats.waiting > 0 {
+                (calls, quiet_since) = (stats.calls, Instant::now());
+            }
+            match self.need() {
+                Need::Nobody => return,
+                Need::Unlikely if quiet_since.elapsed() >= QUIET => return,
+                Need::Unlikely | Need::Likely => {}
+            }
+        }
+    }
+
+    fn need(&self) -> Need {
+        let me = &self.node.id;
+        let placements = self.placements.borrow().clone();
+        let members = self.members.borrow().clone();
+        let mut named = placements.published.iter().chain(&placements.pending);
+        let named = named.any(|placement| placement.workers.contains(me));
+        let mut callers = false;
+        for other in members.workers.values().filter(|record| record.id != *me) {
+            let is_busy = other.load.running + other.load.waiting > 0;
+            let is_staying = other.state.is_staying();
+            callers |= other.roles.attention && (is_busy || is_staying);
+        }
+        match (callers, named) {
+            (false, _) => Need::Nobody,
+            (true, false) => Need::Unlikely,
+            (true, true) => Need::Likely,
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The expert slices of this worker: checks what is loaded, and knows when retired ones were last asked
+//! for. Never decides which slices to hold.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use half::bf16;
+use parking_lot::Mutex;
+use tramontane_compute::{ExpertJob, ExpertWeights, Experts, RowFormat, quant};
+use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
+
+/// A slice that computes something that is no number, or not the same twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{slice} does not compute: {found}")]
+struct BadSlice {
+    slice: ExpertSlice,
+    found: &'static str,
+}
+
+/// The expert slices of a backend, watched.
+#[derive(Debug)]
+pub(crate) struct KeptExperts {
+    inner: Arc<dyn Experts>,
+    geometry: ModelGeometry,
+    row_format: RowFormat,
+    retired: Mutex<Retired>,
+    /// Whether `retired` is worth a look: calls are many, retired slices are rare.
+    any_retired: AtomicBool,
+}
+
+/// Slices that no placement asks of this worker any more.
+#[derive(Debug)]
+struct Retired {
+    /// Segments per expert.
+    masks: HashMap<(LayerId, ExpertId), u8>,
+    /// When one of them was last asked for, or when they changed.
+    last_used: Instant,
+}
+
+impl KeptExperts {
+    pub(crate) fn new(
+        inner: Arc<dyn Experts>,
+        geometry: ModelGeometry,
+        row_format: RowFormat,
+    ) -> Self {
+        let retired = Retired {
+            masks: HashMap::new(),
+            last_used: Instant::now(),
+        };
+        Self {
+            inner,
+            geometry,
+            row_format,
+            retired: Mutex::new(retired),
+            any_retired: AtomicBool::new(false),
+        }
+    }
+
+    /// A row of known numbers must give numbers, and the same whether it comes alone or with another.
+    fn check(&self, slice: ExpertSlice) -> Result<(), tramontane_compute::Error> {
+        let (row, other) = (self.probe(1), self.probe(2));
+        let alone = self.outputs(slice, &row, &[0])?;
+        let both = self.outputs(slice, &[other, row].concat(), &[0, 1])?;
+        let bad = |found| tramontane_compute::Error::Library {
+            operation: "checking a loaded slice",
+            source: Box::new(BadSlice { slice, found }),
+        };
+        if !both.iter().all(|x| x.is_finite()) {
+            return Err(bad("an output is not finite"));
+        }
+        let again = both.get(both.len() - alone.len()..).unwrap_or_default();
+        let bits = |x: &f32| x.to_bits();
+        if !alone.iter().map(bits).eq(again.iter().map(bits)) {
+            return Err(bad("a row has other outputs beside another row than alone"));
+        }
+        Ok(())
+    }
+
+    fn outputs(
+        &self,
+        slice: ExpertSlice,
+        rows: &[u8],
+        row_ids: &[u32],
+    ) -> Result<Vec<f32>, tramontane_compute::Error> {
+        let job = ExpertJob {
+            expert: slice.expert,
+            range: slice.range,
+            row_ids,
+        };
+        let mut out = Vec::new();
+        self.inner
+            .compute(slice.layer, rows, row_ids.len(), &[job], &mut out)?;
+        Ok(out)
+    }
+
+    /// A normalised row of pseudo-random numbers in -1..1, in the row format.
+    fn probe(&self, seed: u32) -> Vec<u8> {
+        let mut state = seed;
+        let mut next = || {
+            // Numerical Recipes' linear congruential generator; the upper bits are good enough.
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1_u32 << 23) as f32 - 1.0
+        };
+        let row: Vec<f32> = (0..self.geometry.hidden).map(|_| next()).collect();
+        match self.row_format {
+            RowFormat::F32 => row.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            RowFormat::Bf16 => row
+                .iter()
+                .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
+                .collect(),
+            RowFormat::Q8 => {
+                let mut bytes = vec![0; quant::q8_row_bytes(row.len())];
+                quant::q8_row(&row, &mut bytes);
+                bytes
+            }
+        }
+    }
+
+    /// Bits of the segments that have columns.
+    fn real_segments(&self) -> u8 {
+        SegmentRange::new(0, self.geometry.num_segments()).map_or(0, SegmentRange::mask)
+    }
+
+    fn masks(&self) -> impl Iterator<Item = ((LayerId, ExpertId), u8)> + '_ {
+        (0..self.geometry.num_layers).flat_map(move |layer| {
+            (0..self.geometry.num_experts).map(move |expert| {
+                let (layer, expert) = (LayerId(layer as u16), ExpertId(expert as u16));
+                ((layer, expert), self.inner.held(layer, expert))
+            })
+        })
+    }
+
+    /// Segments held that have columns.
+    pub(crate) fn num_segments_held(&self) -> u64 {
+        let real = self.real_segments();
+        self.masks()
+            .map(|(_, mask)| u64::from((mask & real).count_ones()))
+            .sum()
+    }
+
+    /// What is held, with the segments that have no columns: nobody needs to load those.
+    pub(crate) fn held_slices(&self) -> Vec<ExpertSlice> {
+        let empty = !self.real_segments();
+        self.single_segments(|mask| mask | empty)
+    }
+
+    /// What is held and takes memory.
+    pub(crate) fn packed_slices(&self) -> Vec<ExpertSlice> {
+        let real = self.real_segments();
+        self.single_segments(|mask| mask & real)
+    }
+
+    fn single_segments(&self, select: impl Fn(u8) -> u8) -> Vec<ExpertSlice> {
+        let mut slices = Vec::new();
+        for ((layer, expert), mask) in self.masks() {
+            let mask = select(mask);
+            for segment in (0..8).filter(|segment| mask >> segment & 1 == 1) {
+                if let Ok(range) = SegmentRange::new(segment, segment + 1) {
+                    slices.push(ExpertSlice {
+                        layer,
+                        expert,
+                        range,
+                    });
+                }
+            }
+        }
+        slices
+    }
+
+    /// Notes which slices are not asked for any more; says when one of them was last used.
+    pub(crate) fn retire(&self, slices: &[ExpertSlice]) -> Option<Instant> {
+        let mut masks: HashMap<_, u8> = HashMap::new();
+        for slice in slices {
+            *masks.entry((slice.layer, slice.expert)).or_default() |= slice.range.mask();
+        }
+        let mut retired = self.retired.lock();
+        if retired.masks != masks {
+            retired.masks = masks;
+            retired.last_used = Instant::now();
+        }
+        self.any_retired
+            .store(!retired.masks.is_empty(), Ordering::Release);
+        (!retired.masks.is_empty()).then_some(retired.last_used)
+    }
+
+    fn note_use(&self, layer: LayerId, jobs: &[ExpertJob<'_>]) {
+        let mut retired = self.retired.lock();
+        let asked = |job: &ExpertJob<'_>| {
+            let mask = retired
+                .masks
+                .get(&(layer, job.expert))
+                .copied()
+                .unwrap_or(0);
+            mask & job.range.mask() != 0
+        };
+        if jobs.iter().any(asked) {
+            retired.last_used = Instant::now();
+        }
+    }
+}
+
+impl Experts for KeptExperts {
+    /// Packs a slice and checks that it computes; one that does not is not held.
+    fn load(
+        &self,
+        slice: ExpertSlice,
+        weights: &ExpertWeights<'_>,
+    ) -> Result<(), tramontane_compute::Error> {
+        self.inner.load(slice, weights)?;
+        let checked = self.check(slice);
+        if checked.is_err() {
+            self.inner.unload(slice);
+        }
+        checked
+    }
+
+    fn unload(&self, slice: ExpertSlice) {
+        self.inner.unload(slice);
+    }
+
+    fn held(&self, layer: LayerId, expert: ExpertId) -> u8 {
+        self.inner.held(layer, expert)
+    }
+
+    fn compute(
+        &self,
+        layer: LayerId,
+        rows: &[u8],
+        num_rows: usize,
+        jobs: &[ExpertJob<'_>],
+        out: &mut Vec<f32>,
+    ) -> Result<(), tramontane_compute::Error> {
+        if self.any_retired.load(Ordering::Acquire) {
+            self.note_use(layer, jobs);
+        }
+        self.inner.compute(layer, rows, num_rows, jobs, out)
+    }
+}

@@ -1,0 +1,251 @@
+//! Follows the placements: serves on the published one, loads what the pending one asks for, drops what
+//! nobody asks for any more. Never loads on a runtime thread and never goes back to an older epoch.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use futures::future::OptionFuture;
+use indicatif::ProgressBar;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tramontane_coordination::{
+    Placements, Registration, WorkerState, slices_to_drop, slices_to_load,
+};
+use tramontane_model::{Checkpoint, load_slices};
+use tramontane_types::{Epoch, ExpertSlice, Placement};
+
+use crate::state::Node;
+
+/// Slices that are loaded before the placements are looked at again.
+const LOAD_BATCH: usize = 32;
+/// How long to wait before trying to load again what could not be loaded.
+const LOAD_RETRY: Duration = Duration::from_secs(5);
+
+/// What this worker needs of a placement before it serves on it.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    pub(crate) numeric_class: String,
+    pub(crate) model: String,
+}
+
+/// Follows the placements for one worker.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    pub(crate) node: Arc<Node>,
+    pub(crate) group: Group,
+    pub(crate) checkpoint: Arc<Checkpoint>,
+    pub(crate) registration: Registration,
+    pub(crate) placements: watch::Receiver<Arc<Placements>>,
+    /// What the engine's exchange plans with.
+    pub(crate) serving: Arc<ArcSwapOption<Placement>>,
+    pub(crate) drop_grace: Duration,
+    pub(crate) progress: Option<ProgressBar>,
+    pub(crate) tasks: TaskTracker,
+}
+
+type Loading = JoinHandle<Result<(), tramontane_model::Error>>;
+
+impl Follower {
+    /// Runs until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut loading: Option<Loading> = None;
+        let mut load_after: Option<Instant> = None;
+        loop {
+            let seen = self.placements.borrow_and_update().clone();
+            let published = seen.published.clone().filter(|p| self.fits(p));
+            let pending = seen.pending.clone().filter(|p| self.fits(p));
+            self.serve_on(published.as_ref());
+            let drop_at = self.retire(published.as_deref(), pending.as_deref());
+            if loading.is_none() && load_after.is_none() {
+                loading = self.load(published.as_deref(), pending.as_deref(), &stop);
+            }
+            let timer = [load_after, drop_at].into_iter().flatten().min();
+            let wait = OptionFuture::from(timer.map(sleep_until));
+            let loaded = OptionFuture::from(loading.as_mut());
+            tokio::select! {
+                changed = self.placements.changed() => if changed.is_err() {
+                    return;
+                },
+                Some(result) = loaded => {
+                    loading = None;
+                    let is_loaded = self.report(result.map_err(|e| e.to_string()));
+                    load_after = (!is_loaded).then(|| Instant::now() + LOAD_RETRY);
+                }
+                Some(()) = wait => {
+                    load_after = load_after.filter(|at| *at > Instant::now());
+                    self.drop_unused(published.as_deref(), pending.as_deref());
+                }
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Whether a placement is about our model, computed as we compute.
+    fn fits(&self, placement: &Placement) -> bool {
+        let geometry = &self.node.geometry;
+        let is_ours = placement.numeric_class == self.group.numeric_class
+            && placement.model == self.group.model
+            && placement.num_layers == geometry.num_layers
+            && placement.num_experts == geometry.num_experts;
+        let problem = placement.validate().err();
+        if !is_ours || problem.is_some() {
+            let (class, model) = (&placement.numeric_class, &placement.model);
+            tracing::warn!(
+                epoch = placement.epoch.0,
+                class,
+                model,
+                ?problem,
+                "placement ignored"
+            );
+        }
+        is_ours && problem.is_none()
+    }
+
+    /// Serves on a newer placement from now on. A slice of ours that is not loaded yet is refused as
+    /// stale, and asked of another holder.
+    fn serve_on(&self, published: Option<&Arc<Placement>>) {
+        let Some(placement) = published else { return };
+        let known = self.serving.load().as_ref().map(|p| p.epoch);
+        if known.is_some_and(|known| known >= placement.epoch) {
+            return;
+        }
+        tracing::info!(worker = %self.node.id, epoch = placement.epoch.0, "serving on a new placement");
+        self.serving.store(Some(Arc::clone(placement)));
+        self.node.epoch.store(placement.epoch.0, Ordering::Release);
+    }
+
+    /// Starts loading what is missing, the published placement first; says what is complete.
+    fn load(
+        &self,
+        published: Option<&Placement>,
+        pending: Option<&Placement>,
+        stop: &CancellationToken,
+    ) -> Option<Loading> {
+        for placement in [published, pending].into_iter().flatten() {
+            let missing = self.missing(placement);
+            if !missing.is_empty() {
+                return self.start_loading(missing, stop.clone());
+            }
+            let is_published = published.is_some_and(|p| p.epoch == placement.epoch);
+            self.acknowledge(placement.epoch, is_published);
+        }
+        None
+    }
+
+    fn missing(&self, placement: &Placement) -> Vec<ExpertSlice> {
+        let Some(half) = &self.node.experts else {
+            return Vec::new();
+        };
+        slices_to_load(
+            &self.node.id,
+            Some(placement),
+            None,
+            &half.store.held_slices(),
+        )
+    }
+
+    fn acknowledge(&self, epoch: Epoch, is_published: bool) {
+        self.registration
+            .update(|record| record.loaded = record.loaded.max(epoch));
+        if is_published {
+            self.node
+                .advance(&[WorkerState::Joining], WorkerState::Ready);
+            if let Some(progress) = &self.progress {
+                progress.finish_and_clear();
+            }
+        }
+    }
+
+    fn start_loading(
+        &self,
+        mut slices: Vec<ExpertSlice>,
+        stop: CancellationToken,
+    ) -> Option<Loading> {
+        let half = self.node.experts.as_ref()?;
+        let progress = self.progress.clone();
+        if let Some(bar) = &progress {
+            bar.set_length(bar.position() + slices.len() as u64);
+        }
+        tracing::info!(worker = %self.node.id, num_slices = slices.len(), "loading expert slices");
+        slices.truncate(LOAD_BATCH);
+        let (store, checkpoint) = (Arc::clone(&half.store), Arc::clone(&self.checkpoint));
+        // As many as are read at once: then a worker that leaves is noticed.
+        let chunk = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let load = move || {
+            let told = |_done, _all| {
+                if let Some(bar) = &progress {
+                    bar.inc(1);
+                }
+            };
+            slices
+                .chunks(chunk)
+                .take_while(|_| !stop.is_cancelled())
+                .try_for_each(|chunk| load_slices(&checkpoint, &*store, chunk, &told))
+        };
+        Some(self.tasks.spawn_blocking(load))
+    }
+
+    /// Whether loading worked.
+    fn report(&self, result: Result<Result<(), tramontane_model::Error>, String>) -> bool {
+        let worker = &self.node.id;
+        match result {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::error!(%worker, error, retry_in = ?LOAD_RETRY, "expert slices cannot be loaded");
+            }
+            Err(error) => tracing::error!(%worker, error, "loading expert slices panicked"),
+        }
+        false
+    }
+
+    /// What no placement asks of us any more; nothing before there is a placement at all.
+    fn unwanted(
+        &self,
+        published: Option<&Placement>,
+        pending: Option<&Placement>,
+    ) -> Vec<ExpertSlice> {
+        let (Some(half), true) = (&self.node.experts, published.is_some()) else {
+            return Vec::new();
+        };
+        slices_to_drop(
+            &self.node.id,
+            published,
+            pending,
+            &half.store.packed_slices(),
+        )
+    }
+
+    /// Begins to watch whether unwanted slices are used; says when to drop them.
+    fn retire(
+        &self,
+        published: Option<&Placement>,
+        pending: Option<&Placement>,
+    ) -> Option<Instant> {
+        let unwanted = self.unwanted(published, pending);
+        let half = self.node.experts.as_ref()?;
+        let last_used = half.store.retire(&unwanted)?;
+        Some(Instant::from_std(last_used) + self.drop_grace)
+    }
+
+    /// Drops the unwanted slices if nobody has asked for one of them during the grace.
+    fn drop_unused(&self, published: Option<&Placement>, pending: Option<&Placement>) {
+        let due = self
+            .retire(published, pending)
+            .is_some_and(|at| at <= Instant::now());
+        let Some(half) = self.node.experts.as_ref().filter(|_| due) else {
+            return;
+        };
+        let unwanted = self.unwanted(published, pending);
+        for slice in &unwanted {
+            tramontane_compute::Experts::unload(&*half.store, *slice);
+        }
+        tracing::info!(worker = %self.node.id, num_slices = unwanted.len(), "dropped expert slices");
+    }
+}

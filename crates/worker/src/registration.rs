@@ -1,0 +1,82 @@
+//! What this worker says about itself in the store, and how its gauges get there. Never more often than
+//! once a second, except for a change of state.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tramontane_compute::Backend;
+use tramontane_coordination::registry::RECORD_SCHEMA;
+use tramontane_coordination::{ModelFacts, Registration, WorkerLoad, WorkerRecord, WorkerState};
+use tramontane_model::Checkpoint;
+use tramontane_types::{Epoch, WorkerId};
+
+use crate::WorkerConfig;
+use crate::state::Node;
+
+/// How often the gauges of a record are refreshed.
+pub(crate) const LOAD_EVERY: Duration = Duration::from_secs(1);
+
+/// The record of a worker that has just come up.
+pub(crate) fn record(
+    config: &WorkerConfig,
+    backend: &dyn Backend,
+    checkpoint: &Checkpoint,
+    model_name: &str,
+    address: String,
+) -> WorkerRecord {
+    let geometry = checkpoint.geometry();
+    let since_1970 = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let roles = config.roles.0;
+    WorkerRecord {
+        schema: RECORD_SCHEMA,
+        id: WorkerId::new(&config.id),
+        address,
+        roles,
+        capacity_bytes: if roles.experts {
+            config.expert_bytes()
+        } else {
+            0
+        },
+        segment_bytes: backend.segment_bytes(),
+        numeric_class: backend.numeric_class().to_owned(),
+        model: ModelFacts {
+            fingerprint: checkpoint.fingerprint().to_owned(),
+            name: model_name.to_owned(),
+            num_layers: geometry.num_layers,
+            num_experts: geometry.num_experts,
+            num_segments: geometry.num_segments(),
+        },
+        state: WorkerState::Joining,
+        loaded: Epoch(0),
+        incarnation: WorkerRecord::new_incarnation(),
+        started_ms: u64::try_from(since_1970.as_millis()).unwrap_or_default(),
+        version: tramontane_runtime::build_info::VERSION.to_owned(),
+        load: WorkerLoad::default(),
+    }
+}
+
+/// Keeps state and gauges of the record in step with the worker until `stop`.
+pub(crate) async fn refresh(node: Arc<Node>, registration: Registration, stop: CancellationToken) {
+    let mut state = node.state.subscribe();
+    let mut ticks = interval(LOAD_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _at = ticks.tick() => {}
+            changed = state.changed() => if changed.is_err() {
+                return;
+            },
+            () = stop.cancelled() => return,
+        }
+        let state = *state.borrow_and_update();
+        // Together: a record that says "draining" has gauges that were read after the last new sequence.
+        registration.update(|record| {
+            record.state = state;
+            record.load = node.load();
+        });
+    }
+}

@@ -1,0 +1,193 @@
+//! What callers of `Generate` are told when it does not work: one table from reasons to gRPC codes.
+//!
+//! Every status that a worker makes carries an `ErrorInfo` of [`ERROR_DOMAIN`]. One without comes from
+//! the transport, and says nothing about the request.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use tramontane_engine::SubmitError;
+use tramontane_proto::InvalidWire;
+use tramontane_types::InvalidSampling;
+
+use crate::engine_thread::{GenerationFailure, RefusedSequence};
+
+/// Domain of the `ErrorInfo` in every status of a worker.
+pub const ERROR_DOMAIN: &str = "tramontane";
+/// When to ask a worker again whose queue was full.
+pub const QUEUE_RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Reasons in `ErrorInfo`.
+pub mod reason {
+    /// The request breaks a rule; sending it again is of no use.
+    pub const INVALID: &str = "INVALID";
+    /// A sequence of this id runs already.
+    pub const DUPLICATE: &str = "DUPLICATE";
+    /// The queue is full; another worker may have room.
+    pub const QUEUE_FULL: &str = "QUEUE_FULL";
+    /// The worker takes no new sequences; others do.
+    pub const DRAINING: &str = "DRAINING";
+    /// The worker serves no placement yet; others may.
+    pub const NOT_READY: &str = "NOT_READY";
+    /// The worker keeps no sequences at all.
+    pub const NO_ATTENTION: &str = "NO_ATTENTION";
+    /// A step did not complete; another worker may continue the sequence.
+    pub const STEP_FAILED: &str = "STEP_FAILED";
+    /// The sequence cannot be continued anywhere.
+    pub const SEQUENCE_FAILED: &str = "SEQUENCE_FAILED";
+    /// The client did not read its events.
+    pub const SLOW_READER: &str = "SLOW_READER";
+    /// The worker stopped; another worker may continue the sequence.
+    pub const STOPPED: &str = "STOPPED";
+}
+
+/// Why a sequence was not taken, or did not come to its end.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerateError {
+    /// The message does not say what it must.
+    #[error(transparent)]
+    Wire(#[from] InvalidWire),
+    /// A request id that is empty or too long.
+    #[error("request_id has {got} bytes, expected 1 to {limit}")]
+    RequestId {
+        /// Its length.
+        got: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// A sampling parameter is outside its range.
+    #[error(transparent)]
+    Sampling(#[from] InvalidSampling),
+    /// The worker has no engine.
+    #[error("worker {worker} has no attention role")]
+    NoAttention {
+        /// Which worker.
+        worker: String,
+    },
+    /// The worker serves no placement yet.
+    #[error("worker {worker} serves no placement yet")]
+    NotReady {
+        /// Which worker.
+        worker: String,
+    },
+    /// The sequence was not taken.
+    #[error(transparent)]
+    Refused(#[from] RefusedSequence),
+    /// The sequence ended early.
+    #[error(transparent)]
+    Failed(#[from] GenerationFailure),
+}
+
+impl GenerateError {
+    /// The gRPC code and the reason.
+    #[must_use]
+    pub const fn code(&self) -> (Code, &'static str) {
+        match self {
+            Self::Wire(_) | Self::RequestId { .. } | Self::Sampling(_) => {
+                (Code::InvalidArgument, reason::INVALID)
+            }
+            Self::NoAttention { .. } => (Code::FailedPrecondition, reason::NO_ATTENTION),
+            Self::NotReady { .. } => (Code::Unavailable, reason::NOT_READY),
+            Self::Refused(RefusedSequence::Draining) => (Code::Unavailable, reason::DRAINING),
+            Self::Refused(RefusedSequence::Stopped) | Self::Failed(GenerationFailure::Stopped) => {
+                (Code::Unavailable, reason::STOPPED)
+            }
+            Self::Refused(RefusedSequence::Engine(error)) => match error {
+                SubmitError::QueueFull { .. } => (Code::ResourceExhausted, reason::QUEUE_FULL),
+                SubmitError::Duplicate { .. } => (Code::AlreadyExists, reason::DUPLICATE),
+                _ => (Code::InvalidArgument, reason::INVALID),
+            },
+            Self::Failed(GenerationFailure::SlowReader) => {
+                (Code::ResourceExhausted, reason::SLOW_READER)
+            }
+            Self::Failed(GenerationFailure::Step {
+                retryable: true, ..
+            }) => (Code::Unavailable, reason::STEP_FAILED),
+            Self::Failed(GenerationFailure::Step { .. }) => {
+                (Code::Internal, reason::SEQUENCE_FAILED)
+            }
+        }
+    }
+}
+
+impl From<GenerateError> for Status {
+    fn from(error: GenerateError) -> Self {
+        let (code, reason) = error.code();
+        let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, HashMap::new());
+        if reason == reason::QUEUE_FULL {
+            details.set_retry_info(Some(QUEUE_RETRY_AFTER));
+        }
+        Self::with_error_details(code, error.to_string(), details)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_status_carries_its_reason() {
+        let step = |retryable| GenerationFailure::Step {
+            message: "m".to_owned(),
+            retryable,
+        };
+        let refused = |error: SubmitError| GenerateError::Refused(error.into());
+        let table: [(GenerateError, Code, &str); 8] = [
+            (
+                refused(SubmitError::QueueFull { limit: 3 }),
+                Code::ResourceExhausted,
+                "QUEUE_FULL",
+            ),
+            (
+                refused(SubmitError::EmptyPrompt),
+                Code::InvalidArgument,
+                "INVALID",
+            ),
+            (
+                refused(SubmitError::TooLong {
+                    tokens: 9,
+                    limit: 8,
+                }),
+                Code::InvalidArgument,
+                "INVALID",
+            ),
+            (
+                RefusedSequence::Draining.into(),
+                Code::Unavailable,
+                "DRAINING",
+            ),
+            (step(true).into(), Code::Unavailable, "STEP_FAILED"),
+            (step(false).into(), Code::Internal, "SEQUENCE_FAILED"),
+            (
+                GenerationFailure::SlowReader.into(),
+                Code::ResourceExhausted,
+                "SLOW_READER",
+            ),
+            (
+                GenerateError::NoAttention {
+                    worker: "a".to_owned(),
+                },
+                Code::FailedPrecondition,
+                "NO_ATTENTION",
+            ),
+        ];
+        for (error, code, reason) in table {
+            let status = Status::from(error.clone());
+            assert_eq!(status.code(), code, "{error}");
+            let info = status.get_details_error_info().unwrap();
+            assert_eq!(
+                (info.reason.as_str(), info.domain.as_str()),
+                (reason, ERROR_DOMAIN)
+            );
+            let is_full = reason == reason::QUEUE_FULL;
+            assert_eq!(
+                status.get_details_retry_info().is_some(),
+                is_full,
+                "{error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Whole workers on loopback sockets, with a tiny model and a store in memory: what clients, peers and
+//! the planner see of them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test ends where it finds something wrong, also in what tests share"
+)]
+
+mod behaviour;
+mod cluster;
+mod exactness;
