@@ -1,1 +1,26 @@
-//! Serves clients: OpenAI HTTP and gRPC in, tokens to and from workers.
+//! Serves clients: OpenAI HTTP and gRPC in, tokens to and from workers. Handles text; never holds weights.
+//!
+//! Start reading at [`run`].
+
+mod admission;
+mod cluster;
+pub mod config;
+mod dispatch;
+mod error;
+mod grpc;
+mod http_server;
+mod journal;
+mod metrics;
+mod openai;
+mod policy;
+mod random;
+mod request;
+mod routes;
+mod run;
+mod sequence;
+mod text;
+mod worker_pool;
+
+pub use config::{PolicyKind, RouterConfig};
+pub use error::Error;
+pub use run::{RouterParts, ServedModel, run};

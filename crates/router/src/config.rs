@@ -1,0 +1,276 @@
+//! The settings of one router, checked once before a port is used. Never read again later.
+
+use std::fmt::Display;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tramontane_coordination::PlannerConfig;
+
+use crate::Error;
+
+/// Sequences that run at once on all workers together, as seen by this router.
+pub const SEQUENCES_MAX: usize = 1024;
+/// Requests that wait for a place among them.
+pub const QUEUE_MAX: usize = 1024;
+/// Longest wait in the queue: most clients' own patience is longer, and trying elsewhere is cheap.
+pub const QUEUE_WAIT: Duration = Duration::from_secs(60);
+/// Largest request body and gRPC message.
+pub const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Longest time for a request body to arrive.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Open HTTP connections.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// Longest time for running requests to end after the stop signal.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
+/// Between "not ready" and refusing connections: time for load balancers to look.
+pub const UNREADY_GRACE: Duration = Duration::from_millis(500);
+/// How long the planner's leadership outlives its holder.
+pub const ELECTION_TTL: Duration = Duration::from_secs(5);
+/// How long a running request waits for a worker to go on with.
+pub const FAILOVER_WAIT: Duration = Duration::from_secs(15);
+/// A worker that says nothing about a sequence for this long has lost it.
+pub const STREAM_SILENCE_MAX: Duration = Duration::from_secs(300);
+/// Attempts per sequence without a new token.
+pub const ATTEMPTS_MAX: u32 = 3;
+/// A client that reads nothing of its waiting answer for this long is cut off: it holds places that others
+/// wait for. A mobile client that loses its network for half a minute still gets the rest.
+pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(60);
+/// Pause between comments that keep an event stream open.
+pub const SSE_KEEPALIVE: Duration = Duration::from_secs(15);
+/// Longest of all configured times: a day is a typing error.
+const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Largest count: more is a typing error.
+const COUNT_MAX: usize = 1 << 24;
+
+/// How an attention worker is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PolicyKind {
+    /// Longest cached prefix first, then least load.
+    #[default]
+    PrefixThenLoad,
+    /// Fewest sequences.
+    LeastLoad,
+    /// One after the other.
+    RoundRobin,
+}
+
+/// The settings of one router.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterConfig {
+    /// Name of this router among those that may hold the planner.
+    pub id: String,
+    /// How an attention worker is chosen.
+    pub policy: PolicyKind,
+    /// Whether this router may hold the planner.
+    pub planner: bool,
+    /// Workers that the first placement waits for.
+    pub min_workers: NonZeroUsize,
+    /// Workers that hold each expert, where the operator has not said otherwise.
+    pub replicas: NonZeroUsize,
+    /// How long membership must rest before a plan includes newcomers.
+    #[serde(with = "duration_text")]
+    pub settle_time: Duration,
+    /// How long a worker may load before it is planned out.
+    #[serde(with = "duration_text")]
+    pub load_timeout: Duration,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    /// Requests that may wait; further ones are refused with 429.
+    pub queue_max: usize,
+    /// Longest wait in the queue.
+    #[serde(with = "duration_text")]
+    pub queue_wait: Duration,
+    /// Largest request body and gRPC message in bytes.
+    pub body_bytes_max: usize,
+    /// Longest time for a request body to arrive.
+    #[serde(with = "duration_text")]
+    pub body_timeout: Duration,
+    /// Open HTTP connections.
+    pub connections_max: usize,
+    /// Longest drain, from the signal to the end.
+    #[serde(with = "duration_text")]
+    pub drain_deadline: Duration,
+    /// Between "not ready" and refusing connections.
+    #[serde(with = "duration_text")]
+    pub unready_grace: Duration,
+    /// How long the planner's leadership outlives its holder.
+    #[serde(with = "duration_text")]
+    pub election_ttl: Duration,
+    /// How long a running request waits for a worker to go on with.
+    #[serde(with = "duration_text")]
+    pub failover_wait: Duration,
+    /// A worker that says nothing about a sequence for this long has lost it.
+    #[serde(with = "duration_text")]
+    pub stream_silence_max: Duration,
+    /// Attempts per sequence without a new token.
+    pub attempts_max: u32,
+    /// A client that reads nothing of its waiting answer for this long is cut off.
+    #[serde(with = "duration_text")]
+    pub client_stall_max: Duration,
+    /// Pause between comments that keep an event stream open.
+    #[serde(with = "duration_text")]
+    pub sse_keepalive: Duration,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        let planner = PlannerConfig::default();
+        Self {
+            id: "router".to_owned(),
+            policy: PolicyKind::default(),
+            planner: true,
+            min_workers: planner.min_workers,
+            replicas: planner.replicas,
+            settle_time: planner.settle_time,
+            load_timeout: planner.load_timeout,
+            sequences_max: SEQUENCES_MAX,
+            queue_max: QUEUE_MAX,
+            queue_wait: QUEUE_WAIT,
+            body_bytes_max: BODY_BYTES_MAX,
+            body_timeout: BODY_TIMEOUT,
+            connections_max: CONNECTIONS_MAX,
+            drain_deadline: DRAIN_DEADLINE,
+            unready_grace: UNREADY_GRACE,
+            election_ttl: ELECTION_TTL,
+            failover_wait: FAILOVER_WAIT,
+            stream_silence_max: STREAM_SILENCE_MAX,
+            attempts_max: ATTEMPTS_MAX,
+            client_stall_max: CLIENT_STALL_MAX,
+            sse_keepalive: SSE_KEEPALIVE,
+        }
+    }
+}
+
+impl RouterConfig {
+    /// The planner's part.
+    #[must_use]
+    pub const fn planner(&self) -> PlannerConfig {
+        PlannerConfig {
+            min_workers: self.min_workers,
+            replicas: self.replicas,
+            settle_time: self.settle_time,
+            load_timeout: self.load_timeout,
+        }
+    }
+
+    /// Checks every value that has a rule.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the first key that breaks its rule, the rule, and the value.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.id.is_empty() || self.id.len() > 128 {
+            return Err(refuse("id", "1 to 128 bytes", &self.id));
+        }
+        let counts = [
+            ("sequences_max", self.sequences_max, 1),
+            ("queue_max", self.queue_max, 0),
+            ("body_bytes_max", self.body_bytes_max, 1024),
+            ("connections_max", self.connections_max, 1),
+            ("min_workers", self.min_workers.get(), 1),
+            ("replicas", self.replicas.get(), 1),
+            ("attempts_max", self.attempts_max as usize, 1),
+        ];
+        for (key, got, min) in counts {
+            // Bodies are counted in bytes and may be larger than any other count.
+            let max = if key == "body_bytes_max" {
+                1 << 30
+            } else {
+                COUNT_MAX
+            };
+            if got < min || got > max {
+                return Err(refuse(key, &format!("between {min} and {max}"), got));
+            }
+        }
+        let second = Duration::from_secs(1);
+        let milli = Duration::from_millis(1);
+        let times = [
+            ("queue_wait", self.queue_wait, Duration::ZERO),
+            ("body_timeout", self.body_timeout, milli),
+            ("drain_deadline", self.drain_deadline, Duration::ZERO),
+            ("unready_grace", self.unready_grace, Duration::ZERO),
+            ("settle_time", self.settle_time, Duration::ZERO),
+            ("load_timeout", self.load_timeout, milli),
+            ("election_ttl", self.election_ttl, second),
+            ("failover_wait", self.failover_wait, Duration::ZERO),
+            ("stream_silence_max", self.stream_silence_max, milli),
+            ("client_stall_max", self.client_stall_max, milli),
+            ("sse_keepalive", self.sse_keepalive, milli),
+        ];
+        for (key, got, min) in times {
+            if got < min || got > TIME_MAX {
+                let (min, max) = (
+                    humantime::format_duration(min),
+                    humantime::format_duration(TIME_MAX),
+                );
+                let rule = format!("between {min} and {max}");
+                return Err(refuse(key, &rule, humantime::format_duration(got)));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn refuse(key: &'static str, rule: &str, got: impl Display) -> Error {
+    Error::Config {
+        key,
+        rule: rule.to_owned(),
+        got: got.to_string(),
+    }
+}
+
+/// Durations as people write them: `5s`, `2m 30s`, `250ms`.
+mod duration_text {
+    use super::{Deserialize, Deserializer, Duration, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_duration(*value))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(from)?;
+        humantime::parse_duration(&text)
+            .map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut RouterConfig)) -> String {
+        let mut config = RouterConfig::default();
+        config.validate().unwrap();
+        change(&mut config);
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_broken_rule_is_named_with_key_and_value() {
+        assert_eq!(
+            refused(|c| c.sequences_max = 0),
+            "router.sequences_max must be between 1 and 16777216, got 0"
+        );
+        assert_eq!(
+            refused(|c| c.election_ttl = Duration::from_millis(5)),
+            "router.election_ttl must be between 1s and 1day, got 5ms"
+        );
+        assert_eq!(
+            refused(|c| c.id.clear()),
+            "router.id must be 1 to 128 bytes, got "
+        );
+    }
+
+    #[test]
+    fn settings_survive_their_text_form_and_unknown_keys_are_refused() {
+        let text = serde_json::to_string(&RouterConfig::default()).unwrap();
+        assert!(text.contains("\"policy\":\"prefix_then_load\""), "{text}");
+        assert!(text.contains("\"drain_deadline\":\"2m\""), "{text}");
+        let back: RouterConfig = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, RouterConfig::default());
+        let unknown = serde_json::from_str::<RouterConfig>(r#"{"polici": "round_robin"}"#);
+        assert!(unknown.unwrap_err().to_string().contains("`polici`"));
+    }
+}

@@ -1,0 +1,465 @@
+//! One request's life: admission, the choice of workers, and the merged answers. Dropping an [`Answer`]
+//! aborts all that still runs for it. Workers are followed by a task, never by whoever reads the answer: a
+//! client that does not read holds its places no longer than a limit.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::try_join_all;
+use futures::stream::{BoxStream, SelectAll, unfold};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
+use tramontane_tokenizer::Tokenizer;
+use tramontane_types::{FinishReason, SamplingParams, TokenOutput, Usage};
+
+use crate::admission::{Admission, Counted, Places};
+use crate::error::ApiError;
+use crate::journal::Journal;
+use crate::metrics::{Metrics, Outcome};
+use crate::random::choice_seed;
+use crate::request::{PreparedPrompt, PreparedRequest};
+use crate::sequence::{Delta, Patience, Sequence, State};
+use crate::text::AnswerText;
+use crate::worker_pool::WorkerPool;
+
+/// Deltas of one answer that wait for the client: some steps of many sequences, little memory.
+const UNREAD_MAX: usize = 64;
+
+/// Everything that requests share.
+#[derive(Debug)]
+pub(crate) struct Dispatcher {
+    pub(crate) pool: Arc<WorkerPool>,
+    pub(crate) admission: Admission,
+    pub(crate) journal: Journal,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) patience: Patience,
+    /// Bodies that are parsed and tokenized at once: CPU and memory of hostile prompts are bounded by it.
+    pub(crate) preparing: Arc<Semaphore>,
+    pub(crate) prepare_wait: Duration,
+    /// A client that reads nothing for this long is cut off.
+    pub(crate) client_stall_max: Duration,
+    /// What goes on beside the futures of requests.
+    pub(crate) tasks: TaskTracker,
+    /// Cancelled when the drain took too long.
+    pub(crate) abort: CancellationToken,
+}
+
+/// One whole answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Choice {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<TokenOutput>,
+    /// Whether the last of `tokens` ended the answer and has no text.
+    pub(crate) has_end_token: bool,
+    pub(crate) finish: Option<FinishReason>,
+}
+
+impl Dispatcher {
+    /// Runs long CPU work of one request where it holds up nobody. Dropping the future does not stop the
+    /// work: what bounds its memory must be moved into it.
+    pub(crate) async fn prepare<T, F>(&self, work: F) -> Result<T, ApiError>
+    where
+        F: FnOnce() -> Result<T, ApiError> + Send + 'static,
+        T: Send + 'static,
+    {
+        prepare(Arc::clone(&self.preparing), self.prepare_wait, work).await
+    }
+
+    /// Admits the request and starts all its sequences.
+    pub(crate) async fn start(
+        &self,
+        request: PreparedRequest,
+        request_id: &str,
+    ) -> Result<Answer, ApiError> {
+        let arrived = Instant::now();
+        // The request's life, which outlasts the handler that started it.
+        let span = tracing::info_span!("generate", request_id, sequences = request.num_sequences());
+        self.pool.cluster().check().map_err(ApiError::unavailable)?;
+        let admitted = self.admission.admit(request.num_sequences()).await;
+        let admitted = admitted.inspect_err(|error| self.metrics.refused(error.kind))?;
+        self.metrics.queued_for(arrived.elapsed());
+        let mut starting = Vec::with_capacity(request.num_sequences());
+        for (index, prompt) in request.prompts.iter().enumerate() {
+            starting.extend(self.sequences(&request, prompt, index, request_id)?);
+        }
+        let sequences = try_join_all(starting).await?;
+        let num_sequences = sequences.len();
+        let streams = sequences
+            .into_iter()
+            .map(|sequence| deltas(sequence).boxed());
+        let prompt_tokens = request
+            .prompts
+            .iter()
+            .map(|prompt| prompt.ids.len())
+            .sum::<usize>();
+        let (tell, told) = mpsc::channel(UNREAD_MAX);
+        let running = Running {
+            streams: streams.collect(),
+            n: request.n as usize,
+            usage: Usage {
+                prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+                ..Usage::default()
+            },
+            progress: vec![Progress::default(); num_sequences],
+            arrived,
+            metrics: Arc::clone(&self.metrics),
+            abort: self.abort.clone(),
+            failed: false,
+            places: admitted.places,
+        };
+        let usage = running.usage;
+        self.tasks
+            .spawn(running.follow(tell, self.client_stall_max).instrument(span));
+        Ok(Answer {
+            told,
+            echoes: request
+                .prompts
+                .into_iter()
+                .map(|prompt| prompt.echo)
+                .collect(),
+            n: request.n as usize,
+            num_choices: num_sequences,
+            num_finished: 0,
+            usage,
+            failed: false,
+            abort: self.abort.clone(),
+            _running: admitted.running,
+        })
+    }
+
+    /// The sequences of one prompt, all to start on the same worker: they share its prefix cache.
+    fn sequences(
+        &self,
+        request: &PreparedRequest,
+        prompt: &PreparedPrompt,
+        prompt_index: usize,
+        request_id: &str,
+    ) -> Result<Vec<BoxStart>, ApiError> {
+        let blocks = self.pool.blocks(&prompt.ids);
+        let Some(worker) = self.pool.pick(&blocks, &[]) else {
+            let reason = self.pool.cluster().check().err();
+            return Err(ApiError::unavailable(
+                reason.unwrap_or_else(|| "no worker is ready".to_owned()),
+            ));
+        };
+        let mut starting: Vec<BoxStart> = Vec::with_capacity(request.n as usize);
+        for i in 0..request.n {
+            let seed = choice_seed(prompt.sampling.seed, i);
+            let params = SamplingParams {
+                seed,
+                ..prompt.sampling.clone()
+            };
+            let choice = prompt_index * request.n as usize + i as usize;
+            let text = AnswerText::new(
+                &self.tokenizer,
+                &params,
+                request.stop.clone(),
+                prompt.is_chat,
+            );
+            let id = format!("{request_id}-{choice}");
+            let mut sequence = Sequence {
+                choice,
+                pool: Arc::clone(&self.pool),
+                metrics: Arc::clone(&self.metrics),
+                patience: self.patience,
+                entry: self.journal.open(id, Arc::clone(&prompt.ids), params),
+                blocks: blocks.clone(),
+                text,
+                state: State::default(),
+            };
+            let worker = Arc::clone(&worker);
+            starting.push(Box::pin(async move {
+                sequence.start(worker).await?;
+                Ok(sequence)
+            }));
+        }
+        Ok(starting)
+    }
+}
+
+/// [`Dispatcher::prepare`]; the permit stays with the work until the work ends.
+async fn prepare<T, F>(places: Arc<Semaphore>, wait: Duration, work: F) -> Result<T, ApiError>
+where
+    F: FnOnce() -> Result<T, ApiError> + Send + 'static,
+    T: Send + 'static,
+{
+    let Ok(Ok(permit)) = timeout(wait, places.acquire_owned()).await else {
+        return Err(ApiError::unavailable("too many requests are being read"));
+    };
+    let work = move || {
+        let _permit = permit;
+        work()
+    };
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => {
+            tracing::error!(%error, "preparing a request did not end");
+            Err(ApiError::internal())
+        }
+    }
+}
+
+type BoxStart = futures::future::BoxFuture<'static, Result<Sequence, ApiError>>;
+
+/// Everything that a sequence says, up to its end or an error.
+fn deltas(sequence: Sequence) -> impl futures::Stream<Item = Result<Delta, ApiError>> + Send {
+    unfold(Some(sequence), |sequence| async move {
+        let mut sequence = sequence?;
+        match sequence.next().await {
+            Ok(Some(delta)) => Some((Ok(delta), Some(sequence))),
+            Ok(None) => None,
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+}
+
+/// What one request's task tells the reader of its answer.
+#[derive(Debug)]
+struct Told {
+    delta: Result<Delta, ApiError>,
+    /// With this delta.
+    usage: Usage,
+}
+
+/// The sequences of one request. Dropping it aborts them.
+struct Running {
+    streams: SelectAll<BoxStream<'static, Result<Delta, ApiError>>>,
+    /// Answers per prompt.
+    n: usize,
+    usage: Usage,
+    progress: Vec<Progress>,
+    arrived: Instant,
+    metrics: Arc<Metrics>,
+    abort: CancellationToken,
+    failed: bool,
+    places: Places,
+}
+
+/// How far one answer is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    num_tokens: u32,
+    cached_tokens: u32,
+    finished: bool,
+}
+
+impl Running {
+    /// Tells `reader` everything up to the end, to an error, or until it is gone or stalls.
+    async fn follow(mut self, reader: mpsc::Sender<Told>, stall_max: Duration) {
+        loop {
+            let next = tokio::select! {
+                next = self.next() => next,
+                () = reader.closed() => return,
+            };
+            let Some(delta) = next else {
+                // Counted before the reader sees the end.
+                drop(self);
+                return;
+            };
+            let usage = self.usage;
+            let telling = timeout(stall_max, reader.send(Told { delta, usage }));
+            let told = tokio::select! {
+                told = telling => told,
+                // The reader sees from the token why nothing more comes.
+                () = self.abort.cancelled(), if !self.failed => return,
+            };
+            match told {
+                Ok(Ok(())) => {}
+                Ok(Err(_gone)) => return,
+                Err(_elapsed) => {
+                    tracing::debug!("a client does not read its answer and is cut off");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// What comes next in any of the answers; `None` when all have ended. Nothing follows an error.
+    async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        if self.failed {
+            return None;
+        }
+        let next = tokio::select! {
+            next = self.streams.next() => next?,
+            () = self.abort.cancelled() => Err(stopping()),
+        };
+        match &next {
+            Ok(delta) => self.note(delta),
+            Err(_) => {
+                self.failed = true;
+                // Aborts the other answers now, not when the client is done reading.
+                self.streams.clear();
+                self.places.shrink_to(0);
+            }
+        }
+        Some(next)
+    }
+
+    fn note(&mut self, delta: &Delta) {
+        let Some(progress) = self.progress.get_mut(delta.choice) else {
+            return;
+        };
+        let now = Instant::now();
+        let is_first_of_prompt = delta.choice.is_multiple_of(self.n.max(1));
+        if let Some(cached) = delta.cached_tokens.filter(|_| is_first_of_prompt) {
+            // A sequence that starts anew elsewhere says it again.
+            let before = std::mem::replace(&mut progress.cached_tokens, cached);
+            let others = self.usage.cached_tokens.saturating_sub(before);
+            self.usage.cached_tokens = others.saturating_add(cached);
+        }
+        let num_tokens = u32::try_from(delta.tokens.len()).unwrap_or(u32::MAX);
+        if num_tokens > 0 {
+            match progress.last_token {
+                None => self.metrics.first_token(self.arrived.elapsed()),
+                Some(last) => self.metrics.next_tokens(now - last, num_tokens),
+            }
+            progress.first_token.get_or_insert(now);
+            progress.last_token = Some(now);
+            progress.num_tokens = progress.num_tokens.saturating_add(num_tokens);
+            self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(num_tokens);
+        }
+        if let Some(reason) = delta.finish {
+            progress.finished = true;
+            self.metrics.finished(Outcome::from(reason));
+            let num_running = self.progress.iter().filter(|p| !p.finished).count();
+            self.places.shrink_to(num_running);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for progress in &self.progress {
+            if !progress.finished {
+                self.metrics.finished(if self.failed {
+                    Outcome::Error
+                } else {
+                    Outcome::Abort
+                });
+            }
+            if let (Some(first), Some(last)) = (progress.first_token, progress.last_token) {
+                self.metrics.token_pace(last - first, progress.num_tokens);
+            }
+        }
+        self.metrics
+            .request_ended(self.arrived.elapsed(), self.usage);
+    }
+}
+
+fn stopping() -> ApiError {
+    ApiError::unavailable("this router is stopping")
+}
+
+/// The answers to one request, as they come.
+pub(crate) struct Answer {
+    told: mpsc::Receiver<Told>,
+    /// Per prompt, what its answers begin with.
+    echoes: Vec<Option<String>>,
+    /// Answers per prompt.
+    n: usize,
+    num_choices: usize,
+    num_finished: usize,
+    usage: Usage,
+    failed: bool,
+    abort: CancellationToken,
+    _running: Counted,
+}
+
+impl Answer {
+    /// What comes next in any of the answers; `None` when all have ended. Nothing follows an error.
+    /// Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        if self.failed {
+            return None;
+        }
+        let next = match self.told.recv().await {
+            Some(told) => {
+                self.usage = told.usage;
+                told.delta
+            }
+            None if self.has_ended() => return None,
+            None if self.abort.is_cancelled() => Err(stopping()),
+            None => Err(ApiError::unavailable(
+                "the answer was not read for too long",
+            )),
+        };
+        match &next {
+            Ok(delta) => self.num_finished += usize::from(delta.finish.is_some()),
+            Err(_) => self.failed = true,
+        }
+        Some(next)
+    }
+
+    /// All answers, whole.
+    pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
+        let mut choices = vec![Choice::default(); self.num_choices];
+        for (index, choice) in choices.iter_mut().enumerate() {
+            choice.text.push_str(self.echo(index).unwrap_or_default());
+        }
+        while let Some(delta) = self.next().await {
+            let delta = delta?;
+            let Some(choice) = choices.get_mut(delta.choice) else {
+                continue;
+            };
+            choice.text.push_str(&delta.text);
+            choice.tokens.extend(delta.tokens);
+            choice.has_end_token |= delta.has_end_token;
+            choice.finish = delta.finish.or(choice.finish);
+        }
+        Ok(choices)
+    }
+
+    /// Answers of this request.
+    pub(crate) const fn num_choices(&self) -> usize {
+        self.num_choices
+    }
+
+    /// What the answer begins with before anything was sampled.
+    pub(crate) fn echo(&self, choice: usize) -> Option<&str> {
+        self.echoes.get(choice / self.n.max(1))?.as_deref()
+    }
+
+    /// Whether every answer has ended.
+    pub(crate) const fn has_ended(&self) -> bool {
+        self.num_finished >= self.num_choices
+    }
+
+    /// Tokens up to the last delta that was read; final after the last of all.
+    pub(crate) const fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_nobody_waits_for_keeps_its_permit_until_it_ends() {
+        let places = Arc::new(Semaphore::new(1));
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let (say, mut started) = mpsc::channel(1);
+        let work = move || {
+            say.blocking_send(()).unwrap();
+            ended.recv().unwrap();
+            Ok(())
+        };
+        let mut preparing = Box::pin(prepare(Arc::clone(&places), Duration::from_secs(10), work));
+        tokio::select! {
+            _ = &mut preparing => unreachable!("the work waits for the test"),
+            started = started.recv() => started.unwrap(),
+        }
+        drop(preparing);
+        assert_eq!(places.available_permits(), 0);
+        end.send(()).unwrap();
+        let permit = timeout(Duration::from_secs(10), places.acquire()).await;
+        drop(permit.unwrap().unwrap());
+    }
+}

@@ -1,0 +1,252 @@
+//! `tramontane.v1.Inference`: messages become the same request as over HTTP, deltas become messages.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use futures::stream::unfold;
+use tonic::{Request, Response, Status};
+use tramontane_proto::v1::inference_server::Inference;
+use tramontane_proto::{finish_reason_to_wire, v1};
+use tramontane_tokenizer::{ChatMessage, ChatRequest};
+use tramontane_types::FinishReason;
+
+use super::status::status;
+use crate::dispatch::Answer;
+use crate::error::{ApiError, ErrorKind};
+use crate::metrics::Route;
+use crate::openai::{MESSAGES_MAX, role};
+use crate::random::random_id;
+use crate::request::{GenerationRequest, Options, Prompt, prepare};
+use crate::run::{App, ServedModel};
+
+/// The service over what both doors share.
+#[derive(Debug)]
+pub(crate) struct InferenceService {
+    app: Arc<App>,
+}
+
+impl InferenceService {
+    pub(crate) const fn new(app: Arc<App>) -> Self {
+        Self { app }
+    }
+
+    async fn start(&self, request: v1::GenerateRequest, id: &str) -> Result<Answer, ApiError> {
+        let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
+        let prepared = self.app.dispatcher.prepare(move || {
+            let request = generation_request(request, &model)?;
+            prepare(request, &tokenizer, &model).map_err(in_message)
+        });
+        self.app.dispatcher.start(prepared.await?, id).await
+    }
+
+    /// Counts the answer and turns its error into a status.
+    fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {
+        let code = result
+            .as_ref()
+            .map_or_else(|error| error.kind.status(), |_| http::StatusCode::OK);
+        self.app.metrics.answered(route, code);
+        result.map_err(|error| {
+            tracing::debug!(kind = ?error.kind, %error, "request refused");
+            status(&error)
+        })
+    }
+}
+
+type ResponseStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = ResponseStream;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let started = self.start(request.into_inner(), &random_id("gen-")).await;
+        let answer = self.answered(Route::GrpcGenerate, started)?;
+        Ok(Response::new(Box::pin(responses(answer))))
+    }
+
+    async fn generate_once(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<v1::GenerateResult>, Status> {
+        let id = random_id("gen-");
+        let result = match self.start(request.into_inner(), &id).await {
+            Ok(answer) => collect(answer, id, self.app.model.id.clone()).await,
+            Err(error) => Err(error),
+        };
+        self.answered(Route::GrpcGenerateOnce, result)
+            .map(Response::new)
+    }
+
+    async fn list_models(
+        &self,
+        _request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let model = &self.app.model;
+        let info = |id: &String| v1::ModelInfo {
+            id: id.clone(),
+            context_length: model.context_length,
+            vocab_size: u32::try_from(model.vocab).unwrap_or(u32::MAX),
+        };
+        let models = std::iter::once(&model.id)
+            .chain(&model.aliases)
+            .map(info)
+            .collect();
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        let tokenizer = Arc::clone(&self.app.tokenizer);
+        let ids = self.app.dispatcher.prepare(move || {
+            let ids = if request.add_bos {
+                tokenizer.encode_with_bos(&request.text)
+            } else {
+                tokenizer.encode(&request.text)
+            };
+            ids.map_err(|error| ApiError::from(error).at("text"))
+        });
+        let ids = ids.await.map_err(|error| status(&error))?;
+        Ok(Response::new(v1::TokenizeResponse { ids }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let ids = request.into_inner().ids;
+        let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
+        let text = self.app.dispatcher.prepare(move || {
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
+                let message = format!("ids must be token ids below {}, got {id}", model.vocab);
+                return Err(ApiError::invalid("ids", message));
+            }
+            Ok(tokenizer.decode(&ids, false))
+        });
+        let text = text.await.map_err(|error| status(&error))?;
+        Ok(Response::new(v1::DetokenizeResponse { text }))
+    }
+}
+
+fn responses(answer: Answer) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send {
+    unfold(answer, |mut answer| async move {
+        match answer.next().await? {
+            Ok(delta) => {
+                // The last delta of the last answer is the last message.
+                let usage = answer.has_ended().then(|| answer.usage().into());
+                let response = v1::GenerateResponse {
+                    index: u32::try_from(delta.choice).unwrap_or(u32::MAX),
+                    text: delta.text,
+                    tokens: delta.tokens.iter().map(v1::SampledToken::from).collect(),
+                    finish_reason: delta.finish.map(|r| finish_reason_to_wire(r) as i32),
+                    usage,
+                };
+                Some((Ok(response), answer))
+            }
+            Err(error) => Some((Err(status(&error)), answer)),
+        }
+    })
+}
+
+async fn collect(
+    mut answer: Answer,
+    id: String,
+    model: String,
+) -> Result<v1::GenerateResult, ApiError> {
+    let choices = answer.collect().await?;
+    let mut answers = Vec::with_capacity(choices.len());
+    for (index, choice) in choices.into_iter().enumerate() {
+        answers.push(v1::Answer {
+            index: u32::try_from(index).unwrap_or(u32::MAX),
+            text: choice.text,
+            tokens: choice.tokens.iter().map(v1::SampledToken::from).collect(),
+            finish_reason: finish_reason_to_wire(choice.finish.unwrap_or(FinishReason::Length))
+                as i32,
+        });
+    }
+    Ok(v1::GenerateResult {
+        id,
+        model,
+        answers,
+        usage: Some(answer.usage().into()),
+    })
+}
+
+/// Checks a message.
+fn generation_request(
+    message: v1::GenerateRequest,
+    model: &ServedModel,
+) -> Result<GenerationRequest, ApiError> {
+    use v1::generate_request::Input;
+    model.check(Some(message.model.as_str()).filter(|name| !name.is_empty()))?;
+    let prompt = match message.input {
+        Some(Input::Prompt(text)) => Prompt::Text(text),
+        Some(Input::PromptIds(ids)) => Prompt::Ids(ids.ids),
+        Some(Input::Chat(chat)) => Prompt::Chat(conversation(chat)?),
+        None => {
+            let message = "one of prompt, prompt_ids and chat is required";
+            return Err(ApiError::invalid("input", message));
+        }
+    };
+    let options = options(message.options.unwrap_or_default());
+    GenerationRequest::new(vec![prompt], &options, model).map_err(|error| error.below("options"))
+}
+
+fn conversation(chat: v1::ChatMessages) -> Result<ChatRequest, ApiError> {
+    if chat.messages.is_empty() || chat.messages.len() > MESSAGES_MAX {
+        let got = chat.messages.len();
+        let message = format!("chat.messages must have 1 to {MESSAGES_MAX} entries, got {got}");
+        return Err(ApiError::invalid("chat.messages", message));
+    }
+    let mut messages = Vec::with_capacity(chat.messages.len());
+    for (i, message) in chat.messages.into_iter().enumerate() {
+        let role = role(&message.role, &format!("chat.messages[{i}].role"))?;
+        messages.push(ChatMessage::new(role, message.content));
+    }
+    Ok(ChatRequest {
+        messages,
+        tools: Vec::new(),
+    })
+}
+
+fn options(wire: v1::GenerateOptions) -> Options {
+    Options {
+        temperature: wire.temperature,
+        top_k: wire.top_k,
+        top_p: wire.top_p,
+        min_p: wire.min_p,
+        presence_penalty: wire.presence_penalty,
+        frequency_penalty: wire.frequency_penalty,
+        repetition_penalty: wire.repetition_penalty,
+        logit_bias: wire.logit_bias.iter().map(|b| (b.id, b.bias)).collect(),
+        seed: wire.seed,
+        max_tokens: wire.max_tokens,
+        max_tokens_name: None,
+        min_tokens: wire.min_tokens,
+        stop: wire.stop,
+        stop_token_ids: wire.stop_token_ids,
+        ignore_eos: wire.ignore_eos,
+        logprobs: wire.logprobs,
+        logprobs_name: Some("logprobs"),
+        n: wire.n,
+        echo: false,
+    }
+}
+
+/// The path of a field as it is in the message instead of in an HTTP body.
+fn in_message(error: ApiError) -> ApiError {
+    if error.kind == ErrorKind::Internal {
+        return error;
+    }
+    match error.param.as_deref() {
+        Some("max_tokens" | "min_tokens") => error.below("options"),
+        Some(param) if param.starts_with("messages") => error.below("chat"),
+        _ => error,
+    }
+}

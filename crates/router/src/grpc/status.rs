@@ -1,0 +1,29 @@
+//! Refusals as gRPC statuses with details that a program can read.
+
+use std::collections::HashMap;
+
+use tonic::Status;
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::error::{ApiError, ErrorKind};
+
+/// Whose reasons these are.
+const DOMAIN: &str = "tramontane";
+
+/// The status of a refusal: the reason, the field at fault, and when to come back.
+pub(crate) fn status(error: &ApiError) -> Status {
+    let mut details = ErrorDetails::new();
+    details.set_error_info(error.kind.reason(), DOMAIN, HashMap::new());
+    if let Some(param) = &error.param {
+        details.add_bad_request_violation(param, &error.message);
+    }
+    if error.retry_after.is_some() {
+        details.set_retry_info(error.retry_after);
+    }
+    Status::with_error_details(error.kind.grpc_code(), &error.message, details)
+}
+
+/// The refusal of something that is not there.
+pub(crate) fn not_found(message: String, param: &str) -> Status {
+    status(&ApiError::new(ErrorKind::NotFound, message).at(param))
+}

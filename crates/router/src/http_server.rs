@@ -1,0 +1,120 @@
+//! Accepts HTTP connections and serves them, within limits on their number, their headers and their
+//! patience. Knows nothing about what is served.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::task::TaskTracker;
+
+use crate::run::Doors;
+
+/// Longest time for a request's headers; an idle connection is closed after it too.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
+/// Largest request head.
+const HEADER_BYTES_MAX: usize = 64 * 1024;
+/// Most headers of a request.
+const HEADERS_MAX: usize = 100;
+/// Requests at once on one HTTP/2 connection.
+const STREAMS_MAX: u32 = 256;
+/// HTTP/2 streams that a client may reset before they are accepted.
+const RESET_STREAMS_MAX: usize = 64;
+/// HTTP/2 connections are asked for a sign of life this often.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Pause when the operating system has no more file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Aborted answers get this long to send their last event.
+const ABORT_GRACE: Duration = Duration::from_secs(1);
+
+/// Serves until `doors.refuse`, and then until every connection has ended.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    routes: Router,
+    connections_max: usize,
+    doors: Doors,
+) {
+    let tasks = TaskTracker::new();
+    let places = Arc::new(Semaphore::new(connections_max));
+    let builder = Arc::new(builder());
+    loop {
+        let place = tokio::select! {
+            place = Arc::clone(&places).acquire_owned() => place,
+            () = doors.refuse.cancelled() => break,
+        };
+        let Ok(place) = place else { break };
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = doors.refuse.cancelled() => break,
+        };
+        match stream {
+            Ok((stream, _from)) => {
+                let serving =
+                    connection(stream, routes.clone(), Arc::clone(&builder), doors.clone());
+                tasks.spawn(async move {
+                    serving.await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "connection not accepted");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    tasks.close();
+    tasks.wait().await;
+}
+
+fn builder() -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(HEADER_BYTES_MAX)
+        .max_headers(HEADERS_MAX);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE)
+        .max_concurrent_streams(STREAMS_MAX)
+        .max_pending_accept_reset_streams(RESET_STREAMS_MAX)
+        .max_header_list_size(HEADER_BYTES_MAX as u32);
+    builder
+}
+
+async fn connection(
+    stream: TcpStream,
+    routes: Router,
+    builder: Arc<Builder<TokioExecutor>>,
+    doors: Doors,
+) {
+    // Without it small events wait for acknowledgements; a socket that refuses is slow, not broken.
+    let _ = stream.set_nodelay(true);
+    let service = TowerToHyperService::new(routes);
+    let serving = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(serving);
+    let ended = tokio::select! {
+        ended = serving.as_mut() => ended,
+        () = doors.refuse.cancelled() => {
+            serving.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = serving.as_mut() => ended,
+                () = doors.abort.cancelled() => {
+                    timeout(ABORT_GRACE, serving.as_mut()).await.unwrap_or(Ok(()))
+                }
+            }
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error, "connection ended early");
+    }
+}

@@ -1,0 +1,177 @@
+//! `POST /v1/completions`: prompts in, their continuations out.
+
+use serde_json::{Value, json};
+use tramontane_types::Usage;
+
+use super::fields::{self, Fields, wrong};
+use super::logprobs::LegacyLogprobs;
+use super::options::{refuse_unsupported, shared_options, stream_options};
+use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use crate::dispatch::Choice;
+use crate::error::{ApiError, ErrorKind};
+use crate::request::{CHOICES_MAX, GenerationRequest, Prompt};
+use crate::run::ServedModel;
+use crate::sequence::Delta;
+
+/// Most alternatives per token at this route, as in the OpenAI API.
+pub(crate) const LOGPROBS_MAX: u32 = 5;
+
+/// Checks a completion body.
+pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Parsed, ApiError> {
+    let body = Fields::of(body, "")?;
+    model.check(body.string("model")?)?;
+    refuse_unsupported(&body)?;
+    let (stream, include_usage) = stream_options(&body)?;
+    let mut options = shared_options(&body)?;
+    options.echo = body.boolean("echo")?.unwrap_or(false);
+    options.logprobs = body.unsigned("logprobs")?;
+    options.logprobs_name = Some("logprobs");
+    if options.logprobs.is_some_and(|n| n > LOGPROBS_MAX) {
+        let got = options.logprobs.unwrap_or_default();
+        let message = format!("logprobs must be at most {LOGPROBS_MAX}, got {got}");
+        return Err(ApiError::invalid("logprobs", message));
+    }
+    if options.echo && options.logprobs.is_some() {
+        let message = "echo together with logprobs is not supported by this server";
+        return Err(ApiError::new(ErrorKind::Unsupported, message).at("echo"));
+    }
+    if let Some(best_of) = body
+        .unsigned("best_of")?
+        .filter(|&best| best != options.n.unwrap_or(1))
+    {
+        let message =
+            format!("best_of is not supported by this server unless it equals n, got {best_of}");
+        return Err(ApiError::new(ErrorKind::Unsupported, message).at("best_of"));
+    }
+    let logprobs = options.logprobs.is_some();
+    let prompts = prompts(body.required("prompt")?)?;
+    let request = GenerationRequest::new(prompts, &options, model)?;
+    Ok(Parsed {
+        request,
+        stream,
+        include_usage,
+        logprobs,
+    })
+}
+
+/// A string, strings, token ids, or lists of token ids.
+fn prompts(value: &Value) -> Result<Vec<Prompt>, ApiError> {
+    let list = match value {
+        Value::String(text) => return Ok(vec![Prompt::Text(text.clone())]),
+        Value::Array(list) => list,
+        other => return Err(wrong("prompt", "a string or an array", other)),
+    };
+    let Some(first) = list.first() else {
+        return Err(ApiError::invalid("prompt", "prompt must not be empty"));
+    };
+    if first.is_number() {
+        return Ok(vec![Prompt::Ids(fields::token_ids(list, "prompt")?)]);
+    }
+    if list.len() > CHOICES_MAX {
+        let message = format!(
+            "prompt must list at most {CHOICES_MAX} prompts, got {}",
+            list.len()
+        );
+        return Err(ApiError::invalid("prompt", message));
+    }
+    let mut prompts = Vec::with_capacity(list.len());
+    for (i, entry) in list.iter().enumerate() {
+        let path = format!("prompt[{i}]");
+        prompts.push(match entry {
+            Value::String(text) if first.is_string() => Prompt::Text(text.clone()),
+            Value::Array(ids) if first.is_array() => Prompt::Ids(fields::token_ids(ids, &path)?),
+            other if first.is_string() => {
+                return Err(wrong(&path, "a string like prompt[0]", other));
+            }
+            other => return Err(wrong(&path, "an array of token ids", other)),
+        });
+    }
+    Ok(prompts)
+}
+
+/// Renders `text_completion`, whole and in chunks.
+#[derive(Debug)]
+pub(crate) struct CompletionRender {
+    head: Head,
+    /// Characters of each answer so far, for `text_offset`.
+    offsets: Vec<usize>,
+}
+
+const OBJECT: &str = "text_completion";
+
+impl CompletionRender {
+    pub(crate) fn new(head: Head, num_choices: usize) -> Self {
+        Self {
+            head,
+            offsets: vec![0; num_choices],
+        }
+    }
+
+    fn choice(index: usize, text: &str, logprobs: Value, finish: Value) -> Value {
+        let mut choice = json!({ "index": index, "text": text });
+        choice["logprobs"] = logprobs;
+        choice["finish_reason"] = finish;
+        choice
+    }
+}
+
+impl Render for CompletionRender {
+    fn open(&mut self, choice: usize, echo: Option<&str>) -> Option<Value> {
+        let echo = echo?;
+        let opened = Self::choice(choice, echo, Value::Null, Value::Null);
+        Some(chunk(&self.head, OBJECT, vec![opened]))
+    }
+
+    fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
+        let mut logprobs =
+            LegacyLogprobs::starting_at(self.offsets.get(delta.choice).copied().unwrap_or(0));
+        if self.head.logprobs {
+            logprobs.add(&delta.tokens, delta.has_end_token, &self.head.tokenizer);
+            if let Some(offset) = self.offsets.get_mut(delta.choice) {
+                *offset = logprobs.offset();
+            }
+        }
+        if delta.text.is_empty() && logprobs.is_empty() && delta.finish.is_none() {
+            return Vec::new();
+        }
+        let logprobs = if logprobs.is_empty() {
+            Value::Null
+        } else {
+            logprobs.into_value()
+        };
+        let choice = Self::choice(
+            delta.choice,
+            &delta.text,
+            logprobs,
+            finish_reason(delta.finish),
+        );
+        vec![chunk(&self.head, OBJECT, vec![choice])]
+    }
+
+    fn usage(&self, usage: Usage) -> Value {
+        let mut last = object(&self.head, OBJECT, Vec::new());
+        last["usage"] = usage_object(usage);
+        last
+    }
+
+    fn whole(&self, choices: &[Choice], usage: Usage) -> Value {
+        let mut list = Vec::with_capacity(choices.len());
+        for (index, choice) in choices.iter().enumerate() {
+            let mut logprobs = Value::Null;
+            if self.head.logprobs {
+                let mut legacy = LegacyLogprobs::starting_at(0);
+                legacy.add(&choice.tokens, choice.has_end_token, &self.head.tokenizer);
+                logprobs = legacy.into_value();
+            }
+            list.push(Self::choice(
+                index,
+                &choice.text,
+                logprobs,
+                finish_reason(choice.finish),
+            ));
+        }
+        let mut whole = object(&self.head, OBJECT, list);
+        whole["usage"] = usage_object(usage);
+        whole
+    }
+}

@@ -1,0 +1,180 @@
+//! The parameters that both routes share, and those that are refused by name: known, with an effect, and
+//! not offered here. Unknown fields are ignored.
+
+use serde_json::Value;
+use tramontane_types::TokenId;
+
+use super::fields::{self, Fields, wrong};
+use crate::error::ApiError;
+use crate::request::Options;
+
+/// Whether a value of a known field asks for something.
+type Asks = fn(&Value) -> bool;
+
+/// Fields that are refused when they ask for something.
+const REFUSED: [(&str, Asks); 35] = [
+    ("tools", not_empty),
+    ("tool_choice", not_none_or_auto),
+    ("functions", not_empty),
+    ("function_call", not_none_or_auto),
+    ("response_format", not_text),
+    ("audio", anything),
+    ("modalities", more_than_text),
+    ("prediction", anything),
+    ("web_search_options", anything),
+    ("reasoning_effort", not_none),
+    ("store", is_true),
+    ("suffix", not_empty),
+    ("structured_outputs", anything),
+    ("guided_json", anything),
+    ("guided_regex", anything),
+    ("guided_choice", anything),
+    ("guided_grammar", anything),
+    ("guided_decoding_backend", anything),
+    ("chat_template", anything),
+    ("chat_template_kwargs", not_empty),
+    ("documents", not_empty),
+    ("continue_final_message", is_true),
+    ("use_beam_search", is_true),
+    ("length_penalty", not_one),
+    ("early_stopping", is_true),
+    ("prompt_logprobs", anything),
+    ("include_stop_str_in_output", is_true),
+    ("skip_special_tokens", is_false),
+    ("truncate_prompt_tokens", anything),
+    ("allowed_token_ids", anything),
+    ("bad_words", not_empty),
+    ("logits_processors", not_empty),
+    ("lora_request", anything),
+    ("add_generation_prompt", is_false),
+    ("prompt_embeds", anything),
+];
+
+fn anything(_value: &Value) -> bool {
+    true
+}
+
+fn not_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::String(text) => !text.is_empty(),
+        _ => true,
+    }
+}
+
+fn not_none(value: &Value) -> bool {
+    value != "none"
+}
+
+fn not_none_or_auto(value: &Value) -> bool {
+    value != "none" && value != "auto"
+}
+
+fn not_text(value: &Value) -> bool {
+    value["type"] != "text"
+}
+
+fn more_than_text(value: &Value) -> bool {
+    value
+        .as_array()
+        .is_none_or(|list| list.iter().any(|modality| modality != "text"))
+}
+
+fn is_true(value: &Value) -> bool {
+    value != false
+}
+
+fn is_false(value: &Value) -> bool {
+    value != true
+}
+
+fn not_one(value: &Value) -> bool {
+    value.as_f64() != Some(1.0)
+}
+
+/// Refuses fields that ask for what this server does not offer.
+pub(crate) fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
+    for (name, asks) in REFUSED {
+        if body.get(name).is_some_and(asks) {
+            return Err(ApiError::unsupported(name));
+        }
+    }
+    Ok(())
+}
+
+/// The sampling parameters that both routes share.
+pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
+    Ok(Options {
+        temperature: body.number("temperature")?,
+        top_k: top_k(body)?,
+        top_p: body.number("top_p")?,
+        min_p: body.number("min_p")?,
+        presence_penalty: body.number("presence_penalty")?,
+        frequency_penalty: body.number("frequency_penalty")?,
+        repetition_penalty: body.number("repetition_penalty")?,
+        logit_bias: logit_bias(body)?,
+        seed: body.integer("seed")?,
+        max_tokens: body.unsigned("max_tokens")?,
+        min_tokens: body.unsigned("min_tokens")?,
+        stop: stop(body)?,
+        stop_token_ids: match body.array("stop_token_ids")? {
+            Some(ids) => fields::token_ids(ids, "stop_token_ids")?,
+            None => Vec::new(),
+        },
+        ignore_eos: body.boolean("ignore_eos")?,
+        n: body.unsigned("n")?,
+        ..Options::default()
+    })
+}
+
+/// -1 switches it off, as in vLLM.
+fn top_k(body: &Fields<'_>) -> Result<Option<u32>, ApiError> {
+    if body.get("top_k").and_then(Value::as_i64) == Some(-1) {
+        return Ok(Some(0));
+    }
+    body.unsigned("top_k")
+}
+
+fn stop(body: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+    match body.get("stop") {
+        None => Ok(Vec::new()),
+        Some(Value::String(stop)) => Ok(vec![stop.clone()]),
+        Some(Value::Array(stops)) => {
+            let mut list = Vec::with_capacity(stops.len());
+            for (i, stop) in stops.iter().enumerate() {
+                list.push(fields::string(stop, &format!("stop[{i}]"))?.to_owned());
+            }
+            Ok(list)
+        }
+        Some(other) => Err(wrong("stop", "a string or an array of strings", other)),
+    }
+}
+
+fn logit_bias(body: &Fields<'_>) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let Some(map) = body.object("logit_bias")? else {
+        return Ok(Vec::new());
+    };
+    let mut biases = Vec::new();
+    for (key, value) in map.iter() {
+        let Ok(id) = key.parse::<TokenId>() else {
+            let message = "logit_bias must have token ids as keys, got something else";
+            return Err(ApiError::invalid("logit_bias", message));
+        };
+        biases.push((id, fields::number(value, &format!("logit_bias.{id}"))?));
+    }
+    Ok(biases)
+}
+
+/// `stream`, and `stream_options.include_usage`.
+pub(crate) fn stream_options(body: &Fields<'_>) -> Result<(bool, bool), ApiError> {
+    let stream = body.boolean("stream")?.unwrap_or(false);
+    let Some(options) = body.object("stream_options")? else {
+        return Ok((stream, false));
+    };
+    if !stream {
+        let message = "stream_options is only allowed when stream is true";
+        return Err(ApiError::invalid("stream_options", message));
+    }
+    Ok((stream, options.boolean("include_usage")?.unwrap_or(false)))
+}

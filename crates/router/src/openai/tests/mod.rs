@@ -1,0 +1,585 @@
+//! What the OpenAI routes accept, refuse and answer. Never needs a worker.
+
+use serde_json::{Value, json};
+use tramontane_tokenizer::{DecodeStart, DecodeStream, Role, Tokenizer};
+use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
+
+use super::*;
+use crate::error::ErrorKind;
+use crate::request::{Prompt, prepare};
+use crate::run::ServedModel;
+
+fn served() -> ServedModel {
+    ServedModel {
+        id: "demo".to_owned(),
+        aliases: vec!["gpt-4o".to_owned()],
+        context_length: 256,
+        vocab: 4096,
+    }
+}
+
+fn tokenizer() -> Tokenizer {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo");
+    Tokenizer::from_dir(std::path::Path::new(dir)).unwrap()
+}
+
+fn chat_with(key: &str, value: Value) -> Result<Parsed, ApiError> {
+    let mut body = json!({ "model": "demo", "messages": [{ "role": "user", "content": "hi" }] });
+    body[key] = value;
+    parse_chat(&body, &served())
+}
+
+fn completion_with(key: &str, value: Value) -> Result<Parsed, ApiError> {
+    let mut body = json!({ "model": "demo", "prompt": "hi" });
+    body[key] = value;
+    parse_completion(&body, &served())
+}
+
+type Door = fn(&str, Value) -> Result<Parsed, ApiError>;
+
+#[track_caller]
+fn refused(door: Door, key: &str, value: Value, kind: ErrorKind, param: &str) -> String {
+    let shown = format!("{key}: {value}");
+    let error = door(key, value).expect_err(&shown);
+    assert_eq!(
+        (error.kind, error.param.as_deref()),
+        (kind, Some(param)),
+        "{shown}: {error}"
+    );
+    error.message
+}
+
+/// Fields of both routes with values outside their rules.
+fn outside() -> Vec<(&'static str, Value)> {
+    vec![
+        ("temperature", json!(2.1)),
+        ("temperature", json!(-0.1)),
+        ("temperature", json!("hot")),
+        ("temperature", json!(1e300)),
+        ("top_p", json!(0)),
+        ("top_p", json!(1.01)),
+        ("top_p", json!([1])),
+        ("min_p", json!(-1)),
+        ("top_k", json!(-2)),
+        ("top_k", json!(1.5)),
+        ("presence_penalty", json!(2.5)),
+        ("frequency_penalty", json!(-2.5)),
+        ("repetition_penalty", json!(0)),
+        ("n", json!(0)),
+        ("n", json!(129)),
+        ("n", json!(1_000_000_000_000_u64)),
+        ("n", json!(-1)),
+        ("n", json!(true)),
+        ("max_tokens", json!(0)),
+        ("max_tokens", json!(-5)),
+        ("max_tokens", json!(1.5)),
+        ("max_tokens", json!("10")),
+        ("max_tokens", json!(5_000_000_000_u64)),
+        ("seed", json!(18_446_744_073_709_551_615_u64)),
+        ("seed", json!(0.5)),
+        ("stop", json!(5)),
+        ("stop", json!(["a", "b", "c", "d", "e"])),
+        ("stop", json!("")),
+        ("stop", json!([""])),
+        ("stop", json!("x".repeat(10_000))),
+        ("stop_token_ids", json!([4096])),
+        ("stop_token_ids", json!(3)),
+        ("logit_bias", json!({ "4096": 1 })),
+        ("logit_bias", json!({ "5": 101 })),
+        ("logit_bias", json!({ "five": 1 })),
+        ("logit_bias", json!([5])),
+        ("ignore_eos", json!("yes")),
+        ("stream", json!(1)),
+        ("stream_options", json!({ "include_usage": true })),
+    ]
+}
+
+#[test]
+fn every_parameter_outside_its_rule_is_named() {
+    for (key, value) in outside() {
+        refused(chat_with, key, value.clone(), ErrorKind::Invalid, key);
+        refused(completion_with, key, value, ErrorKind::Invalid, key);
+    }
+    refused(
+        chat_with,
+        "stop",
+        json!(["a", 1]),
+        ErrorKind::Invalid,
+        "stop[1]",
+    );
+    refused(
+        chat_with,
+        "stop_token_ids",
+        json!([1, "a"]),
+        ErrorKind::Invalid,
+        "stop_token_ids[1]",
+    );
+    refused(
+        chat_with,
+        "logit_bias",
+        json!({ "5": "a" }),
+        ErrorKind::Invalid,
+        "logit_bias.5",
+    );
+    refused(
+        chat_with,
+        "model",
+        json!("other"),
+        ErrorKind::ModelNotFound,
+        "model",
+    );
+    refused(chat_with, "model", json!(7), ErrorKind::Invalid, "model");
+    let max = "max_completion_tokens";
+    let message = refused(chat_with, max, json!(0), ErrorKind::Invalid, max);
+    assert_eq!(message, "max_completion_tokens must be at least 1, got 0");
+}
+
+#[test]
+fn log_probabilities_and_token_limits_are_checked_with_what_they_depend_on() {
+    refused(
+        chat_with,
+        "top_logprobs",
+        json!(2),
+        ErrorKind::Invalid,
+        "top_logprobs",
+    );
+    refused(
+        chat_with,
+        "logprobs",
+        json!(2),
+        ErrorKind::Invalid,
+        "logprobs",
+    );
+    refused(
+        completion_with,
+        "logprobs",
+        json!(6),
+        ErrorKind::Invalid,
+        "logprobs",
+    );
+    refused(
+        completion_with,
+        "logprobs",
+        json!(true),
+        ErrorKind::Invalid,
+        "logprobs",
+    );
+    let both = json!({
+        "messages": [{ "role": "user", "content": "x" }], "logprobs": true, "top_logprobs": 21
+    });
+    let error = parse_chat(&both, &served()).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("top_logprobs"));
+    let min = json!({ "prompt": "x", "min_tokens": 17, "max_tokens": 16 });
+    let error = parse_completion(&min, &served()).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("min_tokens"));
+}
+
+#[test]
+fn messages_are_checked_entry_by_entry() {
+    let invalid = ErrorKind::Invalid;
+    let unsupported = ErrorKind::Unsupported;
+    let table = [
+        (json!(null), invalid, "messages"),
+        (json!("hi"), invalid, "messages"),
+        (json!([]), invalid, "messages"),
+        (json!(["hi"]), invalid, "messages[0]"),
+        (json!([{ "content": "x" }]), invalid, "messages[0].role"),
+        (
+            json!([{ "role": 3, "content": "x" }]),
+            invalid,
+            "messages[0].role",
+        ),
+        (
+            json!([{ "role": "boss", "content": "x" }]),
+            invalid,
+            "messages[0].role",
+        ),
+        (
+            json!([{ "role": "tool", "content": "x" }]),
+            unsupported,
+            "messages[0].role",
+        ),
+        (json!([{ "role": "user" }]), invalid, "messages[0].content"),
+        (
+            json!([{ "role": "user", "content": 5 }]),
+            invalid,
+            "messages[0].content",
+        ),
+        (
+            json!([{ "role": "user", "content": [5] }]),
+            invalid,
+            "messages[0].content[0]",
+        ),
+        (
+            json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": {} }] }]),
+            unsupported,
+            "messages[0].content[0].type",
+        ),
+        (
+            json!([{ "role": "user", "content": [{ "type": "text" }] }]),
+            invalid,
+            "messages[0].content[0].text",
+        ),
+        (
+            json!([{ "role": "assistant", "content": "x", "tool_calls": [{}] }]),
+            unsupported,
+            "messages[0].tool_calls",
+        ),
+    ];
+    for (messages, kind, param) in table {
+        refused(chat_with, "messages", messages, kind, param);
+    }
+}
+
+#[test]
+fn prompts_are_checked_entry_by_entry() {
+    let invalid = ErrorKind::Invalid;
+    let table = [
+        (json!(null), "prompt"),
+        (json!(5), "prompt"),
+        (json!([]), "prompt"),
+        (json!(["a", 5]), "prompt[1]"),
+        (json!([1, "a"]), "prompt[1]"),
+        (json!([1, -1]), "prompt[1]"),
+        (json!([[1], "a"]), "prompt[1]"),
+        (json!([[1], [2, null]]), "prompt[1][1]"),
+        (json!(vec!["a"; 129]), "prompt"),
+        (json!({}), "prompt"),
+    ];
+    for (prompt, param) in table {
+        refused(completion_with, "prompt", prompt, invalid, param);
+    }
+}
+
+#[test]
+fn prompts_times_answers_are_bounded_and_bodies_are_objects() {
+    let many = json!({ "prompt": vec!["a"; 65], "n": 2 });
+    assert_eq!(
+        parse_completion(&many, &served())
+            .unwrap_err()
+            .param
+            .as_deref(),
+        Some("prompt")
+    );
+    let error = parse_chat(&json!([1]), &served()).unwrap_err();
+    assert_eq!(
+        error.message,
+        "the body must be a JSON object, got an array"
+    );
+}
+
+#[test]
+fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
+    let table = [
+        ("tools", json!([{ "type": "function" }])),
+        ("tool_choice", json!("required")),
+        ("functions", json!([{}])),
+        ("response_format", json!({ "type": "json_object" })),
+        ("audio", json!({ "voice": "x" })),
+        ("modalities", json!(["text", "audio"])),
+        ("prediction", json!({})),
+        ("web_search_options", json!({})),
+        ("store", json!(true)),
+        ("suffix", json!("end")),
+        ("use_beam_search", json!(true)),
+        ("length_penalty", json!(0.5)),
+        ("guided_json", json!({})),
+    ];
+    for (key, value) in table {
+        refused(chat_with, key, value.clone(), ErrorKind::Unsupported, key);
+        refused(completion_with, key, value, ErrorKind::Unsupported, key);
+    }
+    refused(
+        chat_with,
+        "echo",
+        json!(true),
+        ErrorKind::Unsupported,
+        "echo",
+    );
+    refused(
+        completion_with,
+        "best_of",
+        json!(3),
+        ErrorKind::Unsupported,
+        "best_of",
+    );
+    let echo = json!({ "prompt": "x", "echo": true, "logprobs": 1 });
+    assert_eq!(
+        parse_completion(&echo, &served())
+            .unwrap_err()
+            .param
+            .as_deref(),
+        Some("echo")
+    );
+    let harmless = [
+        ("tools", json!([])),
+        ("tool_choice", json!("none")),
+        ("tool_choice", json!("auto")),
+        ("response_format", json!({ "type": "text" })),
+        ("modalities", json!(["text"])),
+        ("store", json!(false)),
+        ("metadata", json!({ "a": "b" })),
+        ("service_tier", json!("auto")),
+        ("user", json!("me")),
+        ("temperature", json!(null)),
+        ("no_such_field", json!({ "a": [1] })),
+        ("model", json!("gpt-4o")),
+        ("best_of", json!(1)),
+        ("top_k", json!(-1)),
+    ];
+    for (key, value) in harmless {
+        chat_with(key, value.clone()).unwrap();
+        completion_with(key, value).unwrap();
+    }
+}
+
+#[test]
+fn everything_that_is_honoured_arrives() {
+    let body = json!({
+        "messages": [
+            { "role": "developer", "content": "be short" },
+            { "role": "user", "content": [{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }] },
+        ],
+        "max_completion_tokens": 7, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "n": 3,
+        "stop": ["x", "y"], "stream": true, "stream_options": { "include_usage": true },
+        "logprobs": true, "top_logprobs": 4, "logit_bias": { "5": -100, "6": 2.5 },
+        "presence_penalty": 1, "frequency_penalty": -1, "seed": -3, "top_k": 40, "min_p": 0.1,
+        "repetition_penalty": 1.1, "ignore_eos": true, "min_tokens": 2, "stop_token_ids": [9],
+    });
+    let parsed = parse_chat(&body, &served()).unwrap();
+    assert!(parsed.stream && parsed.include_usage && parsed.logprobs);
+    let request = parsed.request;
+    assert_eq!((request.max_tokens, request.n), (Some(7), 3));
+    let sampling = &request.sampling;
+    assert_eq!(
+        (sampling.temperature, sampling.top_p, sampling.min_p),
+        (0.5, 0.9, 0.1)
+    );
+    assert_eq!(
+        (sampling.top_k, sampling.min_tokens, sampling.ignore_eos),
+        (40, 2, true)
+    );
+    assert_eq!(
+        (sampling.presence_penalty, sampling.frequency_penalty),
+        (1.0, -1.0)
+    );
+    assert_eq!(sampling.repetition_penalty, 1.1);
+    assert_eq!(
+        (sampling.seed, sampling.logprobs),
+        ((-3_i64).cast_unsigned(), Some(4))
+    );
+    assert_eq!(sampling.logit_bias, [(5, -100.0), (6, 2.5)]);
+    assert_eq!(sampling.stop_ids, [9]);
+    let [Prompt::Chat(chat)] = &request.prompts[..] else {
+        panic!("one conversation expected")
+    };
+    assert_eq!(chat.messages[0].role, Role::System);
+    assert_eq!(chat.messages[1].content, "ab");
+}
+
+#[test]
+fn prompts_come_in_four_forms_and_the_context_bounds_them() {
+    let (model, tokenizer) = (served(), tokenizer());
+    let prepared = |body: Value| {
+        let parsed = parse_completion(&body, &model).unwrap();
+        prepare(parsed.request, &tokenizer, &model)
+    };
+    let one = prepared(json!({ "prompt": "Hello" })).unwrap();
+    assert_eq!(
+        one.prompts[0].ids[..],
+        tokenizer.encode_with_bos("Hello").unwrap()
+    );
+    assert_eq!(one.prompts[0].sampling.max_tokens, 16);
+    assert_eq!(
+        prepared(json!({ "prompt": ["a", "b"], "n": 2 }))
+            .unwrap()
+            .num_sequences(),
+        4
+    );
+    let ids = prepared(json!({ "prompt": [5, 6], "max_tokens": 254 })).unwrap();
+    assert_eq!(ids.prompts[0].ids[..], [5, 6]);
+    let lists = prepared(json!({ "prompt": [[5], [6, 7]], "echo": true })).unwrap();
+    assert_eq!(lists.prompts[1].ids[..], [6, 7]);
+    assert!(lists.prompts[1].echo.is_some());
+    let error = prepared(json!({ "prompt": [5, 6], "max_tokens": 255 })).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::ContextLength);
+    assert_eq!(error.param.as_deref(), Some("max_tokens"));
+    assert_eq!(
+        error.message,
+        "this model's context is 256 tokens, the prompt has 2 and max_tokens is 255, together 257"
+    );
+    let error = prepared(json!({ "prompt": vec![5; 256] })).unwrap_err();
+    assert_eq!(
+        (error.kind, error.param.as_deref()),
+        (ErrorKind::ContextLength, Some("prompt"))
+    );
+    let error = prepared(json!({ "prompt": [[5], [4096]] })).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("prompt[1]"));
+    let error = prepared(json!({ "prompt": [[5], []] })).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("prompt[1]"));
+    // Room for ten: the default shrinks.
+    assert_eq!(
+        prepared(json!({ "prompt": vec![5; 246] })).unwrap().prompts[0]
+            .sampling
+            .max_tokens,
+        10
+    );
+    let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
+    let chat = prepare(
+        parse_chat(&chat, &model).unwrap().request,
+        &tokenizer,
+        &model,
+    )
+    .unwrap();
+    let prompt = &chat.prompts[0];
+    assert_eq!(prompt.sampling.max_tokens as usize, 256 - prompt.ids.len());
+    let wrong = json!({ "messages": [{ "role": "system", "content": "hi" }] });
+    let parsed = parse_chat(&wrong, &model).unwrap();
+    match prepare(parsed.request, &tokenizer, &model) {
+        Ok(_) => {}
+        Err(error) => {
+            assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+            assert!(error.param.unwrap().starts_with("messages"));
+        }
+    }
+}
+
+fn head(logprobs: bool, include_usage: bool) -> Head {
+    Head {
+        id: "x-1".to_owned(),
+        created: 7,
+        model: "demo".to_owned(),
+        tokenizer: tokenizer(),
+        logprobs,
+        include_usage,
+    }
+}
+
+fn token(index: u32, id: u32, logprob: f32, top: &[(u32, f32)]) -> TokenOutput {
+    let top = top
+        .iter()
+        .map(|&(id, logprob)| TokenLogprob { id, logprob });
+    TokenOutput {
+        index,
+        id,
+        logprob: Some(logprob),
+        top_logprobs: top.collect(),
+    }
+}
+
+#[test]
+fn chat_chunks_have_the_documented_form() {
+    let mut render = ChatRender::new(head(false, true));
+    assert_eq!(
+        render.open(0, None).unwrap().to_string(),
+        r#"{"id":"x-1","object":"chat.completion.chunk","created":7,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#
+    );
+    let delta = Delta {
+        choice: 2,
+        text: "hi".to_owned(),
+        finish: Some(FinishReason::Length),
+        ..Delta::default()
+    };
+    let chunks = render.chunks(&delta);
+    assert_eq!(chunks.len(), 2);
+    assert_eq!(chunks[0]["choices"][0]["delta"], json!({ "content": "hi" }));
+    assert_eq!(chunks[0]["choices"][0]["finish_reason"], Value::Null);
+    assert_eq!(chunks[1]["choices"][0]["delta"], json!({}));
+    assert_eq!(chunks[1]["choices"][0]["finish_reason"], "length");
+    assert_eq!(chunks[1]["choices"][0]["index"], 2);
+    let usage = render.usage(Usage {
+        prompt_tokens: 3,
+        cached_tokens: 1,
+        completion_tokens: 2,
+    });
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"]["total_tokens"], 5);
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
+    assert!(
+        ChatRender::new(head(false, false))
+            .open(0, None)
+            .unwrap()
+            .get("usage")
+            .is_none()
+    );
+}
+
+#[test]
+fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode("Hello world").unwrap();
+    let (a, b) = (ids[0], ids[1]);
+    let text = |id: u32| String::from_utf8(tokenizer.token_bytes(id).unwrap().to_vec()).unwrap();
+    let tokens = vec![
+        token(0, a, -0.5, &[(a, -0.5), (b, -1.5)]),
+        token(1, b, f32::NEG_INFINITY, &[(a, -0.25)]),
+        token(2, tokenizer.eos_ids()[0], -0.1, &[]),
+    ];
+    let delta = Delta {
+        tokens,
+        has_end_token: true,
+        ..Delta::default()
+    };
+    let chunk = &ChatRender::new(head(true, false)).chunks(&delta)[0];
+    let content = &chunk["choices"][0]["logprobs"]["content"];
+    assert_eq!(content.as_array().unwrap().len(), 2);
+    assert_eq!(content[0]["token"], text(a));
+    assert_eq!(content[0]["logprob"], -0.5);
+    assert_eq!(content[0]["bytes"], json!(text(a).as_bytes()));
+    assert_eq!(content[0]["top_logprobs"][1]["token"], text(b));
+    assert_eq!(content[1]["logprob"], -9999.0);
+    let mut legacy = CompletionRender::new(head(true, false), 1);
+    let chunk = &legacy.chunks(&delta)[0]["choices"][0]["logprobs"];
+    assert_eq!(chunk["tokens"], json!([text(a), text(b)]));
+    assert_eq!(chunk["token_logprobs"], json!([-0.5, -9999.0]));
+    assert_eq!(chunk["text_offset"], json!([0, text(a).chars().count()]));
+    assert_eq!(chunk["top_logprobs"][0][text(b)], -1.5);
+    // The sampled token is always among them.
+    assert_eq!(chunk["top_logprobs"][1][text(b)], -9999.0);
+    let more = Delta {
+        tokens: vec![token(2, a, -1.0, &[])],
+        ..Delta::default()
+    };
+    let offset = text(a).chars().count() + text(b).chars().count();
+    let next = &legacy.chunks(&more)[0]["choices"][0]["logprobs"]["text_offset"];
+    assert_eq!(next, &json!([offset]));
+}
+
+#[test]
+fn stop_strings_hold_across_tokens_and_end_tokens_have_no_text() {
+    use crate::text::{AnswerText, TextEnd};
+    let tokenizer = tokenizer();
+    let whole = "Hello world, this is the end of it";
+    let ids = tokenizer.encode(whole).unwrap();
+    let parsed = completion_with("stop", json!(["rld, th", "never"])).unwrap();
+    let params = parsed.request.sampling.clone();
+    let mut text = AnswerText::new(&tokenizer, &params, parsed.request.stop, true);
+    let mut out = String::new();
+    let mut end = None;
+    for &id in &ids {
+        let added = text.push(id);
+        out.push_str(&added.text);
+        end = added.end;
+        if end.is_some() {
+            break;
+        }
+        assert!(
+            "Hello wo".starts_with(&out),
+            "text of the stop string went out: {out}"
+        );
+    }
+    assert_eq!((out.as_str(), end), ("Hello wo", Some(TextEnd::StopString)));
+    let free = completion_with("stop", json!("rld, not")).unwrap();
+    let mut text = AnswerText::new(&tokenizer, &params, free.request.stop, true);
+    let mut out: String = ids.iter().map(|&id| text.push(id).text).collect();
+    let ended = text.push(tokenizer.eos_ids()[0]);
+    assert_eq!(
+        (ended.text.as_str(), ended.end),
+        ("", Some(TextEnd::EndToken))
+    );
+    out.push_str(&text.finish().text);
+    let mut decoder = DecodeStream::new(&tokenizer, DecodeStart::Text, true);
+    let plain: String = ids.iter().filter_map(|&id| decoder.push(id)).collect();
+    assert_eq!(out, plain);
+    assert_eq!(out, whole);
+}

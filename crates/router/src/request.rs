@@ -1,0 +1,292 @@
+//! The one form of a request, whichever door it came through. A value of these types has been checked.
+//!
+//! Never does I/O; tokenizing ([`prepare`]) is long CPU work and belongs on a blocking thread.
+
+use std::sync::Arc;
+
+use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
+use tramontane_types::{InvalidSampling, SamplingParams, TokenId};
+
+use crate::error::{ApiError, ErrorKind};
+use crate::random::random;
+use crate::run::ServedModel;
+
+/// Most answers of one prompt, as in the OpenAI API.
+pub(crate) const N_MAX: u32 = 128;
+/// Most sequences of one request: prompts times answers.
+pub(crate) const CHOICES_MAX: usize = 128;
+/// Tokens of a completion when nobody says, as in the OpenAI API.
+pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
+
+/// What to go on from.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Prompt {
+    /// Plain text, tokenized with a leading beginning-of-sequence.
+    Text(String),
+    /// Exactly these tokens.
+    Ids(Vec<TokenId>),
+    /// A conversation, rendered with the model's chat template.
+    Chat(ChatRequest),
+}
+
+/// What a client may set, as it came; absent fields take the API's defaults.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Options {
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_k: Option<u32>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) logit_bias: Vec<(TokenId, f32)>,
+    pub(crate) seed: Option<i64>,
+    pub(crate) max_tokens: Option<u32>,
+    /// Name that the client gave `max_tokens`, when another.
+    pub(crate) max_tokens_name: Option<&'static str>,
+    pub(crate) min_tokens: Option<u32>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stop_token_ids: Vec<TokenId>,
+    pub(crate) ignore_eos: Option<bool>,
+    pub(crate) logprobs: Option<u32>,
+    /// Name that the client gave `logprobs`, when not `top_logprobs`.
+    pub(crate) logprobs_name: Option<&'static str>,
+    pub(crate) n: Option<u32>,
+    /// The answer begins with the prompt.
+    pub(crate) echo: bool,
+}
+
+/// A request that breaks no rule that can be checked without the tokenizer.
+#[derive(Clone, Debug)]
+pub(crate) struct GenerationRequest {
+    pub(crate) prompts: Vec<Prompt>,
+    /// Seed and `max_tokens` are set per sequence, in [`prepare`].
+    pub(crate) sampling: SamplingParams,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) max_tokens_name: &'static str,
+    pub(crate) stop: StopDecoder,
+    pub(crate) n: u32,
+    pub(crate) echo: bool,
+}
+
+/// One prompt, ready to run.
+#[derive(Clone, Debug)]
+pub(crate) struct PreparedPrompt {
+    pub(crate) ids: Arc<[TokenId]>,
+    /// Text that the answer begins with, when asked for.
+    pub(crate) echo: Option<String>,
+    /// Whether the answer starts a text of its own, as in a chat.
+    pub(crate) is_chat: bool,
+    pub(crate) sampling: SamplingParams,
+}
+
+/// A tokenized request: every prompt fits the model's context together with its longest answer.
+#[derive(Clone, Debug)]
+pub(crate) struct PreparedRequest {
+    pub(crate) prompts: Vec<PreparedPrompt>,
+    pub(crate) stop: StopDecoder,
+    pub(crate) n: u32,
+}
+
+impl PreparedRequest {
+    /// Sequences that this request runs.
+    pub(crate) fn num_sequences(&self) -> usize {
+        self.prompts.len() * self.n as usize
+    }
+}
+
+impl GenerationRequest {
+    /// Checks prompts and options against every limit.
+    pub(crate) fn new(
+        prompts: Vec<Prompt>,
+        options: &Options,
+        model: &ServedModel,
+    ) -> Result<Self, ApiError> {
+        let n = options.n.unwrap_or(1);
+        if !(1..=N_MAX).contains(&n) {
+            return Err(ApiError::invalid(
+                "n",
+                format!("n must be between 1 and {N_MAX}, got {n}"),
+            ));
+        }
+        if prompts.is_empty() {
+            return Err(ApiError::invalid("prompt", "prompt must not be empty"));
+        }
+        if prompts.len() * n as usize > CHOICES_MAX {
+            let message = format!(
+                "prompt must list at most {CHOICES_MAX} prompts times n, got {} times {n}",
+                prompts.len()
+            );
+            return Err(ApiError::invalid("prompt", message));
+        }
+        let stop = StopDecoder::new(&options.stop)?;
+        let max_tokens_name = options.max_tokens_name.unwrap_or("max_tokens");
+        let sampling = sampling(options);
+        sampling.validate(model.vocab).map_err(|error| {
+            let renamed = match error.param {
+                "max_tokens" => Some(max_tokens_name),
+                "top_logprobs" => options.logprobs_name,
+                _ => None,
+            };
+            refused(&error, renamed)
+        })?;
+        Ok(Self {
+            prompts,
+            sampling,
+            max_tokens: options.max_tokens,
+            max_tokens_name,
+            stop,
+            n,
+            echo: options.echo,
+        })
+    }
+}
+
+fn sampling(options: &Options) -> SamplingParams {
+    let defaults = SamplingParams::default();
+    SamplingParams {
+        temperature: options.temperature.unwrap_or(defaults.temperature),
+        top_k: options.top_k.unwrap_or(defaults.top_k),
+        top_p: options.top_p.unwrap_or(defaults.top_p),
+        min_p: options.min_p.unwrap_or(defaults.min_p),
+        presence_penalty: options
+            .presence_penalty
+            .unwrap_or(defaults.presence_penalty),
+        frequency_penalty: options
+            .frequency_penalty
+            .unwrap_or(defaults.frequency_penalty),
+        repetition_penalty: options
+            .repetition_penalty
+            .unwrap_or(defaults.repetition_penalty),
+        logit_bias: options.logit_bias.clone(),
+        seed: options.seed.map_or_else(random, i64::cast_unsigned),
+        // Without a limit the context is the limit; it is known after tokenizing.
+        max_tokens: options.max_tokens.unwrap_or(u32::MAX),
+        min_tokens: options.min_tokens.unwrap_or(defaults.min_tokens),
+        stop_ids: options.stop_token_ids.clone(),
+        ignore_eos: options.ignore_eos.unwrap_or(defaults.ignore_eos),
+        logprobs: options.logprobs,
+    }
+}
+
+fn refused(error: &InvalidSampling, renamed: Option<&str>) -> ApiError {
+    let param = renamed.unwrap_or(error.param);
+    ApiError::invalid(
+        param,
+        format!("{param} must be {}, got {}", error.rule, error.got),
+    )
+}
+
+/// Tokenizes and checks every prompt against the model's context. Long CPU work.
+pub(crate) fn prepare(
+    request: GenerationRequest,
+    tokenizer: &Tokenizer,
+    model: &ServedModel,
+) -> Result<PreparedRequest, ApiError> {
+    let num_prompts = request.prompts.len();
+    let mut prompts = Vec::with_capacity(num_prompts);
+    for (i, prompt) in request.prompts.iter().enumerate() {
+        let param = match prompt {
+            Prompt::Chat(_) => "messages".to_owned(),
+            _ if num_prompts == 1 => "prompt".to_owned(),
+            _ => format!("prompt[{i}]"),
+        };
+        let ids = tokenize(prompt, &param, tokenizer, model)?;
+        let max_tokens = fit(&request, prompt, ids.len(), &param, model)?;
+        if request.sampling.min_tokens > max_tokens {
+            let message = format!(
+                "min_tokens must be at most {max_tokens}, what the context leaves, got {}",
+                request.sampling.min_tokens
+            );
+            return Err(ApiError::invalid("min_tokens", message));
+        }
+        let echo = request.echo.then(|| match prompt {
+            Prompt::Text(text) => text.clone(),
+            Prompt::Ids(_) | Prompt::Chat(_) => tokenizer.decode(&ids, true),
+        });
+        prompts.push(PreparedPrompt {
+            ids: ids.into(),
+            echo,
+            is_chat: matches!(prompt, Prompt::Chat(_)),
+            sampling: SamplingParams {
+                max_tokens,
+                ..request.sampling.clone()
+            },
+        });
+    }
+    Ok(PreparedRequest {
+        prompts,
+        stop: request.stop,
+        n: request.n,
+    })
+}
+
+fn tokenize(
+    prompt: &Prompt,
+    param: &str,
+    tokenizer: &Tokenizer,
+    model: &ServedModel,
+) -> Result<Vec<TokenId>, ApiError> {
+    let named = |error: tramontane_tokenizer::Error| {
+        let error = ApiError::from(error);
+        if error.kind == ErrorKind::Invalid && error.param.is_none() {
+            error.at(param)
+        } else {
+            error
+        }
+    };
+    let ids = match prompt {
+        Prompt::Text(text) => tokenizer.encode_with_bos(text).map_err(named)?,
+        Prompt::Chat(chat) => tokenizer.encode_chat(chat).map_err(named)?,
+        Prompt::Ids(ids) => ids.clone(),
+    };
+    if ids.is_empty() {
+        return Err(ApiError::invalid(
+            param,
+            format!("{param} must have at least one token"),
+        ));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
+        let message = format!(
+            "{param} must hold token ids below {}, got {id}",
+            model.vocab
+        );
+        return Err(ApiError::invalid(param, message));
+    }
+    Ok(ids)
+}
+
+/// Most tokens to sample after `prompt_tokens`, or why they do not fit.
+fn fit(
+    request: &GenerationRequest,
+    prompt: &Prompt,
+    prompt_tokens: usize,
+    param: &str,
+    model: &ServedModel,
+) -> Result<u32, ApiError> {
+    let context = model.context_length as usize;
+    let too_long = |message: String, param: &str| {
+        Err(ApiError::new(ErrorKind::ContextLength, message).at(param))
+    };
+    if prompt_tokens >= context {
+        let message = format!(
+            "this model's context is {context} tokens, the prompt has {prompt_tokens} and leaves no room for an answer"
+        );
+        return too_long(message, param);
+    }
+    // In range: the context is a u32.
+    let room = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
+    match request.max_tokens {
+        Some(asked) if asked > room => {
+            let name = request.max_tokens_name;
+            let message = format!(
+                "this model's context is {context} tokens, the prompt has {prompt_tokens} and {name} is {asked}, together {}",
+                prompt_tokens as u64 + u64::from(asked)
+            );
+            too_long(message, name)
+        }
+        Some(asked) => Ok(asked),
+        None if matches!(prompt, Prompt::Chat(_)) => Ok(room),
+        None => Ok(room.min(COMPLETION_TOKENS_DEFAULT.max(request.sampling.min_tokens))),
+    }
+}

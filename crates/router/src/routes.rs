@@ -1,0 +1,334 @@
+//! The HTTP routes: what is read from a request and what becomes of it. Every answer has an `x-request-id`,
+//! every error has the OpenAI form.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Extension, Path, Request, State};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use bytes::{Bytes, BytesMut};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{HeaderName, StatusCode};
+use http_body_util::BodyExt as _;
+use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout, timeout_at};
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument as _;
+use tramontane_runtime::{build_info, metrics as shared_metrics};
+
+use crate::dispatch::Answer;
+use crate::error::{ApiError, ErrorKind};
+use crate::metrics::Route;
+use crate::openai::{
+    self, ChatRender, CompletionRender, Head, Parsed, Render, error_response, event_stream,
+};
+use crate::random::random_id;
+use crate::request::{PreparedRequest, prepare};
+use crate::run::{App, ServedModel};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
+/// so that a client that sends first and reads later sees the refusal instead of a broken connection.
+const DISCARD_FACTOR: usize = 4;
+
+/// Name of one HTTP request in logs and answers; never a client's own.
+#[derive(Clone, Debug)]
+struct HttpRequestId(String);
+
+/// All routes.
+pub(crate) fn routes(app: &Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .route("/version", get(version))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(name_request))
+        .with_state(Arc::clone(app))
+}
+
+async fn name_request(mut request: Request, next: Next) -> Response {
+    let id = random_id("req_");
+    let value = HeaderValue::from_str(&id);
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let span = tracing::info_span!("http", request_id = id, %method, path);
+    request.extensions_mut().insert(HttpRequestId(id));
+    let mut response = next.run(request).instrument(span).await;
+    if let Ok(value) = value {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
+    tracing::error!("a request's code panicked");
+    error_response(&ApiError::internal())
+}
+
+async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(id): Extension<HttpRequestId>,
+    request: Request,
+) -> Response {
+    answer(&app, &id, Route::ChatCompletions, request).await
+}
+
+async fn completions(
+    State(app): State<Arc<App>>,
+    Extension(id): Extension<HttpRequestId>,
+    request: Request,
+) -> Response {
+    answer(&app, &id, Route::Completions, request).await
+}
+
+async fn answer(app: &Arc<App>, id: &HttpRequestId, route: Route, request: Request) -> Response {
+    let response = match generate(app, id, route, request).await {
+        Ok(response) => response,
+        Err(error) => {
+            tracing::debug!(request = id.0, kind = ?error.kind, %error, "request refused");
+            error_response(&error)
+        }
+    };
+    app.metrics.answered(route, response.status());
+    response
+}
+
+async fn generate(
+    app: &Arc<App>,
+    id: &HttpRequestId,
+    route: Route,
+    request: Request,
+) -> Result<Response, ApiError> {
+    check_media_type(request.headers())?;
+    let (body, room) = read_body(app, request).await?;
+    let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
+    let prepared = app.dispatcher.prepare(move || {
+        let parsed = parse(route, &body, &model)?;
+        drop(body);
+        let request = prepare(parsed.request.clone(), &tokenizer, &model)?;
+        // The body has become token ids.
+        drop(room);
+        Ok((parsed, request))
+    });
+    let (parsed, request): (Parsed, PreparedRequest) = prepared.await?;
+    let num_choices = request.num_sequences();
+    let head = Head {
+        id: random_id(if route == Route::ChatCompletions {
+            "chatcmpl-"
+        } else {
+            "cmpl-"
+        }),
+        created: unix_seconds(),
+        model: app.model.id.clone(),
+        tokenizer: (*app.tokenizer).clone(),
+        logprobs: parsed.logprobs,
+        include_usage: parsed.include_usage,
+    };
+    let answer = app.dispatcher.start(request, &id.0).await?;
+    let render: Box<dyn Render> = match route {
+        Route::ChatCompletions => Box::new(ChatRender::new(head)),
+        _ => Box::new(CompletionRender::new(head, num_choices)),
+    };
+    if parsed.stream {
+        return Ok(streamed(app, answer, render, parsed.include_usage));
+    }
+    whole(answer, render).await
+}
+
+fn parse(route: Route, body: &Bytes, model: &ServedModel) -> Result<Parsed, ApiError> {
+    let json = openai::parse_json(body)?;
+    match route {
+        Route::ChatCompletions => openai::parse_chat(&json, model),
+        _ => openai::parse_completion(&json, model),
+    }
+}
+
+fn streamed(app: &App, answer: Answer, render: Box<dyn Render>, include_usage: bool) -> Response {
+    let events = event_stream(answer, render, include_usage, app.config.sse_keepalive);
+    let mut response = Response::new(Body::from_stream(events));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Proxies of the nginx kind collect a whole answer otherwise.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+async fn whole(mut answer: Answer, render: Box<dyn Render>) -> Result<Response, ApiError> {
+    let choices = answer.collect().await?;
+    Ok(Json(render.whole(&choices, answer.usage())).into_response())
+}
+
+fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let media_type = value
+        .to_str()
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default();
+    let media_type = media_type.trim().to_ascii_lowercase();
+    let is_json = media_type == "application/json"
+        || (media_type.starts_with("application/") && media_type.ends_with("+json"));
+    if is_json {
+        return Ok(());
+    }
+    let message = "content-type must be application/json";
+    Err(ApiError::new(ErrorKind::MediaType, message))
+}
+
+fn declared_size(headers: &HeaderMap) -> Option<usize> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The whole body, within the limits of size and time, and the memory that it takes among all bodies.
+/// Memory is taken as data arrives: who only announces a body holds up nobody.
+async fn read_body(
+    app: &App,
+    request: Request,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ApiError> {
+    let deadline = Instant::now() + app.config.body_timeout;
+    let max = app.config.body_bytes_max;
+    let declared = declared_size(request.headers()).unwrap_or_default();
+    let mut body = request.into_body();
+    let mut bytes = BytesMut::new();
+    let mut room = None;
+    let mut is_too_large = declared > max;
+    while !is_too_large {
+        let frame = timeout_at(deadline, body.frame()).await;
+        let frame = frame.map_err(|_elapsed| late_body(app))?;
+        let Some(frame) = frame else {
+            return Ok((bytes.freeze(), room));
+        };
+        let Ok(frame) = frame else {
+            return Err(ApiError::new(ErrorKind::Invalid, "the body ended early"));
+        };
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        is_too_large = data.len() > max - bytes.len();
+        if !is_too_large {
+            grow_room(app, &mut room, bytes.len() + data.len(), deadline).await?;
+            bytes.extend_from_slice(&data);
+        }
+    }
+    let discarding = discard(body, max.saturating_mul(DISCARD_FACTOR));
+    app.dispatcher
+        .tasks
+        .spawn(timeout(app.config.body_timeout, discarding));
+    let message = format!("the body must have at most {max} bytes");
+    Err(ApiError::new(ErrorKind::TooLarge, message))
+}
+
+fn late_body(app: &App) -> ApiError {
+    let limit = humantime::format_duration(app.config.body_timeout);
+    let message = format!("the body did not arrive within {limit}");
+    ApiError::new(ErrorKind::BodyTimeout, message)
+}
+
+/// Waits for memory so that `room` covers `size` bytes.
+async fn grow_room(
+    app: &App,
+    room: &mut Option<OwnedSemaphorePermit>,
+    size: usize,
+    deadline: Instant,
+) -> Result<(), ApiError> {
+    let held = room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+    let missing = size.div_ceil(1024).saturating_sub(held);
+    if missing == 0 {
+        return Ok(());
+    }
+    let missing = u32::try_from(missing).unwrap_or(u32::MAX);
+    let more = Arc::clone(&app.body_room).acquire_many_owned(missing);
+    let Ok(Ok(more)) = timeout_at(deadline, more).await else {
+        return Err(ApiError::unavailable(
+            "too many large requests are being read",
+        ));
+    };
+    match room {
+        Some(room) => room.merge(more),
+        None => *room = Some(more),
+    }
+    Ok(())
+}
+
+/// Reads up to `max` bytes of a body that was refused.
+async fn discard(mut body: Body, max: usize) {
+    let mut size = 0_usize;
+    while let Some(Ok(frame)) = body.frame().await {
+        size = size.saturating_add(frame.data_ref().map_or(0, Bytes::len));
+        if size > max {
+            return;
+        }
+    }
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(openai::models(&app.model, app.started))
+}
+
+async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+    match app.model.check(Some(&id)) {
+        Ok(()) => Json(openai::model(&app.model, &id, app.started)).into_response(),
+        Err(error) => error_response(&error),
+    }
+}
+
+/// The process answers: that is all that liveness says, so that no outage elsewhere restarts it.
+async fn live() -> Json<Value> {
+    Json(json!({ "live": true }))
+}
+
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    match app.ready.check() {
+        Ok(()) => Json(json!({ "ready": true })).into_response(),
+        Err(reason) => {
+            let body = Json(json!({ "ready": false, "reason": reason }));
+            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+        }
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    (
+        [(CONTENT_TYPE, shared_metrics::CONTENT_TYPE)],
+        app.render_metrics(),
+    )
+        .into_response()
+}
+
+async fn version() -> Json<Value> {
+    Json(json!({ "version": build_info::VERSION }))
+}
+
+async fn not_found() -> Response {
+    error_response(&ApiError::new(
+        ErrorKind::NotFound,
+        "there is no such route",
+    ))
+}
+
+async fn method_not_allowed() -> Response {
+    error_response(&ApiError::new(
+        ErrorKind::MethodNotAllowed,
+        "this route has another method",
+    ))
+}
+
+fn unix_seconds() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
+}

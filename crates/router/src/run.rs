@@ -1,0 +1,332 @@
+//! A router from start to end: watch the cluster, open both doors, and at the end close them in order.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tramontane_coordination::{Planner, Store, run_elected, watch_members, watch_placements};
+use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
+use tramontane_tokenizer::Tokenizer;
+
+use crate::admission::Admission;
+use crate::cluster::{ClusterView, attention_workers};
+use crate::dispatch::Dispatcher;
+use crate::error::{ApiError, ErrorKind};
+use crate::journal::Journal;
+use crate::metrics::{Metrics, Reading};
+use crate::sequence::Patience;
+use crate::worker_pool::WorkerPool;
+use crate::{Error, RouterConfig, grpc, http_server, routes};
+
+/// Bodies that are parsed and tokenized at once, per core.
+const PREPARING_PER_CORE: usize = 2;
+/// Largest bodies that are held at once, read or waiting to be: memory of HTTP requests is bounded by it.
+const BODIES_MAX: usize = 64;
+/// Connections get this long to close once nothing runs, or when everything was aborted.
+const CONNECTIONS_CLOSE_MAX: Duration = Duration::from_secs(2);
+/// While draining, running requests are counted this often.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+
+/// What a router is made of.
+#[derive(Debug)]
+pub struct RouterParts {
+    /// The cluster's few shared facts.
+    pub store: Arc<dyn Store>,
+    /// Of the served model.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What clients are told about the model.
+    pub model: ServedModel,
+    /// Bound socket of the OpenAI API.
+    pub http: TcpListener,
+    /// Bound socket of the gRPC API.
+    pub grpc: TcpListener,
+}
+
+/// The model as clients see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServedModel {
+    /// Its name.
+    pub id: String,
+    /// Other names for it.
+    pub aliases: Vec<String>,
+    /// Longest prompt and answer together, in tokens.
+    pub context_length: u32,
+    /// Token ids are below this.
+    pub vocab: usize,
+}
+
+impl ServedModel {
+    /// Whether `name` names this model; nobody's name does.
+    pub(crate) fn check(&self, name: Option<&str>) -> Result<(), ApiError> {
+        match name {
+            Some(name) if name != self.id && !self.aliases.iter().any(|alias| alias == name) => {
+                let message = format!(
+                    "this server serves the model {}, not the one asked for",
+                    self.id
+                );
+                Err(ApiError::new(ErrorKind::ModelNotFound, message).at("model"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What both doors share.
+#[derive(Debug)]
+pub(crate) struct App {
+    pub(crate) config: RouterConfig,
+    pub(crate) dispatcher: Dispatcher,
+    pub(crate) cluster: ClusterView,
+    pub(crate) model: Arc<ServedModel>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) ready: Readiness,
+    /// KiB of request bodies that may still be held.
+    pub(crate) body_room: Arc<Semaphore>,
+    /// Unix time of the start in seconds.
+    pub(crate) started: u64,
+}
+
+impl App {
+    /// All metrics as text.
+    pub(crate) fn render_metrics(&self) -> String {
+        let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        self.metrics.render(Reading {
+            running: self.dispatcher.admission.running(),
+            waiting: self.dispatcher.admission.waiting(),
+            journal_entries: self.dispatcher.journal.num_entries(),
+            journal_tokens: self.dispatcher.journal.num_tokens(),
+            workers_ready: attention_workers(&members, &placements).count(),
+            workers: members.workers.len(),
+            epoch: placements.published_epoch().0,
+            ready: self.ready.check().is_ok(),
+            store_available: !members.stale && !placements.stale,
+        })
+    }
+}
+
+/// Serves until `shutdown`, then: not ready, refuse, finish what runs within the drain deadline, end.
+///
+/// # Errors
+/// When the configuration breaks a rule or a server cannot go on.
+pub async fn run(
+    config: RouterConfig,
+    parts: RouterParts,
+    shutdown: Shutdown,
+) -> Result<(), Error> {
+    config.validate()?;
+    let background = Background::default();
+    let _stop_background = background.stop.clone().drop_guard();
+    let (cluster, ready) = background.start(&config, &parts.store, shutdown.token.clone());
+    let doors = Doors::default();
+    let (http, grpc) = (parts.http, parts.grpc);
+    let app = app(
+        config.clone(),
+        parts.tokenizer,
+        parts.model,
+        cluster,
+        ready,
+        &doors,
+    );
+    let grpc = grpc::serve(
+        grpc,
+        Arc::clone(&app),
+        doors.refuse.clone(),
+        &background.tasks,
+        &background.stop,
+    )?;
+    let http = http_server::serve(
+        http,
+        routes::routes(&app),
+        config.connections_max,
+        doors.clone(),
+    );
+    let grpc = async { grpc.await.map_err(Error::Grpc) };
+    let serve = async {
+        tokio::try_join!(grpc, async {
+            http.await;
+            Ok(())
+        })
+        .map(drop)
+    };
+    tokio::pin!(serve);
+    tracing::info!(model = app.model.id, "router serves");
+    let ended = tokio::select! {
+        ended = &mut serve => ended,
+        () = drain(&app, &doors, shutdown.token.clone()) => {
+            // The last answers are told why they end; idle health watches just end.
+            doors.abort.cancel();
+            timeout(CONNECTIONS_CLOSE_MAX, &mut serve).await.unwrap_or(Ok(()))
+        }
+    };
+    background.stop.cancel();
+    doors.abort.cancel();
+    let requests = &app.dispatcher.tasks;
+    background.tasks.close();
+    requests.close();
+    let ending = async { tokio::join!(background.tasks.wait(), requests.wait()) };
+    let _ = timeout(CONNECTIONS_CLOSE_MAX, ending).await;
+    ended
+}
+
+/// Waits for the stop signal, closes the doors in order and returns when nobody should be waited for any
+/// longer. The servers may well have ended before.
+async fn drain(app: &App, doors: &Doors, stop: CancellationToken) {
+    stop.cancelled().await;
+    let admission = &app.dispatcher.admission;
+    tracing::info!(running = admission.running(), "router drains");
+    // Load balancers see "not ready" while requests are still taken.
+    sleep(app.config.unready_grace).await;
+    doors.refuse.cancel();
+    let idle = async {
+        while admission.running() > 0 {
+            sleep(DRAIN_LOOK).await;
+        }
+    };
+    if timeout(app.config.drain_deadline, idle).await.is_err() {
+        tracing::warn!(
+            left = admission.running(),
+            "requests did not end in time and are aborted"
+        );
+        return;
+    }
+    // The last answers are on their way out.
+    sleep(CONNECTIONS_CLOSE_MAX).await;
+}
+
+/// How both servers are told to stop.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Doors {
+    /// Take no new connections, finish what runs.
+    pub(crate) refuse: CancellationToken,
+    /// End whatever still runs.
+    pub(crate) abort: CancellationToken,
+}
+
+fn app(
+    config: RouterConfig,
+    tokenizer: Arc<Tokenizer>,
+    model: ServedModel,
+    cluster: ClusterView,
+    ready: Readiness,
+    doors: &Doors,
+) -> Arc<App> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let metrics = Arc::new(Metrics::new(&model.id));
+    let dispatcher = Dispatcher {
+        pool: Arc::new(WorkerPool::new(cluster.clone(), config.policy)),
+        admission: Admission::new(
+            config.sequences_max,
+            config.queue_max,
+            config.queue_wait,
+            doors.refuse.clone(),
+        ),
+        journal: Journal::default(),
+        metrics: Arc::clone(&metrics),
+        tokenizer: Arc::clone(&tokenizer),
+        patience: Patience {
+            attempts_max: config.attempts_max,
+            failover_wait: config.failover_wait,
+            silence_max: config.stream_silence_max,
+        },
+        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
+        prepare_wait: config.queue_wait,
+        client_stall_max: config.client_stall_max,
+        tasks: TaskTracker::new(),
+        abort: doors.abort.clone(),
+    };
+    let started = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    Arc::new(App {
+        body_room: Arc::new(Semaphore::new(
+            BODIES_MAX * config.body_bytes_max.div_ceil(1024),
+        )),
+        config,
+        dispatcher,
+        cluster,
+        model: Arc::new(model),
+        tokenizer,
+        metrics,
+        ready,
+        started,
+    })
+}
+
+/// What runs beside the servers, from before the first request to after the last.
+#[derive(Debug, Default)]
+struct Background {
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Background {
+    /// Watches the cluster, keeps readiness, and plans when elected.
+    fn start(
+        &self,
+        config: &RouterConfig,
+        store: &Arc<dyn Store>,
+        stopping: CancellationToken,
+    ) -> (ClusterView, Readiness) {
+        let (tasks, stop) = (&self.tasks, &self.stop);
+        let cluster = ClusterView {
+            members: watch_members(Arc::clone(store), tasks, stop.clone()),
+            placements: watch_placements(Arc::clone(store), tasks, stop.clone()),
+        };
+        if config.planner {
+            self.plan(config, Arc::clone(store), &cluster);
+        }
+        let (setter, ready) = Readiness::starting("the coordination store has not been read yet");
+        tasks.spawn(keep_ready(cluster.clone(), setter, stopping, stop.clone()));
+        (cluster, ready)
+    }
+
+    fn plan(&self, config: &RouterConfig, store: Arc<dyn Store>, cluster: &ClusterView) {
+        let planner = Planner::new(
+            Arc::clone(&store),
+            config.planner(),
+            cluster.members.clone(),
+            cluster.placements.clone(),
+        );
+        let (id, ttl, stop) = (config.id.clone(), config.election_ttl, self.stop.clone());
+        self.tasks.spawn(async move {
+            run_elected(store, &id, ttl, stop, |leading| {
+                let planner = planner.clone();
+                async move { planner.run(leading).await }
+            })
+            .await;
+        });
+    }
+}
+
+/// Keeps readiness true to the cluster until `stop`; never ready once `stopping`.
+async fn keep_ready(
+    mut cluster: ClusterView,
+    ready: ReadinessSetter,
+    stopping: CancellationToken,
+    stop: CancellationToken,
+) {
+    loop {
+        if stopping.is_cancelled() {
+            ready.set(Err("this router is stopping".to_owned()));
+            // Health endpoints go on answering from this until the end.
+            stop.cancelled().await;
+            return;
+        }
+        let state = cluster.check();
+        if let Err(reason) = &state {
+            tracing::debug!(reason, "not ready");
+        }
+        ready.set(state);
+        tokio::select! {
+            () = cluster.changed() => {}
+            () = stopping.cancelled() => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}

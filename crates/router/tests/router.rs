@@ -1,0 +1,1334 @@
+//! A whole router over loopback with scripted workers: what clients see when all is well, and when not.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on must end"
+)]
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Channel;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+use tonic_types::StatusExt as _;
+use tramontane_coordination::registry::RECORD_SCHEMA;
+use tramontane_coordination::{
+    MemoryStore, ModelFacts, Roles, Store, WorkerLoad, WorkerRecord, WorkerState, watch_placements,
+};
+use tramontane_proto::v1;
+use tramontane_proto::v1::admin_client::AdminClient;
+use tramontane_proto::v1::inference_client::InferenceClient;
+use tramontane_proto::v1::sequence_event::Kind;
+use tramontane_proto::v1::worker_server::{Worker, WorkerServer};
+use tramontane_router::{PolicyKind, RouterConfig, RouterParts, ServedModel, run};
+use tramontane_runtime::Shutdown;
+use tramontane_tokenizer::Tokenizer;
+use tramontane_types::{Epoch, Placement, SegmentRange, SliceHolders, WorkerId};
+
+/// Nothing here takes this long unless it is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+const TEXT: &str = "Hello world, this is a story about the sea";
+
+// ---- a scripted worker ----
+
+#[derive(Clone)]
+enum Step {
+    Started(u32),
+    Token(u32),
+    Finish(v1::FinishReason),
+    /// Goes on when the test gives a permit.
+    Gate(Arc<Semaphore>),
+    Break,
+    Hang,
+}
+
+type Script = Arc<dyn Fn(&v1::GenerateSequenceRequest) -> Result<Vec<Step>, Status> + Send + Sync>;
+
+#[derive(Clone)]
+struct FakeWorker {
+    script: Script,
+    seen: Arc<Mutex<Vec<v1::GenerateSequenceRequest>>>,
+    open: Arc<AtomicUsize>,
+    drains: Arc<AtomicUsize>,
+}
+
+struct OpenStream(Arc<AtomicUsize>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[tonic::async_trait]
+impl Worker for FakeWorker {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::SequenceEvent, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateSequenceRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let request = request.into_inner();
+        let steps = (self.script)(&request);
+        let index = request.num_resumed;
+        let top = request.sampling.as_ref().and_then(|s| s.logprobs);
+        self.seen.lock().push(request);
+        self.open.fetch_add(1, Ordering::SeqCst);
+        let open = OpenStream(Arc::clone(&self.open));
+        let state = (VecDeque::from(steps?), index, open);
+        let events =
+            futures::stream::unfold(state, move |(mut steps, mut index, open)| async move {
+                loop {
+                    let event = match steps.pop_front()? {
+                        Step::Started(cached_tokens) => {
+                            Ok(Kind::Started(v1::SequenceStarted { cached_tokens }))
+                        }
+                        Step::Token(id) => {
+                            let best = |n| vec![v1::TopLogprob { id, logprob: -0.5 }; n as usize];
+                            let token = v1::SampledToken {
+                                index,
+                                id,
+                                logprob: top.map(|_| -0.5),
+                                top_logprobs: top.map_or_else(Vec::new, best),
+                            };
+                            index += 1;
+                            Ok(Kind::Tokens(v1::SampledTokens {
+                                tokens: vec![token],
+                            }))
+                        }
+                        Step::Finish(reason) => {
+                            let finished = v1::SequenceFinished {
+                                reason: reason as i32,
+                                usage: None,
+                            };
+                            Ok(Kind::Finished(finished))
+                        }
+                        Step::Gate(gate) => {
+                            gate.acquire().await.unwrap().forget();
+                            continue;
+                        }
+                        Step::Break => Err(Status::unavailable("broken by the test")),
+                        Step::Hang => std::future::pending().await,
+                    };
+                    let event = event.map(|kind| v1::SequenceEvent { kind: Some(kind) });
+                    return Some((event, (steps, index, open)));
+                }
+            });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<v1::WorkerStatusRequest>,
+    ) -> Result<Response<v1::WorkerStatus>, Status> {
+        Ok(Response::new(v1::WorkerStatus::default()))
+    }
+
+    async fn drain(
+        &self,
+        _request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        self.drains.fetch_add(1, Ordering::SeqCst);
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+}
+
+impl FakeWorker {
+    /// Serves until `servers` is dropped; the address.
+    async fn serve(self, servers: &mut tokio::task::JoinSet<()>) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        servers.spawn(async move {
+            let server = tonic::transport::Server::builder().add_service(WorkerServer::new(self));
+            server
+                .serve_with_incoming(TcpIncoming::from(listener))
+                .await
+                .unwrap();
+        });
+        address
+    }
+}
+
+// ---- a router with workers ----
+
+struct Scene {
+    tokenizer: Arc<Tokenizer>,
+    http: String,
+    grpc: String,
+    client: reqwest::Client,
+    shutdown: Shutdown,
+    running: JoinHandle<Result<(), tramontane_router::Error>>,
+    workers: Vec<FakeWorker>,
+    /// The gRPC servers of the workers end with it.
+    _servers: tokio::task::JoinSet<()>,
+    store: Arc<dyn Store>,
+}
+
+fn tokenizer() -> Arc<Tokenizer> {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/demo");
+    Arc::new(Tokenizer::from_dir(std::path::Path::new(dir)).unwrap())
+}
+
+fn config() -> RouterConfig {
+    RouterConfig {
+        planner: false,
+        policy: PolicyKind::LeastLoad,
+        unready_grace: Duration::from_millis(50),
+        failover_wait: Duration::from_millis(500),
+        ..RouterConfig::default()
+    }
+}
+
+fn record(id: &str, address: String) -> WorkerRecord {
+    WorkerRecord {
+        schema: RECORD_SCHEMA,
+        id: WorkerId::new(id),
+        address,
+        roles: Roles {
+            attention: true,
+            experts: true,
+        },
+        capacity_bytes: 1 << 20,
+        segment_bytes: 1 << 10,
+        numeric_class: "cpu-q8".to_owned(),
+        model: ModelFacts {
+            fingerprint: "f".to_owned(),
+            name: "demo".to_owned(),
+            num_layers: 1,
+            num_experts: 1,
+            num_segments: 8,
+        },
+        state: WorkerState::Ready,
+        loaded: Epoch(1),
+        incarnation: 1,
+        started_ms: 1,
+        version: "0".to_owned(),
+        load: WorkerLoad::default(),
+    }
+}
+
+async fn put(store: &dyn Store, key: &str, value: &impl serde::Serialize) {
+    let value = Bytes::from(serde_json::to_vec(value).unwrap());
+    store.put(key, value, None).await.unwrap();
+}
+
+/// Says for the first worker that it has loaded what is pending, once.
+async fn acknowledge(store: Arc<dyn Store>) {
+    let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+    let _stop = stop.clone().drop_guard();
+    let mut placements = watch_placements(Arc::clone(&store), &tasks, stop);
+    let pending = placements
+        .wait_for(|p| p.pending.is_some())
+        .await
+        .unwrap()
+        .pending
+        .clone();
+    let epoch = pending.unwrap().epoch;
+    let entry = store.get("workers/w0").await.unwrap().unwrap();
+    let mut record = WorkerRecord::decode(&entry).unwrap();
+    record.loaded = epoch;
+    put(&*store, &record.key(), &record).await;
+}
+
+impl Scene {
+    async fn start(config: RouterConfig, scripts: Vec<Script>) -> Self {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let mut servers = tokio::task::JoinSet::new();
+        let mut workers = Vec::new();
+        for (i, script) in scripts.into_iter().enumerate() {
+            let worker = FakeWorker {
+                script,
+                seen: Arc::default(),
+                open: Arc::default(),
+                drains: Arc::default(),
+            };
+            let address = worker.clone().serve(&mut servers).await;
+            let record = record(&format!("w{i}"), address);
+            put(&*store, &record.key(), &record).await;
+            workers.push(worker);
+        }
+        let placement = Placement {
+            epoch: Epoch(1),
+            numeric_class: "cpu-q8".to_owned(),
+            model: "f".to_owned(),
+            num_layers: 1,
+            num_experts: 1,
+            workers: vec![WorkerId::new("w0")],
+            experts: vec![vec![SliceHolders {
+                range: SegmentRange::WHOLE,
+                holders: vec![0],
+            }]],
+        };
+        if config.planner {
+            servers.spawn(acknowledge(Arc::clone(&store)));
+        } else {
+            put(&*store, "placement", &placement).await;
+        }
+        let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let urls = [&http, &grpc].map(|l| format!("http://{}", l.local_addr().unwrap()));
+        let tokenizer = tokenizer();
+        let model = ServedModel {
+            id: "demo".to_owned(),
+            aliases: vec!["other-name".to_owned()],
+            context_length: 2048,
+            vocab: tokenizer.vocab_size(),
+        };
+        let parts = RouterParts {
+            store: Arc::clone(&store),
+            tokenizer: Arc::clone(&tokenizer),
+            model,
+            http,
+            grpc,
+        };
+        let shutdown = Shutdown::new();
+        let running = TaskTracker::new().spawn(run(config, parts, shutdown.clone()));
+        let [http, grpc] = urls;
+        let scene = Self {
+            tokenizer,
+            http,
+            grpc,
+            client: reqwest::Client::new(),
+            shutdown,
+            running,
+            workers,
+            _servers: servers,
+            store,
+        };
+        if !scene.workers.is_empty() {
+            scene.until_ready(true).await;
+        }
+        scene
+    }
+
+    async fn until_ready(&self, expected: bool) {
+        until("readiness", async || {
+            self.get("/health/ready").await.status().is_success() == expected
+        })
+        .await;
+    }
+
+    async fn get(&self, path: &str) -> reqwest::Response {
+        self.client
+            .get(format!("{}{path}", self.http))
+            .send()
+            .await
+            .unwrap()
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> reqwest::Response {
+        let request = self.client.post(format!("{}{path}", self.http)).json(body);
+        tokio::time::timeout(PATIENCE, request.send())
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn chat(&self, extra: Value) -> reqwest::Response {
+        let mut body =
+            json!({ "model": "demo", "messages": [{ "role": "user", "content": "hi" }] });
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        self.post("/v1/chat/completions", &body).await
+    }
+
+    async fn until_idle(&self, worker: usize) {
+        let open = &self.workers[worker].open;
+        until("no open stream", async || open.load(Ordering::SeqCst) == 0).await;
+    }
+
+    async fn end(self) {
+        self.shutdown.trigger();
+        tokio::time::timeout(PATIENCE, self.running)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+    }
+}
+
+async fn channel(scene: &Scene) -> Channel {
+    Channel::from_shared(scene.grpc.clone())
+        .unwrap()
+        .connect()
+        .await
+        .unwrap()
+}
+
+/// Polls a condition of another task, with a deadline.
+async fn until(what: &str, mut reached: impl AsyncFnMut() -> bool) {
+    let polling = async {
+        while !reached().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, polling)
+        .await
+        .unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+/// A worker that says `TEXT` and then its end token, going on where it was resumed.
+fn storyteller() -> Script {
+    let tokenizer = tokenizer();
+    Arc::new(move |request| {
+        let mut steps = vec![Step::Started(1)];
+        steps.extend(
+            story(&tokenizer)
+                .into_iter()
+                .skip(request.num_resumed as usize)
+                .map(Step::Token),
+        );
+        steps.push(Step::Finish(v1::FinishReason::Stop));
+        Ok(steps)
+    })
+}
+
+/// Ids of `TEXT` and the end token.
+fn story(tokenizer: &Tokenizer) -> Vec<u32> {
+    let mut ids = tokenizer.encode(TEXT).unwrap();
+    ids.push(tokenizer.eos_ids()[0]);
+    ids
+}
+
+fn scripted(
+    script: impl Fn(&v1::GenerateSequenceRequest) -> Result<Vec<Step>, Status> + Send + Sync + 'static,
+) -> Script {
+    Arc::new(script)
+}
+
+/// Data of all events up to the end of the body.
+async fn events(response: reqwest::Response) -> Vec<String> {
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let text = tokio::time::timeout(PATIENCE, response.text())
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(text.ends_with("\n\n"), "{text:?}");
+    let blocks = text
+        .trim_end_matches("\n\n")
+        .split("\n\n")
+        .filter(|block| !block.starts_with(':'));
+    blocks
+        .map(|block| block.strip_prefix("data: ").unwrap().to_owned())
+        .collect()
+}
+
+fn parse(events: &[String]) -> Vec<Value> {
+    events
+        .iter()
+        .map(|event| serde_json::from_str(event).unwrap())
+        .collect()
+}
+
+fn content(chunks: &[Value]) -> String {
+    chunks
+        .iter()
+        .filter_map(|c| c["choices"][0]["delta"]["content"].as_str())
+        .collect()
+}
+
+// ---- what clients see when all is well ----
+
+#[tokio::test]
+async fn a_chat_is_answered_whole_and_as_a_stream() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let response = scene.chat(json!({})).await;
+    assert_eq!(response.status(), 200);
+    assert!(
+        response.headers()["x-request-id"]
+            .to_str()
+            .unwrap()
+            .starts_with("req_")
+    );
+    let whole: Value = response.json().await.unwrap();
+    assert_eq!(whole["object"], "chat.completion");
+    assert!(whole["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert_eq!(whole["choices"][0]["message"]["content"], TEXT);
+    assert_eq!(whole["choices"][0]["message"]["role"], "assistant");
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    let num_tokens = story(&scene.tokenizer).len();
+    assert_eq!(whole["usage"]["completion_tokens"], num_tokens);
+    assert_eq!(whole["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
+    let sent = scene.workers[0].seen.lock()[0].clone();
+    assert_eq!(whole["usage"]["prompt_tokens"], sent.prompt_ids.len());
+    assert_eq!(sent.prompt_ids[0], scene.tokenizer.bos_id().unwrap());
+
+    let stream = json!({ "stream": true, "stream_options": { "include_usage": true } });
+    let mut events = events(scene.chat(stream).await).await;
+    assert_eq!(events.pop().unwrap(), "[DONE]");
+    let mut chunks = parse(&events);
+    let usage = chunks.pop().unwrap();
+    assert_eq!(
+        (&usage["choices"], &usage["usage"]["completion_tokens"]),
+        (&json!([]), &json!(num_tokens))
+    );
+    assert_eq!(
+        chunks[0]["choices"][0]["delta"],
+        json!({ "role": "assistant", "content": "" })
+    );
+    assert!(
+        chunks
+            .iter()
+            .all(|c| c["usage"].is_null() && c["object"] == "chat.completion.chunk")
+    );
+    assert_eq!(content(&chunks), TEXT);
+    let reasons: Vec<&Value> = chunks
+        .iter()
+        .map(|c| &c["choices"][0]["finish_reason"])
+        .collect();
+    assert_eq!(reasons.iter().filter(|r| !r.is_null()).count(), 1);
+    assert_eq!(**reasons.last().unwrap(), "stop");
+    let metrics = scene.get("/metrics").await.text().await.unwrap();
+    assert!(
+        metrics
+            .contains("vllm:request_success_total{model_name=\"demo\",finished_reason=\"stop\"} 2"),
+        "{metrics}"
+    );
+    assert!(metrics.contains("tramontane_router_ready 1"), "{metrics}");
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn three_answers_have_seeds_of_their_own() {
+    let scene = Scene::start(config(), vec![storyteller(), storyteller()]).await;
+    let whole: Value = scene
+        .chat(json!({ "n": 3, "seed": 7 }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    for i in 0..3 {
+        assert_eq!(whole["choices"][i]["index"], i);
+        assert_eq!(whole["choices"][i]["message"]["content"], TEXT);
+    }
+    let mut seen = scene.workers[0].seen.lock().clone();
+    seen.extend(scene.workers[1].seen.lock().iter().cloned());
+    assert!(
+        scene.workers.iter().any(|w| w.seen.lock().is_empty()),
+        "answers share one worker's cache"
+    );
+    let mut seeds: Vec<u64> = seen
+        .iter()
+        .map(|r| r.sampling.as_ref().unwrap().seed)
+        .collect();
+    assert!(seeds.contains(&7));
+    seeds.sort_unstable();
+    seeds.dedup();
+    assert_eq!(seeds.len(), 3);
+    let body = json!({ "prompt": ["a", "b"], "echo": true, "stream": true });
+    let mut events = events(scene.post("/v1/completions", &body).await).await;
+    assert_eq!(events.pop().unwrap(), "[DONE]");
+    let mut texts = [String::new(), String::new()];
+    for chunk in parse(&events) {
+        let choice = &chunk["choices"][0];
+        texts[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+    }
+    for (text, prompt) in texts.iter().zip(["a", "b"]) {
+        assert!(text.starts_with(prompt) && text.ends_with(TEXT), "{text}");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_answer_and_its_sequence() {
+    let tokenizer = tokenizer();
+    let endless = scripted(move |_| {
+        let mut steps: Vec<Step> = story(&tokenizer).into_iter().map(Step::Token).collect();
+        steps.pop();
+        steps.push(Step::Hang);
+        Ok(steps)
+    });
+    let scene = Scene::start(config(), vec![endless]).await;
+    let response = scene
+        .chat(json!({ "stop": ["this is a st", "never"] }))
+        .await;
+    let whole: Value = response.json().await.unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Hello world, ");
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    scene.until_idle(0).await;
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn log_probabilities_reach_the_client() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let chat: Value = scene
+        .chat(json!({ "logprobs": true, "top_logprobs": 2 }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    let entries = chat["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
+    assert_eq!(entries.len(), story(&scene.tokenizer).len() - 1);
+    assert_eq!(entries[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    let spoken: String = entries
+        .iter()
+        .map(|e| e["token"].as_str().unwrap())
+        .collect();
+    assert_eq!(spoken.trim_start(), TEXT);
+    let body = json!({ "prompt": "x", "logprobs": 1 });
+    let whole: Value = scene
+        .post("/v1/completions", &body)
+        .await
+        .json()
+        .await
+        .unwrap();
+    let logprobs = &whole["choices"][0]["logprobs"];
+    for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(
+            logprobs[list].as_array().unwrap().len(),
+            entries.len(),
+            "{list}"
+        );
+    }
+    scene.end().await;
+}
+
+// ---- what clients see when not ----
+
+#[tokio::test]
+async fn a_client_that_leaves_aborts_its_sequence() {
+    let endless = scripted(|_| Ok(vec![Step::Started(0), Step::Token(300), Step::Hang]));
+    let scene = Scene::start(config(), vec![endless]).await;
+    let mut body = scene.chat(json!({ "stream": true })).await.bytes_stream();
+    body.next().await.unwrap().unwrap();
+    assert_eq!(scene.workers[0].open.load(Ordering::SeqCst), 1);
+    drop(body);
+    scene.until_idle(0).await;
+    let whole = scene.client.post(format!("{}/v1/completions", scene.http));
+    let whole = whole.json(&json!({ "prompt": "x" })).send();
+    let mut whole = Box::pin(whole);
+    tokio::select! {
+        _ = &mut whole => panic!("the answer never ends"),
+        () = until("a stream", async || scene.workers[0].open.load(Ordering::SeqCst) == 1) => {}
+    }
+    drop(whole);
+    scene.until_idle(0).await;
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_lost_worker_is_replaced_and_the_stream_goes_on_without_a_seam() {
+    let tokenizer = tokenizer();
+    let breaks = scripted(move |request| {
+        let resumed = request.num_resumed as usize;
+        let ids = story(&tokenizer);
+        let mut steps = vec![Step::Started(1)];
+        // The first request dies before its first token, later ones after three more.
+        let num_tokens = if request.prompt_ids.len() == 1 { 0 } else { 3 };
+        steps.extend(
+            ids.into_iter()
+                .skip(resumed)
+                .take(num_tokens)
+                .map(Step::Token),
+        );
+        steps.push(Step::Break);
+        Ok(steps)
+    });
+    let scene = Scene::start(config(), vec![breaks, storyteller()]).await;
+    let body = json!({ "prompt": [5] });
+    let whole: Value = scene
+        .post("/v1/completions", &body)
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert!(
+        whole["choices"][0]["text"]
+            .as_str()
+            .unwrap()
+            .ends_with(TEXT),
+        "{whole}"
+    );
+    assert_eq!(scene.workers[1].seen.lock()[0].num_resumed, 0);
+
+    let stream = json!({ "stream": true, "stream_options": { "include_usage": true }, "seed": 3 });
+    let mut events = events(scene.chat(stream).await).await;
+    assert_eq!(events.pop().unwrap(), "[DONE]");
+    let chunks = parse(&events);
+    assert_eq!(content(&chunks), TEXT);
+    let usage = &chunks.last().unwrap()["usage"];
+    assert_eq!(usage["completion_tokens"], story(&scene.tokenizer).len());
+    let broken = scene.workers[0].seen.lock().last().unwrap().clone();
+    let replay = scene.workers[1].seen.lock().last().unwrap().clone();
+    assert_eq!(replay.num_resumed, 3);
+    assert_eq!(replay.sampling, broken.sampling);
+    let resumed = replay.prompt_ids.len() - 3;
+    assert_eq!(replay.prompt_ids[..resumed], broken.prompt_ids);
+    assert_eq!(replay.prompt_ids[resumed..], story(&scene.tokenizer)[..3]);
+    let metrics = scene.get("/metrics").await.text().await.unwrap();
+    assert!(
+        metrics.contains("tramontane_router_replayed_tokens_total 3"),
+        "{metrics}"
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_is_frozen_is_noticed_and_passed_over() {
+    let scene = Scene::start(config(), vec![storyteller(), storyteller()]).await;
+    // Accepts connections, like a paused process, and never says anything.
+    let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let frozen = WorkerRecord {
+        incarnation: 2,
+        ..record("w0", mute.local_addr().unwrap().to_string())
+    };
+    put(&*scene.store, &frozen.key(), &frozen).await;
+    let known = async || {
+        let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+        let workers = admin
+            .list_workers(v1::ListWorkersRequest {})
+            .await
+            .unwrap()
+            .into_inner();
+        workers.workers[0].address == frozen.address
+    };
+    until("the frozen worker's address", known).await;
+    let whole: Value = scene.chat(json!({})).await.json().await.unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], TEXT);
+    assert!(scene.workers[0].seen.lock().is_empty());
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_router_that_plans_makes_the_first_placement_itself() {
+    let plans = RouterConfig {
+        planner: true,
+        settle_time: Duration::ZERO,
+        ..config()
+    };
+    // `start` waits for readiness.
+    let scene = Scene::start(plans, vec![storyteller()]).await;
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_nobody_can_continue_ends_in_an_error_and_nothing_else() {
+    let calls = AtomicUsize::new(0);
+    let dies = scripted(move |_| match calls.fetch_add(1, Ordering::SeqCst) {
+        0 => Ok(vec![Step::Token(300), Step::Token(301), Step::Break]),
+        _ => Err(Status::unavailable("gone")),
+    });
+    let scene = Scene::start(config(), vec![dies]).await;
+    let events = events(scene.chat(json!({ "stream": true })).await).await;
+    let chunks = parse(&events);
+    let error = &chunks.last().unwrap()["error"];
+    assert_eq!(error["type"], "overloaded_error");
+    assert_eq!(error.as_object().unwrap().len(), 4);
+    assert!(
+        chunks
+            .iter()
+            .all(|c| c["choices"][0]["finish_reason"].is_null())
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn workers_that_refuse_are_asked_in_turn_and_full_ones_make_it_429() {
+    let full = || scripted(|_| Err(Status::resource_exhausted("full")));
+    let scene = Scene::start(config(), vec![full(), storyteller()]).await;
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    scene.end().await;
+    let scene = Scene::start(config(), vec![full(), full()]).await;
+    let response = scene.chat(json!({ "stream": true })).await;
+    assert_eq!(response.status(), 429);
+    assert!(response.headers().contains_key("retry-after"));
+    scene.end().await;
+    let invalid = scripted(|_| Err(Status::invalid_argument("too long for this worker")));
+    let scene = Scene::start(config(), vec![invalid]).await;
+    let response = scene.chat(json!({})).await;
+    assert_eq!(response.status(), 400);
+    assert_eq!(scene.workers[0].seen.lock().len(), 1);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_and_no_worker_is_503() {
+    let gate = Arc::new(Semaphore::new(0));
+    let held = Arc::clone(&gate);
+    let slow = scripted(move |_| {
+        Ok(vec![
+            Step::Gate(Arc::clone(&held)),
+            Step::Token(300),
+            Step::Finish(v1::FinishReason::Length),
+        ])
+    });
+    let narrow = RouterConfig {
+        sequences_max: 1,
+        queue_max: 0,
+        ..config()
+    };
+    let scene = Scene::start(narrow, vec![slow]).await;
+    let first = scene.chat(json!({ "stream": true })).await;
+    assert_eq!(first.status(), 200);
+    let refused = scene.chat(json!({})).await;
+    assert_eq!(refused.status(), 429);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    assert_eq!(refused.headers()["retry-after-ms"], "1000");
+    assert_eq!(refused.headers()["x-should-retry"], "true");
+    let body: Value = refused.json().await.unwrap();
+    assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+    gate.add_permits(1);
+    assert_eq!(events(first).await.last().unwrap(), "[DONE]");
+    scene.end().await;
+
+    let empty = Scene::start(config(), vec![]).await;
+    empty.until_ready(false).await;
+    let response = empty.chat(json!({})).await;
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["error"]["code"], "service_unavailable");
+    let ready = empty.get("/health/ready").await;
+    assert_eq!(ready.status(), 503);
+    assert!(ready.json::<Value>().await.unwrap()["reason"].is_string());
+    assert_eq!(empty.get("/health/live").await.status(), 200);
+    empty.end().await;
+}
+
+#[tokio::test]
+async fn what_is_not_a_request_is_refused_in_one_form() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let url = |path: &str| format!("{}{path}", scene.http);
+    let chat = url("/v1/chat/completions");
+    let huge = vec![b' '; 10 * 1024 * 1024];
+    let post = |body: Vec<u8>| {
+        scene
+            .client
+            .post(&chat)
+            .header("content-type", "application/json")
+            .body(body)
+    };
+    let mut deep = "[".repeat(5000).into_bytes();
+    deep.extend("]".repeat(5000).bytes());
+    let table = [
+        (post(huge), 413, "request_too_large"),
+        (post(b"{\"model\":".to_vec()), 400, ""),
+        (post(deep), 400, ""),
+        (post(Vec::new()), 400, ""),
+        (
+            scene.client.post(&chat).body("{}"),
+            415,
+            "unsupported_media_type",
+        ),
+        (scene.client.get(&chat), 405, "method_not_allowed"),
+        (scene.client.get(url("/nowhere")), 404, "not_found"),
+        (
+            scene.client.get(url("/v1/models/none")),
+            404,
+            "model_not_found",
+        ),
+        (
+            post(br#"{"model":"x","messages":[{"role":"user","content":"a"}]}"#.to_vec()),
+            404,
+            "model_not_found",
+        ),
+    ];
+    for (request, status, code) in table {
+        let request = request.header("x-request-id", "chosen-by-the-client");
+        // A body without a type is text to reqwest.
+        let request = if status == 415 {
+            request.header("content-type", "text/plain")
+        } else {
+            request
+        };
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), status);
+        assert_ne!(response.headers()["x-request-id"], "chosen-by-the-client");
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        let body: Value = response.json().await.unwrap();
+        let keys: Vec<&String> = body["error"].as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["message", "type", "param", "code"]);
+        assert_eq!(body["error"]["code"].as_str().unwrap_or_default(), code);
+    }
+    assert!(scene.workers[0].seen.lock().is_empty());
+    let models: Value = scene.get("/v1/models").await.json().await.unwrap();
+    assert_eq!(models["data"][1]["id"], "other-name");
+    assert_eq!(scene.get("/v1/models/demo").await.status(), 200);
+    assert!(scene.get("/version").await.json::<Value>().await.unwrap()["version"].is_string());
+    scene.end().await;
+}
+
+/// A connection to the router on which `request` was sent and nothing is read, with a small window.
+async fn mute_client(scene: &Scene, request: &str) -> TcpStream {
+    let address = scene.http.strip_prefix("http://").unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(address.parse().unwrap()).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+/// A chat request as it goes over the wire.
+fn chat_on_the_wire(body: &Value) -> String {
+    let body = body.to_string();
+    let size = body.len();
+    format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         content-type: application/json\r\ncontent-length: {size}\r\n\r\n{body}"
+    )
+}
+
+/// The next bytes that the router says, at least `size` of them.
+async fn said(stream: &mut TcpStream, size: usize) -> String {
+    let mut bytes = vec![0; size];
+    let reading = tokio::time::timeout(PATIENCE, stream.read_exact(&mut bytes));
+    reading.await.unwrap().unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[tokio::test]
+async fn bodies_that_are_only_announced_hold_up_nobody() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\n\
+                content-type: application/json\r\n";
+    let mut half_open = Vec::new();
+    for i in 0..80 {
+        let size = if i % 2 == 0 {
+            "content-length: 8388608"
+        } else {
+            "transfer-encoding: chunked"
+        };
+        let mut stream = mute_client(&scene, &format!("{head}{size}\r\n\r\n")).await;
+        // The router reads the body now.
+        assert_eq!(said(&mut stream, 12).await, "HTTP/1.1 100");
+        half_open.push(stream);
+    }
+    let whole: Value = scene.chat(json!({})).await.json().await.unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], TEXT);
+    for size in [8_388_609_u64, 99_999_999_999] {
+        let request = format!("{head}content-length: {size}\r\n\r\n").replace("expect", "x");
+        let mut stream = mute_client(&scene, &request).await;
+        assert_eq!(said(&mut stream, 12).await, "HTTP/1.1 413");
+    }
+    drop(half_open);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_finished_answer_gives_its_place_back_though_nobody_reads_it() {
+    let calls = AtomicUsize::new(0);
+    let first_hangs = scripted(move |_| {
+        let end = match calls.fetch_add(1, Ordering::SeqCst) {
+            0 => Step::Hang,
+            _ => Step::Finish(v1::FinishReason::Length),
+        };
+        Ok(vec![Step::Started(0), Step::Token(300), end])
+    });
+    let small = RouterConfig {
+        sequences_max: 2,
+        ..config()
+    };
+    let scene = Scene::start(small, vec![first_hangs]).await;
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    let body = json!({ "messages": messages, "stream": true, "n": 2 });
+    let mute = mute_client(&scene, &chat_on_the_wire(&body)).await;
+    let seen = &scene.workers[0].seen;
+    until("two sequences", async || seen.lock().len() == 2).await;
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    assert_eq!(scene.workers[0].open.load(Ordering::SeqCst), 1);
+    drop(mute);
+    scene.until_idle(0).await;
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_cut_off() {
+    let calls = AtomicUsize::new(0);
+    let first_never_end = scripted(move |_| {
+        // More than all buffers between here and the client.
+        let (num_tokens, end) = match calls.fetch_add(1, Ordering::SeqCst) {
+            0..4 => (1900, Step::Hang),
+            _ => (1, Step::Finish(v1::FinishReason::Length)),
+        };
+        let mut steps = vec![Step::Token(300); num_tokens];
+        steps.push(end);
+        Ok(steps)
+    });
+    let impatient = RouterConfig {
+        sequences_max: 4,
+        client_stall_max: Duration::from_millis(100),
+        ..config()
+    };
+    let scene = Scene::start(impatient, vec![first_never_end]).await;
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    let body = json!({
+        "messages": messages, "stream": true, "n": 4, "logprobs": true, "top_logprobs": 20,
+    });
+    let mut mute = mute_client(&scene, &chat_on_the_wire(&body)).await;
+    let seen = &scene.workers[0].seen;
+    until("four sequences", async || seen.lock().len() == 4).await;
+    scene.until_idle(0).await;
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    // When it reads after all, it is told.
+    let mut rest = Vec::new();
+    let reading = tokio::time::timeout(PATIENCE, mute.read_to_end(&mut rest));
+    reading.await.unwrap().unwrap();
+    let rest = String::from_utf8(rest).unwrap();
+    assert!(rest.contains("data: {\"error\":"), "{} bytes", rest.len());
+    assert!(!rest.contains("[DONE]"));
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn silence_is_filled_with_comments() {
+    let gate = Arc::new(Semaphore::new(0));
+    let held = Arc::clone(&gate);
+    let slow = scripted(move |_| {
+        Ok(vec![
+            Step::Gate(Arc::clone(&held)),
+            Step::Token(300),
+            Step::Finish(v1::FinishReason::Length),
+        ])
+    });
+    let quick = RouterConfig {
+        sse_keepalive: Duration::from_millis(20),
+        ..config()
+    };
+    let scene = Scene::start(quick, vec![slow]).await;
+    let mut body = scene.chat(json!({ "stream": true })).await.bytes_stream();
+    assert_eq!(
+        &body.next().await.unwrap().unwrap()[..13],
+        b": keep-alive\n"
+    );
+    gate.add_permits(1);
+    let mut rest = Vec::new();
+    while let Some(bytes) = body.next().await {
+        rest.extend_from_slice(&bytes.unwrap());
+    }
+    assert!(rest.ends_with(b"data: [DONE]\n\n"));
+    scene.end().await;
+}
+
+// ---- gRPC ----
+
+fn plain(options: v1::GenerateOptions) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        model: String::new(),
+        input: Some(v1::generate_request::Input::Prompt("x".to_owned())),
+        options: Some(options),
+    }
+}
+
+#[tokio::test]
+async fn grpc_gives_the_same_answers() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let options = v1::GenerateOptions {
+        n: Some(2),
+        logprobs: Some(1),
+        ..Default::default()
+    };
+    let stream = client.generate(plain(options)).await.unwrap().into_inner();
+    let messages: Vec<v1::GenerateResponse> = stream.map(Result::unwrap).collect().await;
+    for index in 0..2 {
+        let of_one = || messages.iter().filter(move |m| m.index == index);
+        let text: String = of_one().map(|m| m.text.as_str()).collect();
+        assert!(text.ends_with(TEXT));
+        let ids: Vec<u32> = of_one()
+            .flat_map(|m| m.tokens.iter().map(|t| t.id))
+            .collect();
+        assert_eq!(ids, story(&scene.tokenizer));
+        assert_eq!(of_one().filter(|m| m.finish_reason.is_some()).count(), 1);
+    }
+    let with_usage: Vec<usize> = (0..messages.len())
+        .filter(|&i| messages[i].usage.is_some())
+        .collect();
+    assert_eq!(with_usage, [messages.len() - 1]);
+    let once = client
+        .generate_once(plain(v1::GenerateOptions::default()))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(once.answers[0].text.ends_with(TEXT));
+    assert_eq!(
+        once.usage.unwrap().completion_tokens as usize,
+        story(&scene.tokenizer).len()
+    );
+
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn grpc_refuses_what_http_refuses_and_says_where() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    for (options, field) in [
+        (
+            v1::GenerateOptions {
+                temperature: Some(f32::NAN),
+                ..Default::default()
+            },
+            "options.temperature",
+        ),
+        (
+            v1::GenerateOptions {
+                top_p: Some(f32::INFINITY),
+                ..Default::default()
+            },
+            "options.top_p",
+        ),
+        (
+            v1::GenerateOptions {
+                n: Some(1000),
+                ..Default::default()
+            },
+            "options.n",
+        ),
+        (
+            v1::GenerateOptions {
+                max_tokens: Some(5000),
+                ..Default::default()
+            },
+            "options.max_tokens",
+        ),
+        (
+            v1::GenerateOptions {
+                stop: vec![String::new()],
+                ..Default::default()
+            },
+            "options.stop",
+        ),
+    ] {
+        let refused = client.generate(plain(options)).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{field}");
+        let details = refused.get_error_details();
+        assert_eq!(
+            details.bad_request().unwrap().field_violations[0].field,
+            field
+        );
+        assert_eq!(details.error_info().unwrap().domain, "tramontane");
+    }
+    let nothing = client
+        .generate_once(v1::GenerateRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(nothing.code(), tonic::Code::InvalidArgument);
+
+    assert!(scene.workers[0].seen.lock().is_empty());
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn grpc_tokenizes_and_lists_models() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let ids = client
+        .tokenize(v1::TokenizeRequest {
+            text: TEXT.to_owned(),
+            add_bos: false,
+        })
+        .await;
+    let ids = ids.unwrap().into_inner().ids;
+    assert_eq!(ids, scene.tokenizer.encode(TEXT).unwrap());
+    let text = client
+        .detokenize(v1::DetokenizeRequest { ids })
+        .await
+        .unwrap()
+        .into_inner()
+        .text;
+    assert_eq!(text, TEXT);
+    let models = client
+        .list_models(v1::ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .models;
+    assert_eq!(
+        (models[0].id.as_str(), models[0].context_length),
+        ("demo", 2048)
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn operators_see_the_cluster_and_drain_workers() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let status = admin
+        .cluster_status(v1::ClusterStatusRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(status.ready && status.store_available && !status.survives_one_loss);
+    assert_eq!(
+        (status.epoch, status.workers_ready, status.workers_total),
+        (1, 1, 1)
+    );
+    let workers = admin
+        .list_workers(v1::ListWorkersRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .workers;
+    assert_eq!(
+        (
+            workers[0].state.as_str(),
+            workers[0].slices,
+            workers[0].segments
+        ),
+        ("ready", 1, 8)
+    );
+    let placement = admin
+        .get_placement(v1::GetPlacementRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let placement: Placement = serde_json::from_str(&placement.placement_json).unwrap();
+    assert_eq!(placement.epoch, Epoch(1));
+    let drain = |id: &str| v1::DrainWorkerRequest {
+        worker_id: id.to_owned(),
+    };
+    admin.drain_worker(drain("w0")).await.unwrap();
+    assert_eq!(scene.workers[0].drains.load(Ordering::SeqCst), 1);
+    let unknown = admin.drain_worker(drain("w9")).await.unwrap_err();
+    assert_eq!(unknown.code(), tonic::Code::NotFound);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn reflection_lists_the_services_in_both_versions() {
+    use tonic_reflection::pb::{v1 as new, v1alpha as old};
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let channel = channel(&scene).await;
+    let ask = new::server_reflection_request::MessageRequest::ListServices(String::new());
+    let request = new::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(ask),
+    };
+    let mut client = new::server_reflection_client::ServerReflectionClient::new(channel.clone());
+    let answer = client
+        .server_reflection_info(futures::stream::iter([request]))
+        .await
+        .unwrap();
+    let answer = answer
+        .into_inner()
+        .next()
+        .await
+        .unwrap()
+        .unwrap()
+        .message_response
+        .unwrap();
+    let new::server_reflection_response::MessageResponse::ListServicesResponse(list) = answer
+    else {
+        panic!("a list expected")
+    };
+    let names: Vec<&str> = list.service.iter().map(|s| s.name.as_str()).collect();
+    for name in [
+        "tramontane.v1.Inference",
+        "tramontane.v1.Admin",
+        "grpc.health.v1.Health",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+    let ask = old::server_reflection_request::MessageRequest::ListServices(String::new());
+    let request = old::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(ask),
+    };
+    let mut client = old::server_reflection_client::ServerReflectionClient::new(channel);
+    let answer = client
+        .server_reflection_info(futures::stream::iter([request]))
+        .await
+        .unwrap();
+    assert!(answer.into_inner().next().await.unwrap().is_ok());
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_router_that_stops_says_so_first_and_finishes_what_runs() {
+    let gate = Arc::new(Semaphore::new(0));
+    let held = Arc::clone(&gate);
+    let tokenizer = tokenizer();
+    let slow = scripted(move |_| {
+        let mut steps: Vec<Step> = story(&tokenizer).into_iter().map(Step::Token).collect();
+        steps.insert(2, Step::Gate(Arc::clone(&held)));
+        steps.push(Step::Finish(v1::FinishReason::Stop));
+        Ok(steps)
+    });
+    let lingering = RouterConfig {
+        unready_grace: Duration::from_secs(2),
+        ..config()
+    };
+    let scene = Scene::start(lingering, vec![slow]).await;
+    let mut health = HealthClient::new(channel(&scene).await);
+    let mut check = async |service: &str| {
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        health.check(request).await.unwrap().into_inner().status()
+    };
+    assert_eq!(check("").await, ServingStatus::Serving);
+    assert_eq!(
+        check("tramontane.v1.Inference").await,
+        ServingStatus::Serving
+    );
+    let running = scene.chat(json!({ "stream": true })).await;
+    scene.shutdown.trigger();
+    scene.until_ready(false).await;
+    until("NOT_SERVING", async || {
+        check("").await == ServingStatus::NotServing
+    })
+    .await;
+    assert_eq!(check("liveness").await, ServingStatus::Serving);
+    // Refused connections are the sign that the doors are closed, with the request still running.
+    until("closed doors", async || {
+        reqwest::Client::new()
+            .get(&scene.http)
+            .send()
+            .await
+            .is_err()
+    })
+    .await;
+    assert!(!scene.running.is_finished());
+    gate.add_permits(1);
+    let events = events(running).await;
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    assert_eq!(content(&parse(&events[..events.len() - 1])), TEXT);
+    tokio::time::timeout(PATIENCE, scene.running)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn what_does_not_end_within_the_drain_is_aborted_with_an_error() {
+    let endless = scripted(|_| Ok(vec![Step::Token(300), Step::Hang]));
+    let short = RouterConfig {
+        drain_deadline: Duration::from_millis(100),
+        ..config()
+    };
+    let scene = Scene::start(short, vec![endless]).await;
+    let running = scene.chat(json!({ "stream": true })).await;
+    scene.shutdown.trigger();
+    let events = events(running).await;
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert_eq!(last["error"]["message"], "this router is stopping");
+    tokio::time::timeout(PATIENCE, scene.running)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
