@@ -1,0 +1,361 @@
+//! The command line: nouns, verbs and flags. Parsing only.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{Args, Parser, Subcommand};
+
+use crate::output::Format;
+
+/// Serves Mixtral and the Mistral family from one machine or many.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tramontane",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The nouns and verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Router and workers in one process: everything on this machine, no etcd
+    Serve(ServeArgs),
+    /// Run a router: HTTP and gRPC for clients, requests to workers
+    Router(RouterArgs),
+    /// Run a worker: attention, experts or both
+    Worker(WorkerArgs),
+    /// Show whether the cluster serves, and why not
+    Status(ReadArgs),
+    /// Look at and manage workers
+    #[command(subcommand)]
+    Workers(WorkersCommand),
+    /// Look at which worker holds which expert
+    #[command(subcommand)]
+    Placement(PlacementCommand),
+    /// Talk to a model in the terminal, at any OpenAI-compatible endpoint
+    Chat(ChatArgs),
+    /// Measure an OpenAI-compatible endpoint under load
+    Bench(BenchArgs),
+    /// Look into a checkpoint
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// Check configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `tramontane workers ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkersCommand {
+    /// List the workers
+    List(ReadArgs),
+    /// Let a worker finish what it runs, hand over its experts and leave
+    Drain {
+        /// Id of the worker
+        worker: String,
+        /// Say what would be done, and do nothing
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        router: RouterAddress,
+    },
+}
+
+/// `tramontane placement ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum PlacementCommand {
+    /// Show who holds which expert
+    Show(ReadArgs),
+}
+
+/// `tramontane model ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Print what a checkpoint is: architecture, shapes, sizes
+    Inspect {
+        /// Directory with config.json and safetensors; the embedded demo model when absent
+        dir: Option<PathBuf>,
+        /// How to print it
+        #[arg(long, short, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Read every byte of a checkpoint and check it
+    Verify {
+        /// Directory with config.json and safetensors; the embedded demo model when absent
+        dir: Option<PathBuf>,
+        /// Write tramontane.sha256, so that later loads notice any change
+        #[arg(long)]
+        write_manifest: bool,
+    },
+}
+
+/// `tramontane config ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print the effective configuration and where each value comes from
+    Check {
+        /// Configuration file (TOML)
+        #[arg(long)]
+        config: Option<PathBuf>,
+        /// How to print it
+        #[arg(long, short, value_enum, default_value_t)]
+        output: Format,
+    },
+}
+
+/// Where a router listens for operators.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RouterAddress {
+    /// Address of a router's gRPC port
+    #[arg(
+        long,
+        env = "TRAMONTANE_ROUTER",
+        default_value = "http://127.0.0.1:8001"
+    )]
+    pub(crate) router: String,
+}
+
+/// Flags of commands that read.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ReadArgs {
+    #[command(flatten)]
+    pub(crate) router: RouterAddress,
+    /// How to print it
+    #[arg(long, short, value_enum, default_value_t)]
+    pub(crate) output: Format,
+}
+
+/// Which model, and in which form.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Directory with config.json, safetensors and tokenizer; the embedded demo model when absent
+    #[arg(long)]
+    pub(crate) model: Option<PathBuf>,
+    /// Name that clients use; the directory's name when absent
+    #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) model_name: Option<String>,
+    /// Keys a query sees, itself included; overrides config.json (0: all of them)
+    #[arg(long)]
+    pub(crate) sliding_window: Option<usize>,
+}
+
+/// How a process is told what to be, beyond its own flags.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// Configuration file (TOML); environment and flags win over it
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// Log filter, such as "info,tramontane_engine=debug"
+    #[arg(long)]
+    pub(crate) log: Option<String>,
+}
+
+/// Where etcd is.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct EtcdArgs {
+    /// etcd endpoints, comma-separated
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) etcd: Option<Vec<String>>,
+    /// Name of the cluster: processes of one name work together
+    #[arg(long)]
+    pub(crate) cluster: Option<String>,
+}
+
+/// `tramontane serve`
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    /// Workers in this process
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) workers: u16,
+    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking)
+    #[arg(long)]
+    pub(crate) weights: Option<String>,
+    /// Compute threads of all workers together; all cores when absent
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) threads: Option<usize>,
+    /// How workers reach each other's experts
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) exchange: ExchangeArg,
+    /// Cut each expert into this many slices (1 to 8); chosen by the planner when absent
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) slices: Option<u8>,
+    /// Workers that hold each slice
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) replicas: u16,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: IpAddr,
+    /// Port of the OpenAI-compatible HTTP API (0: any free port)
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) http_port: u16,
+    /// Port of the gRPC API (0: any free port)
+    #[arg(long, default_value_t = 8001)]
+    pub(crate) grpc_port: u16,
+}
+
+/// How rows travel between the workers of one process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExchangeArg {
+    /// Over gRPC on the loopback interface, as between machines
+    #[default]
+    Grpc,
+    /// In memory
+    Local,
+}
+
+/// `tramontane router`
+#[derive(Debug, Args)]
+pub(crate) struct RouterArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) etcd: EtcdArgs,
+    /// Address to listen on
+    #[arg(long)]
+    pub(crate) host: Option<IpAddr>,
+    /// Port of the OpenAI-compatible HTTP API
+    #[arg(long)]
+    pub(crate) http_port: Option<u16>,
+    /// Port of the gRPC API
+    #[arg(long)]
+    pub(crate) grpc_port: Option<u16>,
+    /// Workers to wait for before the first placement
+    #[arg(long)]
+    pub(crate) min_workers: Option<usize>,
+}
+
+/// `tramontane worker`
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) etcd: EtcdArgs,
+    /// Unique name of this worker; the host name when absent
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+    /// What it does: attention, experts or both
+    #[arg(long)]
+    pub(crate) roles: Option<String>,
+    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking)
+    #[arg(long)]
+    pub(crate) weights: Option<String>,
+    /// Compute threads; all cores when absent
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) threads: Option<usize>,
+    /// Memory for experts in bytes; half of the machine's when absent
+    #[arg(long)]
+    pub(crate) expert_memory: Option<u64>,
+    /// Address to listen on
+    #[arg(long)]
+    pub(crate) host: Option<IpAddr>,
+    /// gRPC port for routers and other workers
+    #[arg(long)]
+    pub(crate) grpc_port: Option<u16>,
+    /// Port of health checks and metrics
+    #[arg(long)]
+    pub(crate) ops_port: Option<u16>,
+    /// Address that others reach this worker at, host:port; what it listens on when absent
+    #[arg(long)]
+    pub(crate) advertise: Option<String>,
+}
+
+/// `tramontane chat`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// Say this, print the answer and end; a conversation when absent
+    pub(crate) message: Option<String>,
+    /// The endpoint
+    #[arg(long, env = "OPENAI_BASE_URL", default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Model name; the endpoint's first when absent
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// System prompt
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+    /// Sampling temperature; 0 always says the same
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
+    /// Longest answer in tokens
+    #[arg(long)]
+    pub(crate) max_tokens: Option<u32>,
+}
+
+/// `tramontane bench`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// The endpoint
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Model name; the endpoint's first when absent
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Requests in flight
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) concurrency: u32,
+    /// Requests in all
+    #[arg(long, default_value_t = 32)]
+    pub(crate) requests: u64,
+    /// Tokens of each prompt
+    #[arg(long, default_value_t = 128)]
+    pub(crate) prompt_tokens: u32,
+    /// Tokens of each answer
+    #[arg(long, default_value_t = 64)]
+    pub(crate) max_tokens: u32,
+    /// Prompts are drawn from token ids 3 to this
+    #[arg(long, default_value_t = 4096)]
+    pub(crate) vocab: u32,
+    /// Seed of the prompts
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// How to print it
+    #[arg(long, short, value_enum, default_value_t)]
+    pub(crate) output: Format,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn values_that_mean_nothing_are_refused_where_they_are_written() {
+        let parse = |line: &str| {
+            let words = std::iter::once("tramontane").chain(line.split(' '));
+            Cli::try_parse_from(words).map_err(|e| e.kind())
+        };
+        for (line, kind) in [
+            ("serve --model-name=", ErrorKind::InvalidValue),
+            ("worker --model-name=", ErrorKind::InvalidValue),
+            ("serve --threads 0", ErrorKind::ValueValidation),
+            ("worker --threads 0", ErrorKind::ValueValidation),
+        ] {
+            assert_eq!(parse(line).unwrap_err(), kind, "{line}");
+        }
+        for line in ["serve --model-name a --threads 1", "worker --threads 64"] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! A small client of any OpenAI-compatible endpoint: what `chat` and `bench` need, nothing more.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use futures::{Stream, StreamExt as _};
+use serde_json::Value;
+
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest server-sent event that is accepted.
+const EVENT_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// An endpoint such as `http://127.0.0.1:8000`, with or without `/v1`.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    http: reqwest::Client,
+    base: String,
+}
+
+impl Client {
+    /// A client of the endpoint at `url`.
+    pub(crate) fn new(url: &str) -> anyhow::Result<Self> {
+        let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .build()
+            .context("http client")?;
+        Ok(Self { http, base })
+    }
+
+    /// Id of the first model that the endpoint serves.
+    pub(crate) async fn first_model(&self) -> anyhow::Result<String> {
+        let url = format!("{}/v1/models", self.base);
+        let answer = self.http.get(&url).send().await;
+        let answer = answer
+            .with_context(|| format!("no answer from {url}; is `tramontane serve` running?"))?;
+        let models: Value = answer.json().await.context("list of models")?;
+        let id = models["data"][0]["id"].as_str();
+        Ok(id
+            .with_context(|| format!("{url} lists no model"))?
+            .to_owned())
+    }
+
+    /// Posts a streaming request to `/v1/<path>` and yields the JSON of each event until `[DONE]`.
+    pub(crate) async fn stream(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> anyhow::Result<impl Stream<Item = anyhow::Result<Value>> + Unpin + use<>> {
+        let url = format!("{}/v1/{path}", self.base);
+        let answer = self.http.post(&url).json(body).send().await;
+        let answer = answer
+            .with_context(|| format!("no answer from {url}; is `tramontane serve` running?"))?;
+        let status = answer.status();
+        if !status.is_success() {
+            let text = answer.text().await.unwrap_or_default();
+            let message = serde_json::from_str::<Value>(&text)
+                .ok()
+                .and_then(|v| v["error"]["message"].as_str().map(str::to_owned))
+                .unwrap_or(text);
+            bail!("{url} answered {status}: {message}");
+        }
+        let state = Events {
+            bytes: answer.bytes_stream().boxed(),
+            buffer: Vec::new(),
+        };
+        let events = futures::stream::unfold(state, |mut state| async move {
+            let event = state.next().await.transpose()?;
+            Some((event, state))
+        });
+        Ok(events.boxed())
+    }
+}
+
+/// Cuts a byte stream into server-sent events.
+struct Events {
+    bytes: futures::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    /// The next event's JSON; `None` after `[DONE]`. A stream that ends without `[DONE]` is an error.
+    async fn next(&mut self) -> anyhow::Result<Option<Value>> {
+        loop {
+            while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line);
+                let Some(data) = line.trim().strip_prefix("data:") else {
+                    continue;
+                };
+                if data.trim() == "[DONE]" {
+                    return Ok(None);
+                }
+                let event: Value = serde_json::from_str(data).context("event is not JSON")?;
+                if let Some(message) = event["error"]["message"].as_str() {
+                    bail!("the server gave up: {message}");
+                }
+                return Ok(Some(event));
+            }
+            if self.buffer.len() > EVENT_BYTES_MAX {
+                bail!("an event is longer than {EVENT_BYTES_MAX} bytes");
+            }
+            match self.bytes.next().await {
+                Some(chunk) => self
+                    .buffer
+                    .extend_from_slice(&chunk.context("connection broke")?),
+                None => bail!("the stream ended without [DONE]"),
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! `tramontane router` and `tramontane worker`: one process each, coordinated by etcd.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use toml::Value;
+use tramontane_coordination::{EtcdConfig, EtcdStore, Store};
+use tramontane_router::RouterParts;
+use tramontane_runtime::{Shutdown, telemetry};
+use tramontane_worker::{ExchangeKind, WorkerParts};
+
+use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
+use crate::model::{open_model, open_tokenizer, progress_bar};
+use crate::settings::{self, EtcdSettings, Flags, ListenSettings, misuse};
+
+/// How long tasks may take to end after the service itself has.
+const FINISH_MAX: Duration = Duration::from_secs(10);
+
+/// Runs a router until it is stopped.
+pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
+    let mut flags = Flags::default();
+    common_flags(&mut flags, &args.process, &args.etcd);
+    let defaults = ListenSettings::default();
+    flags.set(
+        "listen",
+        "http",
+        listen(&defaults.http, args.host, args.http_port),
+    );
+    flags.set(
+        "listen",
+        "grpc",
+        listen(&defaults.grpc, args.host, args.grpc_port),
+    );
+    flags.set("router", "min_workers", args.min_workers.map(|n| n as i64));
+    let settings = settings::load(args.process.config.as_deref(), flags)?.value;
+    settings.etcd.validate()?;
+    settings.router.validate().map_err(misuse)?;
+    let _telemetry = telemetry::start(&settings.telemetry, "tramontane-router").map_err(misuse)?;
+    let (checkpoint, _) = open_model(&args.model)?;
+    let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
+    drop(checkpoint);
+    let store = store(&settings.etcd)?;
+    let (http, grpc) = (
+        bind(&settings.listen.http).await?,
+        bind(&settings.listen.grpc).await?,
+    );
+    let shutdown = Shutdown::new();
+    shutdown.trigger_on_signals().context("signal handlers")?;
+    let parts = RouterParts {
+        store,
+        tokenizer,
+        model,
+        http,
+        grpc,
+    };
+    tramontane_router::run(settings.router, parts, shutdown.clone()).await?;
+    shutdown.trigger();
+    shutdown.finish(FINISH_MAX).await;
+    Ok(())
+}
+
+/// Runs a worker until it is stopped or drained.
+pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
+    let settings = settings::load(args.process.config.as_deref(), worker_flags(&args)?)?.value;
+    settings.etcd.validate()?;
+    let mut config = settings.worker;
+    config.cluster.clone_from(&settings.etcd.cluster);
+    if config.id.is_empty() {
+        config.id = host_name()?;
+    }
+    config
+        .validate()
+        .map_err(|e| misuse(format!("worker.{e}")))?;
+    let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
+    let (checkpoint, model_name) = open_model(&args.model)?;
+    let store = store(&settings.etcd)?;
+    let parts = WorkerParts {
+        store,
+        checkpoint,
+        model_name,
+        grpc: bind(&settings.listen.worker).await?,
+        ops: Some(bind(&settings.listen.ops).await?),
+        progress: Some(progress_bar("experts", "{pos} of {len} slices")),
+        exchange: ExchangeKind::Grpc,
+    };
+    let shutdown = Shutdown::new();
+    shutdown.trigger_on_signals().context("signal handlers")?;
+    tramontane_worker::run(config, parts, shutdown.clone()).await?;
+    shutdown.trigger();
+    shutdown.finish(FINISH_MAX).await;
+    Ok(())
+}
+
+fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
+    let mut flags = Flags::default();
+    common_flags(&mut flags, &args.process, &args.etcd);
+    let defaults = ListenSettings::default();
+    flags.set(
+        "listen",
+        "worker",
+        listen(&defaults.worker, args.host, args.grpc_port),
+    );
+    flags.set(
+        "listen",
+        "ops",
+        listen(&defaults.ops, args.host, args.ops_port),
+    );
+    flags.set("worker", "id", args.id.clone());
+    flags.set("worker", "roles", args.roles.clone());
+    flags.set("worker", "weights", args.weights.clone());
+    flags.set("worker", "advertise", args.advertise.clone());
+    flags.set("worker", "threads", args.threads.map(|n| n as i64));
+    let memory = args.expert_memory.map(i64::try_from).transpose();
+    flags.set(
+        "worker",
+        "expert_memory",
+        memory.map_err(|e| misuse(format!("--expert-memory: {e}")))?,
+    );
+    Ok(flags)
+}
+
+fn common_flags(flags: &mut Flags, process: &ProcessArgs, etcd: &EtcdArgs) {
+    flags.set("telemetry", "log", process.log.clone());
+    flags.set("etcd", "cluster", etcd.cluster.clone());
+    let endpoints =
+        |list: &Vec<String>| list.iter().cloned().map(Value::String).collect::<Vec<_>>();
+    flags.set("etcd", "endpoints", etcd.etcd.as_ref().map(endpoints));
+}
+
+/// `--host` and `--port` flags change the two halves of the default address on their own.
+fn listen(default: &str, host: Option<std::net::IpAddr>, port: Option<u16>) -> Option<String> {
+    if host.is_none() && port.is_none() {
+        return None;
+    }
+    let default: SocketAddr = default.parse().ok()?;
+    let address = SocketAddr::new(host.unwrap_or(default.ip()), port.unwrap_or(default.port()));
+    Some(address.to_string())
+}
+
+/// Listens on `host:port`.
+pub(crate) async fn bind(address: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listening on {address}"))
+}
+
+fn store(settings: &EtcdSettings) -> anyhow::Result<Arc<dyn Store>> {
+    let config = EtcdConfig::new(settings.endpoints.clone(), &settings.cluster);
+    Ok(Arc::new(EtcdStore::new(config).map_err(misuse)?))
+}
+
+fn host_name() -> anyhow::Result<String> {
+    let name = std::fs::read_to_string("/etc/hostname")
+        .context("/etc/hostname; name the worker with --id")?;
+    Ok(name.trim().to_owned())
+}

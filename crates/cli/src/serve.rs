@@ -1,0 +1,246 @@
+//! `tramontane serve`: a router and N workers in one process, coordinated in memory.
+//!
+//! The same services as in a cluster, on loopback ports; nothing here computes or routes.
+
+use std::net::SocketAddr;
+use std::num::{NonZeroU16, NonZeroUsize};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tramontane_coordination::planner::{Intent, set_intent};
+use tramontane_coordination::{MemoryStore, Store};
+use tramontane_exchange::LocalTransport;
+use tramontane_model::Checkpoint;
+use tramontane_router::{RouterConfig, RouterParts};
+use tramontane_runtime::config::Source;
+use tramontane_runtime::{Shutdown, telemetry};
+use tramontane_worker::{ExchangeKind, WorkerConfig, WorkerParts};
+
+use crate::args::{ExchangeArg, ServeArgs};
+use crate::model::{open_model, open_tokenizer, progress_bar};
+use crate::output;
+use crate::processes::bind;
+use crate::settings::{self, Flags, Settings, misuse};
+
+/// All workers are here when the process starts: the planner waits for no more.
+const SETTLE_TIME: Duration = Duration::from_millis(50);
+/// How often readiness is looked at while starting.
+const READY_POLL: Duration = Duration::from_millis(20);
+
+/// Runs everything until it is stopped.
+pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let settings = load(&args)?;
+    let _telemetry = telemetry::start(&settings.telemetry, "tramontane").map_err(misuse)?;
+    let (checkpoint, model_name) = open_model(&args.model)?;
+    let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+    let intent = Intent {
+        replicas: NonZeroUsize::new(usize::from(args.replicas)),
+        slices_per_expert: args.slices,
+        ..Intent::default()
+    };
+    set_intent(&*store, &intent, None).await.map_err(misuse)?;
+    let http = bind(&SocketAddr::new(args.host, args.http_port).to_string()).await?;
+    let grpc = bind(&SocketAddr::new(args.host, args.grpc_port).to_string()).await?;
+    let banner = Banner::new(&args, &model_name, &checkpoint, (&http, &grpc))?;
+    let signals = Shutdown::new();
+    signals.trigger_on_signals().context("signal handlers")?;
+
+    let mut services = Services::default();
+    for index in 0..args.workers {
+        let parts = WorkerParts {
+            store: Arc::clone(&store),
+            checkpoint: Arc::clone(&checkpoint),
+            model_name: model_name.clone(),
+            grpc: bind("127.0.0.1:0").await?,
+            ops: None,
+            progress: (index == 0).then(|| progress_bar("experts", "{pos} of {len} slices")),
+            exchange: services.exchange(args.exchange),
+        };
+        services.start_worker(worker_config(&settings, &args, index), parts);
+    }
+    let parts = RouterParts {
+        store,
+        tokenizer,
+        model,
+        http,
+        grpc,
+    };
+    services.start_router(settings.router, parts);
+    let shown = async {
+        let shown = banner.show_when_ready().await;
+        if shown.is_ok() {
+            std::future::pending::<()>().await;
+        }
+        shown
+    };
+    tokio::select! {
+        () = signals.token.cancelled() => {}
+        error = services.failed() => return Err(error),
+        shown = shown => shown?,
+    }
+    services.stop().await
+}
+
+/// The services of this process, and how to stop them in order.
+#[derive(Default)]
+struct Services {
+    local: Arc<LocalTransport>,
+    workers: JoinSet<anyhow::Result<()>>,
+    workers_stop: Shutdown,
+    router: JoinSet<anyhow::Result<()>>,
+    router_stop: Shutdown,
+}
+
+impl Services {
+    fn exchange(&self, kind: ExchangeArg) -> ExchangeKind {
+        match kind {
+            ExchangeArg::Grpc => ExchangeKind::Grpc,
+            ExchangeArg::Local => ExchangeKind::Local(Arc::clone(&self.local)),
+        }
+    }
+
+    fn start_worker(&mut self, config: WorkerConfig, parts: WorkerParts) {
+        let stop = self.workers_stop.child();
+        self.workers.spawn(async move {
+            let id = config.id.clone();
+            let ended = tramontane_worker::run(config, parts, stop).await;
+            ended.with_context(|| format!("worker {id}"))
+        });
+    }
+
+    fn start_router(&mut self, config: RouterConfig, parts: RouterParts) {
+        let stop = self.router_stop.clone();
+        self.router
+            .spawn(async move { Ok(tramontane_router::run(config, parts, stop).await?) });
+    }
+
+    /// Waits until something has failed: the router must not end before it is asked to, nor must the
+    /// last worker. Another one that ends well was drained by an operator.
+    async fn failed(&mut self) -> anyhow::Error {
+        loop {
+            let (what, ended) = tokio::select! {
+                Some(ended) = self.workers.join_next() => ("the last worker", ended),
+                Some(ended) = self.router.join_next() => ("the router", ended),
+                else => return anyhow!("nothing runs"),
+            };
+            match ended {
+                Ok(Ok(())) if self.router.is_empty() || self.workers.is_empty() => {
+                    return anyhow!("{what} ended by itself");
+                }
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error,
+                Err(error) => return error.into(),
+            }
+        }
+    }
+
+    /// The router finishes its requests while the workers still serve; then these stop together.
+    async fn stop(mut self) -> anyhow::Result<()> {
+        self.router_stop.trigger();
+        while let Some(ended) = self.router.join_next().await {
+            ended??;
+        }
+        self.workers_stop.trigger();
+        while let Some(ended) = self.workers.join_next().await {
+            ended??;
+        }
+        Ok(())
+    }
+}
+
+fn load(args: &ServeArgs) -> anyhow::Result<Settings> {
+    let mut flags = Flags::default();
+    flags.set("telemetry", "log", args.process.log.clone());
+    flags.set("worker", "weights", args.weights.clone());
+    flags.set("router", "min_workers", Some(i64::from(args.workers)));
+    let settle = humantime::format_duration(SETTLE_TIME).to_string();
+    flags.set("router", "settle_time", Some(settle));
+    let loaded = settings::load(args.process.config.as_deref(), flags)?;
+    let mut settings = loaded.value;
+    // A person starts this and wants to see the banner, not the log.
+    if loaded
+        .sources
+        .get("telemetry.log")
+        .is_none_or(|s| *s == Source::Default)
+    {
+        settings.telemetry.log = "warn".to_owned();
+    }
+    settings.router.validate().map_err(misuse)?;
+    worker_config(&settings, args, 0)
+        .validate()
+        .map_err(|e| misuse(format!("worker.{e}")))?;
+    Ok(settings)
+}
+
+/// Divides threads and memory among the workers: each gets its share, at least one thread.
+fn worker_config(settings: &Settings, args: &ServeArgs, index: u16) -> WorkerConfig {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let threads = args.threads.unwrap_or(cores);
+    let workers = NonZeroU16::new(args.workers).unwrap_or(NonZeroU16::MIN);
+    let share = threads / usize::from(workers.get())
+        + usize::from(usize::from(index) < threads % usize::from(workers.get()));
+    let of_memory = |bytes: u64| bytes / u64::from(workers.get());
+    WorkerConfig {
+        id: format!("worker-{index}"),
+        threads: NonZeroUsize::new(share.max(1)),
+        expert_memory: Some(of_memory(settings.worker.expert_bytes())),
+        kv_memory: Some(of_memory(settings.worker.kv_bytes())),
+        ..settings.worker.clone()
+    }
+}
+
+/// Where to talk to the server, and how.
+struct Banner {
+    text: String,
+    ready: String,
+}
+
+impl Banner {
+    fn new(
+        args: &ServeArgs,
+        model: &str,
+        checkpoint: &Checkpoint,
+        (http, grpc): (&TcpListener, &TcpListener),
+    ) -> anyhow::Result<Self> {
+        let (http, grpc) = (http.local_addr()?, grpc.local_addr()?);
+        let g = checkpoint.geometry();
+        let workers = match args.workers {
+            1 => "1 worker".to_owned(),
+            n => format!("{n} workers"),
+        };
+        let text = format!(
+            "Tramontane serves {model} from {workers}: {} layers, {} experts, {} per token.\n\n  \
+             OpenAI API  http://{http}/v1\n  gRPC API    {grpc}\n\n\
+             Ask it something:\n\n  \
+             curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\\n    \
+             -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of Poland?\"}}]}}'\n\n\
+             or talk to it: tramontane chat --url http://{http}   Ctrl-C ends.",
+            g.num_layers, g.num_experts, g.top_k
+        );
+        Ok(Self {
+            text,
+            ready: format!("http://{http}/health/ready"),
+        })
+    }
+
+    /// Shows it as soon as requests are answered.
+    async fn show_when_ready(&self) -> anyhow::Result<()> {
+        // It talks to itself: never through the proxy that the environment may name.
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        while !client
+            .get(&self.ready)
+            .send()
+            .await
+            .is_ok_and(|answer| answer.status().is_success())
+        {
+            tokio::time::sleep(READY_POLL).await;
+        }
+        // A closed standard output is no reason to stop serving.
+        let _ = output::line(&self.text);
+        Ok(())
+    }
+}
