@@ -4,8 +4,9 @@ use std::fmt::Display;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use tramontane_coordination::PlannerConfig;
+use tramontane_runtime::duration_text;
 
 use crate::Error;
 
@@ -218,21 +219,6 @@ fn refuse(key: &'static str, rule: &str, got: impl Display) -> Error {
         key,
         rule: rule.to_owned(),
         got: got.to_string(),
-    }
-}
-
-/// Durations as people write them: `5s`, `2m 30s`, `250ms`.
-mod duration_text {
-    use super::{Deserialize, Deserializer, Duration, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(&humantime::format_duration(*value))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(from)?;
-        humantime::parse_duration(&text)
-            .map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}")))
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod build_info;
 pub mod config;
+pub mod duration_text;
 pub mod metrics;
 pub mod ops;
 pub mod readiness;

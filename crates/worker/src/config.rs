@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tramontane_compute::{KV_PAGE_TOKENS, WeightFormat};
 use tramontane_coordination::Roles;
 use tramontane_engine::EngineConfig;
+use tramontane_runtime::duration_text;
 use tramontane_types::{ModelGeometry, TokenId};
 
 use crate::ConfigError;
@@ -279,21 +280,6 @@ impl<'de> Deserialize<'de> for RoleSet {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// Durations as people write them: `5s`, `2m 30s`, `250ms`.
-mod duration_text {
-    use super::{Deserialize, Deserializer, Duration, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(&humantime::format_duration(*value))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(from)?;
-        humantime::parse_duration(&text)
-            .map_err(|e| serde::de::Error::custom(format!("duration {text:?}: {e}")))
     }
 }
 
