@@ -7,6 +7,7 @@ MODEL   := demo
 WORKERS := 2
 PORT    := 8000
 SERVE_FLAGS :=
+BENCH_FLAGS :=
 
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
 VENV    := .venv
@@ -17,12 +18,13 @@ export PROTOC := $(abspath $(PROTOX))
 # With it, tests that need an etcd fail without one instead of saying so and passing.
 export TRAMONTANE_TEST_REQUIRE_ETCD := 1
 
-.PHONY: help serve test tools lint unit system doc bench release fmt golden smol clean check-rust packages
+.PHONY: help serve test tools lint unit system doc bench bench-cpu release fmt golden smol clean check-rust packages
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo 'make lint | unit | system | doc    the parts of make test'
 	@echo 'make bench        kernel benchmarks'
+	@echo 'make bench-cpu    ours beside llama.cpp and, by BENCH_FLAGS="--peer-bin ik=DIR", other builds of it'
 	@echo 'make golden       write the golden files again (needs torch and transformers in .venv)'
 
 serve: release $(if $(filter smol,$(MODEL)),models/smol/config.json)
@@ -53,6 +55,9 @@ system: check-rust $(PROTOX) packages $(VENV)/installed models/smol/config.json
 
 bench: check-rust $(PROTOX)
 	cargo bench -p tramontane-compute-cpu
+
+bench-cpu: release packages $(VENV)/installed
+	$(PYTHON) bench/cpu.py $(BENCH_FLAGS)
 
 golden: $(VENV)/installed
 	$(PYTHON) tests/golden/checkpoints/make_golden.py

@@ -6,85 +6,14 @@ usage: first.py MODEL_DIR [--weights bf16 q8] [--batch 1 8 32]   (release binary
 """
 
 import argparse
-import json
 import pathlib
-import re
 import sys
-import tempfile
-import urllib.request
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "system"))
-import conftest
-from conftest import Process, free_port, run, wait_until
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
+from cluster import Cluster
 
-conftest.BINARY = conftest.TARGET / "release" / "tramontane"
 DECODE = dict(prompt=16, tokens=64)
 PREFILL = dict(prompt=512, tokens=1)
-
-
-class Cluster:
-    """An etcd, a router and workers as processes, so that every worker has its metrics."""
-
-    def __init__(self, model, weights, workers, threads):
-        client, peer = free_port(), free_port()
-        self.http, router_grpc = free_port(), free_port()
-        etcd = f"http://127.0.0.1:{client}"
-        self.processes = [Process("etcd", [
-            "etcd", "--data-dir", tempfile.mkdtemp(prefix="etcd-"), "--listen-client-urls", etcd,
-            "--advertise-client-urls", etcd, "--listen-peer-urls", f"http://127.0.0.1:{peer}",
-            "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
-            "--initial-cluster", f"default=http://127.0.0.1:{peer}",
-        ])]
-        # One worker owns the sequences; all of them hold experts.
-        self.ops = []
-        for i in range(workers):
-            self.ops.append(free_port())
-            self.processes.append(Process(f"worker-{i}", [
-                conftest.BINARY, "worker", "--model", model, "--model-name", "bench", "--etcd", etcd,
-                "--id", f"w-{i}", "--weights", weights, "--threads", threads, "--grpc-port", free_port(),
-                "--ops-port", self.ops[-1],
-            ]))
-        self.processes.append(Process("router", [
-            conftest.BINARY, "router", "--model", model, "--model-name", "bench", "--etcd", etcd,
-            "--http-port", self.http, "--grpc-port", router_grpc, "--min-workers", workers,
-        ]))
-        wait_until(self.ready, 600, "the cluster is ready")
-
-    def ready(self):
-        assert all(p.alive() for p in self.processes), "\n".join(p.output()[-2000:] for p in self.processes)
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/health/ready", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def metrics(self):
-        """All workers' metrics, added up."""
-        total = {}
-        for port in self.ops:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-                for line in answer.read().decode().splitlines():
-                    if match := re.match(r"(\w+)(?:\{[^}]*\})? ([0-9.e+-]+)$", line):
-                        total[match[1]] = total.get(match[1], 0) + float(match[2])
-        return total
-
-    def bench(self, batch, prompt, tokens, rounds=1):
-        done = run(
-            "bench", "--url", f"http://127.0.0.1:{self.http}", "--concurrency", batch, "--requests", batch * rounds,
-            "--prompt-tokens", prompt, "--max-tokens", tokens, "--vocab", 32000, "--seed", self.seed(),
-            "--output", "json", seconds=900,
-        )
-        return json.loads(done.stdout)
-
-    def seed(self):
-        # Every run has prompts that no cache has seen.
-        Cluster.seeds = getattr(Cluster, "seeds", 0) + 1
-        return Cluster.seeds
-
-    def stop(self):
-        for process in reversed(self.processes):
-            process.popen.kill()
-            process.popen.wait()
 
 
 def figures(cluster, batch):

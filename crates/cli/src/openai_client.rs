@@ -25,6 +25,9 @@ impl Client {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
+            // Some servers close a connection after an answer without saying so, and the next request
+            // on it would be lost.
+            .pool_max_idle_per_host(0)
             .build()
             .context("http client")?;
         Ok(Self { http, base })

@@ -28,6 +28,9 @@ pub(super) struct Report {
     pub(super) total_tokens_per_s: f64,
     pub(super) ttft_ms: Percentiles,
     pub(super) itl_ms: Percentiles,
+    /// A request's time after its first token over the tokens of that time: unlike `itl_ms` it does
+    /// not mind tokens that arrive several at once.
+    pub(super) tpot_ms: Percentiles,
     pub(super) latency_ms: Percentiles,
 }
 
@@ -66,6 +69,7 @@ impl Report {
             total_tokens_per_s: (prompt_tokens + output_tokens) as f64 / seconds,
             ttft_ms: percentiles(samples.iter().map(|s| s.ttft)),
             itl_ms: percentiles(samples.iter().flat_map(|s| s.gaps.iter().copied())),
+            tpot_ms: percentiles(samples.iter().filter_map(time_per_output_token)),
             latency_ms: percentiles(samples.iter().map(|s| s.total)),
         }
     }
@@ -100,10 +104,17 @@ impl Report {
             &[
                 row("time to first token", &self.ttft_ms),
                 row("inter-token latency", &self.itl_ms),
+                row("time per output token", &self.tpot_ms),
                 row("request latency", &self.latency_ms),
             ],
         )
     }
+}
+
+/// None for an answer of one token.
+fn time_per_output_token(sample: &Sample) -> Option<Duration> {
+    let gaps = u32::try_from(sample.output_tokens.checked_sub(1)?).ok()?;
+    sample.total.saturating_sub(sample.ttft).checked_div(gaps)
 }
 
 /// Nearest-rank percentiles; zeros when there is nothing.
@@ -125,6 +136,20 @@ fn percentiles(values: impl Iterator<Item = Duration>) -> Percentiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_that_arrive_together_share_their_time() {
+        let sample = |output_tokens| Sample {
+            ttft: Duration::from_millis(100),
+            total: Duration::from_millis(400),
+            gaps: Vec::new(),
+            prompt_tokens: 8,
+            output_tokens,
+        };
+        let tpot = |tokens| time_per_output_token(&sample(tokens));
+        assert_eq!(tpot(4), Some(Duration::from_millis(100)));
+        assert_eq!((tpot(1), tpot(0)), (None, None));
+    }
 
     #[test]
     fn percentiles_are_values_that_occurred() {

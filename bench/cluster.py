@@ -1,0 +1,102 @@
+"""Our own processes as a user starts them: `tramontane serve`, or an etcd, a router and workers. On loopback only."""
+
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import urllib.request
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "system"))
+import conftest
+from conftest import Process, free_port, run, wait_until
+
+BINARY = conftest.BINARY = conftest.TARGET / "release" / "tramontane"
+READY_SECONDS = 600
+BENCH_SECONDS = 1800
+VOCAB = 32000
+
+
+class Load:
+    """`tramontane bench` against any OpenAI endpoint. Every run has prompts that no cache has seen."""
+
+    seed = 0
+
+    def __init__(self, url):
+        self.url = url
+
+    def bench(self, batch, prompt, tokens, rounds=1):
+        Load.seed += 1
+        done = run(
+            "bench", "--url", self.url, "--concurrency", batch, "--requests", batch * rounds,
+            "--prompt-tokens", prompt, "--max-tokens", tokens, "--vocab", VOCAB, "--seed", Load.seed,
+            "--output", "json", seconds=BENCH_SECONDS,
+        )
+        return json.loads(done.stdout)
+
+
+class Server(Load):
+    """Any server process that answers at `health` once it is ready."""
+
+    def __init__(self, name, command, port, health):
+        super().__init__(f"http://127.0.0.1:{port}")
+        self.process = Process(name, command)
+        wait_until(lambda: answers(self.url + health, self.process), READY_SECONDS, f"{name} is ready")
+
+    def stop(self):
+        self.process.stop()
+
+
+class Cluster(Load):
+    """An etcd, a router and workers as processes, so that every worker has its metrics."""
+
+    def __init__(self, model, weights, workers, threads):
+        client, peer = free_port(), free_port()
+        http, router_grpc = free_port(), free_port()
+        super().__init__(f"http://127.0.0.1:{http}")
+        etcd = f"http://127.0.0.1:{client}"
+        self.processes = [Process("etcd", [
+            "etcd", "--data-dir", tempfile.mkdtemp(prefix="etcd-"), "--listen-client-urls", etcd,
+            "--advertise-client-urls", etcd, "--listen-peer-urls", f"http://127.0.0.1:{peer}",
+            "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
+            "--initial-cluster", f"default=http://127.0.0.1:{peer}",
+        ])]
+        # One worker owns the sequences; all of them hold experts.
+        self.ops = []
+        for i in range(workers):
+            self.ops.append(free_port())
+            self.processes.append(Process(f"worker-{i}", [
+                BINARY, "worker", "--model", model, "--model-name", "bench", "--etcd", etcd,
+                "--id", f"w-{i}", "--weights", weights, "--threads", threads, "--grpc-port", free_port(),
+                "--ops-port", self.ops[-1],
+            ]))
+        self.processes.append(Process("router", [
+            BINARY, "router", "--model", model, "--model-name", "bench", "--etcd", etcd,
+            "--http-port", http, "--grpc-port", router_grpc, "--min-workers", workers,
+        ]))
+        ready = f"{self.url}/health/ready"
+        wait_until(lambda: answers(ready, *self.processes), READY_SECONDS, "the cluster is ready")
+
+    def metrics(self):
+        """All workers' metrics, added up."""
+        total = {}
+        for port in self.ops:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                for line in answer.read().decode().splitlines():
+                    if match := re.match(r"(\w+)(?:\{[^}]*\})? ([0-9.e+-]+)$", line):
+                        total[match[1]] = total.get(match[1], 0) + float(match[2])
+        return total
+
+    def stop(self):
+        for process in reversed(self.processes):
+            process.popen.kill()
+            process.popen.wait()
+
+
+def answers(url, *processes):
+    assert all(p.alive() for p in processes), "\n".join(p.output()[-2000:] for p in processes)
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
