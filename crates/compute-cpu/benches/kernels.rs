@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
-    DType, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, Piece, RoutedRows,
-    SequenceSpan, StepBatch, WeightFormat,
+    DType, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece, RoutedRows,
+    RowFormat, SequenceSpan, StepBatch, WeightFormat,
 };
 use tramontane_compute_cpu::{CpuBackend, CpuConfig, Isa};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, Node, PageId, SegmentRange};
@@ -20,7 +20,7 @@ use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, Node, Page
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// How long one figure is measured.
-const MEASURE: Duration = Duration::from_millis(600);
+const MEASURE: Duration = Duration::from_millis(300);
 /// Bytes read by the bandwidth figure.
 const BANDWIDTH_BYTES: usize = 512 << 20;
 /// How many reads that is.
@@ -56,9 +56,16 @@ fn main() -> Outcome<()> {
     println!("{} with {threads} threads", Isa::detect());
     println!("read bandwidth {bandwidth:.1} GB/s\n");
     let noise = Noise::new();
-    println!("one expert, hidden 1024 x ff 3584   GB/s   of read    Gop/s");
-    for format in FORMATS {
-        experts_table(&noise, format, threads, bandwidth)?;
+    println!("one expert, hidden 1024 x ff 3584, GB/s, of read, Gop/s");
+    for isa in Isa::ALL {
+        // Plain Rust is the specification and not meant to be fast.
+        if !isa.is_supported() || isa == Isa::Scalar {
+            continue;
+        }
+        for format in FORMATS {
+            let backend = backend(&experts_geometry(), format, threads, Some(isa))?;
+            experts_table(&noise, &format!("{isa} {format}"), &backend, bandwidth)?;
+        }
     }
     println!("\nsteps of the whole model");
     for format in FORMATS {
@@ -146,6 +153,7 @@ impl Noise {
             dtype: DType::Bf16,
             rows,
             cols,
+            order: Default::default(),
             data: &self.0[..rows * cols * 2],
         }
     }
@@ -180,29 +188,46 @@ fn backend(
     geometry: &ModelGeometry,
     format: WeightFormat,
     threads: NonZeroUsize,
+    isa: Option<Isa>,
 ) -> Outcome<CpuBackend> {
-    let config = CpuConfig { threads, isa: None };
+    let config = CpuConfig { threads, isa };
     Ok(CpuBackend::new(geometry, format, config)?)
 }
 
-fn experts_table(
-    noise: &Noise,
-    format: WeightFormat,
-    threads: NonZeroUsize,
-    bandwidth: f64,
-) -> Outcome<()> {
-    let geometry = ModelGeometry {
+/// One layer of sixteen experts: more than the caches hold.
+fn experts_geometry() -> ModelGeometry {
+    ModelGeometry {
         num_layers: 1,
         num_experts: 16,
         ..geometry()
+    }
+}
+
+/// Rows in their wire form, of numbers that are neither tiny nor all the same.
+fn wire_rows(format: RowFormat, num_rows: usize, cols: usize) -> Vec<u8> {
+    let mut row = vec![0; format.row_bytes(cols)];
+    let (values, scales) = match format {
+        RowFormat::Q8 => row.split_at_mut(cols.next_multiple_of(32)),
+        RowFormat::Bf16 | RowFormat::F32 => (&mut row[..], &mut [][..]),
     };
-    let backend = backend(&geometry, format, threads)?;
+    for (i, pair) in values.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        // As bfloat16 1.0 to 1.9; as bytes, 63 and changing ones.
+        *pair = [128 | (i * 37 % 128) as u8, 63];
+    }
+    for scale in scales.as_chunks_mut::<4>().0 {
+        *scale = 0.01_f32.to_le_bytes();
+    }
+    row.repeat(num_rows)
+}
+
+fn experts_table(noise: &Noise, name: &str, backend: &CpuBackend, bandwidth: f64) -> Outcome<()> {
+    let geometry = experts_geometry();
     let begin = Instant::now();
-    let experts = noise.load_experts(&geometry, &backend)?;
+    let experts = noise.load_experts(&geometry, backend)?;
     let expert_bytes = backend.segment_bytes() as f64 * 8.0;
     let load_seconds = begin.elapsed().as_secs_f64() / geometry.num_experts as f64;
-    for num_rows in [1, 4, 8, 32, 128] {
-        let rows = vec![1_u8; num_rows * backend.row_format().row_bytes(geometry.hidden)];
+    for num_rows in [1, 2, 4, 8, 16, 32, 128, 512] {
+        let rows = wire_rows(backend.row_format(), num_rows, geometry.hidden);
         let row_ids: Vec<u32> = (0..num_rows as u32).collect();
         let mut out = Vec::new();
         let mut next = 0_u16;
@@ -220,7 +245,7 @@ fn experts_table(
         let rate = expert_bytes / seconds / 1e9;
         let ops = 6.0 * (geometry.hidden * geometry.ff * num_rows) as f64 / seconds / 1e9;
         println!(
-            "{format:<5} {num_rows:>4} rows {:>8.0} us {:>12.1}   {:>5.0} %   {ops:>8.0}",
+            "{name:<16} {num_rows:>4} rows {:>8.0} us {:>12.1}   {:>5.0} %   {ops:>8.0}",
             seconds * 1e6,
             rate,
             100.0 * rate / bandwidth
@@ -268,6 +293,7 @@ impl Model {
         let config = AttentionConfig {
             num_pages: 256,
             max_rows: 512,
+            kv_format: KvFormat::Bf16,
         };
         Ok(Self {
             attention: backend.attention(&weights, config)?,
@@ -372,7 +398,7 @@ fn batch(num_sequences: u32, position: u32, num_rows: u32) -> StepBatch {
 }
 
 fn model_table(noise: &Noise, format: WeightFormat, threads: NonZeroUsize) -> Outcome<()> {
-    let backend = backend(&geometry(), format, threads)?;
+    let backend = backend(&geometry(), format, threads, None)?;
     let mut model = Model::new(noise, &backend)?;
     for (name, num_sequences, position, num_rows) in [
         ("prefill 512", 1, 0, 512),

@@ -1,25 +1,26 @@
 //! The stateful half: residual stream and KV cache of one attention worker. It never calls an expert.
 
+mod attend;
 mod gate;
 mod steps;
 mod weights;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use tramontane_compute::combine::add_expert_sums;
+use tramontane_compute::combine::add_expert_sums_from;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionWeights, Contributions, Error, RoutedRows, StepBatch,
 };
 use tramontane_types::{ExpertId, LayerId, ModelGeometry, PageId};
 
-use crate::batch_check::check_batch;
 use crate::cache::KvCache;
 use crate::context::{Context, check_index, check_size};
+use crate::disjoint::Disjoint;
 use crate::linear::{Linear, Write};
 use crate::rows::Rows;
-use steps::AttendItem;
+use attend::Attend;
 use weights::Weights;
 
 /// See the module; made by [`CpuBackend`](crate::CpuBackend).
@@ -47,11 +48,7 @@ struct Scratch {
     qkv: Vec<f32>,
     /// Attention outputs as the O product reads them.
     attended: Rows,
-    /// Running softmax of attention: `m` and `l`, `[num_rows, num_heads]`.
-    maxima: Vec<f32>,
-    sums: Vec<f32>,
-    /// `o`, `[num_rows, num_heads, head_dim rounded up to 16]`.
-    outputs: Vec<f32>,
+    attend: Attend,
     /// `theta^(-2i / head_dim)`, `[head_dim / 2]`.
     frequencies: Vec<f32>,
     /// Angles of each row's position, `[num_rows, head_dim / 2]`.
@@ -59,9 +56,6 @@ struct Scratch {
     sin: Vec<f32>,
     /// `[num_rows, num_experts]`.
     gate: Vec<f32>,
-    /// `0..max_rows`.
-    ids: Vec<u32>,
-    items: Vec<AttendItem>,
 }
 
 impl fmt::Debug for CpuAttention {
@@ -82,10 +76,10 @@ impl CpuAttention {
         Ok(Self {
             config,
             weights,
-            cache: KvCache::new(&context.geometry, config.num_pages),
+            cache: KvCache::new(&context.geometry, config)?,
             batch: StepBatch::default(),
             written: Vec::with_capacity(config.max_rows),
-            scratch: Scratch::new(&context, config.max_rows),
+            scratch: Scratch::new(&context, config),
             context,
         })
     }
@@ -109,11 +103,11 @@ impl CpuAttention {
 }
 
 impl Scratch {
-    fn new(context: &Context, max_rows: usize) -> Self {
+    fn new(context: &Context, config: AttentionConfig) -> Self {
+        let max_rows = config.max_rows;
         let geometry = &context.geometry;
         let heads = geometry.num_heads;
         let qkv = (heads + 2 * geometry.num_kv_heads) * geometry.head_dim;
-        let padded_dim = geometry.head_dim.next_multiple_of(crate::simd::LANES);
         let mut rows = Rows::new(context.row_format(), geometry.hidden);
         rows.reserve(max_rows);
         let mut attended = Rows::new(context.row_format(), heads * geometry.head_dim);
@@ -124,15 +118,11 @@ impl Scratch {
             rows,
             qkv: vec![0.0; max_rows * qkv],
             attended,
-            maxima: vec![0.0; max_rows * heads],
-            sums: vec![0.0; max_rows * heads],
-            outputs: vec![0.0; max_rows * heads * padded_dim],
+            attend: Attend::new(context, config),
             frequencies: frequencies(geometry),
             cos: vec![0.0; max_rows * geometry.head_dim / 2],
             sin: vec![0.0; max_rows * geometry.head_dim / 2],
             gate: vec![0.0; max_rows * geometry.num_experts],
-            ids: (0..max_rows).map(|row| row as u32).collect(),
-            items: Vec::with_capacity(max_rows * geometry.num_kv_heads),
         }
     }
 }
@@ -141,19 +131,14 @@ impl Scratch {
 fn frequencies(geometry: &ModelGeometry) -> Vec<f32> {
     let frequency = |i: usize| {
         let exponent = (2 * i) as f32 / geometry.head_dim as f32;
-        1.0 / (geometry.rope_theta.powf(f64::from(exponent)) as f32)
+        1.0 / (libm::pow(geometry.rope_theta, f64::from(exponent)) as f32)
     };
     (0..geometry.head_dim / 2).map(frequency).collect()
 }
 
 impl Attention for CpuAttention {
     fn begin(&mut self, batch: &StepBatch) -> Result<(), Error> {
-        check_batch(
-            &self.context.geometry,
-            self.config,
-            batch,
-            &mut self.written,
-        )?;
+        batch.check(&self.context.geometry, self.config, &mut self.written)?;
         self.batch.clone_from(batch);
         let hidden = self.context.geometry.hidden;
         let residual = self.scratch.residual.chunks_exact_mut(hidden);
@@ -165,8 +150,7 @@ impl Attention for CpuAttention {
         }
         self.scratch
             .compute_angles(&self.context.geometry, &batch.positions);
-        self.scratch
-            .list_attend_items(&self.context.geometry, batch);
+        self.scratch.attend.plan(&self.context.geometry, batch);
         Ok(())
     }
 
@@ -185,17 +169,20 @@ impl Attention for CpuAttention {
         context.linear(Linear {
             matrix: &weights.qkv,
             rows: &scratch.rows,
-            ids: &scratch.ids[..num_rows],
+            num_rows,
             out: &mut scratch.qkv[..num_rows * weights.qkv.rows()],
             write: Write::Store,
         });
         scratch.rotate_and_cache(context, batch, layer, &mut self.cache);
-        scratch.attend_pages(context, batch, layer, &self.cache);
+        let queries = &scratch.qkv[..num_rows * weights.qkv.rows()];
+        scratch
+            .attend
+            .run(context, batch, (layer, &self.cache), queries);
         scratch.outputs_to_rows(context, num_rows);
         context.linear(Linear {
             matrix: &weights.o,
             rows: &scratch.attended,
-            ids: &scratch.ids[..num_rows],
+            num_rows,
             out: &mut scratch.residual[..num_rows * weights.o.rows()],
             write: Write::Add,
         });
@@ -213,7 +200,7 @@ impl Attention for CpuAttention {
             check_size("row of an expert sum", i / geometry.top_k, sum.row as usize)?;
         }
         let residual = &mut self.scratch.residual[..num_rows * geometry.hidden];
-        add_expert_sums(residual, geometry.hidden, contributions)
+        add_sums(&self.context, residual, contributions)
     }
 
     fn logits(&mut self, batch: &StepBatch, out: &mut Vec<f32>) -> Result<(), Error> {
@@ -223,17 +210,48 @@ impl Attention for CpuAttention {
         scratch.norm_to_rows(context, &self.weights.norm, num_rows, &|i| {
             batch.logits_rows[i] as usize
         });
-        out.clear();
+        // What is there already is overwritten.
         out.resize(num_rows * context.geometry.vocab, 0.0);
         context.linear(Linear {
             matrix: &self.weights.lm_head,
             rows: &scratch.rows,
-            ids: &scratch.ids[..num_rows],
+            num_rows,
             out,
             write: Write::Store,
         });
         Ok(())
     }
+}
+
+/// Rows that one item adds expert outputs to.
+const COMBINE_ROWS: usize = 8;
+
+/// Adds the expert outputs of all rows over the pool; every row has `top_k` sums.
+fn add_sums(
+    context: &Context,
+    residual: &mut [f32],
+    contributions: &Contributions<'_>,
+) -> Result<(), Error> {
+    let (hidden, top_k) = (context.geometry.hidden, context.geometry.top_k);
+    let num_rows = residual.len() / hidden;
+    let residual = Disjoint::new(residual);
+    let failed = OnceLock::new();
+    context.pool.run(num_rows.div_ceil(COMBINE_ROWS), &|item| {
+        let begin = item * COMBINE_ROWS;
+        let end = (begin + COMBINE_ROWS).min(num_rows);
+        // SAFETY: this item alone has the rows.
+        let rows = unsafe { residual.range_mut(begin * hidden..end * hidden) };
+        let sums = &contributions.sums[begin * top_k..end * top_k];
+        let own = Contributions {
+            sums,
+            ..*contributions
+        };
+        if let Err(error) = add_expert_sums_from(begin, rows, hidden, &own) {
+            // One of them is enough to say.
+            let _later = failed.set(error);
+        }
+    });
+    failed.into_inner().map_or(Ok(()), Err)
 }
 
 /// The experts of a dense model's row: the only one, with weight 1.

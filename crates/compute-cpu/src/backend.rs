@@ -6,13 +6,13 @@ use std::sync::Arc;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionWeights, Backend, Error, Experts, RowFormat, WeightFormat,
 };
-use tramontane_types::{ModelGeometry, slice};
+use tramontane_types::ModelGeometry;
 
 use crate::attention::CpuAttention;
 use crate::context::{Context, check_size};
-use crate::experts::CpuExperts;
+use crate::experts::{CpuExperts, Segment};
 use crate::isa::{Isa, UnsupportedIsa};
-use crate::pack::{PackFormat, packed_bytes};
+use crate::pack::PackFormat;
 use crate::pool::Pool;
 
 /// How a [`CpuBackend`] computes; neither field changes a result, but an `isa` changes the bf16 class.
@@ -58,8 +58,7 @@ impl CpuBackend {
             source: Box::new(e),
         })?;
         let class = match format {
-            PackFormat::Bf16 if dispatch.has_bf16_dot() => "cpu-bf16-dp",
-            PackFormat::Bf16 => "cpu-bf16",
+            PackFormat::Bf16 => dispatch.bf16_class(),
             PackFormat::Q8 => "cpu-q8",
             PackFormat::Q4 => "cpu-q4",
         };
@@ -87,12 +86,7 @@ impl Backend for CpuBackend {
     }
 
     fn segment_bytes(&self) -> u64 {
-        let geometry = &self.context.geometry;
-        let len = slice::segment_len(geometry.ff);
-        let format = self.context.format;
-        let gate_up = packed_bytes(format, 2 * len, geometry.hidden);
-        let down = packed_bytes(format, geometry.hidden, len);
-        (gate_up + down) as u64
+        Segment::bytes_max(&self.context) as u64
     }
 
     fn attention(
@@ -180,10 +174,10 @@ mod tests {
                 assert!(matches!(bf16, Err(Error::Library { .. })), "{isa}");
                 continue;
             }
-            let expected = if isa == Isa::Avx512Bf16 {
-                "cpu-bf16-dp"
-            } else {
-                "cpu-bf16"
+            let expected = match isa {
+                Isa::Amx => "cpu-bf16-amx",
+                Isa::Avx512Bf16 => "cpu-bf16-dp",
+                Isa::Avx512 | Isa::Avx2 | Isa::Scalar => "cpu-bf16",
             };
             assert_eq!(bf16.unwrap().numeric_class(), expected);
             let q8 = CpuBackend::new(&geometry(), WeightFormat::Q8, config(Some(isa))).unwrap();

@@ -17,8 +17,9 @@ use tramontane_compute::{Error, ExpertJob, ExpertWeights, Experts};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, SEGMENTS_PER_EXPERT, SegmentRange, slice};
 
 use crate::context::{Context, check_index, check_size, check_tensor};
+use crate::memory::Slab;
 use call::Call;
-use segment::Segment;
+pub(crate) use segment::Segment;
 
 /// The store of slices.
 pub(crate) struct CpuExperts {
@@ -97,14 +98,13 @@ impl Experts for CpuExperts {
         check_tensor("w1", &weights.w1, (ff, hidden))?;
         check_tensor("w2", &weights.w2, (hidden, ff))?;
         check_tensor("w3", &weights.w3, (ff, hidden))?;
-        for segment in self.segments_of(slice.range) {
-            let at = slot + usize::from(segment);
-            if self.segments.read()[at].is_some() {
-                continue;
-            }
+        let missing = |segment: &u8| self.segments.read()[slot + usize::from(*segment)].is_none();
+        let missing: Vec<u8> = self.segments_of(slice.range).filter(missing).collect();
+        let mut slab = Slab::reserve(missing.len() * Segment::bytes_max(&self.context))?;
+        for segment in missing {
             let columns = slice::segment_columns(ff, segment);
-            let packed = Arc::new(Segment::pack(&self.context, weights, columns));
-            self.segments.write()[at].get_or_insert(packed);
+            let packed = Segment::pack(&self.context, weights, columns, &mut slab)?;
+            self.segments.write()[slot + usize::from(segment)].get_or_insert(Arc::new(packed));
         }
         Ok(())
     }
@@ -160,7 +160,7 @@ impl Experts for CpuExperts {
         }
         out.clear();
         out.resize(total, 0.0);
-        call.compute(context, rows, num_rows, out);
+        call.compute(context, rows, out);
         Ok(())
     }
 }

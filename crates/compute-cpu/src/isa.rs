@@ -3,15 +3,18 @@
 use std::fmt;
 use std::sync::OnceLock;
 
+use crate::kernels::tile::Tile;
 use crate::scalar::Scalar;
 use crate::simd::{Operation, Simd};
 
 #[cfg(target_arch = "x86_64")]
-use crate::{avx2::Avx2, avx512::Avx512};
+use crate::{amx::Amx, avx2::Avx2, avx512::Avx512};
 
 /// Instruction sets with kernels, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// [`Avx512Bf16`](Self::Avx512Bf16) and the matrix unit, AMX (Sapphire Rapids and later; Linux).
+    Amx,
     /// AVX-512 with VNNI and the bfloat16 dot product (Zen 4, Sapphire Rapids and later).
     Avx512Bf16,
     /// AVX-512 with VNNI (Ice Lake and later).
@@ -24,7 +27,13 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best first.
-    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Scalar];
+    pub const ALL: [Self; 5] = [
+        Self::Amx,
+        Self::Avx512Bf16,
+        Self::Avx512,
+        Self::Avx2,
+        Self::Scalar,
+    ];
 
     /// The best one that this machine has.
     #[must_use]
@@ -46,13 +55,15 @@ impl Isa {
     pub(crate) fn dispatch(self) -> Option<Dispatch> {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx => Amx::detect().map(Dispatch::Amx),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Avx512::<true>::detect().map(Dispatch::Avx512Bf16),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => Avx512::<false>::detect().map(Dispatch::Avx512),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::detect().map(Dispatch::Avx2),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512Bf16 | Self::Avx512 | Self::Avx2 => None,
+            Self::Amx | Self::Avx512Bf16 | Self::Avx512 | Self::Avx2 => None,
             Self::Scalar => Some(Dispatch::Scalar(Scalar)),
         }
     }
@@ -61,6 +72,7 @@ impl Isa {
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
@@ -83,6 +95,8 @@ pub struct UnsupportedIsa {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Dispatch {
     #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
+    #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512<true>),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512<false>),
@@ -97,6 +111,8 @@ impl Dispatch {
     pub(crate) fn run<O: Operation>(self, operation: O) -> O::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Self::Amx(amx) => amx.vectors().vectorize(operation),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(s) => s.vectorize(operation),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(s) => s.vectorize(operation),
@@ -106,24 +122,25 @@ impl Dispatch {
         }
     }
 
-    /// Most rows of one matrix tile.
-    pub(crate) fn tile_rows(self) -> usize {
+    /// Computes a tile on the unit that is fastest for it.
+    #[inline]
+    pub(crate) fn tile(self, tile: Tile<'_>) {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => Avx512::<true>::TILE_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => Avx512::<false>::TILE_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => Avx2::TILE_ROWS,
-            Self::Scalar(_) => Scalar::TILE_ROWS,
+            Self::Amx(amx) => amx.tile(tile),
+            other => other.run(tile),
         }
     }
 
-    /// Whether bfloat16 products are summed by the dot-product instruction, which rounds in its own way.
-    pub(crate) fn has_bf16_dot(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return matches!(self, Self::Avx512Bf16(_));
-        #[cfg(not(target_arch = "x86_64"))]
-        return false;
+    /// The numeric class of bfloat16 products: an instruction that sums several of them rounds in its own
+    /// way.
+    pub(crate) fn bf16_class(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => "cpu-bf16-amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => "cpu-bf16-dp",
+            _ => "cpu-bf16",
+        }
     }
 }

@@ -2,13 +2,11 @@
 
 use crate::context::Context;
 use crate::disjoint::Disjoint;
-use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileRow};
+use crate::guided::run_guided;
+use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileOut, TileRow};
 use crate::pack::{PAIR_ROWS, PackedMatrix};
 use crate::rows::Rows;
 use crate::simd::LANES;
-
-/// Pairs of panels of one work item: 64 outputs, read once for all rows.
-const STRIP_PAIRS: usize = 2;
 
 /// Where a product goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +15,14 @@ pub(crate) enum Write {
     Add,
 }
 
-/// `out[i] (+)= matrix . rows[ids[i]]`.
+/// `out[i] (+)= matrix . rows[i]`.
 #[derive(Debug)]
 pub(crate) struct Linear<'a> {
     pub(crate) matrix: &'a PackedMatrix,
     pub(crate) rows: &'a Rows,
-    pub(crate) ids: &'a [u32],
-    /// `[ids.len()][matrix.rows()]`.
+    /// Rows `0..num_rows` of the table.
+    pub(crate) num_rows: usize,
+    /// `[num_rows][matrix.rows()]`.
     pub(crate) out: &'a mut [f32],
     pub(crate) write: Write,
 }
@@ -34,32 +33,32 @@ impl Context {
         let Linear {
             matrix,
             rows,
-            ids,
+            num_rows,
             out,
             write,
         } = linear;
         let stride = matrix.rows();
-        assert_eq!(out.len(), ids.len() * stride, "room for the product");
+        assert_eq!(out.len(), num_rows * stride, "room for the product");
         let out = Disjoint::new(out);
-        let pairs = matrix.pairs();
-        let tile_rows = self.dispatch.tile_rows();
-        self.pool.run(pairs.div_ceil(STRIP_PAIRS), &|strip| {
-            let mut tile = [TileRow::default(); TILE_ROWS_MAX];
-            let begin = strip * STRIP_PAIRS;
-            for pair in begin..(begin + STRIP_PAIRS).min(pairs) {
-                for (chunk, ids) in ids.chunks(tile_rows).enumerate() {
-                    self.dispatch.run(Tile {
+        run_guided(&self.pool, matrix.pairs(), &|pairs| {
+            let mut tile = TileOut::ZERO;
+            for pair in pairs {
+                for row_begin in (0..num_rows).step_by(TILE_ROWS_MAX) {
+                    let num_rows = TILE_ROWS_MAX.min(num_rows - row_begin);
+                    self.dispatch.tile(Tile {
                         matrix,
                         pair,
                         rows,
+                        row_begin,
+                        num_rows,
                         block_begin: 0,
-                        ids,
-                        out: &mut tile,
+                        next: matrix.pair(pair + 1),
+                        out: &mut tile.0,
                     });
-                    for (i, row) in tile[..ids.len()].iter().enumerate() {
+                    for (i, row) in tile.0[..num_rows].iter().enumerate() {
                         let col = pair * PAIR_ROWS;
                         let len = PAIR_ROWS.min(stride - col);
-                        let at = (chunk * tile_rows + i) * stride + col;
+                        let at = (row_begin + i) * stride + col;
                         // SAFETY: this item alone has these columns, and each row comes once.
                         let target = unsafe { out.range_mut(at..at + len) };
                         write_row(row, target, write);

@@ -8,16 +8,18 @@
 //! * q8: 8 lines of panel a, 8 of panel b (4 of k for each of 16 rows, stored as `w + 128`), then one
 //!   line with the 32 scales (f16);
 //! * q4: 4 lines of panel a, 4 of panel b (low nibbles: the 4 of k of line `i` of q8, high nibbles: those
-//!   of line `i + 4`), then one line of scales.
+//!   of line `i + 4`), then one line of scales and one with the 32 minima (f16).
 //!
 //! Rows are padded to whole pairs and columns to whole blocks with zeros.
 
-use half::{bf16, f16};
 use tramontane_compute::quant::BLOCK;
 use tramontane_compute::{Error, WeightFormat};
 
+use crate::disjoint::Disjoint;
 use crate::isa::Dispatch;
-use crate::kernels::quantise::{QuantiseWeights, WeightBlock};
+use crate::kernels::pack::{PackPair, RowSource};
+use crate::memory::{Region, Slab, region_bytes};
+use crate::pool::Pool;
 use crate::simd::LANES;
 
 /// Output rows of one pair of panels.
@@ -37,8 +39,8 @@ pub(crate) enum PackFormat {
 }
 
 impl PackFormat {
-    /// Cache lines of one panel in one block, without the scales.
-    const fn panel_lines(self) -> usize {
+    /// Cache lines of one panel in one block, without scales and minima.
+    pub(crate) const fn panel_lines(self) -> usize {
         match self {
             Self::Bf16 => 16,
             Self::Q8 => 8,
@@ -58,7 +60,7 @@ impl PackFormat {
 
 pub(crate) const BF16_LINES: usize = 32;
 pub(crate) const Q8_LINES: usize = 17;
-pub(crate) const Q4_LINES: usize = 9;
+pub(crate) const Q4_LINES: usize = 10;
 
 impl TryFrom<WeightFormat> for PackFormat {
     type Error = Error;
@@ -82,42 +84,93 @@ pub(crate) struct PackedMatrix {
     format: PackFormat,
     rows: usize,
     blocks: usize,
-    lines: Vec<Line>,
+    region: Region,
 }
 
-/// Bytes of a packed matrix.
+/// Bytes that a packed matrix takes, the rest of its last page included.
 pub(crate) const fn packed_bytes(format: PackFormat, rows: usize, cols: usize) -> usize {
-    rows.div_ceil(PAIR_ROWS) * cols.div_ceil(BLOCK) * format.block_lines() * size_of::<Line>()
+    region_bytes(packed_lines(format, rows, cols))
+}
+
+const fn packed_lines(format: PackFormat, rows: usize, cols: usize) -> usize {
+    rows.div_ceil(PAIR_ROWS) * cols.div_ceil(BLOCK) * format.block_lines()
+}
+
+/// A matrix that is to be packed.
+#[derive(Clone, Copy)]
+pub(crate) struct Packing<'a> {
+    pub(crate) dispatch: Dispatch,
+    pub(crate) format: PackFormat,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Where each row comes from; `None` is a row of zeros.
+    pub(crate) source: &'a (dyn Fn(usize) -> Option<RowSource<'a>> + Sync),
+}
+
+impl Packing<'_> {
+    fn num_lines(&self) -> usize {
+        packed_lines(self.format, self.rows, self.cols)
+    }
+
+    /// Packs on the calling thread.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub(crate) fn run(&self, slab: &mut Slab) -> Result<PackedMatrix, Error> {
+        let mut region = slab.take(self.num_lines())?;
+        let lines = region.lines_mut().chunks_mut(self.pair_lines());
+        for (pair, lines) in lines.enumerate() {
+            self.pack_pair(pair, lines);
+        }
+        Ok(self.packed(region))
+    }
+
+    /// Packs with all threads of a pool, into memory of its own.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub(crate) fn run_on(&self, pool: &Pool) -> Result<PackedMatrix, Error> {
+        let num_lines = self.num_lines();
+        let mut region = Slab::reserve(region_bytes(num_lines))?.take(num_lines)?;
+        let len = self.pair_lines();
+        let lines = Disjoint::new(region.lines_mut());
+        pool.run(self.rows.div_ceil(PAIR_ROWS), &|pair| {
+            // SAFETY: this item alone has this pair.
+            let lines = unsafe { lines.range_mut(pair * len..(pair + 1) * len) };
+            self.pack_pair(pair, lines);
+        });
+        Ok(self.packed(region))
+    }
+
+    fn pair_lines(&self) -> usize {
+        self.cols.div_ceil(BLOCK) * self.format.block_lines()
+    }
+
+    fn pack_pair(&self, pair: usize, lines: &mut [Line]) {
+        let row = |i| pair * PAIR_ROWS + i;
+        let rows = std::array::from_fn(|i| {
+            let is_padding = row(i) >= self.rows;
+            (self.source)(row(i)).filter(|_| !is_padding)
+        });
+        self.dispatch.run(PackPair {
+            format: self.format,
+            cols: self.cols,
+            rows: &rows,
+            lines,
+        });
+    }
+
+    fn packed(&self, region: Region) -> PackedMatrix {
+        PackedMatrix {
+            format: self.format,
+            rows: self.rows,
+            blocks: self.cols.div_ceil(BLOCK),
+            region,
+        }
+    }
 }
 
 impl PackedMatrix {
-    /// Packs `rows` rows of `cols` columns; `read` writes one row as f32.
-    pub(crate) fn pack(
-        dispatch: Dispatch,
-        format: PackFormat,
-        (rows, cols): (usize, usize),
-        mut read: impl FnMut(usize, &mut [f32]),
-    ) -> Self {
-        let blocks = cols.div_ceil(BLOCK);
-        let num_lines = packed_bytes(format, rows, cols) / size_of::<Line>();
-        let mut matrix = Self {
-            format,
-            rows,
-            blocks,
-            lines: vec![bytemuck::Zeroable::zeroed(); num_lines],
-        };
-        let mut row_values = vec![0.0; blocks * BLOCK];
-        for row in 0..rows.next_multiple_of(PAIR_ROWS) {
-            if row < rows {
-                read(row, &mut row_values[..cols]);
-            } else {
-                row_values.fill(0.0);
-            }
-            matrix.write_row(dispatch, row, &row_values);
-        }
-        matrix
-    }
-
     /// Rows without padding.
     pub(crate) fn rows(&self) -> usize {
         self.rows
@@ -137,81 +190,11 @@ impl PackedMatrix {
         self.format
     }
 
-    /// Bytes that it takes.
-    #[cfg(test)]
-    pub(crate) fn bytes(&self) -> usize {
-        self.lines.len() * size_of::<Line>()
-    }
-
-    /// The lines of one pair, block after block.
+    /// The lines of one pair, block after block; none behind the last pair.
     #[inline]
     pub(crate) fn pair(&self, pair: usize) -> &[Line] {
         let len = self.blocks * self.format.block_lines();
-        &self.lines[pair * len..(pair + 1) * len]
+        let lines = self.region.lines();
+        lines.get(pair * len..(pair + 1) * len).unwrap_or_default()
     }
-
-    fn write_row(&mut self, dispatch: Dispatch, row: usize, values: &[f32]) {
-        let block_lines = self.format.block_lines();
-        let panel_lines = self.format.panel_lines();
-        let (pair, panel, lane) = (row / PAIR_ROWS, row % PAIR_ROWS / LANES, row % LANES);
-        let pair_lines = self.blocks * block_lines;
-        let lines = &mut self.lines[pair * pair_lines..(pair + 1) * pair_lines];
-        let (value_blocks, _) = values.as_chunks::<BLOCK>();
-        for (block, values) in lines.chunks_exact_mut(block_lines).zip(value_blocks) {
-            let (weights, scales) = block.split_at_mut(2 * panel_lines);
-            let target = &mut weights[panel * panel_lines..(panel + 1) * panel_lines];
-            let scale = match self.format {
-                PackFormat::Bf16 => {
-                    write_bf16(target, lane, values);
-                    continue;
-                }
-                PackFormat::Q8 => write_q8(dispatch, target, lane, values),
-                PackFormat::Q4 => write_q4(dispatch, target, lane, values),
-            };
-            if let [line] = scales {
-                let at = 2 * (panel * LANES + lane);
-                line.0[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-            }
-        }
-    }
-}
-
-fn write_bf16(lines: &mut [Line], lane: usize, values: &[f32; BLOCK]) {
-    let (pairs, _) = values.as_chunks::<2>();
-    for (line, pair) in lines.iter_mut().zip(pairs) {
-        for (i, &x) in pair.iter().enumerate() {
-            let at = 4 * lane + 2 * i;
-            line.0[at..at + 2].copy_from_slice(&bf16::from_f32(x).to_le_bytes());
-        }
-    }
-}
-
-fn write_q8(dispatch: Dispatch, lines: &mut [Line], lane: usize, values: &[f32; BLOCK]) -> f16 {
-    let WeightBlock { q, scale } = dispatch.run(QuantiseWeights {
-        values,
-        is_q4: false,
-    });
-    let (quads, _) = q.as_chunks::<4>();
-    for (line, quad) in lines.iter_mut().zip(quads) {
-        for (target, &q) in line.0[4 * lane..4 * lane + 4].iter_mut().zip(quad) {
-            *target = (q as u8) ^ 0x80;
-        }
-    }
-    scale
-}
-
-fn write_q4(dispatch: Dispatch, lines: &mut [Line], lane: usize, values: &[f32; BLOCK]) -> f16 {
-    let WeightBlock { q, scale } = dispatch.run(QuantiseWeights {
-        values,
-        is_q4: true,
-    });
-    let (low, high) = q.split_at(BLOCK / 2);
-    let (low, _) = low.as_chunks::<4>();
-    let (high, _) = high.as_chunks::<4>();
-    for ((line, low), high) in lines.iter_mut().zip(low).zip(high) {
-        for k in 0..4 {
-            line.0[4 * lane + k] = (low[k] as u8) | (high[k] as u8) << 4;
-        }
-    }
-    scale
 }

@@ -18,6 +18,15 @@ use parking_lot::Mutex;
 /// Looks at the state before a thread parks: some tens of microseconds.
 const SPIN_ROUNDS: u32 = 2_000;
 
+/// Rows that are not worth waking anybody for: what is done to one takes about a microsecond.
+const ROWS_ALONE: usize = 4;
+
+/// Items of [`Pool::run_rows`] that a thread has about: enough that all end at the same time.
+const ITEMS_PER_THREAD: usize = 4;
+
+/// Most rows of such an item: the bf16 keys of so many tokens are one cache line.
+const ITEM_ROWS_MAX: usize = 32;
+
 /// Most threads of one pool.
 pub(crate) const THREADS_MAX: usize = 1_024;
 
@@ -50,7 +59,7 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 struct Job {
-    work: *const (dyn Fn(usize) + Sync),
+    work: *const (dyn Fn(usize, usize) + Sync),
     num_items: usize,
     caller: Thread,
 }
@@ -87,7 +96,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let helper = thread::Builder::new()
                 .name(format!("compute-{i}"))
-                .spawn(move || help(&shared))?;
+                .spawn(move || help(&shared, i))?;
             pool.helpers.push(helper);
         }
         Ok(pool)
@@ -104,15 +113,39 @@ impl Pool {
     /// # Panics
     /// With the panic of an item, after the run has ended.
     pub(crate) fn run(&self, num_items: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.run_on_threads(num_items, &|item, _thread| work(item));
+    }
+
+    /// As [`run`](Self::run), for small work on each row: few rows are done by the caller alone, and of many an
+    /// item has several in a row, whose tokens lie in the same cache lines.
+    pub(crate) fn run_rows(&self, num_rows: usize, work: &(dyn Fn(usize) + Sync)) {
+        let items = ITEMS_PER_THREAD * self.threads();
+        let item_rows = match num_rows {
+            0..=ROWS_ALONE => num_rows.max(1),
+            _ => num_rows.div_ceil(items).min(ITEM_ROWS_MAX),
+        };
+        self.run(num_rows.div_ceil(item_rows), &|item| {
+            let begin = item * item_rows;
+            for row in begin..(begin + item_rows).min(num_rows) {
+                work(row);
+            }
+        });
+    }
+
+    /// As [`run`](Self::run); `work` also learns the number of its thread, below [`threads`](Self::threads): a
+    /// thread has one item at a time. Callers without helpers are all thread 0.
+    pub(crate) fn run_on_threads(&self, num_items: usize, work: &(dyn Fn(usize, usize) + Sync)) {
         if self.helpers.is_empty() || num_items <= 1 {
             for item in 0..num_items {
-                work(item);
+                work(item, 0);
             }
             return;
         }
         let turn = self.turn.lock();
         self.open(num_items, work);
-        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_items(work, num_items)));
+        let own = catch_unwind(AssertUnwindSafe(|| {
+            self.shared.take_items(work, num_items, 0);
+        }));
         self.shared.close_and_wait();
         let theirs = self.shared.panic.lock().take();
         drop(turn);
@@ -124,12 +157,15 @@ impl Pool {
         }
     }
 
-    fn open(&self, num_items: usize, work: &(dyn Fn(usize) + Sync)) {
+    fn open(&self, num_items: usize, work: &(dyn Fn(usize, usize) + Sync)) {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. `run` returns after `close_and_wait`, that is when no
         // helper can reach the closure any more.
         let work = unsafe {
-            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work)
+            std::mem::transmute::<
+                &(dyn Fn(usize, usize) + Sync),
+                &'static (dyn Fn(usize, usize) + Sync),
+            >(work)
         };
         let job = Job {
             work,
@@ -165,13 +201,13 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn take_items(&self, work: &(dyn Fn(usize) + Sync), num_items: usize) {
+    fn take_items(&self, work: &(dyn Fn(usize, usize) + Sync), num_items: usize, thread: usize) {
         loop {
             let item = self.next_item.fetch_add(1, Ordering::Relaxed);
             if item >= num_items {
                 return;
             }
-            work(item);
+            work(item, thread);
         }
     }
 
@@ -209,7 +245,7 @@ impl Shared {
     }
 
     /// Works on the run that this helper has entered, then leaves it.
-    fn work_and_leave(&self) {
+    fn work_and_leave(&self, thread: usize) {
         // SAFETY: a helper inside an open run: the job was written before the run was opened and is
         // not written again before this helper has left.
         let job = unsafe { (*self.job.get()).as_ref() };
@@ -221,7 +257,9 @@ impl Shared {
         // SAFETY: the caller of the run keeps the closure alive until this helper has left.
         let work = unsafe { &*job.work };
         let num_items = job.num_items;
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.take_items(work, num_items))) {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| {
+            self.take_items(work, num_items, thread);
+        })) {
             self.panic.lock().get_or_insert(payload);
         }
         let before = self.state.fetch_sub(1, Ordering::AcqRel);
@@ -231,13 +269,13 @@ impl Shared {
     }
 }
 
-/// The life of a helper.
-fn help(shared: &Shared) {
+/// The life of a helper; the caller is thread 0.
+fn help(shared: &Shared, thread: usize) {
     let mut seen = 0;
     let mut rounds = 0;
     while !shared.stop.load(Ordering::SeqCst) {
         if let Some(run) = shared.enter(seen) {
-            shared.work_and_leave();
+            shared.work_and_leave(thread);
             seen = run;
             rounds = 0;
             continue;

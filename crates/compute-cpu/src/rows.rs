@@ -2,12 +2,18 @@
 //!
 //! A row is cut into blocks of 32 columns, the last one padded with zeros. A bf16 block is 16 words of
 //! two numbers. A q8 block is 8 words of four signed bytes, a scale, and the sum of the 32 bytes, which
-//! corrects for weights that are stored with an offset.
+//! corrects for weights that are stored with an offset. Sixteen rows are a *group*: block by block, the
+//! 16 rows of a group lie one behind the other, so that a block of a group is one tile of the matrix unit.
 
 use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
 
 use crate::disjoint::Disjoint;
+use crate::pack::Line;
+use crate::simd::LANES;
+
+/// Rows of one group; a run of rows that go through the kernels together begins at a group.
+pub(crate) const GROUP_ROWS: usize = LANES;
 
 /// A table of rows of the same length.
 #[derive(Debug)]
@@ -15,9 +21,12 @@ pub(crate) struct Rows {
     format: RowFormat,
     num_rows: usize,
     blocks: usize,
-    words: Vec<u32>,
-    scales: Vec<f32>,
-    sums: Vec<i32>,
+    /// Whole cache lines, because a tile of the matrix unit is loaded line by line.
+    words: Vec<Line>,
+    /// f32.
+    scales: Vec<Line>,
+    /// i32.
+    sums: Vec<Line>,
 }
 
 /// One block of one row, to be written.
@@ -30,12 +39,18 @@ pub(crate) struct BlockMut<'a> {
     pub(crate) sum: &'a mut [i32],
 }
 
-/// What the kernels read of one row, from some block on.
+/// What the kernels read of one row, or of the rows behind it in its group, from some block on: block `b`
+/// begins at `b * GROUP_ROWS` times the words (or scales) of a block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowRef<'a> {
     pub(crate) words: &'a [u32],
     pub(crate) scales: &'a [f32],
     pub(crate) sums: &'a [i32],
+}
+
+/// Where a block of a row lies, in blocks.
+const fn place(blocks: usize, row: usize, block: usize) -> usize {
+    (row / GROUP_ROWS * blocks + block) * GROUP_ROWS + row % GROUP_ROWS
 }
 
 /// Words of one block.
@@ -68,17 +83,18 @@ impl Rows {
         }
     }
 
-    /// Makes room for at least `num_rows` rows; what they hold is undefined until written.
+    /// Makes room for at least `num_rows` rows, whole groups; what they hold is undefined until written.
     pub(crate) fn reserve(&mut self, num_rows: usize) {
         if num_rows <= self.num_rows {
             return;
         }
-        let num_blocks = num_rows * self.blocks;
-        self.words.resize(num_blocks * block_words(self.format), 0);
-        self.scales
-            .resize(num_blocks * block_scales(self.format), 0.0);
-        self.sums.resize(num_blocks * block_scales(self.format), 0);
-        self.num_rows = num_rows;
+        self.num_rows = num_rows.next_multiple_of(GROUP_ROWS);
+        // The words of 16 rows are whole lines, and so are 16 scales.
+        let lines = |block_words| self.num_rows * self.blocks * block_words / LANES;
+        let (words, scales) = (block_words(self.format), block_scales(self.format));
+        self.words.resize(lines(words), Line([0; 64]));
+        self.scales.resize(lines(scales), Line([0; 64]));
+        self.sums.resize(lines(scales), Line([0; 64]));
     }
 
     /// Blocks `block_begin..block_begin + num_blocks` of a row.
@@ -87,14 +103,32 @@ impl Rows {
     /// When the row or a block does not exist.
     #[inline]
     pub(crate) fn row(&self, row: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
+        self.part(row, 1, block_begin, num_blocks)
+    }
+
+    /// Blocks of all rows of the group that begins at `row`.
+    ///
+    /// # Panics
+    /// When `row` begins no group, or the group or a block does not exist.
+    #[inline]
+    pub(crate) fn group(&self, row: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
+        assert!(row.is_multiple_of(GROUP_ROWS), "row {row} begins no group");
+        self.part(row, GROUP_ROWS, block_begin, num_blocks)
+    }
+
+    #[inline]
+    fn part(&self, row: usize, rows: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
         assert!(block_begin + num_blocks <= self.blocks, "block of a row");
-        let begin = row * self.blocks + block_begin;
-        let end = begin + num_blocks;
+        let begin = place(self.blocks, row, block_begin);
+        let end = match num_blocks {
+            0 => begin,
+            _ => begin + (num_blocks - 1) * GROUP_ROWS + rows,
+        };
         let (words, scales) = (block_words(self.format), block_scales(self.format));
         RowRef {
-            words: &self.words[begin * words..end * words],
-            scales: &self.scales[begin * scales..end * scales],
-            sums: &self.sums[begin * scales..end * scales],
+            words: &bytemuck::cast_slice(&self.words)[begin * words..end * words],
+            scales: &bytemuck::cast_slice(&self.scales)[begin * scales..end * scales],
+            sums: &bytemuck::cast_slice(&self.sums)[begin * scales..end * scales],
         }
     }
 
@@ -103,9 +137,9 @@ impl Rows {
         RowsWriter {
             format: self.format,
             blocks: self.blocks,
-            words: Disjoint::new(&mut self.words),
-            scales: Disjoint::new(&mut self.scales),
-            sums: Disjoint::new(&mut self.sums),
+            words: Disjoint::new(bytemuck::cast_slice_mut(&mut self.words)),
+            scales: Disjoint::new(bytemuck::cast_slice_mut(&mut self.scales)),
+            sums: Disjoint::new(bytemuck::cast_slice_mut(&mut self.sums)),
         }
     }
 }
@@ -127,7 +161,7 @@ impl RowsWriter<'_> {
     /// While the result lives, no other call may ask for the same block.
     pub(crate) unsafe fn block(&self, row: usize, block: usize) -> BlockMut<'_> {
         assert!(block < self.blocks, "block of a row");
-        let at = row * self.blocks + block;
+        let at = place(self.blocks, row, block);
         let (words, scales) = (block_words(self.format), block_scales(self.format));
         // SAFETY: blocks do not overlap, and the caller promises that nobody else holds this one.
         unsafe {

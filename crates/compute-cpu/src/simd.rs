@@ -48,9 +48,12 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F;
 
     fn splat_i32(self, x: i32) -> Self::I;
+    fn load_i32(self, x: &[i32; LANES]) -> Self::I;
+    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_f32(self, x: Self::I) -> Self::F;
 
     fn bytes(self, x: &[u8; 64]) -> Self::B;
+    fn store_bytes(self, x: Self::B, out: &mut [u8; 64]);
     /// The low and the high four bits of every byte.
     fn nibbles(self, x: &[u8; 64]) -> (Self::B, Self::B);
     /// What [`dot_q8`](Self::dot_q8) starts from in a block whose row bytes sum to `row_sum`.
@@ -137,9 +140,9 @@ pub(crate) fn reduce_max<S: Simd>(s: S, x: S::F) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            if lanes[i + width] > lanes[i] {
-                lanes[i] = lanes[i + width];
-            }
+            // Without a branch, or compilers do not see the maximum of vectors.
+            let (x, y) = (lanes[i], lanes[i + width]);
+            lanes[i] = if y > x { y } else { x };
         }
         width /= 2;
     }

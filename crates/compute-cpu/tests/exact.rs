@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
-    DType, Error, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, Piece, RoutedRows,
-    SequenceSpan, StepBatch, WeightFormat,
+    DType, Error, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece,
+    RoutedRows, SequenceSpan, StepBatch, WeightFormat,
 };
 use tramontane_compute_cpu::{CpuBackend, CpuConfig, Isa};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
@@ -68,6 +68,7 @@ impl Owned {
             dtype: DType::F32,
             rows: self.rows,
             cols: self.cols,
+            order: Default::default(),
             data: &self.data,
         }
     }
@@ -167,10 +168,20 @@ struct Model {
 
 impl Model {
     fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
+        Self::with_kv(checkpoint, backend, cuts, KvFormat::Bf16)
+    }
+
+    fn with_kv(
+        checkpoint: &Checkpoint,
+        backend: &dyn Backend,
+        cuts: &[u8],
+        kv_format: KvFormat,
+    ) -> Self {
         let geometry = checkpoint.geometry.clone();
         let config = AttentionConfig {
             num_pages: NUM_PAGES,
             max_rows: MAX_ROWS,
+            kv_format,
         };
         let attention = backend.attention(&checkpoint.attention(), config).unwrap();
         let ranges = cuts
@@ -364,6 +375,32 @@ fn chunks_pages_slices_and_threads_change_no_bit() {
             // Again over what the pages held: the cache is read nowhere before it is written.
             let prompt = Prompt::new(1, 530, 3);
             assert!(model.prompt(&prompt, 200) == expected, "{format} reused");
+        }
+    }
+}
+
+#[test]
+fn a_long_context_has_the_same_bits_however_it_is_cut() {
+    // More than one chunk of pages, all of them in sight.
+    let geometry = ModelGeometry {
+        sliding_window: None,
+        ..geometry()
+    };
+    let checkpoint = Checkpoint::new(geometry.clone());
+    for kv_format in [KvFormat::Bf16, KvFormat::Q8] {
+        let run = |isa, threads, chunk, first_page| {
+            let config = config(threads, Some(isa));
+            let backend = CpuBackend::new(&geometry, WeightFormat::Q8, config).unwrap();
+            let mut model = Model::with_kv(&checkpoint, &backend, &[0, 8], kv_format);
+            model.prompt(&Prompt::new(1, 600, first_page), chunk)
+        };
+        let expected = run(Isa::detect(), 1, 600, 0);
+        assert!(expected.iter().all(|&x| f32::from_bits(x).is_finite()));
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+            for (threads, chunk, first_page) in [(2, 1, 7), (3, 9, 20), (2, 130, 3)] {
+                let got = run(isa, threads, chunk, first_page);
+                assert!(got == expected, "{kv_format} {isa} {threads} {chunk}");
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
 
-use crate::{Contributions, Error, HostTensor, StepBatch, quant};
+use crate::{Contributions, Error, HostTensor, KvFormat, StepBatch, quant};
 
 /// How weights are stored after loading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -17,9 +17,9 @@ pub enum WeightFormat {
     F32,
     /// bfloat16.
     Bf16,
-    /// Blocks of 32 signed bytes with one f32 scale, see [`quant`].
+    /// Blocks of 32 signed bytes with one f16 scale, see [`quant`].
     Q8,
-    /// Blocks of 32 four-bit numbers with one f32 scale, see [`quant`].
+    /// Experts in blocks of 32 four-bit numbers with an f16 scale and minimum, see [`quant`]; the rest in q8.
     Q4,
 }
 
@@ -106,6 +106,8 @@ pub struct AttentionConfig {
     pub num_pages: usize,
     /// Most rows of one step.
     pub max_rows: usize,
+    /// How keys and values are kept.
+    pub kv_format: KvFormat,
 }
 
 /// Everything of a checkpoint but the experts.

@@ -54,14 +54,31 @@ pub fn add_expert_sums(
     hidden: usize,
     contributions: &Contributions<'_>,
 ) -> Result<(), Error> {
+    add_expert_sums_from(0, residual, hidden, contributions)
+}
+
+/// As [`add_expert_sums`] for the rows of the step from `first_row` on: `residual` begins there, and so do the
+/// sums of `contributions`. Threads that have different rows share a step so.
+///
+/// # Errors
+/// As [`add_expert_sums`].
+pub fn add_expert_sums_from(
+    first_row: usize,
+    residual: &mut [f32],
+    hidden: usize,
+    contributions: &Contributions<'_>,
+) -> Result<(), Error> {
     let mut scratch = Scratch::new(hidden);
     let num_rows = residual.len() / hidden.max(1);
     for sum in contributions.sums {
-        let begin = sum.row as usize * hidden;
-        let Some(row) = residual.get_mut(begin..begin + hidden) else {
+        let begin = (sum.row as usize)
+            .checked_sub(first_row)
+            .map(|row| row * hidden);
+        let row = begin.and_then(|begin| residual.get_mut(begin..begin + hidden));
+        let Some(row) = row else {
             return Err(Error::OutOfRange {
                 what: "row",
-                limit: num_rows,
+                limit: first_row + num_rows,
                 got: sum.row as usize,
             });
         };

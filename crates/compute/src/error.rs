@@ -50,3 +50,29 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
+
+/// Refuses a size other than the expected one.
+///
+/// # Errors
+/// [`Error::Shape`], with both.
+pub fn check_size(what: &str, expected: usize, got: usize) -> Result<(), Error> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        what: what.to_owned(),
+        expected,
+        got,
+    })
+}
+
+/// Refuses an index that is not below `limit`.
+///
+/// # Errors
+/// [`Error::OutOfRange`], with both.
+pub fn check_index(what: &'static str, limit: usize, got: usize) -> Result<(), Error> {
+    if got < limit {
+        return Ok(());
+    }
+    Err(Error::OutOfRange { what, limit, got })
+}

@@ -7,8 +7,11 @@
 
 pub mod backend;
 pub mod batch;
+pub mod batch_check;
+mod blocks;
 pub mod combine;
 pub mod error;
+pub mod kv;
 pub mod quant;
 pub mod reference;
 pub mod tensor;
@@ -20,4 +23,5 @@ pub use backend::{
 pub use batch::{KV_PAGE_TOKENS, SequenceSpan, StepBatch};
 pub use combine::{Contributions, ExpertSum, Piece};
 pub use error::Error;
-pub use tensor::{DType, HostTensor};
+pub use kv::KvFormat;
+pub use tensor::{DType, HostTensor, RowOrder};

@@ -161,6 +161,11 @@ impl Engine {
         !self.sequences.is_empty() || !self.ended.is_empty()
     }
 
+    /// Tells the exchange that no step will follow until further notice.
+    pub fn rest(&mut self) {
+        self.runner.rest();
+    }
+
     /// Plans and computes one step, and appends what happened to `events`.
     ///
     /// When the backend refuses, or the exchange has failed `step_attempts_max` times in a row, the

@@ -61,8 +61,9 @@ impl ModelRunner {
                 .map_err(|source| Error::Exchange { layer, source })?;
             times.exchange_us += lap.take_us();
         }
-        logits.clear();
-        if !batch.logits_rows.is_empty() {
+        if batch.logits_rows.is_empty() {
+            logits.clear();
+        } else {
             self.attention
                 .logits(batch, logits)
                 .map_err(refused("compute logits"))?;
@@ -76,6 +77,11 @@ impl ModelRunner {
             });
         }
         Ok(())
+    }
+
+    /// No step follows until further notice.
+    pub(crate) fn rest(&mut self) {
+        self.exchange.rest();
     }
 
     /// Sends the rows of a layer to their experts and adds what comes back.

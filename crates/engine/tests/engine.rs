@@ -19,7 +19,7 @@ use tramontane_compute::reference::ReferenceBackend;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
     DType, Error as ComputeError, ExpertJob, ExpertWeights, Experts, HostTensor, KV_PAGE_TOKENS,
-    RoutedRows, RowFormat, StepBatch,
+    KvFormat, RoutedRows, RowFormat, StepBatch,
 };
 use tramontane_engine::{Engine, EngineConfig, NewSequence, SequenceEvent, SubmitError};
 use tramontane_exchange::{
@@ -1059,6 +1059,7 @@ fn tensor(rows: usize, cols: usize, data: &[u8]) -> HostTensor<'_> {
         dtype: DType::F32,
         rows,
         cols,
+        order: Default::default(),
         data,
     }
 }
@@ -1135,6 +1136,7 @@ fn reference_bench(config: EngineConfig, window: Option<usize>) -> Bench {
     let reserved = AttentionConfig {
         num_pages,
         max_rows,
+        kv_format: KvFormat::Bf16,
     };
     let attention = backend.attention(&attention, reserved).unwrap();
     let experts = backend.experts();

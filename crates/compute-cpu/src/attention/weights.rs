@@ -43,34 +43,22 @@ impl Weights {
                 .layers
                 .iter()
                 .map(|layer| LayerWeights::pack(context, layer))
-                .collect(),
+                .collect::<Result<_, _>>()?,
             norm: weights.norm.to_f32(),
-            lm_head: context.pack_tensor(&weights.lm_head),
+            lm_head: context.pack_attention(&[weights.lm_head])?,
         })
     }
 }
 
 impl LayerWeights {
-    fn pack(context: &Context, layer: &AttentionLayerWeights<'_>) -> Self {
-        let AttentionLayerWeights { q, k, v, .. } = layer;
-        let shape = (q.rows + k.rows + v.rows, q.cols);
-        let qkv = PackedMatrix::pack(context.dispatch, context.format, shape, |row, out| {
-            let mut row = row;
-            for tensor in [q, k, v] {
-                if row < tensor.rows {
-                    tensor.read_row(row, 0, out);
-                    return;
-                }
-                row -= tensor.rows;
-            }
-        });
-        Self {
+    fn pack(context: &Context, layer: &AttentionLayerWeights<'_>) -> Result<Self, Error> {
+        Ok(Self {
             input_norm: layer.input_norm.to_f32(),
-            qkv,
-            o: context.pack_tensor(&layer.o),
+            qkv: context.pack_attention(&[layer.q, layer.k, layer.v])?,
+            o: context.pack_attention(&[layer.o])?,
             post_norm: layer.post_norm.to_f32(),
             gate: layer.gate.map_or_else(Vec::new, |gate| gate.to_f32()),
-        }
+        })
     }
 }
 

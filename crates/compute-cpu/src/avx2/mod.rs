@@ -8,7 +8,7 @@ use std::arch::x86_64::{
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps,
     _mm256_min_ps, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16,
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srli_epi16,
-    _mm256_storeu_ps, _mm256_sub_ps, _mm256_xor_si256,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
 };
 
 use crate::simd::{LANES, Operation, Simd};
@@ -165,6 +165,17 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_i32(self, x: &[i32; LANES]) -> Self::I {
+        let at = x.as_ptr().cast::<__m256i>();
+        proven!([_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))])
+    }
+
+    #[inline(always)]
+    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        proven!([_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
     fn to_f32(self, x: Self::I) -> Self::F {
         proven!([_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])])
     }
@@ -173,6 +184,15 @@ impl Simd for Avx2 {
     fn bytes(self, x: &[u8; 64]) -> Self::B {
         let at = x.as_ptr().cast::<__m256i>();
         proven!([_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))])
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, x: Self::B, out: &mut [u8; 64]) {
+        let at = out.as_mut_ptr().cast::<__m256i>();
+        proven!({
+            _mm256_storeu_si256(at, x[0]);
+            _mm256_storeu_si256(at.add(1), x[1]);
+        });
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use std::arch::x86_64::{
     _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_mov_ps,
     _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_set1_epi8,
     _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
-    _mm512_sub_ps,
+    _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
 use std::mem::transmute;
 
@@ -171,6 +171,16 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn load_i32(self, x: &[i32; LANES]) -> Self::I {
+                proven!(_mm512_loadu_si512(x.as_ptr().cast::<__m512i>()))
+            }
+
+            #[inline(always)]
+            fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
+                proven!(_mm512_sub_epi32(a, b))
+            }
+
+            #[inline(always)]
             fn to_f32(self, x: Self::I) -> Self::F {
                 proven!(_mm512_cvtepi32_ps(x))
             }
@@ -178,6 +188,11 @@ macro_rules! implement {
             #[inline(always)]
             fn bytes(self, x: &[u8; 64]) -> Self::B {
                 proven!(_mm512_loadu_si512(x.as_ptr().cast::<__m512i>()))
+            }
+
+            #[inline(always)]
+            fn store_bytes(self, x: Self::B, out: &mut [u8; 64]) {
+                proven!(_mm512_storeu_si512(out.as_mut_ptr().cast::<__m512i>(), x));
             }
 
             #[inline(always)]

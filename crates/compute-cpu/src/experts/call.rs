@@ -1,29 +1,31 @@
 //! One call of the experts: gate and up, then down. Its buffers are kept for the next call.
 
+use std::ops::Range;
+
 use tramontane_compute::quant::BLOCK;
 use tramontane_types::{Node, SEGMENTS_PER_EXPERT, slice};
 
-use super::plan::{GateUpItem, Group, Plan};
+use super::plan::{GateUpItem, Group, NO_ROW, Plan};
 use crate::context::Context;
 use crate::disjoint::Disjoint;
-use crate::kernels::quantise::QuantiseBlock;
-use crate::kernels::swiglu::SwiGlu;
-use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileRow};
-use crate::pack::PAIR_ROWS;
+use crate::guided::run_guided;
+use crate::kernels::swiglu::Activate;
+use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileOut};
+use crate::pack::{Line, PAIR_ROWS};
 use crate::rows::{Rows, RowsWriter};
 use crate::simd::LANES;
 
-/// Rows whose activations an item keeps on its stack between the products and the rounding.
-const CHUNK_ROWS: usize = 48;
+/// Rows that one item converts from the wire; a call of no more leaves the other threads alone.
+const CONVERT_ROWS: usize = 32;
 
-/// Rows that one item converts from the wire.
-const CONVERT_ROWS: usize = 16;
+/// Depth of the summation tree.
+const TREE_DEPTH: usize = SEGMENTS_PER_EXPERT.ilog2() as usize;
 
 /// Buffers of a call.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) plan: Plan,
-    /// The caller's rows in kernel form.
+    /// The row of every entry in kernel form.
     rows: Rows,
     /// `silu(w1 x) * (w3 x)` of every entry; its segments one after another.
     activations: Rows,
@@ -41,14 +43,8 @@ impl Call {
     }
 
     /// Computes the plan; `out` has the planned length, `rows` was checked.
-    pub(crate) fn compute(
-        &mut self,
-        context: &Context,
-        rows: &[u8],
-        num_rows: usize,
-        out: &mut [f32],
-    ) {
-        self.convert_rows(context, rows, num_rows);
+    pub(crate) fn compute(&mut self, context: &Context, rows: &[u8], out: &mut [f32]) {
+        self.convert_rows(context, rows);
         let plan = &self.plan;
         self.activations.reserve(plan.entry_rows.len());
         let gate_up = GateUp {
@@ -57,8 +53,8 @@ impl Call {
             rows: &self.rows,
             writer: self.activations.writer(),
         };
-        context.pool.run(plan.gate_up_items.len(), &|item| {
-            gate_up.run(plan.gate_up_items[item]);
+        run_guided(&context.pool, plan.gate_up_items.len(), &|items| {
+            gate_up.run(&plan.gate_up_items[items]);
         });
         let down = Down {
             context,
@@ -66,26 +62,32 @@ impl Call {
             activations: &self.activations,
             out: Disjoint::new(out),
         };
-        let pairs = context.geometry.hidden.div_ceil(PAIR_ROWS);
-        context.pool.run(plan.groups.len() * pairs, &|item| {
-            down.run(&plan.groups[item / pairs], item % pairs);
-        });
+        let num_items = plan.groups.len() * down.num_pairs();
+        run_guided(&context.pool, num_items, &|items| down.run(items));
         // Slices that were unloaded meanwhile are freed now, not at the next call.
         self.plan.segments.clear();
     }
 
-    fn convert_rows(&mut self, context: &Context, rows: &[u8], num_rows: usize) {
+    fn convert_rows(&mut self, context: &Context, rows: &[u8]) {
         let row_bytes = context.row_format().row_bytes(context.geometry.hidden);
-        self.rows.reserve(num_rows);
+        let entry_rows = &self.plan.entry_rows;
+        self.rows.reserve(entry_rows.len());
         let writer = self.rows.writer();
-        context.pool.run(num_rows.div_ceil(CONVERT_ROWS), &|item| {
+        let convert = |item: usize| {
             let begin = item * CONVERT_ROWS;
-            for row in begin..(begin + CONVERT_ROWS).min(num_rows) {
-                let wire = &rows[row * row_bytes..(row + 1) * row_bytes];
-                // SAFETY: this item alone has the row.
-                unsafe { writer.copy_wire(row, wire) };
+            let end = (begin + CONVERT_ROWS).min(entry_rows.len());
+            for (i, &row) in entry_rows[begin..end].iter().enumerate() {
+                if row == NO_ROW {
+                    continue;
+                }
+                let wire = &rows[row as usize * row_bytes..][..row_bytes];
+                // SAFETY: this item alone has the entry.
+                unsafe { writer.copy_wire(begin + i, wire) };
             }
-        });
+        };
+        context
+            .pool
+            .run(entry_rows.len().div_ceil(CONVERT_ROWS), &convert);
     }
 }
 
@@ -98,48 +100,58 @@ struct GateUp<'a> {
 }
 
 impl GateUp<'_> {
-    /// 32 `ff` columns for all rows of a group.
-    fn run(&self, item: GateUpItem) {
-        let group = &self.plan.groups[item.group];
-        let segment_blocks = slice::segment_len(self.context.geometry.ff) / BLOCK;
-        let block = (item.segment - group.segments.start) * segment_blocks + item.block;
-        let mut values = [[0.0; BLOCK]; CHUNK_ROWS];
-        let mut entry = group.entries.start;
-        for ids in self.plan.entry_rows[group.entries.clone()].chunks(CHUNK_ROWS) {
-            self.activate(item, ids, &mut values);
-            for values in &values[..ids.len()] {
-                self.context.dispatch.run(QuantiseBlock {
-                    format: self.writer.format,
-                    values,
-                    // SAFETY: this item alone has this block of the entries of its group.
-                    out: unsafe { self.writer.block(entry, block) },
-                });
-                entry += 1;
-            }
+    fn run(&self, items: &[GateUpItem]) {
+        let mut halves = [TileOut::ZERO; BLOCK / LANES];
+        for (i, item) in items.iter().enumerate() {
+            let next = items.get(i + 1).map_or(&[][..], |item| self.lines(item, 0));
+            self.run_item(item, next, &mut halves);
         }
     }
 
-    fn activate(&self, item: GateUpItem, ids: &[u32], values: &mut [[f32; BLOCK]; CHUNK_ROWS]) {
-        let dispatch = self.context.dispatch;
-        let tile_rows = dispatch.tile_rows();
-        let mut tile = [TileRow::default(); TILE_ROWS_MAX];
-        for half in 0..BLOCK / LANES {
-            let chunks = ids.chunks(tile_rows);
-            for (ids, values) in chunks.zip(values.chunks_mut(tile_rows)) {
-                dispatch.run(Tile {
-                    matrix: &self.plan.segments[item.segment].gate_up,
-                    pair: item.block * (BLOCK / LANES) + half,
-                    rows: self.rows,
-                    block_begin: 0,
-                    ids,
-                    out: &mut tile,
-                });
-                for (gate_up, values) in tile.iter().zip(values).take(ids.len()) {
-                    let out = &mut values.as_chunks_mut::<LANES>().0[half];
-                    dispatch.run(SwiGlu { gate_up, out });
-                }
+    /// 32 `ff` columns for all rows of a group.
+    fn run_item(&self, item: &GateUpItem, next: &[Line], halves: &mut [TileOut; BLOCK / LANES]) {
+        let group = &self.plan.groups[item.group];
+        let segment_blocks = slice::segment_len(self.context.geometry.ff) / BLOCK;
+        let block = (item.segment - group.segments.start) * segment_blocks + item.block;
+        for entries in chunks(&group.entries) {
+            for (half, sums) in halves.iter_mut().enumerate() {
+                let next = if half == 0 { self.lines(item, 1) } else { next };
+                self.multiply(item, half, &entries, next, sums);
             }
+            self.context.dispatch.run(Activate {
+                gate_up: halves.each_ref().map(|sums| &sums.0[..entries.len()]),
+                format: self.writer.format,
+                // SAFETY: this item alone has this block of the entries of its group, and each row
+                // comes once.
+                out: |row| unsafe { self.writer.block(entries.start + row, block) },
+            });
         }
+    }
+
+    fn multiply(
+        &self,
+        item: &GateUpItem,
+        half: usize,
+        entries: &Range<usize>,
+        next: &[Line],
+        out: &mut TileOut,
+    ) {
+        self.context.dispatch.tile(Tile {
+            matrix: &self.plan.segments[item.segment].gate_up,
+            pair: item.block * (BLOCK / LANES) + half,
+            rows: self.rows,
+            row_begin: entries.start,
+            num_rows: entries.len(),
+            block_begin: 0,
+            next,
+            out: &mut out.0,
+        });
+    }
+
+    /// The weights of one half of an item.
+    fn lines(&self, item: &GateUpItem, half: usize) -> &[Line] {
+        let matrix = &self.plan.segments[item.segment].gate_up;
+        matrix.pair(item.block * (BLOCK / LANES) + half)
     }
 }
 
@@ -152,29 +164,25 @@ struct Down<'a> {
 }
 
 impl Down<'_> {
-    /// 32 `hidden` outputs of all nodes for all rows of a group.
-    fn run(&self, group: &Group, pair: usize) {
-        let hidden = self.context.geometry.hidden;
-        let num_segments = self.context.geometry.num_segments();
-        let col = pair * PAIR_ROWS;
-        let len = PAIR_ROWS.min(hidden - col);
-        let ids = &self.plan.entry_ids[group.entries.clone()];
-        let mut sum = [TileRow::default(); TILE_ROWS_MAX];
-        for ids in ids.chunks(self.context.dispatch.tile_rows()) {
-            let tree = Tree {
-                down: self,
-                group,
-                pair,
-                ids,
-            };
-            for (n, node) in group.range.nodes(num_segments).enumerate() {
-                tree.sum(node, &mut sum);
-                for (row, &entry) in sum.iter().zip(ids) {
-                    let at = self.plan.entry_outs[entry as usize] + n * hidden + col;
-                    // SAFETY: this item alone has these columns of the entries of its group.
-                    let target = unsafe { self.out.range_mut(at..at + len) };
-                    target.copy_from_slice(&row.as_flattened()[..len]);
-                }
+    /// Pairs of panels of an expert's outputs.
+    fn num_pairs(&self) -> usize {
+        self.context.geometry.hidden.div_ceil(PAIR_ROWS)
+    }
+
+    /// An item is 32 `hidden` outputs of all nodes for all rows of a group.
+    fn run(&self, items: Range<usize>) {
+        let mut levels = [TileOut::ZERO; TREE_DEPTH + 1];
+        let pairs = self.num_pairs();
+        for item in items {
+            let group = &self.plan.groups[item / pairs];
+            for entries in chunks(&group.entries) {
+                let tree = Tree {
+                    down: self,
+                    group,
+                    pair: item % pairs,
+                    entries,
+                };
+                tree.run(&mut levels);
             }
         }
     }
@@ -185,28 +193,63 @@ struct Tree<'a> {
     down: &'a Down<'a>,
     group: &'a Group,
     pair: usize,
-    ids: &'a [u32],
+    entries: Range<usize>,
 }
 
 impl Tree<'_> {
-    /// The sum of a node that has at least one non-empty segment; an empty right half adds nothing.
-    fn sum(&self, node: Node, out: &mut [TileRow; TILE_ROWS_MAX]) {
+    fn run(&self, levels: &mut [TileOut; TREE_DEPTH + 1]) {
+        let Down {
+            context, plan, out, ..
+        } = self.down;
+        let hidden = context.geometry.hidden;
+        let num_segments = context.geometry.num_segments();
+        let col = self.pair * PAIR_ROWS;
+        let len = PAIR_ROWS.min(hidden - col);
+        for (n, node) in self.group.range.nodes(num_segments).enumerate() {
+            self.sum(node, levels);
+            for (row, &begin) in levels[0]
+                .0
+                .iter()
+                .zip(&plan.entry_outs[self.entries.clone()])
+            {
+                let at = begin + n * hidden + col;
+                // SAFETY: this item alone has these columns of the entries of its group.
+                let target = unsafe { out.range_mut(at..at + len) };
+                target.copy_from_slice(&row.as_flattened()[..len]);
+            }
+        }
+    }
+
+    /// The sum of a node that has at least one non-empty segment, into the first of `levels`; an empty
+    /// right half adds nothing.
+    fn sum(&self, node: Node, levels: &mut [TileOut]) {
         let Some((left, right)) = node.halves() else {
+            let Some(out) = levels.first_mut() else {
+                debug_assert!(false, "a node is no deeper than the tree");
+                return;
+            };
             return self.leaf(node.begin, out);
         };
-        self.sum(left, out);
+        self.sum(left, levels);
         if right.begin >= self.down.context.geometry.num_segments() {
             return;
         }
-        let mut other = [TileRow::default(); TILE_ROWS_MAX];
-        self.sum(right, &mut other);
-        let sums = out.as_flattened_mut().as_flattened_mut().iter_mut();
-        for (a, b) in sums.zip(other.as_flattened().as_flattened()) {
+        let Some((out, below)) = levels.split_first_mut() else {
+            return;
+        };
+        self.sum(right, below);
+        let num_rows = self.entries.len();
+        let Some(other) = below.first() else {
+            return;
+        };
+        let sums = out.0[..num_rows].as_flattened_mut().as_flattened_mut();
+        let others = other.0[..num_rows].as_flattened().as_flattened();
+        for (a, b) in sums.iter_mut().zip(others) {
             *a += b;
         }
     }
 
-    fn leaf(&self, segment: u8, out: &mut [TileRow; TILE_ROWS_MAX]) {
+    fn leaf(&self, segment: u8, out: &mut TileOut) {
         let Down {
             context,
             plan,
@@ -215,13 +258,27 @@ impl Tree<'_> {
         } = self.down;
         let index = usize::from(segment - self.group.range.begin());
         let blocks = slice::segment_len(context.geometry.ff) / BLOCK;
-        context.dispatch.run(Tile {
-            matrix: &plan.segments[self.group.segments.start + index].down,
+        let segments = &plan.segments[self.group.segments.clone()];
+        let next = match segments.get(index + 1) {
+            Some(next) => next.down.pair(self.pair),
+            None => segments[0].down.pair(self.pair + 1),
+        };
+        context.dispatch.tile(Tile {
+            matrix: &segments[index].down,
             pair: self.pair,
             rows: activations,
+            row_begin: self.entries.start,
+            num_rows: self.entries.len(),
             block_begin: index * blocks,
-            ids: self.ids,
-            out,
+            next,
+            out: &mut out.0,
         });
     }
+}
+
+/// A range in tiles of rows.
+fn chunks(rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = rows.end;
+    let begins = rows.clone().step_by(TILE_ROWS_MAX);
+    begins.map(move |begin| begin..(begin + TILE_ROWS_MAX).min(end))
 }

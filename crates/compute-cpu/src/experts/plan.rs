@@ -9,6 +9,10 @@ use tramontane_types::{ExpertId, SegmentRange};
 
 use super::segment::Segment;
 use crate::context::Context;
+use crate::rows::GROUP_ROWS;
+
+/// An entry that only fills a group of rows.
+pub(crate) const NO_ROW: u32 = u32::MAX;
 
 /// The jobs of one call, in the order of computation. Buffers are kept from call to call.
 #[derive(Debug, Default)]
@@ -18,12 +22,11 @@ pub(crate) struct Plan {
     /// Where each job's output begins.
     job_outs: Vec<usize>,
     pub(crate) groups: Vec<Group>,
-    /// Row of each entry. An entry is one row of one job, in the order of the groups.
+    /// Row of each entry. An entry is one row of one job, in the order of the groups; entries of a group
+    /// begin at a group of rows of the kernels, and those in between have [`NO_ROW`].
     pub(crate) entry_rows: Vec<u32>,
     /// Where the entry's vectors begin in the output.
     pub(crate) entry_outs: Vec<usize>,
-    /// `0..num_entries`, or more.
-    pub(crate) entry_ids: Vec<u32>,
     pub(crate) segments: Vec<Arc<Segment>>,
     pub(crate) gate_up_items: Vec<GateUpItem>,
 }
@@ -73,7 +76,7 @@ impl Plan {
             if job.row_ids.is_empty() {
                 continue;
             }
-            let begin = self.entry_rows.len();
+            let begin = self.entries_begin(job);
             let width = job.range.num_nodes(geometry.num_segments()) * geometry.hidden;
             for (n, &row) in job.row_ids.iter().enumerate() {
                 self.entry_rows.push(row);
@@ -81,11 +84,18 @@ impl Plan {
             }
             self.add_to_group(index, job, begin);
         }
-        let num_entries = self.entry_rows.len();
-        let num_ids = self.entry_ids.len();
-        self.entry_ids
-            .extend((num_ids..num_entries).map(|id| id as u32));
         total
+    }
+
+    /// Where the entries of the next job begin.
+    fn entries_begin(&mut self, job: &ExpertJob<'_>) -> usize {
+        let last = self.groups.last();
+        if last.is_none_or(|last| (last.expert, last.range) != (job.expert, job.range)) {
+            let begin = self.entry_rows.len().next_multiple_of(GROUP_ROWS);
+            self.entry_rows.resize(begin, NO_ROW);
+            self.entry_outs.resize(begin, 0);
+        }
+        self.entry_rows.len()
     }
 
     fn add_to_group(&mut self, index: usize, job: &ExpertJob<'_>, begin: usize) {

@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod norm;
+pub(crate) mod pack;
 pub(crate) mod quantise;
 pub(crate) mod swiglu;
 pub(crate) mod tile;

@@ -1,4 +1,4 @@
-//! Row-wise steps of a layer: RMS norm, dot products of the gate, rotary embedding. No matrices.
+//! Row-wise steps of a layer: RMS norm, scores of the gate, rotary embedding. No matrices.
 
 use crate::simd::{LANES, Operation, Simd, exp, load_padded, reduce_add};
 
@@ -33,22 +33,49 @@ impl Operation for RmsNorm<'_> {
     }
 }
 
-/// The dot product of two f32 rows of the same length.
-pub(crate) struct Dot<'a> {
-    pub(crate) a: &'a [f32],
-    pub(crate) b: &'a [f32],
+/// Rows of the gate that are computed together: each sum has a chain of its own.
+const GATE_ROWS: usize = 8;
+
+/// The scores of all experts: `weights` (`[num_experts][hidden]`) times `x`.
+pub(crate) struct Gate<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) weights: &'a [f32],
+    /// `[num_experts]`
+    pub(crate) out: &'a mut [f32],
 }
 
-impl Operation for Dot<'_> {
-    type Output = f32;
+impl Operation for Gate<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
-        let mut sum = s.splat(0.0);
-        for (a, b) in self.a.chunks(LANES).zip(self.b.chunks(LANES)) {
-            sum = s.fma(load_padded(s, a), load_padded(s, b), sum);
+    fn run<S: Simd>(self, s: S) {
+        let hidden = self.x.len();
+        let groups = self.weights.chunks(GATE_ROWS * hidden);
+        for (out, weights) in self.out.chunks_mut(GATE_ROWS).zip(groups) {
+            if out.len() == GATE_ROWS {
+                gate_rows::<S, GATE_ROWS>(s, self.x, weights, out);
+                continue;
+            }
+            for (out, weights) in out.chunks_mut(1).zip(weights.chunks(hidden)) {
+                gate_rows::<S, 1>(s, self.x, weights, out);
+            }
         }
-        reduce_add(s, sum)
+    }
+}
+
+#[inline(always)]
+fn gate_rows<S: Simd, const N: usize>(s: S, x: &[f32], weights: &[f32], out: &mut [f32]) {
+    let mut sums = [s.splat(0.0); N];
+    for (i, chunk) in x.chunks(LANES).enumerate() {
+        let at = i * LANES..i * LANES + chunk.len();
+        let x_lanes = load_padded(s, chunk);
+        for (n, sum) in sums.iter_mut().enumerate() {
+            let row = &weights[n * x.len()..(n + 1) * x.len()];
+            *sum = s.fma(x_lanes, load_padded(s, &row[at.clone()]), *sum);
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = reduce_add(s, sum);
     }
 }
 

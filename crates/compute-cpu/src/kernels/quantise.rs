@@ -1,8 +1,7 @@
-//! To q8, q4 and bf16: the formulas of [`tramontane_compute::quant`], bit for bit. Never rounds otherwise.
+//! Rows to q8 and bf16: the formulas of [`tramontane_compute::quant`], bit for bit. Never rounds otherwise.
 
-use half::f16;
+use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
-use tramontane_compute::{RowFormat, quant};
 
 use crate::rows::BlockMut;
 use crate::simd::{LANES, Operation, Simd, reduce_add, reduce_max};
@@ -101,56 +100,6 @@ fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> ([u8; BLOCK], f32, i32) {
         sum += i32::from(q as i8);
     }
     (q, d, sum)
-}
-
-/// One block of weights.
-pub(crate) struct QuantiseWeights<'a> {
-    pub(crate) values: &'a [f32; BLOCK],
-    pub(crate) is_q4: bool,
-}
-
-/// Quantised weights: `-127..=127` for q8, `0..16` for q4.
-#[derive(Debug, PartialEq)]
-pub(crate) struct WeightBlock {
-    pub(crate) q: [i8; BLOCK],
-    pub(crate) scale: f16,
-}
-
-impl Operation for QuantiseWeights<'_> {
-    type Output = WeightBlock;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> WeightBlock {
-        if self.is_q4 {
-            let (q, scale) = quant::q4_weights(self.values);
-            return WeightBlock {
-                q: q.map(|q| q as i8),
-                scale,
-            };
-        }
-        let scale = quant::weight_scale(amax(s, self.values) / 127.0);
-        let d = scale.to_f32();
-        let inverse = s.splat(if d == 0.0 { 0.0 } else { 1.0 / d });
-        let mut q = [0; BLOCK];
-        for (q, x) in q
-            .as_chunks_mut::<LANES>()
-            .0
-            .iter_mut()
-            .zip(self.values.as_chunks::<LANES>().0)
-        {
-            let rounded = s.round(s.mul(s.load(x), inverse));
-            let mut bounded = [0.0; LANES];
-            // The bound first: `max` and `min` take the second where one is NaN, which becomes 0.
-            s.store(
-                s.min(s.splat(127.0), s.max(s.splat(-127.0), rounded)),
-                &mut bounded,
-            );
-            for i in 0..LANES {
-                q[i] = bounded[i] as i8;
-            }
-        }
-        WeightBlock { q, scale }
-    }
 }
 
 /// A row of f32 to its wire form, see [`RowFormat`].

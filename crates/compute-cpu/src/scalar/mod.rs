@@ -115,6 +115,16 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn load_i32(self, x: &[i32; LANES]) -> Self::I {
+        *x
+    }
+
+    #[inline(always)]
+    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+
+    #[inline(always)]
     fn to_f32(self, x: Self::I) -> Self::F {
         x.map(|x| x as f32)
     }
@@ -122,6 +132,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn bytes(self, x: &[u8; 64]) -> Self::B {
         *x
+    }
+
+    #[inline(always)]
+    fn store_bytes(self, x: Self::B, out: &mut [u8; 64]) {
+        *out = x;
     }
 
     #[inline(always)]

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use tramontane_types::{ExpertId, LayerId, ModelGeometry, PageId};
 
-use super::batch_check::{check_batch, first_visible};
-use super::ops::{
-    Linear, check_index, check_size, dot, load_vector, rms_norm, rope, softmax, top_k,
-};
+use super::ops::{Linear, dot, load_vector, rms_norm, rope, softmax, top_k};
+use crate::batch_check::first_visible;
+use crate::error::{check_index, check_size};
+use crate::kv::Q8Head;
 use crate::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Contributions, Error,
-    KV_PAGE_TOKENS, RoutedRows, StepBatch, combine,
+    KV_PAGE_TOKENS, KvFormat, RoutedRows, StepBatch, combine,
 };
 
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl ReferenceAttention {
         };
         Ok(Self {
             norm: load_vector("norm", &weights.norm, g.hidden)?,
-            cache: KvCache::new(g, config.num_pages),
+            cache: KvCache::new(g, config),
             batch: StepBatch::default(),
             residual: Vec::new(),
             embed,
@@ -198,7 +198,7 @@ impl Layer {
 
 impl Attention for ReferenceAttention {
     fn begin(&mut self, batch: &StepBatch) -> Result<(), Error> {
-        check_batch(&self.geometry, self.config, batch)?;
+        batch.check(&self.geometry, self.config, &mut Vec::new())?;
         let mut residual = Vec::with_capacity(batch.num_rows() * self.geometry.hidden);
         for &token in &batch.tokens {
             residual.extend(self.embed.row(token as usize)?);
@@ -270,6 +270,7 @@ impl Attention for ReferenceAttention {
 /// Keys and values of every layer, page by page.
 #[derive(Debug)]
 struct KvCache {
+    format: KvFormat,
     num_pages: usize,
     num_kv_heads: usize,
     head_dim: usize,
@@ -280,9 +281,11 @@ struct KvCache {
 }
 
 impl KvCache {
-    fn new(g: &ModelGeometry, num_pages: usize) -> Self {
+    fn new(g: &ModelGeometry, config: AttentionConfig) -> Self {
+        let num_pages = config.num_pages;
         let len = g.num_layers * num_pages * KV_PAGE_TOKENS * g.num_kv_heads * g.head_dim;
         Self {
+            format: config.kv_format,
             num_pages,
             num_kv_heads: g.num_kv_heads,
             head_dim: g.head_dim,
@@ -306,8 +309,25 @@ impl KvCache {
         &self.values[slot..slot + self.head_dim]
     }
 
+    /// All heads of one token.
     fn write(&mut self, slot: usize, key: &[f32], value: &[f32]) {
-        self.keys[slot..slot + key.len()].copy_from_slice(key);
-        self.values[slot..slot + value.len()].copy_from_slice(value);
+        let (format, head_dim) = (self.format, self.head_dim);
+        for (cache, new) in [(&mut self.keys, key), (&mut self.values, value)] {
+            let heads = cache[slot..slot + new.len()].chunks_exact_mut(head_dim);
+            for (head, new) in heads.zip(new.chunks_exact(head_dim)) {
+                match format {
+                    KvFormat::Bf16 => head.copy_from_slice(new),
+                    KvFormat::Q8 => write_rounded(head, new),
+                }
+            }
+        }
+    }
+}
+
+/// What q8 keeps of a head.
+fn write_rounded(head: &mut [f32], new: &[f32]) {
+    let rounding = Q8Head::new(new);
+    for (x, &new) in head.iter_mut().zip(new) {
+        *x = f32::from(rounding.q(new)) * rounding.scale;
     }
 }

@@ -6,7 +6,8 @@ use tramontane_types::{
     ExpertId, ExpertSlice, LayerId, ModelGeometry, Node, SEGMENTS_PER_EXPERT, slice,
 };
 
-use super::ops::{Linear, check_index, check_size, check_tensor, silu};
+use super::ops::{Linear, check_tensor, silu};
+use crate::error::{check_index, check_size};
 use crate::{Error, ExpertJob, ExpertWeights, Experts, HostTensor};
 
 /// One expert: its loaded segments.

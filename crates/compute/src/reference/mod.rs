@@ -7,7 +7,6 @@
 //! compared between machines of one kind.
 
 mod attention;
-mod batch_check;
 mod experts;
 mod ops;
 

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Storage, Tensor};
 
+use crate::error::check_size;
 use crate::{Error, HostTensor};
 
 /// A matrix that multiplies rows: `y = W x`, `W` of `[out, in]`.
@@ -76,7 +77,8 @@ pub(super) fn check_tensor(
         ("columns", cols, tensor.cols),
         (
             "bytes",
-            rows * cols * tensor.dtype.size(),
+            // No number of bytes is right for a row that is no whole number of blocks.
+            tensor.expected_bytes().unwrap_or(usize::MAX),
             tensor.data.len(),
         ),
     ];
@@ -84,26 +86,6 @@ pub(super) fn check_tensor(
         check_size(&format!("{size} of {what}"), expected, got)?;
     }
     Ok(())
-}
-
-/// Refuses a number other than the expected one.
-pub(super) fn check_size(what: &str, expected: usize, got: usize) -> Result<(), Error> {
-    if got == expected {
-        return Ok(());
-    }
-    Err(Error::Shape {
-        what: what.to_owned(),
-        expected,
-        got,
-    })
-}
-
-/// Refuses an index that is not below `limit`.
-pub(super) fn check_index(what: &'static str, limit: usize, got: usize) -> Result<(), Error> {
-    if got < limit {
-        return Ok(());
-    }
-    Err(Error::OutOfRange { what, limit, got })
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight`.

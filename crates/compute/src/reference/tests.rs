@@ -5,8 +5,8 @@ use tramontane_types::{ExpertId, ExpertSlice, LayerId, PageId, SegmentRange};
 use super::ops::{Linear, rms_norm, rope, silu, softmax, top_k};
 use super::*;
 use crate::{
-    AttentionLayerWeights, Contributions, DType, ExpertJob, ExpertWeights, HostTensor, RoutedRows,
-    SequenceSpan, StepBatch,
+    AttentionLayerWeights, Contributions, DType, ExpertJob, ExpertWeights, HostTensor, KvFormat,
+    RoutedRows, SequenceSpan, StepBatch,
 };
 
 const HIDDEN: usize = 4;
@@ -41,6 +41,7 @@ fn tensor(data: &[u8], rows: usize, cols: usize) -> HostTensor<'_> {
         dtype: DType::F32,
         rows,
         cols,
+        order: Default::default(),
         data: &data[..rows * cols * 4],
     }
 }
@@ -74,6 +75,7 @@ fn attention(data: &[u8]) -> Box<dyn Attention> {
     let config = AttentionConfig {
         num_pages: 2,
         max_rows: 8,
+        kv_format: KvFormat::Bf16,
     };
     let backend = ReferenceBackend::new(&geometry());
     backend.attention(&attention_weights(data), config).unwrap()
@@ -233,6 +235,7 @@ fn weights_of_another_shape_are_refused_by_name() {
     let config = AttentionConfig {
         num_pages: 1,
         max_rows: 1,
+        kv_format: KvFormat::Bf16,
     };
     let mut weights = attention_weights(&data);
     weights.layers[0].k = tensor(&data, 3, HIDDEN);

@@ -16,6 +16,10 @@ use softmax::{exp, log_sum_exp};
 
 /// The first guess of how many tokens reach `top_p`.
 const NUCLEUS_FIRST_GUESS: usize = 64;
+/// Logits that are looked at together before anything is decided.
+const SCAN_BLOCK: usize = 1024;
+/// Maxima that a scan keeps: enough for the widest vectors.
+const SCAN_LANES: usize = 16;
 /// Factor of the next guess, when they do not.
 const NUCLEUS_GROWTH: usize = 4;
 
@@ -245,17 +249,33 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>) {
 
 fn check_numbers(logits: &[f32]) -> Result<(), SampleError> {
     // Minus infinity is a token that the model itself excludes.
-    match logits
-        .iter()
-        .position(|l| l.is_nan() || *l == f32::INFINITY)
-    {
-        Some(id) => Err(SampleError::NotFinite { id }),
-        None => Ok(()),
+    let is_bad = |l: f32| l.is_nan() | (l == f32::INFINITY);
+    // A block is counted without a way out, as vectors; the bad one is looked for where there is one.
+    for (n, block) in logits.chunks(SCAN_BLOCK).enumerate() {
+        let num_bad: u32 = block.iter().map(|&l| u32::from(is_bad(l))).sum();
+        if num_bad > 0 {
+            let at = block.iter().position(|&l| is_bad(l)).unwrap_or(0);
+            let id = n * SCAN_BLOCK + at;
+            return Err(SampleError::NotFinite { id });
+        }
     }
+    Ok(())
 }
 
 fn max(logits: &[f32]) -> f32 {
-    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; SCAN_LANES];
+    let (vectors, rest) = logits.as_chunks::<SCAN_LANES>();
+    for vector in vectors {
+        for (lane, &x) in lanes.iter_mut().zip(vector) {
+            *lane = larger(*lane, x);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, larger)
 }
 
 /// The best token: highest logit, lowest id.
@@ -264,9 +284,14 @@ fn argmax(logits: &[f32]) -> Option<Candidate> {
         logit: *logits.first()?,
         id: 0,
     };
-    for (&logit, id) in logits.iter().zip(0..) {
-        if logit > best.logit {
-            best = Candidate { logit, id };
+    for (n, block) in logits.chunks(SCAN_BLOCK).enumerate() {
+        let largest = max(block);
+        if largest > best.logit {
+            let at = block.iter().position(|&l| l == largest).unwrap_or(0);
+            best = Candidate {
+                logit: largest,
+                id: (n * SCAN_BLOCK + at) as TokenId,
+            };
         }
     }
     Some(best)

@@ -1,5 +1,5 @@
-//! Exponentials of logits with the same bits on every machine. Never calls the C library's `exp`,
-//! whose last bit depends on the machine.
+//! Exponentials of logits with the same bits on every machine. Never calls the C library's `exp`
+//! or `ln`, whose last bits depend on the machine.
 
 /// Below this, `exp` counts as zero: its result would have no weight next to 1.
 const EXP_MIN: f64 = -700.0;
@@ -8,6 +8,7 @@ const EXP_MIN: f64 = -700.0;
 ///
 /// `x = k ln 2 + r` with `|r| <= ln 2 / 2`, then the Taylor polynomial of degree 13 (its remainder is
 /// below 2^-58) in Horner's form, scaled by `2^k`.
+#[inline]
 pub(crate) fn exp(x: f64) -> f64 {
     /// Adding it rounds to an integer, which then stands in the low bits of the sum.
     const ROUND: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52
@@ -41,11 +42,20 @@ pub(crate) fn exp(x: f64) -> f64 {
     if x < EXP_MIN { 0.0 } else { sum * scale }
 }
 
-/// `ln(sum(exp(logits)))` of logits whose maximum is `max`, added in order of ids.
+/// Sums that [`log_sum_exp`] keeps.
+const LANES: usize = 8;
+
+/// `ln(sum(exp(logits)))` of logits whose maximum is `max`: logit `i` is added to sum `i % 8`, in order of ids,
+/// then the sums ascending.
 pub(crate) fn log_sum_exp(logits: &[f32], max: f32) -> f64 {
     let max = f64::from(max);
-    let sum: f64 = logits.iter().map(|&l| exp(f64::from(l) - max)).sum();
-    max + sum.ln()
+    let mut sums = [0.0_f64; LANES];
+    for logits in logits.chunks(LANES) {
+        for (sum, &l) in sums.iter_mut().zip(logits) {
+            *sum += exp(f64::from(l) - max);
+        }
+    }
+    max + libm::log(sums.iter().sum())
 }
 
 #[cfg(test)]
