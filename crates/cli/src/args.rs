@@ -85,7 +85,7 @@ pub(crate) enum PlacementCommand {
 pub(crate) enum ModelCommand {
     /// Print what a checkpoint is: architecture, shapes, sizes
     Inspect {
-        /// Directory with config.json and safetensors; the embedded demo model when absent
+        /// Directory with config.json and safetensors, or a GGUF file; the embedded demo model when absent
         dir: Option<PathBuf>,
         /// How to print it
         #[arg(long, short, value_enum, default_value_t)]
@@ -93,7 +93,7 @@ pub(crate) enum ModelCommand {
     },
     /// Read every byte of a checkpoint and check it
     Verify {
-        /// Directory with config.json and safetensors; the embedded demo model when absent
+        /// Directory with config.json and safetensors, or a GGUF file; the embedded demo model when absent
         dir: Option<PathBuf>,
         /// Write tramontane.sha256, so that later loads notice any change
         #[arg(long)]
@@ -140,10 +140,11 @@ pub(crate) struct ReadArgs {
 /// Which model, and in which form.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ModelArgs {
-    /// Directory with config.json, safetensors and tokenizer; the embedded demo model when absent
+    /// Directory with config.json, safetensors and tokenizer, or a GGUF file (of a split one the first);
+    /// the embedded demo model when absent
     #[arg(long)]
     pub(crate) model: Option<PathBuf>,
-    /// Name that clients use; the directory's name when absent
+    /// Name that clients use; the directory's or file's name when absent
     #[arg(long, value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) model_name: Option<String>,
     /// Keys a query sees, itself included; overrides config.json (0: all of them)
@@ -183,9 +184,12 @@ pub(crate) struct ServeArgs {
     /// Workers in this process
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: u16,
-    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking)
+    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
+    /// Format of cached keys and values: bf16 or q8
+    #[arg(long)]
+    pub(crate) kv_format: Option<String>,
     /// Compute threads of all workers together; all cores when absent
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) threads: Option<usize>,
@@ -257,9 +261,12 @@ pub(crate) struct WorkerArgs {
     /// What it does: attention, experts or both
     #[arg(long)]
     pub(crate) roles: Option<String>,
-    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking)
+    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
+    /// Format of cached keys and values: bf16 or q8
+    #[arg(long)]
+    pub(crate) kv_format: Option<String>,
     /// Compute threads; all cores when absent
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) threads: Option<usize>,

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use tramontane_model::checkpoint::Overrides;
-use tramontane_model::{Checkpoint, Inspection, demo, manifest};
+use tramontane_model::{self as model, Checkpoint, Inspection, demo, gguf, manifest};
 use tramontane_router::ServedModel;
-use tramontane_tokenizer::Tokenizer;
+use tramontane_tokenizer::{self as tokenizer, GgufTokenizer, Tokenizer};
+use tramontane_types::TokenId;
 
 use crate::args::{ModelArgs, ModelCommand};
 use crate::output::{self, Format};
@@ -103,14 +104,11 @@ fn verify(dir: Option<&Path>, write_manifest: bool) -> anyhow::Result<()> {
         output::line(&format!("{digest}  {file}"))?;
     }
     if write_manifest {
-        let directory = checkpoint
-            .directory()
-            .ok_or_else(|| misuse("--write-manifest needs a directory; the demo is built in"))?;
-        manifest::write(directory, &report.digests)?;
-        output::note(&format!(
-            "wrote {}",
-            directory.join(manifest::FILE).display()
-        ));
+        let path = checkpoint.manifest_path().ok_or_else(|| {
+            misuse("--write-manifest needs a directory or a GGUF file; the demo is built in")
+        })?;
+        manifest::write(&path, &report.digests)?;
+        output::note(&format!("wrote {}", path.display()));
     }
     output::note(&format!(
         "{} tensors, {} bytes, all numbers finite",
@@ -134,8 +132,8 @@ pub(crate) fn open_tokenizer(
     checkpoint: &Checkpoint,
 ) -> anyhow::Result<(Arc<Tokenizer>, ServedModel)> {
     let tokenizer = match &args.model {
-        Some(directory) => Tokenizer::from_dir(directory)
-            .with_context(|| format!("tokenizer of {}", directory.display()))?,
+        Some(path) => tokenizer_of(path, checkpoint)
+            .with_context(|| format!("tokenizer of {}", path.display()))?,
         None => embedded_tokenizer().context("tokenizer of the embedded demo")?,
     };
     let geometry = checkpoint.geometry();
@@ -163,6 +161,60 @@ fn open(dir: Option<&Path>, overrides: Overrides) -> anyhow::Result<Checkpoint> 
     }
 }
 
+/// The tokenizer of a directory; of a GGUF file its own or, where that is not supported, the one beside it.
+fn tokenizer_of(path: &Path, checkpoint: &Checkpoint) -> anyhow::Result<Tokenizer> {
+    let Some(metadata) = checkpoint.metadata()? else {
+        return Ok(Tokenizer::from_dir(path)?);
+    };
+    let own = match Tokenizer::from_gguf(path, &gguf_tokenizer(&metadata)?) {
+        Ok(tokenizer) => return Ok(tokenizer),
+        Err(error) => error,
+    };
+    let beside = path.with_file_name("");
+    match Tokenizer::from_dir(if beside.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        &beside
+    }) {
+        Err(tokenizer::Error::NoTokenizer { .. }) => Err(own.into()),
+        beside => Ok(beside?),
+    }
+}
+
+/// The keys of a GGUF file that belong to its tokenizer.
+fn gguf_tokenizer<'a>(metadata: &gguf::Metadata<'a>) -> anyhow::Result<GgufTokenizer<'a>> {
+    // The model's configuration has checked them.
+    let id = |key| Ok::<_, model::Error>(metadata.whole(key)?.and_then(|id| id.try_into().ok()));
+    let mut eos: Vec<TokenId> = Vec::new();
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
+        let end = id(key)?;
+        eos.extend(end.filter(|id| !eos.contains(id)));
+    }
+    let removes_spaces = metadata.flag("tokenizer.ggml.remove_extra_whitespaces")?;
+    let maps_characters = metadata
+        .get("tokenizer.ggml.precompiled_charsmap")
+        .is_some();
+    Ok(GgufTokenizer {
+        model: metadata.text("tokenizer.ggml.model")?,
+        pre: metadata.text("tokenizer.ggml.pre")?,
+        tokens: metadata.texts("tokenizer.ggml.tokens")?.unwrap_or_default(),
+        scores: metadata
+            .numbers("tokenizer.ggml.scores")?
+            .unwrap_or_default(),
+        types: metadata
+            .wholes("tokenizer.ggml.token_type")?
+            .unwrap_or_default(),
+        merges: metadata.texts("tokenizer.ggml.merges")?.unwrap_or_default(),
+        bos: id("tokenizer.ggml.bos_token_id")?,
+        eos,
+        unk: id("tokenizer.ggml.unknown_token_id")?,
+        adds_bos: metadata.flag("tokenizer.ggml.add_bos_token")?,
+        adds_space_prefix: metadata.flag("tokenizer.ggml.add_space_prefix")?,
+        normalizes: removes_spaces == Some(true) || maps_characters,
+        chat_template: metadata.text("tokenizer.chat_template")?,
+    })
+}
+
 fn embedded_tokenizer() -> anyhow::Result<Tokenizer> {
     let folder = tempfile::tempdir().context("a temporary directory for the tokenizer")?;
     for (name, bytes) in demo::TOKENIZER_FILES {
@@ -172,7 +224,10 @@ fn embedded_tokenizer() -> anyhow::Result<Tokenizer> {
 }
 
 fn model_name(args: &ModelArgs) -> String {
-    let of_directory = || Some(args.model.as_ref()?.file_name()?.to_str()?.to_owned());
+    let of_directory = || {
+        let name = args.model.as_ref()?.file_name()?.to_str()?;
+        Some(name.strip_suffix(".gguf").unwrap_or(name).to_owned())
+    };
     args.model_name
         .clone()
         .or_else(of_directory)

@@ -64,7 +64,9 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
 
 /// Runs a worker until it is stopped or drained.
 pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
-    let settings = settings::load(args.process.config.as_deref(), worker_flags(&args)?)?.value;
+    let loaded = settings::load(args.process.config.as_deref(), worker_flags(&args)?)?;
+    let has_weights = settings::is_given(&loaded, "worker.weights");
+    let settings = loaded.value;
     settings.etcd.validate()?;
     let mut config = settings.worker;
     config.cluster.clone_from(&settings.etcd.cluster);
@@ -76,6 +78,9 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         .map_err(|e| misuse(format!("worker.{e}")))?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
     let (checkpoint, model_name) = open_model(&args.model)?;
+    if !has_weights {
+        config.weights = checkpoint.weight_format()?;
+    }
     let store = store(&settings.etcd)?;
     let parts = WorkerParts {
         store,
@@ -83,7 +88,10 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         model_name,
         grpc: bind(&settings.listen.worker).await?,
         ops: Some(bind(&settings.listen.ops).await?),
-        progress: Some(progress_bar("experts", "{pos} of {len} slices")),
+        progress: Some(progress_bar(
+            "experts",
+            "{bytes} of {total_bytes}, {eta} left",
+        )),
         exchange: ExchangeKind::Grpc,
     };
     let shutdown = Shutdown::new();
@@ -111,6 +119,7 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     flags.set("worker", "id", args.id.clone());
     flags.set("worker", "roles", args.roles.clone());
     flags.set("worker", "weights", args.weights.clone());
+    flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());
     flags.set("worker", "threads", args.threads.map(|n| n as i64));
     let memory = args.expert_memory.map(i64::try_from).transpose();

@@ -15,7 +15,6 @@ use tramontane_coordination::{MemoryStore, Store};
 use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
 use tramontane_router::{RouterConfig, RouterParts};
-use tramontane_runtime::config::Source;
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::{ExchangeKind, WorkerConfig, WorkerParts};
 
@@ -32,9 +31,12 @@ const READY_POLL: Duration = Duration::from_millis(20);
 
 /// Runs everything until it is stopped.
 pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
-    let settings = load(&args)?;
+    let (mut settings, has_weights) = load(&args)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane").map_err(misuse)?;
     let (checkpoint, model_name) = open_model(&args.model)?;
+    if !has_weights {
+        settings.worker.weights = checkpoint.weight_format()?;
+    }
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let intent = Intent {
@@ -152,28 +154,28 @@ impl Services {
     }
 }
 
-fn load(args: &ServeArgs) -> anyhow::Result<Settings> {
+/// The settings, and whether anybody chose the weight format.
+fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     let mut flags = Flags::default();
     flags.set("telemetry", "log", args.process.log.clone());
     flags.set("worker", "weights", args.weights.clone());
+    flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("router", "min_workers", Some(i64::from(args.workers)));
     let settle = humantime::format_duration(SETTLE_TIME).to_string();
     flags.set("router", "settle_time", Some(settle));
     let loaded = settings::load(args.process.config.as_deref(), flags)?;
+    let has_log = settings::is_given(&loaded, "telemetry.log");
+    let has_weights = settings::is_given(&loaded, "worker.weights");
     let mut settings = loaded.value;
     // A person starts this and wants to see the banner, not the log.
-    if loaded
-        .sources
-        .get("telemetry.log")
-        .is_none_or(|s| *s == Source::Default)
-    {
+    if !has_log {
         settings.telemetry.log = "warn".to_owned();
     }
     settings.router.validate().map_err(misuse)?;
     worker_config(&settings, args, 0)
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
-    Ok(settings)
+    Ok((settings, has_weights))
 }
 
 /// Divides threads and memory among the workers: each gets its share, at least one thread.

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use tramontane_router::RouterConfig;
-use tramontane_runtime::config::{self, Layers, Loaded};
+use tramontane_runtime::config::{self, Layers, Loaded, Source};
 use tramontane_runtime::telemetry::TelemetryConfig;
 use tramontane_worker::WorkerConfig;
 
@@ -161,6 +161,12 @@ pub(crate) fn load(file: Option<&Path>, flags: Flags) -> anyhow::Result<Loaded<S
         flags: flags.0,
     };
     config::load(&layers).map_err(|e| misuse(with_cause(&e)))
+}
+
+/// Whether file, environment or a flag says `section.key`.
+pub(crate) fn is_given(loaded: &Loaded<Settings>, key: &str) -> bool {
+    let source = loaded.sources.get(key);
+    source.is_some_and(|source| *source != Source::Default)
 }
 
 fn with_cause(error: &dyn std::error::Error) -> String {

@@ -6,65 +6,44 @@ use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
-use tramontane_compute::{AttentionLayerWeights, AttentionWeights, ExpertWeights, HostTensor};
+use tramontane_compute::{
+    AttentionLayerWeights, AttentionWeights, DType, ExpertWeights, HostTensor, RowOrder,
+    WeightFormat,
+};
 use tramontane_types::{ExpertId, LayerId, ModelGeometry};
 
-use crate::config::{Architecture, CONFIG_BYTES_MAX};
-use crate::tensors::{Entry, read_header};
-use crate::{Error, ModelConfig, demo, manifest};
+use crate::config::CONFIG_BYTES_MAX;
+use crate::fingerprint::fingerprint;
+use crate::names::{Global, InExpert, InLayer, Naming};
+use crate::shard::{Bytes, Shard};
+use crate::tensors::read_header;
+use crate::{Error, ModelConfig, demo, gguf, manifest};
 
 /// Largest `model.safetensors.index.json`.
 const INDEX_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Most shards.
 const SHARDS_MAX: usize = 4096;
-/// Places of each file that the fingerprint samples.
-const SAMPLES: usize = 4;
-/// Bytes of each sample.
-const SAMPLE_BYTES: usize = 4096;
-
-/// One safetensors file.
-#[derive(Debug)]
-pub(crate) struct Shard {
-    /// File name without its directory.
-    pub(crate) name: String,
-    pub(crate) bytes: Bytes,
-    pub(crate) tensors: BTreeMap<String, Entry>,
-}
-
-impl Shard {
-    /// Bytes of the file.
-    pub(crate) fn len(&self) -> u64 {
-        self.bytes.get().len() as u64
-    }
-}
-
-/// Content of a file: mapped, or built in.
-#[derive(Debug)]
-pub(crate) enum Bytes {
-    Mapped(memmap2::Mmap),
-    Embedded(&'static [u8]),
-}
-
-impl Bytes {
-    pub(crate) fn get(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Embedded(bytes) => bytes,
-        }
-    }
-}
 
 /// Configuration and tensors of one model.
 #[derive(Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
-    /// `None` for the embedded demo.
-    directory: Option<PathBuf>,
+    origin: Origin,
     shards: Vec<Shard>,
     /// Tensor name to shard.
     shard_of: BTreeMap<String, usize>,
     fingerprint: String,
+}
+
+/// Where a checkpoint lies.
+#[derive(Debug)]
+enum Origin {
+    /// In this program.
+    Embedded,
+    /// Directory of `config.json` and safetensors.
+    Directory(PathBuf),
+    /// A GGUF file, the first of its parts.
+    Gguf(PathBuf),
 }
 
 /// Things a user may say about a checkpoint that its files do not.
@@ -76,21 +55,36 @@ pub struct Overrides {
 }
 
 impl Checkpoint {
-    /// Opens a directory with `config.json` and `model.safetensors` or an index and its shards.
+    /// Opens a directory with `config.json` and `model.safetensors` or an index and its shards, or a GGUF file.
     ///
-    /// When `tramontane.sha256` lies there, every file in it is read and compared.
+    /// When the manifest lies there ([`Checkpoint::manifest_path`]), every file in it is read and compared.
     ///
     /// # Errors
-    /// When a file is missing, damaged, or a tensor is not what `config.json` asks for.
-    pub fn open(directory: &Path) -> Result<Self, Error> {
-        Self::open_with(directory, Overrides::default())
+    /// When a file is missing, damaged, or a tensor is not what the configuration asks for.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_with(path, Overrides::default())
     }
 
     /// [`Checkpoint::open`] with the user's overrides.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
-    pub fn open_with(directory: &Path, overrides: Overrides) -> Result<Self, Error> {
+    pub fn open_with(path: &Path, overrides: Overrides) -> Result<Self, Error> {
+        if path.is_file() {
+            return Self::open_gguf(path, overrides);
+        }
+        Self::open_directory(path, overrides)
+    }
+
+    fn open_gguf(path: &Path, overrides: Overrides) -> Result<Self, Error> {
+        let gguf::files::Opened { config, shards } = gguf::files::open(path)?;
+        manifest::check(&manifest::path_of_file(path), &shards)?;
+        let text = format!("{config:?}");
+        let origin = Origin::Gguf(path.to_owned());
+        Self::assemble(config, &text, origin, shards, overrides)
+    }
+
+    fn open_directory(directory: &Path, overrides: Overrides) -> Result<Self, Error> {
         let config_text = read_text(&directory.join("config.json"), CONFIG_BYTES_MAX)?;
         let config = ModelConfig::parse(&config_text)?;
         let mut shards = Vec::new();
@@ -115,14 +109,9 @@ impl Checkpoint {
         } else {
             shards.push(open_shard(directory, "model.safetensors")?);
         }
-        manifest::check(directory, &shards)?;
-        Self::assemble(
-            config,
-            &config_text,
-            Some(directory.to_owned()),
-            shards,
-            overrides,
-        )
+        manifest::check(&directory.join(manifest::FILE), &shards)?;
+        let origin = Origin::Directory(directory.to_owned());
+        Self::assemble(config, &config_text, origin, shards, overrides)
     }
 
     /// The demo model that is built into the binary. Touches no disk.
@@ -138,13 +127,14 @@ impl Checkpoint {
             bytes: Bytes::Embedded(demo::WEIGHTS),
             tensors,
         }];
-        Self::assemble(config, demo::CONFIG, None, shards, Overrides::default())
+        let overrides = Overrides::default();
+        Self::assemble(config, demo::CONFIG, Origin::Embedded, shards, overrides)
     }
 
     fn assemble(
         mut config: ModelConfig,
         config_text: &str,
-        directory: Option<PathBuf>,
+        origin: Origin,
         shards: Vec<Shard>,
         overrides: Overrides,
     ) -> Result<Self, Error> {
@@ -167,7 +157,7 @@ impl Checkpoint {
         let fingerprint = fingerprint(config_text, &config, &shards);
         let checkpoint = Self {
             config,
-            directory,
+            origin,
             shards,
             shard_of,
             fingerprint,
@@ -179,14 +169,28 @@ impl Checkpoint {
     /// Every tensor that the configuration asks for must be there with its shape.
     fn check_shapes(&self) -> Result<(), Error> {
         self.attention_weights()?;
-        let geometry = self.geometry();
-        for layer in 0..geometry.num_layers {
-            for expert in 0..geometry.num_experts {
-                // In range: the configuration bounds both below 2^16.
-                self.expert_weights(LayerId(layer as u16), ExpertId(expert as u16))?;
-            }
+        for (layer, expert) in self.expert_places() {
+            self.expert_weights(layer, expert)?;
         }
         Ok(())
+    }
+
+    /// Every expert of every layer.
+    fn expert_places(&self) -> impl Iterator<Item = (LayerId, ExpertId)> {
+        // In range: the configuration bounds both below 2^16.
+        let (layers, experts) = (
+            self.geometry().num_layers as u16,
+            self.geometry().num_experts as u16,
+        );
+        let of_layer = move |layer| (0..experts).map(move |e| (LayerId(layer), ExpertId(e)));
+        (0..layers).flat_map(of_layer)
+    }
+
+    fn naming(&self) -> Naming {
+        match self.origin {
+            Origin::Embedded | Origin::Directory(_) => Naming::HuggingFace,
+            Origin::Gguf(_) => Naming::Gguf,
+        }
     }
 
     /// The model's shape.
@@ -201,10 +205,56 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Where it lies; `None` for the embedded demo.
+    /// Where the manifest of its files lies, if there is one: `tramontane.sha256` in a directory, `NAME.sha256`
+    /// beside a GGUF file; `None` for the embedded demo.
     #[must_use]
-    pub fn directory(&self) -> Option<&Path> {
-        self.directory.as_deref()
+    pub fn manifest_path(&self) -> Option<PathBuf> {
+        match &self.origin {
+            Origin::Embedded => None,
+            Origin::Directory(directory) => Some(directory.join(manifest::FILE)),
+            Origin::Gguf(path) => Some(manifest::path_of_file(path)),
+        }
+    }
+
+    /// What a GGUF file says beside its tensors, its tokenizer among it; `None` for safetensors.
+    ///
+    /// # Errors
+    /// When the file was changed since it was opened.
+    pub fn metadata(&self) -> Result<Option<gguf::Metadata<'_>>, Error> {
+        let (Naming::Gguf, Some(first)) = (self.naming(), self.shards.first()) else {
+            return Ok(None);
+        };
+        let header = gguf::Header::read(&first.name, first.bytes.get())?;
+        Ok(Some(header.metadata))
+    }
+
+    /// The weight format that keeps what the files have: bf16 for safetensors. For GGUF files that of most of
+    /// the experts' weights: q4 for `Q4_0`, `Q4_1` and `Q4_K`, q8 for `Q8_0`, `Q5_0`, `Q5_1`,
+    /// `Q5_K` and `Q6_K`, else bf16.
+    ///
+    /// # Errors
+    /// Never after the checkpoint was opened.
+    pub fn weight_format(&self) -> Result<WeightFormat, Error> {
+        let (mut q8, mut q4, mut all) = (0, 0, 0);
+        for place in self.expert_places() {
+            let ExpertWeights { w1, w2, w3 } = self.expert_weights(place.0, place.1)?;
+            for tensor in [w1, w2, w3] {
+                let numbers = tensor.rows as u64 * tensor.cols as u64;
+                all += numbers;
+                match tensor.dtype {
+                    DType::Q4_0 | DType::Q4_1 | DType::Q4K => q4 += numbers,
+                    DType::Q8_0 | DType::Q5_0 | DType::Q5_1 | DType::Q5K | DType::Q6K => {
+                        q8 += numbers;
+                    }
+                    DType::F32 | DType::F16 | DType::Bf16 => {}
+                }
+            }
+        }
+        Ok(match all - q8 - q4 {
+            bf16 if bf16 >= q8.max(q4) => WeightFormat::Bf16,
+            _ if q8 >= q4 => WeightFormat::Q8,
+            _ => WeightFormat::Q4,
+        })
     }
 
     /// Short name of the content: configuration, headers, sizes and samples of each file. Two workers with
@@ -226,33 +276,42 @@ impl Checkpoint {
     pub fn attention_weights(&self) -> Result<AttentionWeights<'_>, Error> {
         let g = self.geometry();
         let (q_rows, kv_rows) = (g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
+        let names = self.naming();
+        let pairs = match names {
+            Naming::HuggingFace => RowOrder::Plain,
+            Naming::Gguf => RowOrder::RotaryPairs {
+                head_dim: g.head_dim,
+            },
+        };
         let mut layers = Vec::with_capacity(g.num_layers);
         for layer in 0..g.num_layers {
-            let name = |rest: &str| format!("model.layers.{layer}.{rest}.weight");
+            let name = |tensor| names.in_layer(layer, tensor);
+            let rotary = |tensor, rows| -> Result<HostTensor<'_>, Error> {
+                let order = pairs;
+                let tensor = self.matrix(&name(tensor), rows, g.hidden)?;
+                Ok(HostTensor { order, ..tensor })
+            };
+            // A Mixtral of one expert has a gate that decides nothing.
+            let gate = match g.has_gate() {
+                true => Some(self.matrix(&name(InLayer::Gate), g.num_experts, g.hidden)?),
+                false => None,
+            };
             layers.push(AttentionLayerWeights {
-                input_norm: self.vector(&name("input_layernorm"), g.hidden)?,
-                q: self.matrix(&name("self_attn.q_proj"), q_rows, g.hidden)?,
-                k: self.matrix(&name("self_attn.k_proj"), kv_rows, g.hidden)?,
-                v: self.matrix(&name("self_attn.v_proj"), kv_rows, g.hidden)?,
-                o: self.matrix(&name("self_attn.o_proj"), g.hidden, q_rows)?,
-                post_norm: self.vector(&name("post_attention_layernorm"), g.hidden)?,
-                // A Mixtral of one expert has a gate that decides nothing.
-                gate: match g.has_gate() {
-                    true => Some(self.matrix(
-                        &name("block_sparse_moe.gate"),
-                        g.num_experts,
-                        g.hidden,
-                    )?),
-                    false => None,
-                },
+                input_norm: self.vector(&name(InLayer::InputNorm), g.hidden)?,
+                q: rotary(InLayer::Q, q_rows)?,
+                k: rotary(InLayer::K, kv_rows)?,
+                v: self.matrix(&name(InLayer::V), kv_rows, g.hidden)?,
+                o: self.matrix(&name(InLayer::O), g.hidden, q_rows)?,
+                post_norm: self.vector(&name(InLayer::PostNorm), g.hidden)?,
+                gate,
             });
         }
-        let embed = self.matrix("model.embed_tokens.weight", g.vocab, g.hidden)?;
+        let embed = self.matrix(names.global(Global::Embed), g.vocab, g.hidden)?;
         let lm_head = match self.config.tie_word_embeddings {
             true => embed,
-            false => self.matrix("lm_head.weight", g.vocab, g.hidden)?,
+            false => self.matrix(names.global(Global::LmHead), g.vocab, g.hidden)?,
         };
-        let norm = self.vector("model.norm.weight", g.hidden)?;
+        let norm = self.vector(names.global(Global::Norm), g.hidden)?;
         Ok(AttentionWeights {
             embed,
             layers,
@@ -279,43 +338,35 @@ impl Checkpoint {
                 return Err(Error::OutOfRange { what, limit, got });
             }
         }
-        let (prefix, [w1, w2, w3]) = match self.config.architecture {
-            Architecture::MixtralForCausalLM => (
-                format!("model.layers.{layer}.block_sparse_moe.experts.{expert}"),
-                ["w1", "w2", "w3"],
-            ),
-            Architecture::MistralForCausalLM => (
-                format!("model.layers.{layer}.mlp"),
-                ["gate_proj", "down_proj", "up_proj"],
-            ),
+        let matrix = |tensor, rows, cols| {
+            let architecture = self.config.architecture;
+            let name = self
+                .naming()
+                .in_expert(architecture, (layer, expert), tensor);
+            self.matrix(&name, rows, cols)
         };
         Ok(ExpertWeights {
-            w1: self.matrix(&format!("{prefix}.{w1}.weight"), g.ff, g.hidden)?,
-            w2: self.matrix(&format!("{prefix}.{w2}.weight"), g.hidden, g.ff)?,
-            w3: self.matrix(&format!("{prefix}.{w3}.weight"), g.ff, g.hidden)?,
+            w1: matrix(InExpert::W1, g.ff, g.hidden)?,
+            w2: matrix(InExpert::W2, g.hidden, g.ff)?,
+            w3: matrix(InExpert::W3, g.ff, g.hidden)?,
         })
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<HostTensor<'_>, Error> {
-        self.tensor(name, &[len]).map(|(entry, data)| HostTensor {
-            dtype: entry.dtype,
-            rows: 1,
-            cols: len,
-            data,
-        })
+        self.tensor(name, &[len], (1, len))
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'_>, Error> {
-        self.tensor(name, &[rows, cols])
-            .map(|(entry, data)| HostTensor {
-                dtype: entry.dtype,
-                rows,
-                cols,
-                data,
-            })
+        self.tensor(name, &[rows, cols], (rows, cols))
     }
 
-    fn tensor(&self, name: &str, expected: &[usize]) -> Result<(&Entry, &[u8]), Error> {
+    /// A tensor of shape `expected`, seen as a matrix.
+    fn tensor(
+        &self,
+        name: &str,
+        expected: &[usize],
+        (rows, cols): (usize, usize),
+    ) -> Result<HostTensor<'_>, Error> {
         let missing = || Error::Missing {
             tensor: name.to_owned(),
             files: self
@@ -339,34 +390,24 @@ impl Checkpoint {
                 got: entry.shape.clone(),
             });
         }
-        // In range: `read_header` compared every offset with the file's length.
-        let data = shard
-            .bytes
-            .get()
-            .get(entry.begin..entry.end)
-            .ok_or_else(missing)?;
-        Ok((entry, data))
+        // In range: every offset was compared with the file's length.
+        let data = shard.bytes.get().get(entry.begin..entry.end);
+        Ok(HostTensor {
+            dtype: entry.dtype,
+            rows,
+            cols,
+            order: RowOrder::Plain,
+            data: data.ok_or_else(missing)?,
+        })
     }
 }
 
 fn open_shard(directory: &Path, name: &str) -> Result<Shard, Error> {
-    let path = directory.join(name);
-    let read = |source| Error::Read {
-        file: path.display().to_string(),
-        source,
-    };
-    let file = File::open(&path).map_err(read)?;
-    #[expect(
-        unsafe_code,
-        reason = "the one memory map: weights are larger than memory may be"
-    )]
-    // SAFETY: the map is only read. A process that truncates a checkpoint while it is served ends this one
-    // with SIGBUS, as it would any program that maps its input; README and docs say not to.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(read)?;
-    let tensors = read_header(name, &map)?;
+    let bytes = Bytes::map(&directory.join(name))?;
+    let tensors = read_header(name, bytes.get())?;
     Ok(Shard {
         name: name.to_owned(),
-        bytes: Bytes::Mapped(map),
+        bytes,
         tensors,
     })
 }
@@ -433,28 +474,4 @@ pub(crate) fn read_text(path: &Path, bytes_max: u64) -> Result<String, Error> {
         return Err(wrong(format!("has more than {bytes_max} bytes")));
     }
     Ok(text)
-}
-
-fn fingerprint(config_text: &str, config: &ModelConfig, shards: &[Shard]) -> String {
-    let mut hash = Sha256::new();
-    hash.update(config_text);
-    // The window is part of what is computed and may be overridden.
-    hash.update(format!("{:?}", config.geometry.sliding_window));
-    for shard in shards {
-        let bytes = shard.bytes.get();
-        hash.update(format!(
-            "{} {} {:?}",
-            shard.name,
-            bytes.len(),
-            shard.tensors
-        ));
-        for sample in 0..SAMPLES {
-            let begin = bytes.len() / SAMPLES * sample + bytes.len() / (2 * SAMPLES);
-            hash.update(&bytes[begin.min(bytes.len())..(begin + SAMPLE_BYTES).min(bytes.len())]);
-        }
-    }
-    hash.finalize()[..8]
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
 }

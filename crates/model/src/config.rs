@@ -14,15 +14,15 @@ use crate::Error;
 /// Largest `config.json` that is read.
 pub const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
 /// Largest value of any dimension: keeps every product of two within 64 bits.
-const DIMENSION_MAX: u64 = 1 << 24;
+pub(crate) const DIMENSION_MAX: u64 = 1 << 24;
 /// Most layers; the placement counts them in 16 bits.
-const LAYERS_MAX: u64 = 1024;
+pub(crate) const LAYERS_MAX: u64 = 1024;
 /// Most experts per layer.
-const EXPERTS_MAX: u64 = 1024;
+pub(crate) const EXPERTS_MAX: u64 = 1024;
 /// Most attention heads.
-const HEADS_MAX: u64 = 4096;
+pub(crate) const HEADS_MAX: u64 = 4096;
 /// Widest attention head.
-const HEAD_DIM_MAX: u64 = 4096;
+pub(crate) const HEAD_DIM_MAX: u64 = 4096;
 /// Key and value heads of a file that does not say.
 const KV_HEADS_DEFAULT: u64 = 8;
 /// Window of a `mistral` file that does not say.

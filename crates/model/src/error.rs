@@ -41,8 +41,10 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
-    /// A tensor does not have the shape that `config.json` asks for.
-    #[error("{file}: tensor {tensor} has shape {got:?}, expected {expected:?} by config.json")]
+    /// A tensor does not have the shape that the configuration asks for.
+    #[error(
+        "{file}: tensor {tensor} has shape {got:?}, expected {expected:?} by the configuration"
+    )]
     Shape {
         /// The file.
         file: String,
@@ -62,12 +64,14 @@ pub enum Error {
         files: String,
     },
     /// A file does not have the digest that the manifest promises.
-    #[error("{file}: sha-256 is {got}, expected {expected} by {manifest}", manifest = crate::manifest::FILE)]
+    #[error("{file}: sha-256 is {got}, expected {expected} by {manifest}")]
     Digest {
         /// The file.
         file: String,
         /// By the manifest.
         expected: String,
+        /// The manifest's name.
+        manifest: String,
         /// By its bytes.
         got: String,
     },

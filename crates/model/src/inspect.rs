@@ -76,7 +76,7 @@ impl Checkpoint {
             expert_bytes: FormatBytes {
                 bf16: experts * 2,
                 q8: experts / 32 * 34,
-                q4: experts / 32 * 18,
+                q4: experts / 32 * 20,
             },
             kv_bytes_per_token: layers * kv * 2 * 2,
             files: self

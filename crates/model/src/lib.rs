@@ -1,4 +1,4 @@
-//! Mistral and Mixtral checkpoints: `config.json`, safetensors, slices. Reads; never computes a token.
+//! Mistral and Mixtral checkpoints: `config.json` and safetensors, or GGUF. Reads; never computes a token.
 //!
 //! A checkpoint is checked completely before anything is allocated for it: every tensor's file, type,
 //! shape and place. Errors name file, tensor, expected and got.
@@ -7,10 +7,14 @@ pub mod checkpoint;
 pub mod config;
 pub mod demo;
 pub mod error;
+mod fingerprint;
+pub mod gguf;
 pub mod inspect;
 pub mod load;
 pub mod manifest;
+mod names;
 mod parallel;
+mod shard;
 pub mod tensors;
 pub mod verify;
 

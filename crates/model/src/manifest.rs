@@ -1,17 +1,19 @@
-//! `tramontane.sha256`: the digests of a checkpoint's weight files, in the format of `sha256sum`.
+//! `tramontane.sha256`, of a GGUF file `NAME.sha256`: the digests of a checkpoint's weight files, in the format
+//! of `sha256sum`.
 //!
 //! A checkpoint with a manifest is compared with it whenever it is opened, so a flipped bit on one
 //! worker's disk is found before it serves. Every weight file must be in it, and nothing else.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
-use crate::checkpoint::{Shard, read_text};
+use crate::checkpoint::read_text;
+use crate::shard::Shard;
 use crate::{Error, parallel};
 
-/// Name of the file.
+/// Name of the file in a directory.
 pub const FILE: &str = "tramontane.sha256";
 /// Largest manifest.
 const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
@@ -22,13 +24,25 @@ pub(crate) fn digest(bytes: &[u8]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Compares the shards with the directory's manifest, if it has one.
-pub(crate) fn check(directory: &Path, shards: &[Shard]) -> Result<(), Error> {
-    let path = directory.join(FILE);
+/// The manifest of a checkpoint that is a file: `NAME.sha256` beside it.
+pub(crate) fn path_of_file(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".sha256");
+    PathBuf::from(name)
+}
+
+/// Compares the shards with the manifest at `path`, if there is one.
+pub(crate) fn check(path: &Path, shards: &[Shard]) -> Result<(), Error> {
     if !path.is_file() {
         return Ok(());
     }
-    let expected = parse(&read_text(&path, MANIFEST_BYTES_MAX)?)?;
+    let manifest = path.file_name().unwrap_or(path.as_os_str());
+    let manifest = manifest.to_string_lossy();
+    let wrong = |what: String| Error::File {
+        file: manifest.clone().into_owned(),
+        what,
+    };
+    let expected = parse(&read_text(path, MANIFEST_BYTES_MAX)?).map_err(wrong)?;
     if let Some(name) = expected
         .keys()
         .find(|n| shards.iter().all(|s| s.name != **n))
@@ -48,46 +62,39 @@ pub(crate) fn check(directory: &Path, shards: &[Shard]) -> Result<(), Error> {
         Err(Error::Digest {
             file: shard.name.clone(),
             expected: expected.clone(),
+            manifest: manifest.clone().into_owned(),
             got,
         })
     })
 }
 
 /// File name to digest.
-fn parse(text: &str) -> Result<BTreeMap<String, String>, Error> {
+fn parse(text: &str) -> Result<BTreeMap<String, String>, String> {
     let mut digests = BTreeMap::new();
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
         let parts = line.split_once("  ");
         let hex = |d: &str| d.len() == 64 && d.bytes().all(|b| b.is_ascii_hexdigit());
         let Some((digest, name)) = parts.filter(|(digest, _)| hex(digest)) else {
-            return Err(wrong(format!("line {line:?} is no digest and name")));
+            return Err(format!("line {line:?} is no digest and name"));
         };
         if digests
             .insert(name.to_owned(), digest.to_lowercase())
             .is_some()
         {
-            return Err(wrong(format!("names {name} twice")));
+            return Err(format!("names {name} twice"));
         }
     }
     Ok(digests)
 }
 
-fn wrong(what: String) -> Error {
-    Error::File {
-        file: FILE.to_owned(),
-        what,
-    }
-}
-
-/// Writes the manifest of `digests`, `(file, digest)`.
+/// Writes the manifest of `digests`, `(file, digest)`, to `path`.
 ///
 /// # Errors
-/// When the directory cannot be written.
-pub fn write(directory: &Path, digests: &[(String, String)]) -> Result<(), Error> {
+/// When it cannot be written.
+pub fn write(path: &Path, digests: &[(String, String)]) -> Result<(), Error> {
     let lines = digests.iter();
     let lines = lines.map(|(file, digest)| format!("{digest}  {file}\n"));
-    let path = directory.join(FILE);
-    std::fs::write(&path, lines.collect::<String>()).map_err(|source| Error::Read {
+    std::fs::write(path, lines.collect::<String>()).map_err(|source| Error::Read {
         file: path.display().to_string(),
         source,
     })

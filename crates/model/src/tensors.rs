@@ -137,7 +137,8 @@ impl RawTensor {
                 )));
             }
         };
-        let mut size = dtype.size() as u64;
+        // One number is one block.
+        let mut size = dtype.block_bytes() as u64;
         for &dimension in &self.shape {
             size = size
                 .checked_mul(dimension)

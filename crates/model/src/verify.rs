@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::Serialize;
 use tramontane_compute::HostTensor;
 
-use crate::checkpoint::Shard;
+use crate::shard::Shard;
 use crate::tensors::Entry;
 use crate::{Checkpoint, Error, manifest, parallel};
 
@@ -60,14 +60,16 @@ fn check_finite(shard: &Shard, name: &str, entry: &Entry) -> Result<(), Error> {
     let data = shard.bytes.get().get(entry.begin..entry.end);
     let data = data.unwrap_or_default();
     let cols = entry.shape.last().copied().unwrap_or(1).max(1);
-    let rows = data.len() / entry.dtype.size() / cols;
+    let row_bytes = entry.dtype.row_bytes(cols).unwrap_or(1).max(1);
+    let rows = data.len() / row_bytes;
     let tensor = HostTensor {
         dtype: entry.dtype,
         rows,
         cols,
+        order: Default::default(),
         data,
     };
-    let mut values = vec![0.0; cols.min(data.len())];
+    let mut values = vec![0.0; if rows > 0 { cols } else { 0 }];
     for row in 0..rows {
         tensor.read_row(row, 0, &mut values);
         if let Some(col) = values.iter().position(|x| !x.is_finite()) {

@@ -12,7 +12,7 @@ use crate::decode_stream::{DecodeStart, DecodedBytes};
 use crate::directory::{Companions, FileKind, find, kind_of_file, read};
 use crate::encoder::{Encoder, LeadingSpace, Position};
 use crate::vocabulary::Vocabulary;
-use crate::{Error, InstructVersion, hugging_face, instruct, sentencepiece, tekken};
+use crate::{Error, GgufTokenizer, InstructVersion, hugging_face, instruct, sentencepiece, tekken};
 
 /// Longest text that is tokenized, in bytes: a million tokens of ordinary text.
 pub const TEXT_BYTES_MAX: usize = 4 << 20;
@@ -93,6 +93,12 @@ impl Tokenizer {
         )
     }
 
+    /// Makes the tokenizer that the GGUF file `path` carries in its metadata.
+    pub fn from_gguf(path: &Path, metadata: &GgufTokenizer<'_>) -> Result<Self, Error> {
+        let (parts, companions) = metadata.load(path)?;
+        Self::finish(path, parts, companions)
+    }
+
     fn build(
         path: &Path,
         kind: FileKind,
@@ -113,6 +119,10 @@ impl Tokenizer {
                         .is_some_and(|source| source.contains(text))
             })?,
         };
+        Self::finish(path, parts, companions)
+    }
+
+    fn finish(path: &Path, parts: Parts, companions: Companions) -> Result<Self, Error> {
         let named_id = |text: &Option<String>| {
             text.as_ref()
                 .and_then(|text| parts.vocabulary.control_id(text))

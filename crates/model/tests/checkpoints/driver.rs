@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tramontane_compute::{
     Attention, AttentionConfig, Backend, Contributions, ExpertJob, ExpertSum, Experts,
-    KV_PAGE_TOKENS, Piece, RoutedRows, SequenceSpan, StepBatch,
+    KV_PAGE_TOKENS, KvFormat, Piece, RoutedRows, SequenceSpan, StepBatch,
 };
 use tramontane_model::{Checkpoint, load_slices};
 use tramontane_testkit::golden::argmax;
@@ -39,6 +39,7 @@ impl Driver {
         let config = AttentionConfig {
             num_pages: NUM_PAGES,
             max_rows: MAX_ROWS,
+            kv_format: KvFormat::Bf16,
         };
         let mut workers = Vec::new();
         for cut in cuts.windows(2) {

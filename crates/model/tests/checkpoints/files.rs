@@ -102,7 +102,7 @@ fn a_wrong_shape_is_refused_with_file_tensor_expected_and_got() {
     assert_eq!(
         refused(folder.path()),
         "model.safetensors: tensor model.layers.1.block_sparse_moe.experts.3.w2.weight has shape \
-         [64, 32], expected [32, 64] by config.json"
+         [64, 32], expected [32, 64] by the configuration"
     );
 }
 
@@ -238,7 +238,7 @@ fn a_shifted_bit_is_refused_by_the_manifest() {
         .verify(&|_, _| {})
         .unwrap();
     assert_eq!(report.digests.len(), 2);
-    manifest::write(folder.path(), &report.digests).unwrap();
+    manifest::write(&folder.path().join(manifest::FILE), &report.digests).unwrap();
     Checkpoint::open(folder.path()).unwrap();
 
     let path = folder.path().join(SECOND);
@@ -252,7 +252,7 @@ fn a_shifted_bit_is_refused_by_the_manifest() {
         "{text}"
     );
 
-    manifest::write(folder.path(), &report.digests[..1]).unwrap();
+    manifest::write(&folder.path().join(manifest::FILE), &report.digests[..1]).unwrap();
     let text = refused(folder.path());
     assert!(text.contains("has no digest of model-00002"), "{text}");
 }
@@ -312,7 +312,7 @@ fn the_fingerprint_changes_with_weights_shape_and_window_and_with_nothing_else()
 #[test]
 fn the_demo_is_opened_from_memory_and_loads_in_parallel() {
     let checkpoint = Checkpoint::from_embedded().unwrap();
-    assert!(checkpoint.directory().is_none());
+    assert!(checkpoint.manifest_path().is_none());
     let about = checkpoint.inspect();
     assert_eq!(
         (about.parameters / 10_000, about.parameters_active / 10_000),

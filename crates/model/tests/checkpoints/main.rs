@@ -4,4 +4,5 @@
 mod driver;
 mod exact;
 mod files;
+mod gguf;
 mod golden;
