@@ -323,6 +323,7 @@ async fn register(store: &EtcdStore, id: &str, ttl: Duration) {
         schema: RECORD_SCHEMA,
         id: WorkerId::new(id),
         address: "worker:7000".to_owned(),
+        socket: None,
         roles: Roles {
             attention: true,
             experts: true,

@@ -15,7 +15,10 @@ use crate::flight::{Arrival, OpenCall, Ticket};
 use crate::health::Health;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
-use crate::{CallLimits, Error, ExchangeStats, ExpertCall, Job, Refusal, Reply, Transport};
+use crate::{
+    CallLimits, Desk, Error, ExchangeStats, ExpertCall, ExpertServerHandle, Job, Refusal, Reply,
+    Transport,
+};
 
 /// How long a step waits for one layer: time for the planner to publish a new placement and for a
 /// survivor to load a slice.
@@ -28,6 +31,8 @@ const PATIENCE_MAX: u32 = 5;
 const OVERDUE_PAUSE: Duration = Duration::from_millis(50);
 /// How often jobs without a home are planned again.
 const HOMELESS_PAUSE: Duration = Duration::from_millis(5);
+/// Steps of more rows take long enough in attention for the server's thread to serve meanwhile.
+const SHORT_STEP_ROWS: usize = 64;
 
 /// Carries the rows of one layer to their experts and hands back what they return. One engine thread owns it.
 pub trait Exchange: Send + fmt::Debug {
@@ -47,6 +52,9 @@ pub trait Exchange: Send + fmt::Debug {
         ticket: Ticket,
         add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
     ) -> Result<(), Error>;
+
+    /// The engine has nothing to do until further notice.
+    fn rest(&mut self) {}
 }
 
 /// What an exchange needs to know; made with [`ExchangeConfig::new`].
@@ -87,6 +95,9 @@ pub struct ExpertExchange {
     local: Option<Arc<dyn Experts>>,
     placement: Arc<ArcSwapOption<Placement>>,
     transport: Arc<dyn Transport>,
+    desk: Arc<Desk>,
+    /// The server in front of `local`, which joins our calls with those of others.
+    server: Option<ExpertServerHandle>,
     health: Health,
     stats: Arc<ExchangeStats>,
     turn: usize,
@@ -105,17 +116,28 @@ impl ExpertExchange {
         let limits = CallLimits::new(&config.geometry, config.row_format);
         // Workers begin at different turns, so that equal ones do not all ask the same holder.
         let turn = config.me.as_str().bytes().map(usize::from).sum();
-        let (health, stats) = (Health::default(), Arc::default());
+        let (desk, health, stats) = (Arc::default(), Health::default(), Arc::default());
         Self {
             config,
             limits,
             local,
             placement,
             transport,
+            desk,
+            server: None,
             health,
             stats,
             turn,
         }
+    }
+
+    /// Waits at `desk`, where the answers of this host's workers are read; computes through `server`,
+    /// whose thread sits there too.
+    #[must_use]
+    pub fn at(mut self, desk: Arc<Desk>, server: Option<ExpertServerHandle>) -> Self {
+        debug_assert!(server.as_ref().is_none_or(|s| Arc::ptr_eq(s.desk(), &desk)));
+        (self.desk, self.server) = (desk, server);
+        self
     }
 
     /// Counters, readable from any thread.
@@ -125,7 +147,7 @@ impl ExpertExchange {
     }
 
     /// Plans `wants` on the newest placement and sends what is for others.
-    fn plan_and_send(&mut self, ticket: &mut Ticket, wants: &[Job], now: Instant) {
+    fn plan_and_send(&mut self, ticket: &mut Ticket, wants: &[Job], now: Instant) -> Epoch {
         let placement = self.placement.load_full();
         let epoch = placement.as_ref().map_or(Epoch(0), |p| p.epoch);
         let usable = |worker: &WorkerId| self.health.usable(worker, now);
@@ -138,6 +160,7 @@ impl ExpertExchange {
                 self.send(ticket, &worker, frame, epoch, now);
             }
         }
+        epoch
     }
 
     fn plan(
@@ -189,8 +212,32 @@ impl ExpertExchange {
         self.transport.send(worker, call, reply);
     }
 
+    /// Computes what is ours, or queues it beside the calls of others.
+    fn compute_local(&self, ticket: &mut Ticket, epoch: Epoch) -> Result<(), Error> {
+        let Some(server) = self.server.as_ref().filter(|_| !ticket.local.is_empty()) else {
+            return self.compute_here(ticket);
+        };
+        let jobs = std::mem::take(&mut ticket.local);
+        let call = ExpertCall {
+            epoch,
+            layer: ticket.layer,
+            num_rows: ticket.num_rows,
+            rows: ticket.rows.clone(),
+            jobs: jobs.clone(),
+        };
+        let reply = ticket.open_call(OpenCall {
+            worker: self.config.me.clone(),
+            outputs_len: answers::outputs_len(&self.config.geometry, &jobs),
+            jobs,
+            // Nobody is asked in our place before we have refused.
+            check_at: Instant::now() + self.config.layer_deadline,
+        });
+        server.submit_own(call, reply);
+        Ok(())
+    }
+
     /// Computes what is ours. A slice that was unloaded meanwhile has no home any more.
-    fn compute_local(&self, ticket: &mut Ticket) -> Result<(), Error> {
+    fn compute_here(&self, ticket: &mut Ticket) -> Result<(), Error> {
         let jobs = std::mem::take(&mut ticket.local);
         let Some(experts) = self.local.as_ref().filter(|_| !jobs.is_empty()) else {
             return Ok(());
@@ -212,6 +259,8 @@ impl ExpertExchange {
     /// Waits until every job is answered, asking elsewhere when a call is refused, lost or late.
     fn wait(&mut self, ticket: &mut Ticket) -> Result<(), Error> {
         let begin = Instant::now();
+        let (desk, server) = (Arc::clone(&self.desk), self.server.clone());
+        let mut seat = desk.sit(server.as_ref().map(ExpertServerHandle::shared));
         let deadline = begin + self.config.layer_deadline;
         let mut now = begin;
         while !ticket.is_complete() {
@@ -225,7 +274,7 @@ impl ExpertExchange {
                 wake = wake.min(now + HOMELESS_PAUSE);
             }
             // One wait, then everything else that is there already.
-            while let Some(arrival) = ticket.next_arrival(wake) {
+            while let Some(arrival) = ticket.next_arrival(wake, &mut seat) {
                 wake = now;
                 match arrival {
                     Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
@@ -236,8 +285,8 @@ impl ExpertExchange {
             self.give_up_overdue(ticket, now);
             let homeless = std::mem::take(&mut ticket.homeless);
             if !homeless.is_empty() {
-                self.plan_and_send(ticket, &homeless, now);
-                self.compute_local(ticket)?;
+                let epoch = self.plan_and_send(ticket, &homeless, now);
+                self.compute_local(ticket, epoch)?;
             }
         }
         Ok(())
@@ -250,6 +299,9 @@ impl ExpertExchange {
         answer: Result<Reply, Refusal>,
     ) -> Result<(), Error> {
         let expected = call.outputs_len;
+        if call.worker == self.config.me {
+            return self.on_own_answer(ticket, call, answer);
+        }
         let refusal = match answer {
             Ok(reply) if reply.outputs.len() == expected => {
                 self.health.answered(&call.worker);
@@ -265,6 +317,36 @@ impl ExpertExchange {
             Err(refusal) => refusal,
         };
         self.on_refusal(ticket, call, refusal)
+    }
+
+    /// What our own server says is no news about another worker.
+    fn on_own_answer(
+        &self,
+        ticket: &mut Ticket,
+        call: OpenCall,
+        answer: Result<Reply, Refusal>,
+    ) -> Result<(), Error> {
+        match answer {
+            Ok(reply) => {
+                add(&self.stats.rows_local, num_pairs(&call.jobs));
+                ticket.answers.push(Answer::remote(call.jobs, reply));
+                Ok(())
+            }
+            Err(Refusal::Stale { .. }) => {
+                ticket.homeless.extend(call.jobs);
+                Ok(())
+            }
+            Err(Refusal::Invalid(reason)) => Err(Error::Invalid {
+                layer: ticket.layer,
+                worker: call.worker,
+                reason,
+            }),
+            // The server stops or is full of others' calls: that is no reason not to compute ours.
+            Err(_) => {
+                ticket.local.extend(call.jobs);
+                self.compute_here(ticket)
+            }
+        }
     }
 
     fn on_refusal(
@@ -328,11 +410,14 @@ impl Exchange for ExpertExchange {
     fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error> {
         let geometry = &self.config.geometry;
         let wants = plan::wants(layer, routed, geometry, &self.limits)?;
+        // Whoever sits there leaves while we plan.
+        self.desk.engine_comes();
         let routing = Routing::new(routed, geometry.top_k);
         let rows = Bytes::copy_from_slice(&routed.rows);
-        let mut ticket = Ticket::new(layer, routed.num_rows, rows, routing);
+        let desk = Arc::clone(&self.desk);
+        let mut ticket = Ticket::new(layer, routed.num_rows, rows, routing, desk);
         self.turn = self.turn.wrapping_add(1);
-        self.plan_and_send(&mut ticket, &wants, Instant::now());
+        ticket.epoch = self.plan_and_send(&mut ticket, &wants, Instant::now());
         Ok(ticket)
     }
 
@@ -341,9 +426,14 @@ impl Exchange for ExpertExchange {
         mut ticket: Ticket,
         add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
     ) -> Result<(), Error> {
-        self.compute_local(&mut ticket)?;
+        self.desk.engine_comes();
+        let epoch = ticket.epoch;
+        let computed = self.compute_local(&mut ticket, epoch);
         let begin = Instant::now();
-        let waited = self.wait(&mut ticket);
+        let waited = computed.and_then(|()| self.wait(&mut ticket));
+        if ticket.num_rows > SHORT_STEP_ROWS {
+            self.desk.engine_goes();
+        }
         stats::add(
             &self.stats.wait_us_total,
             begin.elapsed().as_micros() as usize,
@@ -351,6 +441,16 @@ impl Exchange for ExpertExchange {
         waited?;
         answers::contribute(&self.config.geometry, &ticket.routing, &ticket.answers, add)?;
         Ok(())
+    }
+
+    fn rest(&mut self) {
+        self.desk.engine_rests();
+    }
+}
+
+impl Drop for ExpertExchange {
+    fn drop(&mut self) {
+        self.desk.engine_rests();
     }
 }
 

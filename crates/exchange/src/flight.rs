@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use parking_lot::{Condvar, Mutex};
-use tramontane_types::{ExpertSlice, LayerId, WorkerId};
+use parking_lot::Mutex;
+use tramontane_types::{Epoch, ExpertSlice, LayerId, WorkerId};
 
 use crate::answers::{Answer, Routing};
-use crate::{Error, Job, Refusal, Reply, ReplySender};
+use crate::desk::Seat;
+use crate::{Desk, Error, Job, Refusal, Reply, ReplySender};
 
 /// A dispatched layer. Hand it to [`Exchange::combine`](crate::Exchange::combine); dropped instead, its
 /// answers go nowhere.
@@ -18,6 +19,8 @@ use crate::{Error, Job, Refusal, Reply, ReplySender};
 pub struct Ticket {
     pub(crate) layer: LayerId,
     pub(crate) num_rows: usize,
+    /// Of the placement that it was planned on first.
+    pub(crate) epoch: Epoch,
     pub(crate) routing: Routing,
     /// All rows of the step.
     pub(crate) rows: Bytes,
@@ -58,10 +61,17 @@ pub(crate) enum Arrival {
 }
 
 impl Ticket {
-    pub(crate) fn new(layer: LayerId, num_rows: usize, rows: Bytes, routing: Routing) -> Self {
+    pub(crate) fn new(
+        layer: LayerId,
+        num_rows: usize,
+        rows: Bytes,
+        routing: Routing,
+        desk: Arc<Desk>,
+    ) -> Self {
         Self {
             layer,
             num_rows,
+            epoch: Epoch(0),
             routing,
             rows,
             local: Vec::new(),
@@ -72,7 +82,10 @@ impl Ticket {
             last_refusal: None,
             num_silent: 0,
             next_call: 0,
-            inbox: Arc::default(),
+            inbox: Arc::new(Inbox {
+                desk,
+                answers: Mutex::default(),
+            }),
         }
     }
 
@@ -90,12 +103,12 @@ impl Ticket {
         ReplySender::new(move |answer| inbox.put(id, answer))
     }
 
-    /// The next arrival, or `None` when `until` has passed without one. A good reply to a call that was
+    /// The next arrival at `seat`, or `None` when `until` has passed without one. A good reply to a call that was
     /// given up answers in place of the call that replaced it, if that one is still open; a refusal of
     /// such a call is ignored.
-    pub(crate) fn next_arrival(&mut self, until: Instant) -> Option<Arrival> {
+    pub(crate) fn next_arrival(&mut self, until: Instant, seat: &mut Seat<'_>) -> Option<Arrival> {
         loop {
-            let (id, answer) = self.inbox.take(until)?;
+            let (id, answer) = seat.wait(until, &mut || self.inbox.take())?;
             if let Some(call) = self.open.remove(&id) {
                 return Some(Arrival::Answer(call, answer));
             }
@@ -195,27 +208,20 @@ impl Ticket {
 }
 
 /// Answers on their way to the waiting engine: at most one per call of the ticket.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inbox {
+    /// Where the engine waits.
+    desk: Arc<Desk>,
     answers: Mutex<VecDeque<(u64, Result<Reply, Refusal>)>>,
-    arrived: Condvar,
 }
 
 impl Inbox {
     fn put(&self, call: u64, answer: Result<Reply, Refusal>) {
         self.answers.lock().push_back((call, answer));
-        self.arrived.notify_one();
+        self.desk.ring();
     }
 
-    fn take(&self, until: Instant) -> Option<(u64, Result<Reply, Refusal>)> {
-        let mut answers = self.answers.lock();
-        loop {
-            if let Some(answer) = answers.pop_front() {
-                return Some(answer);
-            }
-            if self.arrived.wait_until(&mut answers, until).timed_out() {
-                return answers.pop_front();
-            }
-        }
+    fn take(&self) -> Option<(u64, Result<Reply, Refusal>)> {
+        self.answers.lock().pop_front()
     }
 }

@@ -4,32 +4,39 @@
 //! to be sent where is decided in [`plan`] (pure); [`ExpertExchange`] sends it over a [`Transport`],
 //! computes its own share meanwhile, and asks elsewhere when an answer does not come. The other half
 //! of a worker is its [`ExpertServer`]: one thread that merges the waiting calls of a layer.
-//! gRPC stands behind [`GrpcTransport`] and [`ExpertService`]; nothing here blocks a runtime thread.
+//! Both halves of a worker meet at its [`Desk`]: one thread at a time takes answers and serves calls.
+//! gRPC stands behind [`GrpcTransport`] and [`ExpertService`]; Unix sockets of the
+//! same host behind [`HostTransport`] and [`HostListener`]; nothing here blocks a runtime thread.
 
 mod answers;
 pub mod call;
+mod desk;
 pub mod error;
 pub mod exchange;
 mod failure;
 mod flight;
 pub mod grpc;
 mod health;
+mod host;
 pub mod limits;
 mod local;
 mod merge;
 pub mod plan;
+mod rhythm;
 pub mod server;
 pub mod stats;
 pub mod transport;
 mod validate;
 
 pub use call::{ExpertCall, Job, Refusal, Reply, ReplySender};
+pub use desk::{Desk, LOOK_TIME};
 pub use error::Error;
 pub use exchange::{Exchange, ExchangeConfig, ExpertExchange};
 pub use flight::Ticket;
 pub use grpc::{
     ExpertService, ExpertServiceConfig, GrpcTransport, GrpcTransportConfig, LinkSettings,
 };
+pub use host::{HostListener, HostTransport, PeerAddress};
 pub use limits::CallLimits;
 pub use local::LocalTransport;
 pub use server::{ExpertServer, ExpertServerConfig, ExpertServerHandle, ExpertServerStats};

@@ -1,30 +1,41 @@
-//! The expert half of a worker: one thread that merges the waiting calls of a layer, so that each weight
-//! is read once for all of them. Never blocks a caller.
+//! The expert half of a worker: merges the waiting calls of a layer, its own engine's included, so that each
+//! weight is read once for all of them. Never blocks a caller.
+//!
+//! Whoever sits at the [`Desk`] computes: the server's own thread, or the engine's while it waits.
+
+mod batch;
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-use tramontane_compute::{ExpertJob, Experts, RowFormat};
+use parking_lot::Mutex;
+use tramontane_compute::{Experts, RowFormat};
 use tramontane_types::{Epoch, LayerId, ModelGeometry};
 
-use crate::call::outputs_of;
-use crate::exchange::borrow;
-use crate::failure::{Failure, panic_text};
-use crate::merge::{len_of, merge, split};
+use self::batch::{Scratch, take_layer};
+use crate::rhythm::{Caller, Rhythm};
 use crate::stats::add;
 use crate::validate::check_call;
-use crate::{CallLimits, ExpertCall, Refusal, Reply, ReplySender};
+use crate::{CallLimits, Desk, ExpertCall, Refusal, ReplySender};
 
 /// Most calls that wait; the next one is refused as busy.
 pub const SERVER_QUEUE_MAX: usize = 256;
 
-/// Most rows of one merged batch, unless a single call has more.
-pub const MERGE_ROWS_MAX: usize = 2048;
+/// Most rows of one merged batch, unless a single call has more. Beyond, products take longer than reading
+/// the weights, and a call that is computed first is answered first.
+pub const MERGE_ROWS_MAX: usize = 256;
+
+/// Most rows of a batch that waits for callers which are about to call.
+const WAIT_ROWS_MAX: usize = 64;
+
+/// A call that has waited this long goes first, whatever its layer.
+const PHASE_PATIENCE: Duration = Duration::from_millis(50);
+
+/// How long the thread sits without looking whether it should.
+const SITTING_MAX: Duration = Duration::from_secs(60);
 
 /// What an expert server needs to know; made with [`ExpertServerConfig::new`].
 #[derive(Clone, Debug)]
@@ -73,7 +84,17 @@ pub struct ExpertServerHandle {
     shared: Arc<Shared>,
 }
 
-/// What an expert server has done. All counters only grow.
+/// What was done at the desk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// A batch was computed.
+    Batch,
+    /// Calls wait for others of their layer.
+    Later,
+    Nothing,
+}
+
+/// What an expert server has done for other workers. All counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExpertServerStats {
     /// Calls answered with outputs.
@@ -90,14 +111,17 @@ pub struct ExpertServerStats {
     pub waiting: u64,
 }
 
+/// What the desk serves from.
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     config: ExpertServerConfig,
     limits: CallLimits,
     experts: Arc<dyn Experts>,
     epoch: Arc<AtomicU64>,
+    desk: Arc<Desk>,
     queue: Mutex<Queue>,
-    arrived: Condvar,
+    /// Of whoever sits at the desk.
+    scratch: Mutex<Scratch>,
     counters: Counters,
 }
 
@@ -110,11 +134,19 @@ struct Counters {
     refused: AtomicU64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     /// In the order of arrival.
     calls: VecDeque<Waiting>,
+    rhythm: Rhythm,
     stop: Stop,
+}
+
+/// What is to be done about the queue.
+enum Next {
+    Batch(Vec<Waiting>),
+    Later,
+    Nothing,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,27 +163,45 @@ enum Stop {
 struct Waiting {
     call: ExpertCall,
     reply: ReplySender,
+    /// `None` when it is not known who called last time.
+    caller: Option<Caller>,
     arrived: Instant,
 }
 
 impl ExpertServer {
-    /// Starts the thread. `epoch` is the placement epoch that this worker serves, for stale answers.
+    /// Starts the thread at a desk of its own. `epoch` is the placement epoch that this worker serves,
+    /// for stale answers.
     #[must_use]
     pub fn start(
         config: ExpertServerConfig,
         experts: Arc<dyn Experts>,
         epoch: Arc<AtomicU64>,
     ) -> Self {
-        let limits = CallLimits::new(&config.geometry, config.row_format);
-        let (queue, arrived, counters) = Default::default();
+        Self::start_at(Arc::default(), config, experts, epoch)
+    }
+
+    /// Starts the thread at `desk`, which it shares with the worker's engine.
+    #[must_use]
+    pub fn start_at(
+        desk: Arc<Desk>,
+        config: ExpertServerConfig,
+        experts: Arc<dyn Experts>,
+        epoch: Arc<AtomicU64>,
+    ) -> Self {
+        let queue = Queue {
+            calls: VecDeque::new(),
+            rhythm: Rhythm::new(config.geometry.num_layers),
+            stop: Stop::No,
+        };
         let shared = Arc::new(Shared {
+            limits: CallLimits::new(&config.geometry, config.row_format),
             config,
-            limits,
             experts,
             epoch,
-            queue,
-            arrived,
-            counters,
+            desk,
+            queue: Mutex::new(queue),
+            scratch: Mutex::default(),
+            counters: Counters::default(),
         });
         let worker = Arc::clone(&shared);
         let name = "expert-server".to_owned();
@@ -184,7 +234,7 @@ impl ExpertServer {
             return;
         };
         self.handle.shared.queue.lock().stop = how;
-        self.handle.shared.arrived.notify_all();
+        self.handle.shared.desk.stop_waiting();
         if thread.join().is_err() {
             tracing::error!("the expert server's thread had panicked");
         }
@@ -201,7 +251,37 @@ impl ExpertServerHandle {
     /// Checks and queues a call. Never blocks: a call that does not fit, is not held here, or finds the
     /// queue full is refused through `reply` before this returns.
     pub fn submit(&self, call: ExpertCall, reply: ReplySender) {
-        let refusal = match self.shared.accept(call, reply) {
+        self.accept(None, call, reply);
+    }
+
+    /// As [`ExpertServerHandle::submit`], for one whose next call can be foreseen from this one.
+    pub(crate) fn submit_from(&self, caller: Caller, call: ExpertCall, reply: ReplySender) {
+        self.accept(Some(caller), call, reply);
+    }
+
+    /// Queues a call of this worker's own engine, which may have more rows than others may send.
+    pub(crate) fn submit_own(&self, call: ExpertCall, reply: ReplySender) {
+        if let Err(refused) = self.shared.enqueue(Some(Caller::OWN), call, reply) {
+            let (reply, why) = *refused;
+            reply.send(Err(why));
+        }
+    }
+
+    /// A caller will not call again.
+    pub(crate) fn forget(&self, caller: Caller) {
+        self.shared.queue.lock().rhythm.forget(caller);
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(crate) fn desk(&self) -> &Arc<Desk> {
+        &self.shared.desk
+    }
+
+    fn accept(&self, caller: Option<Caller>, call: ExpertCall, reply: ReplySender) {
+        let refusal = match self.shared.accept(caller, call, reply) {
             Ok(()) => return,
             Err(refusal) => refusal,
         };
@@ -261,12 +341,22 @@ impl ExpertServerHandle {
 impl Shared {
     fn accept(
         &self,
+        caller: Option<Caller>,
         call: ExpertCall,
         reply: ReplySender,
     ) -> Result<(), Box<(ReplySender, Refusal)>> {
         if let Err(reason) = check_call(&call, &self.config.geometry, &self.limits) {
             return Err(Box::new((reply, Refusal::Invalid(reason))));
         }
+        self.enqueue(caller, call, reply)
+    }
+
+    fn enqueue(
+        &self,
+        caller: Option<Caller>,
+        call: ExpertCall,
+        reply: ReplySender,
+    ) -> Result<(), Box<(ReplySender, Refusal)>> {
         if !self.holds(&call) {
             return Err(Box::new((
                 reply,
@@ -282,12 +372,18 @@ impl Shared {
         if queue.calls.len() >= self.config.queue_max {
             return Err(Box::new((reply, Refusal::Busy)));
         }
+        let arrived = Instant::now();
+        if let Some(caller) = caller {
+            queue.rhythm.called(caller, call.layer, arrived);
+        }
         queue.calls.push_back(Waiting {
             call,
             reply,
-            arrived: Instant::now(),
+            caller,
+            arrived,
         });
-        self.arrived.notify_one();
+        drop(queue);
+        self.desk.ring();
         Ok(())
     }
 
@@ -304,129 +400,57 @@ impl Shared {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 
-    /// Waits for calls; takes those of the layer whose call waits longest. `None`: stop.
-    fn next_batch(&self) -> Option<Vec<Waiting>> {
+    /// Computes one batch, if one is ready.
+    pub(crate) fn serve_one(&self) -> Served {
+        match self.next_batch(Instant::now()) {
+            Next::Batch(batch) => {
+                self.serve(batch, &mut self.scratch.lock());
+                Served::Batch
+            }
+            Next::Later => Served::Later,
+            Next::Nothing => Served::Nothing,
+        }
+    }
+
+    pub(crate) fn has_calls(&self) -> bool {
+        !self.queue.lock().calls.is_empty()
+    }
+
+    /// The calls of the lowest layer that somebody waits for: then those who are behind catch up, and
+    /// all go on together. Nobody waits longer for it than [`PHASE_PATIENCE`].
+    fn next_batch(&self, now: Instant) -> Next {
         let mut queue = self.queue.lock();
-        loop {
-            let drained = queue.stop == Stop::Drain && queue.calls.is_empty();
-            if queue.stop == Stop::Now || drained {
-                return None;
-            }
-            if let Some(oldest) = queue.calls.front() {
-                let layer = oldest.call.layer;
-                return Some(take_layer(
-                    &mut queue.calls,
-                    layer,
-                    self.config.merge_rows_max,
-                ));
-            }
-            self.arrived.wait(&mut queue);
-        }
-    }
-
-    /// Computes a batch and answers its calls. Calls that fail together are tried one by one, so that
-    /// one of them cannot take the others with it. A panic is a failure like any other.
-    fn serve(&self, mut batch: Vec<Waiting>, scratch: &mut Scratch) {
-        while let Some(at) = batch.iter().position(|waiting| !self.holds(&waiting.call)) {
-            let waiting = batch.swap_remove(at);
-            self.refuse(
-                waiting,
-                Refusal::Stale {
-                    epoch: self.epoch(),
-                },
-            );
-        }
-        let calls: Vec<&ExpertCall> = batch.iter().map(|waiting| &waiting.call).collect();
-        if calls.is_empty() {
-            return;
-        }
-        match self.compute_caught(&calls, scratch) {
-            Ok(outputs) => {
-                add(&self.counters.batches, 1);
-                for (waiting, outputs) in batch.into_iter().zip(outputs) {
-                    self.answer(waiting, outputs);
-                }
-            }
-            Err(_) if batch.len() > 1 => {
-                for waiting in batch {
-                    self.serve(vec![waiting], scratch);
-                }
-            }
-            Err(failure) => {
-                let why = failure.refusal(self.epoch());
-                for waiting in batch {
-                    self.refuse(waiting, why.clone());
-                }
-            }
-        }
-    }
-
-    fn answer(&self, waiting: Waiting, outputs: Vec<f32>) {
-        add(&self.counters.calls, 1);
-        add(&self.counters.rows, waiting.call.num_rows);
-        let service_us = waiting.arrived.elapsed().as_micros() as u64;
-        waiting.reply.send(Ok(Reply {
-            outputs: outputs_of(outputs),
-            service_us,
-        }));
-    }
-
-    fn refuse(&self, waiting: Waiting, why: Refusal) {
-        add(&self.counters.refused, 1);
-        waiting.reply.send(Err(why));
-    }
-
-    /// The outputs of each call. A panic of the backend ends here, or it would end the thread and with
-    /// it every later call.
-    fn compute_caught(
-        &self,
-        calls: &[&ExpertCall],
-        scratch: &mut Scratch,
-    ) -> Result<Vec<Vec<f32>>, Failure> {
-        // The scratch is all that a panic could leave half-written here; it is thrown away then.
-        let computed = catch_unwind(AssertUnwindSafe(|| self.compute(calls, scratch)));
-        let panic = match computed {
-            Ok(result) => return result.map_err(Failure::Refused),
-            Err(panic) => panic,
+        let queue = &mut *queue;
+        let Some(oldest) = queue.calls.front().filter(|_| queue.stop != Stop::Now) else {
+            return Next::Nothing;
         };
-        *scratch = Scratch::default();
-        let (num_calls, text) = (calls.len(), panic_text(panic.as_ref()));
-        let layer = calls.first().map(|call| call.layer.0);
-        tracing::error!(num_calls, layer, panic = text, "the experts panicked");
-        Err(Failure::Panicked)
+        let lowest = queue.calls.iter().map(|waiting| waiting.call.layer).min();
+        let is_overdue = now.saturating_duration_since(oldest.arrived) >= PHASE_PATIENCE;
+        let layer = lowest.filter(|_| !is_overdue).unwrap_or(oldest.call.layer);
+        if !is_overdue && queue.stop == Stop::No && queue.is_worth_waiting(layer, now) {
+            return Next::Later;
+        }
+        let rows_max = self.config.merge_rows_max;
+        Next::Batch(take_layer(&mut queue.calls, layer, rows_max))
     }
 
-    /// The outputs of each call.
-    fn compute(
-        &self,
-        calls: &[&ExpertCall],
-        scratch: &mut Scratch,
-    ) -> Result<Vec<Vec<f32>>, tramontane_compute::Error> {
-        if let [call] = calls {
-            let jobs: Vec<ExpertJob<'_>> = call.jobs.iter().map(borrow).collect();
-            let mut out = Vec::new();
-            self.experts
-                .compute(call.layer, &call.rows, call.num_rows, &jobs, &mut out)?;
-            return Ok(vec![out]);
+    /// Whether the thread is to leave the desk.
+    fn is_to_leave(&self) -> bool {
+        let queue = self.queue.lock();
+        match queue.stop {
+            Stop::No => self.desk.is_engine_here(),
+            Stop::Drain => queue.calls.is_empty(),
+            Stop::Now => true,
         }
-        let merged = merge(calls, &mut scratch.rows);
-        let jobs: Vec<ExpertJob<'_>> = merged.jobs.iter().map(borrow).collect();
-        let layer = calls.first().map_or(LayerId(0), |call| call.layer);
-        let out = &mut scratch.out;
-        self.experts
-            .compute(layer, &scratch.rows, merged.num_rows, &jobs, out)?;
-        let geometry = &self.config.geometry;
-        let lens = merged.jobs.iter().map(|job| len_of(geometry, job));
-        let (expected, got) = (lens.sum(), out.len());
-        if expected != got {
-            let what = "outputs of a merged batch".to_owned();
-            return Err(tramontane_compute::Error::Shape {
-                what,
-                expected,
-                got,
-            });
+    }
+
+    fn has_stopped(&self) -> bool {
+        let queue = self.queue.lock();
+        match queue.stop {
+            Stop::No => false,
+            Stop::Drain => queue.calls.is_empty(),
+            Stop::Now => true,
         }
-        Ok(split(calls, &merged.parts, out, geometry))
     }
 }
 
@@ -446,34 +470,26 @@ fn run(shared: &Shared) {
         }
     }
     let rest = RefuseRest(shared);
-    let mut scratch = Scratch::default();
-    while let Some(batch) = rest.0.next_batch() {
-        rest.0.serve(batch, &mut scratch);
+    while !shared.has_stopped() {
+        shared
+            .desk
+            .wait_for_engine(|| shared.queue.lock().stop != Stop::No);
+        let mut seat = shared.desk.sit(Some(rest.0));
+        let until = Instant::now() + SITTING_MAX;
+        let _left = seat.wait(until, &mut || shared.is_to_leave().then_some(()));
     }
 }
 
-/// Memory of the thread, reused from batch to batch.
-#[derive(Debug, Default)]
-struct Scratch {
-    rows: Vec<u8>,
-    out: Vec<f32>,
-}
-
-/// Takes the calls of `layer` in order of arrival, up to `rows_max` rows but at least one call.
-fn take_layer(calls: &mut VecDeque<Waiting>, layer: LayerId, rows_max: usize) -> Vec<Waiting> {
-    let mut batch: Vec<Waiting> = Vec::new();
-    let mut num_rows = 0;
-    let mut at = 0;
-    while let Some(waiting) = calls.get(at) {
-        if waiting.call.layer != layer {
-            at += 1;
-            continue;
-        }
-        num_rows += waiting.call.num_rows;
-        if num_rows > rows_max && !batch.is_empty() {
-            break;
-        }
-        batch.extend(calls.remove(at));
+impl Queue {
+    /// Whether others are about to call for `layer`, and computing with them saves more than waiting costs.
+    fn is_worth_waiting(&self, layer: LayerId, now: Instant) -> bool {
+        let of_layer = || self.calls.iter().filter(|w| w.call.layer == layer);
+        let rows: usize = of_layer().map(|waiting| waiting.call.num_rows).sum();
+        let Some(first) = of_layer().next().filter(|_| rows <= WAIT_ROWS_MAX) else {
+            return false;
+        };
+        let is_here = |caller| of_layer().any(|waiting| waiting.caller == Some(caller));
+        let until = self.rhythm.wait_until(layer, first.arrived, is_here);
+        until.is_some_and(|until| now < until)
     }
-    batch
 }

@@ -201,6 +201,7 @@ fn record(id: &str, address: String) -> WorkerRecord {
         schema: RECORD_SCHEMA,
         id: WorkerId::new(id),
         address,
+        socket: None,
         roles: Roles {
             attention: true,
             experts: true,

@@ -13,8 +13,8 @@ use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
 use tramontane_coordination::WorkerState;
 use tramontane_engine::Engine;
 use tramontane_exchange::{
-    CallLimits, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig, GrpcTransport,
-    GrpcTransportConfig, LinkSettings, Transport,
+    CallLimits, Desk, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
+    GrpcTransportConfig, HostTransport, LinkSettings, Transport,
 };
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
@@ -62,6 +62,7 @@ pub(crate) async fn build(
             let sizes = AttentionConfig {
                 num_pages: limits.num_pages,
                 max_rows: limits.max_step_rows,
+                kv_format: config.kv_format,
             };
             Some(backend.attention(&weights, sizes).map_err(Error::Backend)?)
         } else {
@@ -88,7 +89,9 @@ pub(crate) struct Worker {
     pub(crate) engine: Option<EngineThread>,
     pub(crate) expert_server: Option<ExpertServer>,
     /// Whom to tell where the peers are; `None` when they are in this process.
-    pub(crate) grpc: Option<Arc<GrpcTransport>>,
+    pub(crate) peers: Option<Arc<HostTransport>>,
+    /// Where the threads of both halves meet.
+    pub(crate) desk: Arc<Desk>,
     pub(crate) steps: StepMetrics,
 }
 
@@ -117,11 +120,13 @@ impl Plan<'_> {
         } = halves;
         let geometry = self.checkpoint.geometry();
         let epoch = Arc::new(AtomicU64::new(0));
-        let (grpc, transport) = self.transport(&*backend);
+        let desk = Arc::new(self.desk());
+        let (peers, transport) = self.transport(&*backend, &desk);
         let expert_server = experts.clone().map(|experts| {
             let (geometry, class) = (geometry.clone(), self.group.numeric_class.clone());
             let config = ExpertServerConfig::new(geometry, backend.row_format(), class);
-            ExpertServer::start(config, experts as Arc<dyn Experts>, Arc::clone(&epoch))
+            let (desk, epoch) = (Arc::clone(&desk), Arc::clone(&epoch));
+            ExpertServer::start_at(desk, config, experts as Arc<dyn Experts>, epoch)
         });
         if let (ExchangeKind::Local(hub), Some(server)) = (self.exchange, &expert_server) {
             hub.insert(self.id(), server.handle());
@@ -130,7 +135,10 @@ impl Plan<'_> {
         let (mut engine, mut exchange) = (None, None);
         if let Some(attention) = attention {
             let local = experts.clone().map(|experts| experts as Arc<dyn Experts>);
-            let carrier = self.exchange(&*backend, local, Arc::clone(&transport));
+            let server = expert_server.as_ref().map(ExpertServer::handle);
+            let carrier = self
+                .exchange(&*backend, local, Arc::clone(&transport))
+                .at(Arc::clone(&desk), server);
             exchange = Some(carrier.stats());
             engine = Some(self.engine(attention, carrier, &steps)?);
         }
@@ -155,12 +163,28 @@ impl Plan<'_> {
             node: Arc::new(node),
             engine,
             expert_server,
-            grpc,
+            peers,
+            desk,
             steps,
         })
     }
 
-    fn transport(&self, backend: &dyn Backend) -> (Option<Arc<GrpcTransport>>, Arc<dyn Transport>) {
+    /// Where the engine and the expert server meet; with sockets when peers may be other processes.
+    fn desk(&self) -> Desk {
+        if let ExchangeKind::Local(_) = self.exchange {
+            return Desk::default();
+        }
+        Desk::with_sockets().unwrap_or_else(|error| {
+            tracing::warn!(%error, "no Unix sockets, calls to workers of this host go over TCP");
+            Desk::default()
+        })
+    }
+
+    fn transport(
+        &self,
+        backend: &dyn Backend,
+        desk: &Arc<Desk>,
+    ) -> (Option<Arc<HostTransport>>, Arc<dyn Transport>) {
         if let ExchangeKind::Local(hub) = self.exchange {
             return (None, Arc::clone(hub) as _);
         }
@@ -173,7 +197,8 @@ impl Plan<'_> {
             link: LinkSettings::default(),
         };
         let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
-        let transport = Arc::new(GrpcTransport::new(config, Handle::current(), ended, tasks));
+        let (desk, runtime) = (Arc::clone(desk), Handle::current());
+        let transport = Arc::new(HostTransport::new(config, desk, runtime, ended, tasks));
         (Some(Arc::clone(&transport)), transport as _)
     }
 

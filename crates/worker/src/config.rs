@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use tramontane_compute::{KV_PAGE_TOKENS, WeightFormat};
+use tramontane_compute::{KV_PAGE_TOKENS, KvFormat, WeightFormat};
 use tramontane_coordination::Roles;
 use tramontane_engine::EngineConfig;
 use tramontane_runtime::duration_text;
@@ -46,6 +46,8 @@ pub struct WorkerConfig {
     pub roles: RoleSet,
     /// How weights are kept in memory; `f32` takes the reference backend.
     pub weights: WeightFormat,
+    /// How keys and values are kept in memory; part of the numeric class, like `weights`.
+    pub kv_format: KvFormat,
     /// Compute threads; all cores when absent.
     pub threads: Option<NonZeroUsize>,
     /// Bytes for expert weights; half of the machine's memory when absent.
@@ -87,6 +89,7 @@ impl Default for WorkerConfig {
             advertise: None,
             roles: RoleSet::default(),
             weights: WeightFormat::Bf16,
+            kv_format: KvFormat::default(),
             threads: None,
             expert_memory: None,
             kv_memory: None,
@@ -206,16 +209,15 @@ impl WorkerConfig {
         fits.min(usable).clamp(1, PAGES_MAX)
     }
 
-    /// Bytes of one page: keys and values of all layers, heads padded as the CPU backend pads them.
+    /// Bytes of one page: keys and values of all layers, heads laid out as the CPU backend does.
     fn page_bytes(&self, geometry: &ModelGeometry) -> u64 {
-        let element = if self.weights == WeightFormat::F32 {
-            4
+        let per_head = if self.weights == WeightFormat::F32 {
+            KV_PAGE_TOKENS * geometry.head_dim * 2 * size_of::<f32>()
         } else {
-            2
+            let dim = geometry.head_dim;
+            self.kv_format.key_bytes(dim) + self.kv_format.value_bytes(dim)
         };
-        let per_head = geometry.head_dim + geometry.head_dim.next_multiple_of(HEAD_PADDING);
-        let elements = geometry.num_layers * geometry.num_kv_heads * per_head * KV_PAGE_TOKENS;
-        (elements * element) as u64
+        (geometry.num_layers * geometry.num_kv_heads * per_head) as u64
     }
 }
 
@@ -223,8 +225,6 @@ impl WorkerConfig {
 const TIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Page numbers travel as u32 and the last one is taken.
 const PAGES_MAX: usize = u32::MAX as usize - 1;
-/// The CPU backend pads value rows to whole vectors of this many lanes.
-const HEAD_PADDING: usize = 16;
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -410,15 +410,19 @@ mod tests {
         };
         // Two layers of two heads of 16 keys and 16 values, 64 tokens, 2 bytes.
         let page_bytes = 2 * 2 * 32 * 64 * 2;
-        let pages = |memory: u64| {
+        let pages_as = |kv_format: KvFormat, memory: u64| {
             let config = WorkerConfig {
+                kv_format,
                 kv_memory: Some(memory),
                 max_running: 3,
                 ..good()
             };
             config.engine(&geometry, vec![]).num_pages
         };
+        let pages = |memory: u64| pages_as(KvFormat::Bf16, memory);
         assert_eq!(pages(10 * page_bytes + 1), 10);
+        // One byte each, and a scale for every sixteen.
+        assert_eq!(pages_as(KvFormat::Q8, 5 * page_bytes), 8);
         assert_eq!(pages(1 << 40), 3 * 4);
         assert_eq!(pages(0), 1);
     }

@@ -366,6 +366,7 @@ impl Loop {
     /// Takes what waits; waits itself while there is nothing to compute. False: stop.
     fn take_commands(&mut self) -> bool {
         if !self.engine.has_work() {
+            self.engine.rest();
             match self.commands.blocking_recv() {
                 Some(command) => self.take(command),
                 None => return false,

@@ -168,25 +168,38 @@ impl Follower {
         stop: CancellationToken,
     ) -> Option<Loading> {
         let half = self.node.experts.as_ref()?;
-        let progress = self.progress.clone();
+        let segment_bytes = half.segment_bytes;
+        let bytes_of = move |slices: &[ExpertSlice]| -> u64 {
+            let segments = slices.iter().map(|slice| u64::from(slice.range.len()));
+            segments.sum::<u64>() * segment_bytes
+        };
+        let (worker, progress) = (self.node.id.clone(), self.progress.clone());
+        let bytes = bytes_of(&slices);
         if let Some(bar) = &progress {
-            bar.set_length(bar.position() + slices.len() as u64);
+            bar.set_length(bar.position() + bytes);
         }
-        tracing::info!(worker = %self.node.id, num_slices = slices.len(), "loading expert slices");
+        tracing::info!(%worker, num_slices = slices.len(), bytes, "loading expert slices");
         slices.truncate(LOAD_BATCH);
         let (store, checkpoint) = (Arc::clone(&half.store), Arc::clone(&self.checkpoint));
         // As many as are read at once: then a worker that leaves is noticed.
         let chunk = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let load = move || {
-            let told = |_done, _all| {
-                if let Some(bar) = &progress {
-                    bar.inc(1);
+            let begin = Instant::now();
+            let mut bytes_done = 0;
+            for chunk in slices.chunks(chunk) {
+                if stop.is_cancelled() {
+                    return Ok(());
                 }
-            };
-            slices
-                .chunks(chunk)
-                .take_while(|_| !stop.is_cancelled())
-                .try_for_each(|chunk| load_slices(&checkpoint, &*store, chunk, &told))
+                load_slices(&checkpoint, &*store, chunk, &|_, _| {})?;
+                bytes_done += bytes_of(chunk);
+                if let Some(bar) = &progress {
+                    bar.inc(bytes_of(chunk));
+                }
+            }
+            let (took, bytes_left) = (begin.elapsed(), bytes - bytes_done);
+            let left = took.mul_f64(bytes_left as f64 / bytes_done.max(1) as f64);
+            tracing::info!(%worker, bytes_done, bytes_left, ?took, ?left, "expert slices loaded");
+            Ok(())
         };
         Some(self.tasks.spawn_blocking(load))
     }

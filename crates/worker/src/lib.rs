@@ -13,6 +13,7 @@ mod error;
 mod expert_keeper;
 mod follower;
 mod generate_service;
+mod host_socket;
 mod metrics;
 mod peers;
 mod registration;

@@ -35,6 +35,7 @@ pub(crate) fn record(
         schema: RECORD_SCHEMA,
         id: WorkerId::new(&config.id),
         address,
+        socket: None,
         roles,
         capacity_bytes: if roles.experts {
             config.expert_bytes()
@@ -42,7 +43,7 @@ pub(crate) fn record(
             0
         },
         segment_bytes: backend.segment_bytes(),
-        numeric_class: backend.numeric_class().to_owned(),
+        numeric_class: config.kv_format.class_of(backend.numeric_class()),
         model: ModelFacts {
             fingerprint: checkpoint.fingerprint().to_owned(),
             name: model_name.to_owned(),

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tramontane_coordination::{Registration, Store, WorkerRecord, watch_members, watch_placements};
-use tramontane_exchange::LocalTransport;
+use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_model::Checkpoint;
 use tramontane_runtime::ops::Ops;
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
@@ -18,6 +18,7 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use crate::assemble::{Life, Plan, Serving, Worker, build};
 use crate::drain::Drain;
 use crate::follower::{Follower, Group};
+use crate::host_socket::BoundSocket;
 use crate::server::Services;
 use crate::state::Node;
 use crate::{Error, WorkerConfig, metrics, peers, registration, server};
@@ -53,6 +54,14 @@ pub enum ExchangeKind {
     Local(Arc<LocalTransport>),
 }
 
+/// Where peers and routers reach this worker.
+fn advertised(config: &WorkerConfig, grpc: &TcpListener) -> Result<String, Error> {
+    match &config.advertise {
+        Some(address) => Ok(address.clone()),
+        None => Ok(grpc.local_addr().map_err(Error::Address)?.to_string()),
+    }
+}
+
 /// Runs a worker until `shutdown` is triggered or somebody asks it to drain, and it has drained.
 ///
 /// # Errors
@@ -70,14 +79,11 @@ pub async fn run(
     if let Some(listener) = parts.ops.take() {
         life.serve_ops(listener, readiness, Arc::clone(&ops));
     }
-    let address = match &config.advertise {
-        Some(address) => address.clone(),
-        None => parts.grpc.local_addr().map_err(Error::Address)?.to_string(),
-    };
+    let address = advertised(&config, &parts.grpc)?;
     let checkpoint = Arc::clone(&parts.checkpoint);
     let halves = build(&config, &checkpoint).await?;
     let name = &parts.model_name;
-    let record = registration::record(&config, &*halves.backend, &checkpoint, name, address);
+    let mut record = registration::record(&config, &*halves.backend, &checkpoint, name, address);
     let group = Group {
         numeric_class: record.numeric_class.clone(),
         model: record.model.fingerprint.clone(),
@@ -92,6 +98,8 @@ pub async fn run(
         life: &life,
     };
     let worker = plan.assemble(halves)?;
+    let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
+    record.socket = bound.as_ref().and_then(BoundSocket::record);
     let registry = metrics::registry(Arc::clone(&worker.node), &worker.steps);
     // Set once, here.
     let _was_empty = ops.set((Arc::clone(&worker.node), registry));
@@ -132,6 +140,7 @@ pub async fn run(
     joined.registered.trigger();
     joined.registered.finish(STOP_MAX).await;
     worker.leave(life, &exchange).await;
+    drop(bound);
     result
 }
 
@@ -200,6 +209,34 @@ impl Life {
 }
 
 impl Worker {
+    /// Listens for workers of the same host, where others may be other processes. Without a socket they
+    /// come over TCP: slower, but no reason not to serve.
+    fn listen_on_host(
+        &self,
+        config: &WorkerConfig,
+        group: &Group,
+        exchange: &ExchangeKind,
+        incarnation: u64,
+        life: &Life,
+    ) -> Option<BoundSocket> {
+        let (ExchangeKind::Grpc, Some(server)) = (exchange, &self.expert_server) else {
+            return None;
+        };
+        let bound = BoundSocket::bind(&std::env::temp_dir(), incarnation);
+        let (bound, listener) = bound
+            .map_err(|error| {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "no Unix socket, workers of this host call over TCP");
+            })
+            .ok()?;
+        let me = self.node.id.clone();
+        let service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
+        let answering = HostListener::new(service, server.handle(), Arc::clone(&self.desk));
+        let (stop, tasks) = (life.ended.clone(), life.tasks.clone());
+        life.tasks.spawn(answering.serve(listener, stop, tasks));
+        Some(bound)
+    }
+
     /// Registers, and follows who else is there.
     fn join(
         &self,
@@ -223,7 +260,7 @@ impl Worker {
         tasks.spawn(registration::refresh(node(), registration.clone(), stop));
         let placements = watch_placements(Arc::clone(&store), &life.tasks, ended());
         let members = watch_members(store, &life.tasks, ended());
-        if let Some(transport) = self.grpc.clone() {
+        if let Some(transport) = self.peers.clone() {
             let (me, members) = (self.node.id.clone(), members.clone());
             let serving = Arc::clone(serving);
             life.tasks
@@ -287,6 +324,7 @@ impl Worker {
                 tracing::error!(%worker, %error, "the expert server did not end well");
             }
         }
+        self.desk.close();
         tracing::info!(%worker, "worker has left");
     }
 }

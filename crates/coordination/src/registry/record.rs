@@ -26,6 +26,9 @@ pub struct WorkerRecord {
     pub id: WorkerId,
     /// `host:port` of its gRPC server, as others reach it.
     pub address: String,
+    /// Its Unix socket for workers of the same host, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<HostSocket>,
     /// What it may be used for.
     pub roles: Roles,
     /// Memory that it offers for expert weights.
@@ -49,6 +52,15 @@ pub struct WorkerRecord {
     /// How busy it is.
     #[serde(default)]
     pub load: WorkerLoad,
+}
+
+/// A Unix socket for expert calls.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostSocket {
+    /// The host that it is on; equal for processes that may be able to reach each other without a network.
+    pub host: String,
+    /// Where it is in the file system, absolute.
+    pub path: String,
 }
 
 /// What a worker may be used for.
@@ -151,13 +163,14 @@ impl WorkerRecord {
         }
         check_key(&self.key())?;
         let model = &self.model;
-        let texts = [
+        let mut texts = vec![
             &self.address,
             &self.numeric_class,
             &self.version,
             &model.fingerprint,
             &model.name,
         ];
+        texts.extend(self.socket.iter().flat_map(|s| [&s.host, &s.path]));
         if let Some(long) = texts.iter().find(|text| text.len() > RECORD_TEXT_BYTES_MAX) {
             return refuse(format!(
                 "text of {} bytes, at most {RECORD_TEXT_BYTES_MAX}",
@@ -226,6 +239,10 @@ pub(crate) mod tests {
             schema: RECORD_SCHEMA,
             id: WorkerId::new(id),
             address: "10.0.0.1:7000".to_owned(),
+            socket: Some(HostSocket {
+                host: "5ca1ab1e".to_owned(),
+                path: "/tmp/w.sock".to_owned(),
+            }),
             roles: Roles {
                 attention: true,
                 experts: true,
@@ -270,7 +287,8 @@ pub(crate) mod tests {
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);
-        let edits: [(&str, Edit); 9] = [
+        let edits: [(&str, Edit); 10] = [
+            ("path", |v| v["socket"]["path"] = "p".repeat(600).into()),
             ("schema", |v| v["schema"] = 2.into()),
             ("another id", |v| v["id"] = "b".into()),
             ("slash", |v| v["id"] = "a/b".into()),

@@ -327,7 +327,7 @@ impl PeerTask {
 }
 
 impl GrpcTransportConfig {
-    fn group(&self) -> Group<'_> {
+    pub(crate) fn group(&self) -> Group<'_> {
         let Self {
             cluster,
             numeric_class,

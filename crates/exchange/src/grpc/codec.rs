@@ -6,11 +6,11 @@ use tramontane_types::{Epoch, ExpertId, LayerId, SegmentRange};
 use crate::limits::REFUSAL_TEXT_MAX;
 use crate::{ExpertCall, Job, Refusal, Reply};
 
-pub(super) const fn frame(kind: Kind) -> v1::ExpertFrame {
+pub(crate) const fn frame(kind: Kind) -> v1::ExpertFrame {
     v1::ExpertFrame { kind: Some(kind) }
 }
 
-pub(super) fn call_to_wire(call_id: u64, call: ExpertCall) -> v1::ExpertFrame {
+pub(crate) fn call_to_wire(call_id: u64, call: ExpertCall) -> v1::ExpertFrame {
     let job_to_wire = |job: Job| v1::ExpertJob {
         expert: job.expert.0.into(),
         segment_begin: job.range.begin().into(),
@@ -28,7 +28,7 @@ pub(super) fn call_to_wire(call_id: u64, call: ExpertCall) -> v1::ExpertFrame {
 }
 
 /// The call, or what about its form is wrong.
-pub(super) fn call_from_wire(wire: v1::ExpertCall) -> Result<ExpertCall, String> {
+pub(crate) fn call_from_wire(wire: v1::ExpertCall) -> Result<ExpertCall, String> {
     let layer = u16::try_from(wire.layer).map_err(|_big| format!("layer {}", wire.layer))?;
     let mut jobs = Vec::with_capacity(wire.jobs.len());
     for job in wire.jobs {
@@ -58,7 +58,7 @@ fn job_from_wire(wire: v1::ExpertJob) -> Result<Job, String> {
     })
 }
 
-pub(super) fn answer_to_wire(
+pub(crate) fn answer_to_wire(
     call_id: u64,
     answer: Result<Reply, Refusal>,
     epoch: Epoch,
@@ -96,7 +96,7 @@ pub(super) fn answer_to_wire(
     }))
 }
 
-pub(super) fn refusal_from_wire(wire: v1::ExpertRefusal) -> Refusal {
+pub(crate) fn refusal_from_wire(wire: v1::ExpertRefusal) -> Refusal {
     match Reason::try_from(wire.reason) {
         Ok(Reason::Stale) => Refusal::Stale {
             epoch: Epoch(wire.epoch),
@@ -111,7 +111,7 @@ pub(super) fn refusal_from_wire(wire: v1::ExpertRefusal) -> Refusal {
 }
 
 /// Cuts a text that came from somebody else to what we keep.
-pub(super) fn clip(mut text: String) -> String {
+pub(crate) fn clip(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(REFUSAL_TEXT_MAX));
     text
 }

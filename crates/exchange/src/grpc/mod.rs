@@ -2,7 +2,7 @@
 //! No compression, no unary calls, no call without a credit.
 
 mod client;
-mod codec;
+pub(crate) mod codec;
 mod service;
 
 use std::time::Duration;
@@ -63,14 +63,14 @@ impl Default for LinkSettings {
 
 /// What two workers must agree on before a row is worth sending.
 #[derive(Clone, Copy, Debug)]
-struct Group<'a> {
-    cluster: &'a str,
-    numeric_class: &'a str,
-    model: &'a str,
+pub(crate) struct Group<'a> {
+    pub(crate) cluster: &'a str,
+    pub(crate) numeric_class: &'a str,
+    pub(crate) model: &'a str,
 }
 
 impl Group<'_> {
-    fn hello(&self, worker: &str, credits: usize) -> v1::Hello {
+    pub(crate) fn hello(&self, worker: &str, credits: usize) -> v1::Hello {
         v1::Hello {
             worker_id: worker.to_owned(),
             cluster: self.cluster.to_owned(),
@@ -81,7 +81,7 @@ impl Group<'_> {
     }
 
     /// Names the first thing in which `theirs` differs from us.
-    fn check(&self, theirs: &v1::Hello) -> Result<(), String> {
+    pub(crate) fn check(&self, theirs: &v1::Hello) -> Result<(), String> {
         let pairs = [
             ("cluster", self.cluster, &theirs.cluster),
             ("numeric class", self.numeric_class, &theirs.numeric_class),

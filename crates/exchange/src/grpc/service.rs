@@ -22,6 +22,8 @@ use super::{
     CONNECTION_STREAMS_MAX, CREDITS, CREDITS_MAX, EXCHANGE_STREAMS_MAX, Group, HTTP2_FRAME_BYTES,
     LinkSettings, codec,
 };
+use crate::host::new_caller;
+use crate::rhythm::Caller;
 use crate::stats::add;
 use crate::{ExpertServerHandle, Refusal, ReplySender};
 
@@ -160,13 +162,15 @@ impl ExpertService {
         mut incoming: Streaming<v1::ExpertFrame>,
         outgoing: mpsc::Sender<Result<v1::ExpertFrame, Status>>,
     ) {
-        let open = Arc::new(AtomicUsize::new(0));
+        let (caller, open) = (new_caller(), Arc::new(AtomicUsize::new(0)));
+        let server = self.server.clone();
+        let _gone = Gone(&server, caller);
         while let Ok(place) = outgoing.clone().reserve_owned().await {
             match incoming.message().await {
                 Ok(Some(v1::ExpertFrame {
                     kind: Some(Kind::Call(call)),
                 })) => {
-                    self.accept(call, place, &open);
+                    self.accept(caller, call, place, &open);
                 }
                 Ok(Some(_)) => add(&self.frames_dropped, 1),
                 Ok(None) => return,
@@ -180,6 +184,7 @@ impl ExpertService {
 
     fn accept(
         &self,
+        caller: Caller,
         call: v1::ExpertCall,
         place: OwnedPermit<Result<v1::ExpertFrame, Status>>,
         open: &Arc<AtomicUsize>,
@@ -200,9 +205,18 @@ impl ExpertService {
             place.send(answer(result));
         });
         match codec::call_from_wire(call) {
-            Ok(call) => self.server.submit(call, reply),
+            Ok(call) => self.server.submit_from(caller, call, reply),
             Err(reason) => reply.send(Err(Refusal::Invalid(reason))),
         }
+    }
+}
+
+/// A stream of calls; dropped, its caller is not expected any more.
+struct Gone<'a>(&'a ExpertServerHandle, Caller);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.forget(self.1);
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod cluster;
 mod fake_experts;
+mod host;
 mod wire;
 
 use std::sync::Arc;

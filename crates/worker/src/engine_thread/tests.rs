@@ -1,7 +1,7 @@
 //! What readers of the engine's thread see when they do not read, leave, or are left.
 
 use arc_swap::ArcSwapOption;
-use tramontane_compute::{AttentionConfig, Backend, Experts, WeightFormat};
+use tramontane_compute::{AttentionConfig, Backend, Experts, KvFormat, WeightFormat};
 use tramontane_engine::EngineConfig;
 use tramontane_exchange::{ExchangeConfig, ExpertExchange, LocalTransport};
 use tramontane_model::{Checkpoint, load_slices};
@@ -30,6 +30,7 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
     let sizes = AttentionConfig {
         num_pages: PAGES,
         max_rows: 64,
+        kv_format: KvFormat::Bf16,
     };
     let attention = backend.attention(&weights, sizes).unwrap();
     let experts = Arc::new(KeptExperts::new(

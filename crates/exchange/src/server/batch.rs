@@ -1,0 +1,175 @@
+//! One batch of the expert server: computed as one call of the backend, answered call by call.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use tramontane_compute::ExpertJob;
+use tramontane_types::LayerId;
+
+use super::{Shared, WAIT_ROWS_MAX, Waiting};
+use crate::call::outputs_of;
+use crate::exchange::borrow;
+use crate::failure::{Failure, panic_text};
+use crate::merge::{len_of, merge, split};
+use crate::rhythm::Caller;
+use crate::stats::add;
+use crate::{ExpertCall, Refusal, Reply};
+
+/// Takes the calls of `layer` in order of arrival, up to `rows_max` rows but at least one call.
+pub(super) fn take_layer(
+    calls: &mut VecDeque<Waiting>,
+    layer: LayerId,
+    rows_max: usize,
+) -> Vec<Waiting> {
+    let mut batch: Vec<Waiting> = Vec::new();
+    let mut num_rows = 0;
+    let mut at = 0;
+    while let Some(waiting) = calls.get(at) {
+        if waiting.call.layer != layer {
+            at += 1;
+            continue;
+        }
+        num_rows += waiting.call.num_rows;
+        if num_rows > rows_max && !batch.is_empty() {
+            break;
+        }
+        batch.extend(calls.remove(at));
+    }
+    batch
+}
+
+/// Memory of the thread, reused from batch to batch.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    rows: Vec<u8>,
+    out: Vec<f32>,
+}
+
+impl Shared {
+    /// Computes a batch and answers its calls. Calls that fail together are tried one by one, so that
+    /// one of them cannot take the others with it. A panic is a failure like any other.
+    pub(super) fn serve(&self, mut batch: Vec<Waiting>, scratch: &mut Scratch) {
+        while let Some(at) = batch.iter().position(|waiting| !self.holds(&waiting.call)) {
+            let waiting = batch.swap_remove(at);
+            self.refuse(
+                waiting,
+                Refusal::Stale {
+                    epoch: self.epoch(),
+                },
+            );
+        }
+        let calls: Vec<&ExpertCall> = batch.iter().map(|waiting| &waiting.call).collect();
+        if calls.is_empty() {
+            return;
+        }
+        let begin = Instant::now();
+        match self.compute_caught(&calls, scratch) {
+            Ok(outputs) => {
+                self.note_batch(&batch, begin);
+                for (waiting, outputs) in batch.into_iter().zip(outputs) {
+                    self.answer(waiting, outputs);
+                }
+            }
+            Err(_) if batch.len() > 1 => {
+                for waiting in batch {
+                    self.serve(vec![waiting], scratch);
+                }
+            }
+            Err(failure) => {
+                let why = failure.refusal(self.epoch());
+                for waiting in batch {
+                    self.refuse(waiting, why.clone());
+                }
+            }
+        }
+    }
+
+    fn note_batch(&self, batch: &[Waiting], begin: Instant) {
+        if batch
+            .iter()
+            .any(|waiting| waiting.caller != Some(Caller::OWN))
+        {
+            add(&self.counters.batches, 1);
+        }
+        let now = Instant::now();
+        let mut queue = self.queue.lock();
+        let rows: usize = batch.iter().map(|waiting| waiting.call.num_rows).sum();
+        if rows <= WAIT_ROWS_MAX {
+            queue.rhythm.computed(now - begin);
+        }
+        for caller in batch.iter().filter_map(|waiting| waiting.caller) {
+            queue.rhythm.answered(caller, now);
+        }
+    }
+
+    fn answer(&self, waiting: Waiting, outputs: Vec<f32>) {
+        if waiting.caller != Some(Caller::OWN) {
+            add(&self.counters.calls, 1);
+            add(&self.counters.rows, waiting.call.num_rows);
+        }
+        let service_us = waiting.arrived.elapsed().as_micros() as u64;
+        waiting.reply.send(Ok(Reply {
+            outputs: outputs_of(outputs),
+            service_us,
+        }));
+    }
+
+    pub(super) fn refuse(&self, waiting: Waiting, why: Refusal) {
+        add(&self.counters.refused, 1);
+        waiting.reply.send(Err(why));
+    }
+
+    /// The outputs of each call. A panic of the backend ends here, or it would end the thread and with
+    /// it every later call.
+    fn compute_caught(
+        &self,
+        calls: &[&ExpertCall],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Vec<f32>>, Failure> {
+        // The scratch is all that a panic could leave half-written here; it is thrown away then.
+        let computed = catch_unwind(AssertUnwindSafe(|| self.compute(calls, scratch)));
+        let panic = match computed {
+            Ok(result) => return result.map_err(Failure::Refused),
+            Err(panic) => panic,
+        };
+        *scratch = Scratch::default();
+        let (num_calls, text) = (calls.len(), panic_text(panic.as_ref()));
+        let layer = calls.first().map(|call| call.layer.0);
+        tracing::error!(num_calls, layer, panic = text, "the experts panicked");
+        Err(Failure::Panicked)
+    }
+
+    /// The outputs of each call.
+    fn compute(
+        &self,
+        calls: &[&ExpertCall],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<Vec<f32>>, tramontane_compute::Error> {
+        if let [call] = calls {
+            let jobs: Vec<ExpertJob<'_>> = call.jobs.iter().map(borrow).collect();
+            let mut out = Vec::new();
+            self.experts
+                .compute(call.layer, &call.rows, call.num_rows, &jobs, &mut out)?;
+            return Ok(vec![out]);
+        }
+        let merged = merge(calls, &mut scratch.rows);
+        let jobs: Vec<ExpertJob<'_>> = merged.jobs.iter().map(borrow).collect();
+        let layer = calls.first().map_or(LayerId(0), |call| call.layer);
+        let out = &mut scratch.out;
+        self.experts
+            .compute(layer, &scratch.rows, merged.num_rows, &jobs, out)?;
+        let geometry = &self.config.geometry;
+        let lens = merged.jobs.iter().map(|job| len_of(geometry, job));
+        let (expected, got) = (lens.sum(), out.len());
+        if expected != got {
+            let what = "outputs of a merged batch".to_owned();
+            return Err(tramontane_compute::Error::Shape {
+                what,
+                expected,
+                got,
+            });
+        }
+        Ok(split(calls, &merged.parts, out, geometry))
+    }
+}
