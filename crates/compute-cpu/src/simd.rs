@@ -51,6 +51,8 @@ pub(crate) trait Simd: Copy {
     fn load_i32(self, x: &[i32; LANES]) -> Self::I;
     fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_f32(self, x: Self::I) -> Self::F;
+    /// Whole numbers as signed bytes: the nearest one where there is none, 0 for NaN (as `as i8`).
+    fn to_i8(self, x: Self::F) -> [i8; LANES];
 
     fn bytes(self, x: &[u8; 64]) -> Self::B;
     fn store_bytes(self, x: Self::B, out: &mut [u8; 64]);

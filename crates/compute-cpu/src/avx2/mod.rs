@@ -1,15 +1,18 @@
 //! Sixteen lanes as two AVX2 registers. Never runs where the CPU lacks the instructions.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _CMP_GE_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_abs_epi8, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_and_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps,
-    _mm256_min_ps, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srli_epi16,
-    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
+    __m128i, __m256, __m256i, _CMP_GE_OQ, _CMP_ORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
+    _MM_HINT_T0, _mm_loadu_si128, _mm_packs_epi16, _mm_packs_epi32, _mm_prefetch, _mm256_abs_epi8,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256,
+    _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
 };
+use std::mem::transmute;
 
 use crate::simd::{LANES, Operation, Simd};
 
@@ -178,6 +181,29 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn to_f32(self, x: Self::I) -> Self::F {
         proven!([_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])])
+    }
+
+    #[inline(always)]
+    fn to_i8(self, x: Self::F) -> [i8; LANES] {
+        // Both take `x` where it is NaN, and NaN becomes i32::MIN: it is masked to 0, as the packs saturate.
+        let bounded = self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
+        proven!({
+            let ordered = [
+                _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(bounded[0], bounded[0])),
+                _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(bounded[1], bounded[1])),
+            ];
+            let low = _mm256_and_si256(_mm256_cvtps_epi32(bounded[0]), ordered[0]);
+            let high = _mm256_and_si256(_mm256_cvtps_epi32(bounded[1]), ordered[1]);
+            let low = _mm_packs_epi32(
+                _mm256_castsi256_si128(low),
+                _mm256_extracti128_si256::<1>(low),
+            );
+            let high = _mm_packs_epi32(
+                _mm256_castsi256_si128(high),
+                _mm256_extracti128_si256::<1>(high),
+            );
+            transmute::<__m128i, [i8; LANES]>(_mm_packs_epi16(low, high))
+        })
     }
 
     #[inline(always)]

@@ -1,14 +1,14 @@
 //! Sixteen lanes as one AVX-512 register. Never runs where the CPU lacks the instructions.
 
 use std::arch::x86_64::{
-    __m256i, __m512, __m512bh, __m512i, _CMP_GE_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps,
-    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbf16_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_mov_ps,
-    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_set1_epi8,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
-    _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
+    __m128i, __m256i, __m512, __m512bh, __m512i, _CMP_GE_OQ, _MM_FROUND_NO_EXC,
+    _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi8,
+    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps,
+    _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps,
+    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
 use std::mem::transmute;
 
@@ -183,6 +183,15 @@ macro_rules! implement {
             #[inline(always)]
             fn to_f32(self, x: Self::I) -> Self::F {
                 proven!(_mm512_cvtepi32_ps(x))
+            }
+
+            #[inline(always)]
+            fn to_i8(self, x: Self::F) -> [i8; LANES] {
+                // Both take `x` where it is NaN, and NaN becomes i32::MIN, whose low byte is 0.
+                let bounded = self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
+                proven!(transmute::<__m128i, [i8; LANES]>(
+                    _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(bounded))
+                ))
             }
 
             #[inline(always)]

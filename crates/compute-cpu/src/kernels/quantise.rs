@@ -83,21 +83,14 @@ fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> ([u8; BLOCK], f32, i32) {
     let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
     // With a scale of NaN every quotient is NaN, and NaN as i8 is 0.
     let mut q = [0_u8; BLOCK];
-    for (q, x) in q
-        .as_chunks_mut::<LANES>()
-        .0
-        .iter_mut()
-        .zip(values.as_chunks::<LANES>().0)
-    {
-        let mut rounded = [0.0; LANES];
-        s.store(s.round(s.mul(s.load(x), s.splat(inverse))), &mut rounded);
-        for i in 0..LANES {
-            q[i] = rounded[i] as i8 as u8;
-        }
-    }
     let mut sum = 0;
-    for &q in &q {
-        sum += i32::from(q as i8);
+    let halves = q.as_chunks_mut::<LANES>().0.iter_mut();
+    for (q, x) in halves.zip(values.as_chunks::<LANES>().0) {
+        let bytes = s.to_i8(s.round(s.mul(s.load(x), s.splat(inverse))));
+        for (q, byte) in q.iter_mut().zip(bytes) {
+            *q = byte as u8;
+            sum += i32::from(byte);
+        }
     }
     (q, d, sum)
 }

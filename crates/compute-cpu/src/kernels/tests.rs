@@ -213,7 +213,8 @@ fn quantisation_has_the_bits_of_the_specification() {
     for (isa, dispatch) in supported() {
         for len in [1, 31, 32, 33, 80, 1000] {
             let mut x = noise(len as u64, len);
-            x[0] = -x[0];
+            // Alone in its block so small a number has a scale whose inverse overflows.
+            x[0] *= if len == 1 { -1e-39 } else { -1.0 };
             let mut expected = vec![0; q8_row_bytes(len)];
             q8_row(&x, &mut expected);
             let mut wire = vec![9; expected.len()];

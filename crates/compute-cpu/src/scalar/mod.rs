@@ -130,6 +130,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn to_i8(self, x: Self::F) -> [i8; LANES] {
+        x.map(|x| x as i8)
+    }
+
+    #[inline(always)]
     fn bytes(self, x: &[u8; 64]) -> Self::B {
         *x
     }
