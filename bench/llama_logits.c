@@ -53,7 +53,7 @@ int main(int argc, char ** argv) {
     llama_log_set(warnings_only, NULL);
     llama_backend_init();
     struct llama_model_params load = llama_model_default_params();
-    /* Repacked weights change the speed, not the numbers, and the AMX form of them crashes on widths as small as here. */
+    /* No repacked weights: their AMX kernel crashed on models/smol in Q8_0 (llama-cpp-python 0.3.36's llama.cpp). */
     load.use_extra_bufts = false;
     struct llama_model * model = llama_model_load_from_file(argv[1], load);
     if (model == NULL || window < 1) {

@@ -1,7 +1,7 @@
 """models/smol in other coordinates: the same function, but weights that no quantiser has seen.
 
 models/smol was made from a Q4_1 file, so its blocks of 32 lie on 16 levels already, and any format with a scale and a
-minimum per 32 finds them again: it would look better than it is. And its width of 576 is no multiple of 256, so
+minimum per 32 can find them again and look better than it is. And its width of 576 is no multiple of 256, so
 llama.cpp replaces Q4_K by larger types. Here the residual stream is turned (pairs of dimensions by 30 to 60 degrees,
 which keeps outliers) and padded to 768 with zeros, 64 in every 256; heads are padded from 9 to 12. Norm weights move
 into the matrices behind them. Rounded to bf16, the result is a checkpoint of its own, with its own f32 base.
