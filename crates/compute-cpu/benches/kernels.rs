@@ -1,7 +1,7 @@
 //! How near the kernels come to the machine: experts by rows and format, then whole steps. Not a test of results.
 //!
-//! `cargo bench -p tramontane-compute-cpu [-- THREADS]`. Weights are random; every expert of a call lies
-//! outside the caches.
+//! `cargo bench -p tramontane-compute-cpu --bench kernels [-- [THREADS] [bf16|q8|q4 ...] [experts|steps ...] ['decode 1 at 128' ...]]`.
+//! Weights are random; every expert of a call lies outside the caches.
 #![expect(clippy::print_stdout, reason = "a table is what this program is for")]
 
 use std::error::Error;
@@ -20,12 +20,21 @@ use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, Node, Page
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// How long one figure is measured.
-const MEASURE: Duration = Duration::from_millis(300);
+const MEASURE: Duration = Duration::from_millis(1_000);
 /// Bytes read by the bandwidth figure.
 const BANDWIDTH_BYTES: usize = 512 << 20;
 /// How many reads that is.
 const BANDWIDTH_PARTS: usize = 32;
 const FORMATS: [WeightFormat; 3] = [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4];
+
+/// Steps of the whole model: name, sequences, first position, rows of each.
+const STEPS: [(&str, u32, u32, u32); 5] = [
+    ("prefill 512", 1, 0, 512),
+    ("decode 1 at 128", 1, 128, 1),
+    ("decode 1 at 4000", 1, 4000, 1),
+    ("decode 8 at 128", 8, 128, 1),
+    ("decode 32 at 128", 32, 128, 1),
+];
 
 /// A small Mixtral of 1.5 billion parameters.
 fn geometry() -> ModelGeometry {
@@ -52,6 +61,11 @@ fn main() -> Outcome<()> {
         .next()
         .or_else(|| std::thread::available_parallelism().ok())
         .unwrap_or(NonZeroUsize::MIN);
+    let formats = FORMATS
+        .into_iter()
+        .filter(|f| is_asked(&f.to_string(), &["bf16", "q8", "q4"]));
+    let formats: Vec<WeightFormat> = formats.collect();
+    let tables = ["experts", "steps"].map(|table| is_asked(table, &["experts", "steps"]));
     let bandwidth = read_bandwidth(threads.get());
     println!("{} with {threads} threads", Isa::detect());
     println!("read bandwidth {bandwidth:.1} GB/s\n");
@@ -59,19 +73,25 @@ fn main() -> Outcome<()> {
     println!("one expert, hidden 1024 x ff 3584, GB/s, of read, Gop/s");
     for isa in Isa::ALL {
         // Plain Rust is the specification and not meant to be fast.
-        if !isa.is_supported() || isa == Isa::Scalar {
+        if !tables[0] || !isa.is_supported() || isa == Isa::Scalar {
             continue;
         }
-        for format in FORMATS {
+        for &format in &formats {
             let backend = backend(&experts_geometry(), format, threads, Some(isa))?;
             experts_table(&noise, &format!("{isa} {format}"), &backend, bandwidth)?;
         }
     }
     println!("\nsteps of the whole model");
-    for format in FORMATS {
+    for format in formats.into_iter().filter(|_| tables[1]) {
         model_table(&noise, format, threads)?;
     }
     Ok(())
+}
+
+/// Whether an argument names `what`, or none names any of `all`.
+fn is_asked(what: &str, all: &[&str]) -> bool {
+    let named = |name: &str| std::env::args().any(|arg| arg == name);
+    named(what) || !all.iter().any(|name| named(name))
 }
 
 /// Calls `work` until the time is up and returns the shortest run, after one to warm up.
@@ -400,13 +420,10 @@ fn batch(num_sequences: u32, position: u32, num_rows: u32) -> StepBatch {
 fn model_table(noise: &Noise, format: WeightFormat, threads: NonZeroUsize) -> Outcome<()> {
     let backend = backend(&geometry(), format, threads, None)?;
     let mut model = Model::new(noise, &backend)?;
-    for (name, num_sequences, position, num_rows) in [
-        ("prefill 512", 1, 0, 512),
-        ("decode 1 at 128", 1, 128, 1),
-        ("decode 1 at 4000", 1, 4000, 1),
-        ("decode 8 at 128", 8, 128, 1),
-        ("decode 32 at 128", 32, 128, 1),
-    ] {
+    for (name, num_sequences, position, num_rows) in STEPS {
+        if !is_asked(name, &STEPS.map(|step| step.0)) {
+            continue;
+        }
         let batch = batch(num_sequences, position, num_rows);
         let mut split = [0.0; 4];
         let mut best = f64::MAX;

@@ -12,6 +12,7 @@ use crate::attention::CpuAttention;
 use crate::context::{Context, check_size};
 use crate::experts::{CpuExperts, Segment};
 use crate::isa::{Isa, UnsupportedIsa};
+use crate::memory::Slab;
 use crate::pack::PackFormat;
 use crate::pool::Pool;
 
@@ -68,6 +69,7 @@ impl CpuBackend {
             format,
             dispatch,
             pool,
+            weights: Slab::new(),
         };
         Ok(Self {
             context: Arc::new(context),

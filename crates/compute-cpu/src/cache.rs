@@ -5,7 +5,7 @@
 //!
 //! * bf16: keys `[head_dim][64 tokens]`, values `[64 tokens][head_dim rounded up to 16]`;
 //! * q8 ([`Q8Head`]): keys `[head_dim / 4][64 tokens][4]` and 64 scales, values
-//!   `[64 tokens / 4][head_dim rounded up to 16][4]` and 64 scales; bytes are stored as `q + 128`.
+//!   `[64 tokens / 4][head_dim rounded up to 16][4]` and 64 scales; bytes are signed.
 //!
 //! Memory is touched only when a page is written.
 
@@ -15,7 +15,7 @@ use tramontane_types::{ModelGeometry, PageId};
 
 use crate::disjoint::Disjoint;
 use crate::kernels::quantise::to_bf16;
-use crate::memory::{Region, Slab, region_bytes};
+use crate::memory::Region;
 use crate::pack::Line;
 use crate::simd::LANES;
 
@@ -105,7 +105,7 @@ impl KvCache {
             head_dim: geometry.head_dim,
         };
         let num_lines = layout.begin(geometry.num_layers, 0, 0);
-        let region = Slab::reserve(region_bytes(num_lines))?.take(num_lines)?;
+        let region = Region::alone(num_lines)?;
         Ok(Self { layout, region })
     }
 
@@ -193,10 +193,11 @@ impl KvWriter<'_> {
                     // SAFETY: these bytes belong to the slot and head, which the caller has alone.
                     unsafe { self.put(at, to_bf16(x).to_ne_bytes()) };
                 }
-                for (d, &x) in value.iter().enumerate() {
-                    let at = values + 2 * (offset * padded + d);
-                    // SAFETY: as above.
-                    unsafe { self.put(at, to_bf16(x).to_ne_bytes()) };
+                let at = values + 2 * offset * padded;
+                // SAFETY: as above.
+                let to = unsafe { self.bytes.range_mut(at..at + 2 * value.len()) };
+                for (to, &x) in to.as_chunks_mut::<2>().0.iter_mut().zip(value) {
+                    *to = to_bf16(x).to_ne_bytes();
                 }
             }
             KvFormat::Q8 => {
@@ -220,7 +221,7 @@ impl KvWriter<'_> {
         unsafe { self.put(scale_at, head.scale.to_ne_bytes()) };
         for (d, &x) in x.iter().enumerate() {
             // SAFETY: as above.
-            unsafe { self.put(place(d), [head.q(x) as u8 ^ 0x80]) };
+            unsafe { self.put(place(d), [head.q(x) as u8]) };
         }
     }
 

@@ -5,6 +5,7 @@ use tramontane_types::ModelGeometry;
 
 use crate::isa::Dispatch;
 use crate::kernels::pack::RowSource;
+use crate::memory::Slab;
 use crate::pack::{PackFormat, PackedMatrix, Packing};
 use crate::pool::Pool;
 
@@ -16,6 +17,8 @@ pub(crate) struct Context {
     pub(crate) format: PackFormat,
     pub(crate) dispatch: Dispatch,
     pub(crate) pool: Pool,
+    /// Memory of all packed matrices.
+    pub(crate) weights: Slab,
 }
 
 /// What a matrix belongs to.
@@ -78,7 +81,7 @@ impl Context {
             cols: tensors.first().map_or(0, |tensor| tensor.cols),
             source: &source,
         };
-        packing.run_on(&self.pool)
+        packing.run_on(&self.pool, &self.weights)
     }
 }
 

@@ -17,7 +17,6 @@ use tramontane_compute::{Error, ExpertJob, ExpertWeights, Experts};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, SEGMENTS_PER_EXPERT, SegmentRange, slice};
 
 use crate::context::{Context, check_index, check_size, check_tensor};
-use crate::memory::Slab;
 use call::Call;
 pub(crate) use segment::Segment;
 
@@ -99,11 +98,9 @@ impl Experts for CpuExperts {
         check_tensor("w2", &weights.w2, (hidden, ff))?;
         check_tensor("w3", &weights.w3, (ff, hidden))?;
         let missing = |segment: &u8| self.segments.read()[slot + usize::from(*segment)].is_none();
-        let missing: Vec<u8> = self.segments_of(slice.range).filter(missing).collect();
-        let mut slab = Slab::reserve(missing.len() * Segment::bytes_max(&self.context))?;
-        for segment in missing {
+        for segment in self.segments_of(slice.range).filter(missing) {
             let columns = slice::segment_columns(ff, segment);
-            let packed = Segment::pack(&self.context, weights, columns, &mut slab)?;
+            let packed = Segment::pack(&self.context, weights, columns)?;
             self.segments.write()[slot + usize::from(segment)].get_or_insert(Arc::new(packed));
         }
         Ok(())

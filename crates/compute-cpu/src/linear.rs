@@ -8,6 +8,9 @@ use crate::pack::{PAIR_ROWS, PackedMatrix};
 use crate::rows::Rows;
 use crate::simd::LANES;
 
+/// Pairs that take the same rows in turn when there are more rows than a tile has: their weights fit the second cache.
+const PAIRS_TOGETHER: usize = 4;
+
 /// Where a product goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Write {
@@ -42,26 +45,36 @@ impl Context {
         let out = Disjoint::new(out);
         run_guided(&self.pool, matrix.pairs(), &|pairs| {
             let mut tile = TileOut::ZERO;
-            for pair in pairs {
+            // Rows are read again for every pair, and what is written lies in as many places as there are rows:
+            // some pairs in turn for the same rows keep both near.
+            let together = if num_rows > TILE_ROWS_MAX {
+                PAIRS_TOGETHER
+            } else {
+                1
+            };
+            for begin in pairs.clone().step_by(together) {
+                let pairs = begin..pairs.end.min(begin + together);
                 for row_begin in (0..num_rows).step_by(TILE_ROWS_MAX) {
                     let num_rows = TILE_ROWS_MAX.min(num_rows - row_begin);
-                    self.dispatch.tile(Tile {
-                        matrix,
-                        pair,
-                        rows,
-                        row_begin,
-                        num_rows,
-                        block_begin: 0,
-                        next: matrix.pair(pair + 1),
-                        out: &mut tile.0,
-                    });
-                    for (i, row) in tile.0[..num_rows].iter().enumerate() {
-                        let col = pair * PAIR_ROWS;
-                        let len = PAIR_ROWS.min(stride - col);
-                        let at = (row_begin + i) * stride + col;
-                        // SAFETY: this item alone has these columns, and each row comes once.
-                        let target = unsafe { out.range_mut(at..at + len) };
-                        write_row(row, target, write);
+                    for pair in pairs.clone() {
+                        self.dispatch.tile(Tile {
+                            matrix,
+                            pair,
+                            rows,
+                            row_begin,
+                            num_rows,
+                            block_begin: 0,
+                            next: matrix.pair(pair + 1),
+                            out: &mut tile.0,
+                        });
+                        for (i, row) in tile.0[..num_rows].iter().enumerate() {
+                            let col = pair * PAIR_ROWS;
+                            let len = PAIR_ROWS.min(stride - col);
+                            let at = (row_begin + i) * stride + col;
+                            // SAFETY: this item alone has these columns, and each row comes once.
+                            let target = unsafe { out.range_mut(at..at + len) };
+                            write_row(row, target, write);
+                        }
                     }
                 }
             }

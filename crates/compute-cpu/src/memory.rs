@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use parking_lot::Mutex;
 use tramontane_compute::Error;
 
 use crate::pack::Line;
@@ -19,15 +20,26 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Regions begin at such pages, so that a dropped one gives back all of its memory.
 const PAGE: usize = 4096;
 
-/// Memory for matrices that are held together: on their own, few of them fill a huge page.
+/// Reserved at once for the weights of a backend: many matrices, since few fill a huge page on their own. What is
+/// not written takes no memory.
+const SLAB_BYTES: usize = 64 * HUGE_PAGE;
+
+/// Memory for matrices, one mapping after another.
 #[derive(Debug)]
 pub(crate) struct Slab {
+    /// Bytes of a mapping, unless a matrix is larger.
+    bytes: usize,
+    mapping: Mutex<Option<Mapping>>,
+}
+
+#[derive(Debug)]
+struct Mapping {
     map: Arc<MmapRaw>,
     /// What is left, in bytes from the start of the mapping.
     free: Range<usize>,
 }
 
-/// One part of a slab. Dropped, it gives its memory back, while others of the slab live on.
+/// One part of a mapping. Dropped, it gives its memory back, while other parts live on.
 #[derive(Debug)]
 pub(crate) struct Region {
     map: Arc<MmapRaw>,
@@ -37,11 +49,45 @@ pub(crate) struct Region {
 }
 
 impl Slab {
-    /// Memory for regions of so many bytes in all, see [`region_bytes`].
+    /// Room for all weights of a backend; takes no memory yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            bytes: SLAB_BYTES,
+            mapping: Mutex::new(None),
+        }
+    }
+
+    /// The next lines, all zero; of a new mapping when this one is used up.
     ///
     /// # Errors
     /// When the system refuses it.
-    pub(crate) fn reserve(bytes: usize) -> Result<Self, Error> {
+    pub(crate) fn take(&self, num_lines: usize) -> Result<Region, Error> {
+        let bytes = region_bytes(num_lines);
+        let mut mapping = self.mapping.lock();
+        let used_up = |mapping: &Mapping| mapping.free.len() < bytes;
+        if mapping.as_ref().is_none_or(used_up) {
+            *mapping = None;
+        }
+        let mapping = match &mut *mapping {
+            Some(mapping) => mapping,
+            none => none.insert(Mapping::reserve(bytes.max(self.bytes))?),
+        };
+        Ok(mapping.take(num_lines))
+    }
+}
+
+impl Region {
+    /// Lines that share no huge page with any others.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub(crate) fn alone(num_lines: usize) -> Result<Self, Error> {
+        Ok(Mapping::reserve(region_bytes(num_lines))?.take(num_lines))
+    }
+}
+
+impl Mapping {
+    fn reserve(bytes: usize) -> Result<Self, Error> {
         let refused = |source| Error::Library {
             operation: "reserving memory for weights",
             source: Box::new(source),
@@ -61,22 +107,15 @@ impl Slab {
         })
     }
 
-    /// The next lines, all zero; of a new slab when this one is used up.
-    ///
-    /// # Errors
-    /// As [`Slab::reserve`].
-    pub(crate) fn take(&mut self, num_lines: usize) -> Result<Region, Error> {
-        let bytes = region_bytes(num_lines);
-        if bytes > self.free.len() {
-            *self = Self::reserve(bytes)?;
-        }
+    /// Takes lines that fit.
+    fn take(&mut self, num_lines: usize) -> Region {
         let begin = self.free.start;
-        self.free.start += bytes;
-        Ok(Region {
+        self.free.start += region_bytes(num_lines);
+        Region {
             map: Arc::clone(&self.map),
             begin,
             num_lines,
-        })
+        }
     }
 }
 
@@ -102,13 +141,13 @@ fn advise_huge_pages(_map: &MmapMut, _begin: usize, _len: usize) {}
 
 impl Region {
     pub(crate) fn lines(&self) -> &[Line] {
-        // SAFETY: the mapping holds the region (see `Slab::take`), a page boundary is aligned for lines,
+        // SAFETY: the mapping holds the region (see `Mapping::take`), a page boundary is aligned for lines,
         // any bytes are lines, and only `lines_mut` writes, which borrows the region mutably.
         unsafe { std::slice::from_raw_parts(self.at().cast_const(), self.num_lines) }
     }
 
     pub(crate) fn lines_mut(&mut self) -> &mut [Line] {
-        // SAFETY: as in `lines`; regions of a slab do not overlap, and this one is borrowed mutably.
+        // SAFETY: as in `lines`; regions of a mapping do not overlap, and this one is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.at(), self.num_lines) }
     }
 
@@ -141,10 +180,10 @@ mod tests {
     fn regions_are_zero_apart_and_outlive_each_other() {
         for num_lines in [vec![0], vec![1, 3], vec![70, 0, 1], vec![50_000, 7, 30_000]] {
             let bytes = num_lines.iter().map(|n| region_bytes(*n)).sum();
-            let mut slab = Slab::reserve(bytes).unwrap();
-            let regions = num_lines.iter().map(|n| slab.take(*n).unwrap());
+            let mut mapping = Mapping::reserve(bytes).unwrap();
+            let regions = num_lines.iter().map(|n| mapping.take(*n));
             let mut regions: Vec<Region> = regions.collect();
-            assert!(slab.free.is_empty());
+            assert!(mapping.free.is_empty());
             for (i, region) in regions.iter_mut().enumerate() {
                 assert_eq!(region.lines().len(), num_lines[i]);
                 for line in region.lines_mut() {
@@ -160,8 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn a_slab_that_is_used_up_is_followed_by_another() {
-        let mut slab = Slab::reserve(region_bytes(1)).unwrap();
+    fn a_mapping_that_is_used_up_is_followed_by_another() {
+        let slab = Slab {
+            bytes: region_bytes(1),
+            ..Slab::new()
+        };
         let mut first = slab.take(1).unwrap();
         let mut second = slab.take(100).unwrap();
         first.lines_mut()[0].0 = [1; 64];

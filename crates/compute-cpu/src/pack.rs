@@ -5,7 +5,7 @@
 //! ascending stream:
 //!
 //! * bf16: 16 lines of panel a, 16 of panel b; a line holds 2 of k for each of 16 rows;
-//! * q8: 8 lines of panel a, 8 of panel b (4 of k for each of 16 rows, stored as `w + 128`), then one
+//! * q8: 8 lines of panel a, 8 of panel b (4 of k for each of 16 rows, signed), then one
 //!   line with the 32 scales (f16);
 //! * q4: 4 lines of panel a, 4 of panel b (low nibbles: the 4 of k of line `i` of q8, high nibbles: those
 //!   of line `i + 4`), then one line of scales and one with the 32 minima (f16).
@@ -116,7 +116,7 @@ impl Packing<'_> {
     ///
     /// # Errors
     /// When the system refuses the memory.
-    pub(crate) fn run(&self, slab: &mut Slab) -> Result<PackedMatrix, Error> {
+    pub(crate) fn run(&self, slab: &Slab) -> Result<PackedMatrix, Error> {
         let mut region = slab.take(self.num_lines())?;
         let lines = region.lines_mut().chunks_mut(self.pair_lines());
         for (pair, lines) in lines.enumerate() {
@@ -125,13 +125,12 @@ impl Packing<'_> {
         Ok(self.packed(region))
     }
 
-    /// Packs with all threads of a pool, into memory of its own.
+    /// Packs with all threads of a pool.
     ///
     /// # Errors
     /// When the system refuses the memory.
-    pub(crate) fn run_on(&self, pool: &Pool) -> Result<PackedMatrix, Error> {
-        let num_lines = self.num_lines();
-        let mut region = Slab::reserve(region_bytes(num_lines))?.take(num_lines)?;
+    pub(crate) fn run_on(&self, pool: &Pool, slab: &Slab) -> Result<PackedMatrix, Error> {
+        let mut region = slab.take(self.num_lines())?;
         let len = self.pair_lines();
         let lines = Disjoint::new(region.lines_mut());
         pool.run(self.rows.div_ceil(PAIR_ROWS), &|pair| {

@@ -1,8 +1,8 @@
 //! Rows of activations in the form that the matrix kernels read. Computes no products.
 //!
 //! A row is cut into blocks of 32 columns, the last one padded with zeros. A bf16 block is 16 words of
-//! two numbers. A q8 block is 8 words of four signed bytes, a scale, and the sum of the 32 bytes, which
-//! corrects for weights that are stored with an offset. Sixteen rows are a *group*: block by block, the
+//! two numbers. A q8 block is 8 words of four signed bytes, a scale, and an offset: what a kernel starts from that
+//! multiplies weights `w + 128` because its instruction has one unsigned operand. Sixteen rows are a *group*: block by block, the
 //! 16 rows of a group lie one behind the other, so that a block of a group is one tile of the matrix unit.
 
 use tramontane_compute::RowFormat;
@@ -26,7 +26,7 @@ pub(crate) struct Rows {
     /// f32.
     scales: Vec<Line>,
     /// i32.
-    sums: Vec<Line>,
+    offsets: Vec<Line>,
 }
 
 /// One block of one row, to be written.
@@ -35,22 +35,32 @@ pub(crate) struct BlockMut<'a> {
     pub(crate) words: &'a mut [u32],
     /// One element for q8, none for bf16.
     pub(crate) scale: &'a mut [f32],
-    /// One element for q8, none for bf16.
-    pub(crate) sum: &'a mut [i32],
+    /// One element for q8, none for bf16; see [`offset`].
+    pub(crate) offset: &'a mut [i32],
 }
 
-/// What the kernels read of one row, or of the rows behind it in its group, from some block on: block `b`
-/// begins at `b * GROUP_ROWS` times the words (or scales) of a block.
+/// What the kernels read of one row, or of the rows behind it in its group, from some block on: row `r` of block `b`
+/// begins at `b * GROUP_ROWS + r` times the words (or scales) of a block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowRef<'a> {
     pub(crate) words: &'a [u32],
     pub(crate) scales: &'a [f32],
-    pub(crate) sums: &'a [i32],
+    pub(crate) offsets: &'a [i32],
 }
 
 /// Where a block of a row lies, in blocks.
 const fn place(blocks: usize, row: usize, block: usize) -> usize {
     (row / GROUP_ROWS * blocks + block) * GROUP_ROWS + row % GROUP_ROWS
+}
+
+/// The offset of a block whose bytes have this sum: -128 times it.
+pub(crate) const fn offset(byte_sum: i32) -> i32 {
+    -128 * byte_sum
+}
+
+/// The sum of the bytes of a block, from its offset; exact.
+pub(crate) fn byte_sum(offset: i32) -> f32 {
+    offset as f32 / -128.0
 }
 
 /// Words of one block.
@@ -62,7 +72,7 @@ pub(crate) const fn block_words(format: RowFormat) -> usize {
     }
 }
 
-/// Scales (and sums) of one block.
+/// Scales (and offsets) of one block.
 const fn block_scales(format: RowFormat) -> usize {
     match format {
         RowFormat::F32 | RowFormat::Bf16 => 0,
@@ -79,7 +89,7 @@ impl Rows {
             blocks: cols.div_ceil(BLOCK),
             words: Vec::new(),
             scales: Vec::new(),
-            sums: Vec::new(),
+            offsets: Vec::new(),
         }
     }
 
@@ -94,16 +104,7 @@ impl Rows {
         let (words, scales) = (block_words(self.format), block_scales(self.format));
         self.words.resize(lines(words), Line([0; 64]));
         self.scales.resize(lines(scales), Line([0; 64]));
-        self.sums.resize(lines(scales), Line([0; 64]));
-    }
-
-    /// Blocks `block_begin..block_begin + num_blocks` of a row.
-    ///
-    /// # Panics
-    /// When the row or a block does not exist.
-    #[inline]
-    pub(crate) fn row(&self, row: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
-        self.part(row, 1, block_begin, num_blocks)
+        self.offsets.resize(lines(scales), Line([0; 64]));
     }
 
     /// Blocks of all rows of the group that begins at `row`.
@@ -116,8 +117,19 @@ impl Rows {
         self.part(row, GROUP_ROWS, block_begin, num_blocks)
     }
 
+    /// Blocks `block_begin..block_begin + num_blocks` of `rows` rows of a group.
+    ///
+    /// # Panics
+    /// When they are not in one group, or a row or block does not exist.
     #[inline]
-    fn part(&self, row: usize, rows: usize, block_begin: usize, num_blocks: usize) -> RowRef<'_> {
+    pub(crate) fn part(
+        &self,
+        row: usize,
+        rows: usize,
+        block_begin: usize,
+        num_blocks: usize,
+    ) -> RowRef<'_> {
+        assert!(row % GROUP_ROWS + rows <= GROUP_ROWS, "rows of one group");
         assert!(block_begin + num_blocks <= self.blocks, "block of a row");
         let begin = place(self.blocks, row, block_begin);
         let end = match num_blocks {
@@ -128,7 +140,7 @@ impl Rows {
         RowRef {
             words: &bytemuck::cast_slice(&self.words)[begin * words..end * words],
             scales: &bytemuck::cast_slice(&self.scales)[begin * scales..end * scales],
-            sums: &bytemuck::cast_slice(&self.sums)[begin * scales..end * scales],
+            offsets: &bytemuck::cast_slice(&self.offsets)[begin * scales..end * scales],
         }
     }
 
@@ -139,7 +151,7 @@ impl Rows {
             blocks: self.blocks,
             words: Disjoint::new(bytemuck::cast_slice_mut(&mut self.words)),
             scales: Disjoint::new(bytemuck::cast_slice_mut(&mut self.scales)),
-            sums: Disjoint::new(bytemuck::cast_slice_mut(&mut self.sums)),
+            offsets: Disjoint::new(bytemuck::cast_slice_mut(&mut self.offsets)),
         }
     }
 }
@@ -151,7 +163,7 @@ pub(crate) struct RowsWriter<'a> {
     blocks: usize,
     words: Disjoint<'a, u32>,
     scales: Disjoint<'a, f32>,
-    sums: Disjoint<'a, i32>,
+    offsets: Disjoint<'a, i32>,
 }
 
 impl RowsWriter<'_> {
@@ -168,7 +180,7 @@ impl RowsWriter<'_> {
             BlockMut {
                 words: self.words.range_mut(at * words..(at + 1) * words),
                 scale: self.scales.range_mut(at * scales..(at + 1) * scales),
-                sum: self.sums.range_mut(at * scales..(at + 1) * scales),
+                offset: self.offsets.range_mut(at * scales..(at + 1) * scales),
             }
         }
     }
@@ -190,7 +202,7 @@ impl RowsWriter<'_> {
             let target: &mut [u8] = bytemuck::cast_slice_mut(block.words);
             target[..bytes.len()].copy_from_slice(bytes);
             target[bytes.len()..].fill(0);
-            if let ([scale], [sum]) = (block.scale, block.sum) {
+            if let ([scale], [to]) = (block.scale, block.offset) {
                 let at = 4 * i;
                 *scale = f32::from_le_bytes([
                     scales[at],
@@ -198,7 +210,7 @@ impl RowsWriter<'_> {
                     scales[at + 2],
                     scales[at + 3],
                 ]);
-                *sum = bytes.iter().map(|&q| i32::from(q as i8)).sum();
+                *to = offset(bytes.iter().map(|&q| i32::from(q as i8)).sum());
             }
         }
     }

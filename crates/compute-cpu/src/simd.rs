@@ -38,6 +38,14 @@ pub(crate) trait Simd: Copy {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// To the nearest integer, ties to even.
     fn round(self, a: Self::F) -> Self::F;
+    /// The magnitude.
+    fn abs(self, a: Self::F) -> Self::F;
+    /// Whether a lane is NaN.
+    fn has_nan(self, a: Self::F) -> bool;
+    /// The sum of the lanes, halves onto halves: lane `i` and `i + 8`, then `i` and `i + 4`, and so on.
+    fn reduce_add(self, a: Self::F) -> f32;
+    /// The largest lane, of lanes without NaN.
+    fn reduce_max(self, a: Self::F) -> f32;
     /// `2^n` for integers `-126..=127`.
     fn exp2_integer(self, n: Self::F) -> Self::F;
     /// `value` where `x >= limit`, else 0.
@@ -49,18 +57,19 @@ pub(crate) trait Simd: Copy {
 
     fn splat_i32(self, x: i32) -> Self::I;
     fn load_i32(self, x: &[i32; LANES]) -> Self::I;
-    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I;
     fn to_f32(self, x: Self::I) -> Self::F;
     /// Whole numbers as signed bytes: the nearest one where there is none, 0 for NaN (as `as i8`).
-    fn to_i8(self, x: Self::F) -> [i8; LANES];
+    fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]);
 
     fn bytes(self, x: &[u8; 64]) -> Self::B;
+    /// 64 signed bytes, as [`dot_q8`](Self::dot_q8) takes them.
+    fn signed_bytes(self, x: &[u8; 64]) -> Self::B;
     fn store_bytes(self, x: Self::B, out: &mut [u8; 64]);
     /// The low and the high four bits of every byte.
     fn nibbles(self, x: &[u8; 64]) -> (Self::B, Self::B);
-    /// What [`dot_q8`](Self::dot_q8) starts from in a block whose row bytes sum to `row_sum`.
-    fn start_q8(self, row_sum: i32) -> Self::I;
-    /// Adds the products of 4 weights per lane, stored as `w + 128`, with the 4 signed bytes of `x`.
+    /// What [`dot_q8`](Self::dot_q8) starts from in a block of this [`offset`](crate::rows::offset).
+    fn start_q8(self, offset: i32) -> Self::I;
+    /// Adds the products of 4 signed weights per lane with the 4 signed bytes of `x`.
     fn dot_q8(self, acc: Self::I, w: Self::B, x: u32) -> Self::I;
     /// Adds the products of 4 weights per lane in `0..16` with the 4 signed bytes of `x`.
     fn dot_q4(self, acc: Self::I, w: Self::B, x: u32) -> Self::I;
@@ -117,38 +126,6 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 pub(crate) fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     let e = exp(s, s.sub(s.splat(0.0), x));
     s.div(x, s.add(s.splat(1.0), e))
-}
-
-/// The sum of the lanes, halves onto halves.
-#[inline(always)]
-pub(crate) fn reduce_add<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut lanes = [0.0; LANES];
-    s.store(x, &mut lanes);
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// The largest lane.
-#[inline(always)]
-pub(crate) fn reduce_max<S: Simd>(s: S, x: S::F) -> f32 {
-    let mut lanes = [0.0; LANES];
-    s.store(x, &mut lanes);
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            // Without a branch, or compilers do not see the maximum of vectors.
-            let (x, y) = (lanes[i], lanes[i + width]);
-            lanes[i] = if y > x { y } else { x };
-        }
-        width /= 2;
-    }
-    lanes[0]
 }
 
 /// Up to 16 values, the missing ones zero.

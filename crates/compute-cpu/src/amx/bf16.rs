@@ -35,7 +35,7 @@ impl Operation for TileBf16<'_> {
     fn run<S: Simd>(self, s: S) {
         const PASS_ROWS: usize = 2 * GROUP_ROWS;
         let Self { proof, tile } = self;
-        let mut ahead = Ahead::new(&tile, tile.num_rows.div_ceil(PASS_ROWS));
+        let mut ahead = Ahead::of_passes(&tile, tile.num_rows.div_ceil(PASS_ROWS));
         let (blocks, _) = tile.matrix.pair(tile.pair).as_chunks::<BF16_LINES>();
         let group = |row| {
             let row = tile.row_begin + row;

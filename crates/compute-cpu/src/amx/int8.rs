@@ -8,9 +8,9 @@
 use std::arch::asm;
 
 use super::{Amx, Shapes};
-use crate::kernels::tile::{Ahead, Tile, TileRow};
+use crate::kernels::tile::{Ahead, Tile, TileRow, halves};
 use crate::pack::{Line, PackFormat, Q4_LINES, Q8_LINES};
-use crate::rows::{GROUP_ROWS, RowRef};
+use crate::rows::{GROUP_ROWS, RowRef, byte_sum};
 use crate::simd::{LANES, Operation, Simd};
 
 /// Blocks that are multiplied with all rows before the next ones: 17 KB of bytes, which the first cache
@@ -42,11 +42,23 @@ impl Operation for TileInt8<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        // The unit takes as long as there are rows.
+        match self.tile.num_rows {
+            ..=8 => self.run_rows::<S, 8>(s),
+            9..=12 => self.run_rows::<S, 12>(s),
+            _ => self.run_rows::<S, GROUP_ROWS>(s),
+        }
+    }
+}
+
+impl TileInt8<'_> {
+    /// `N` rows of every group.
+    #[inline(always)]
+    fn run_rows<S: Simd, const N: usize>(self, s: S) {
         let Self { proof, mut tile } = self;
         // Every group walks over both panels.
-        let mut ahead = Ahead::new(&tile, 2 * tile.num_rows.div_ceil(GROUP_ROWS));
-        tile.out.fill(TileRow::default());
-        Shapes::ROWS_OF_32_BYTES.load(proof);
+        let mut ahead = Ahead::of_passes(&tile, 2 * tile.num_rows.div_ceil(GROUP_ROWS));
+        const { &Shapes::of_32_bytes(N as u8) }.load(proof);
         let lines = tile.matrix.pair(tile.pair);
         if tile.matrix.format() == PackFormat::Q4 {
             let mut bytes = [ZERO; STRIP_BLOCKS * 2 * PANEL_LINES];
@@ -61,7 +73,7 @@ impl Operation for TileInt8<'_> {
                     scales: &blocks.as_flattened()[PANEL_LINES..],
                     scale_lines: Q4_LINES,
                 };
-                strip.multiply::<S, true>(s, &mut tile, &mut ahead);
+                strip.multiply::<S, N, true>(s, &mut tile, &mut ahead);
             }
             return;
         }
@@ -76,7 +88,7 @@ impl Operation for TileInt8<'_> {
                 scales: &lines[2 * PANEL_LINES..],
                 scale_lines: Q8_LINES,
             };
-            strip.multiply::<S, false>(s, &mut tile, &mut ahead);
+            strip.multiply::<S, N, false>(s, &mut tile, &mut ahead);
         }
     }
 }
@@ -116,93 +128,96 @@ struct Strip<'a> {
 }
 
 impl Strip<'_> {
-    /// Adds the products of this strip to the sums of all groups of rows.
+    /// Adds the products of this strip to the sums of all groups of rows; the first strip begins them.
     #[inline(always)]
-    fn multiply<S: Simd, const Q4: bool>(&self, s: S, tile: &mut Tile<'_>, ahead: &mut Ahead<'_>) {
+    fn multiply<S: Simd, const N: usize, const Q4: bool>(
+        &self,
+        s: S,
+        tile: &mut Tile<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
         let begin = tile.block_begin + self.begin;
         let (groups, _) = tile.out.as_chunks_mut::<GROUP_ROWS>();
         let num_groups = tile.num_rows.div_ceil(GROUP_ROWS);
         for (i, sums) in groups.iter_mut().take(num_groups).enumerate() {
             let row = tile.row_begin + i * GROUP_ROWS;
             let rows = tile.rows.group(row, begin, self.num_blocks);
-            let corrections = corrections::<Q4>(rows);
-            for panel in 0..2 {
-                let part = PanelStrip {
-                    strip: self,
-                    panel,
-                    rows,
-                    corrections: &corrections,
-                };
-                part.multiply(s, ahead, sums);
-            }
+            let row_sums = if Q4 { row_sums(rows) } else { NO_SUMS };
+            let part = GroupStrip::<Q4> {
+                strip: self,
+                rows,
+                row_sums: &row_sums,
+            };
+            part.multiply::<S, N, 0>(s, ahead, sums);
+            part.multiply::<S, N, 1>(s, ahead, sums);
         }
     }
 }
 
-/// What a block's formula needs of the sum of a row's bytes: for q8, whose weights are stored as w + 128,
-/// 128 times the sum; for q4 the sum in the row's scale, which the minima are multiplied with.
-#[derive(Clone, Copy)]
-struct Correction<const Q4: bool> {
-    q8: [i32; GROUP_ROWS],
-    q4: [f32; GROUP_ROWS],
-}
+/// By block and row, what q4's minima are multiplied with: the sum of the bytes, times their scale.
+type RowSums = [[f32; GROUP_ROWS]; STRIP_BLOCKS];
+
+const NO_SUMS: RowSums = [[0.0; GROUP_ROWS]; STRIP_BLOCKS];
 
 #[inline(always)]
-fn corrections<const Q4: bool>(rows: RowRef<'_>) -> [Correction<Q4>; STRIP_BLOCKS] {
-    let none = Correction {
-        q8: [0; GROUP_ROWS],
-        q4: [0.0; GROUP_ROWS],
-    };
-    let mut corrections = [none; STRIP_BLOCKS];
+fn row_sums(rows: RowRef<'_>) -> RowSums {
+    let mut row_sums = NO_SUMS;
     let scales = rows.scales.as_chunks::<GROUP_ROWS>().0;
-    let sums = rows.sums.as_chunks::<GROUP_ROWS>().0;
-    for (to, (scales, sums)) in corrections.iter_mut().zip(scales.iter().zip(sums)) {
+    let offsets = rows.offsets.as_chunks::<GROUP_ROWS>().0;
+    for (to, (scales, offsets)) in row_sums.iter_mut().zip(scales.iter().zip(offsets)) {
         for r in 0..GROUP_ROWS {
-            if Q4 {
-                to.q4[r] = scales[r] * sums[r] as f32;
-            } else {
-                to.q8[r] = 128 * sums[r];
-            }
+            to[r] = scales[r] * byte_sum(offsets[r]);
         }
     }
-    corrections
+    row_sums
 }
 
-/// One panel of a strip with one group of rows.
-struct PanelStrip<'a, const Q4: bool> {
+/// A strip with one group of rows.
+struct GroupStrip<'a, const Q4: bool> {
     strip: &'a Strip<'a>,
-    panel: usize,
     rows: RowRef<'a>,
-    corrections: &'a [Correction<Q4>; STRIP_BLOCKS],
+    row_sums: &'a RowSums,
 }
 
-impl<const Q4: bool> PanelStrip<'_, Q4> {
+// Plain loops over constant bounds and constant panels: where anything else touches the sums, the compiler keeps them in
+// memory, which took a third of the time.
+impl<const Q4: bool> GroupStrip<'_, Q4> {
     #[inline(always)]
-    fn multiply<S: Simd>(&self, s: S, ahead: &mut Ahead<'_>, sums: &mut [TileRow; GROUP_ROWS]) {
+    fn multiply<S: Simd, const N: usize, const PANEL: usize>(
+        &self,
+        s: S,
+        ahead: &mut Ahead<'_>,
+        sums: &mut [TileRow; GROUP_ROWS],
+    ) {
         let num_blocks = self.strip.num_blocks;
-        let mut acc: [S::F; GROUP_ROWS] = std::array::from_fn(|r| s.load(&sums[r][self.panel]));
+        let mut acc = [s.splat(0.0); N];
+        if self.strip.begin > 0 {
+            for r in 0..N {
+                acc[r] = s.load(&sums[r][PANEL]);
+            }
+        }
         let mut products = [Products([[0; LANES]; GROUP_ROWS]); 2];
         // One place for all blocks, so that the sums stay in registers.
         for b in 0..num_blocks + 2 {
             if b < num_blocks {
                 ahead.step(s);
-                self.start(b, &mut products[(b + 1) % 2]);
+                self.start::<PANEL>(b, &mut products[(b + 1) % 2]);
             } else if b == num_blocks && b > 0 {
                 store(b - 1, &mut products[(b + 1) % 2]);
             }
             if b >= 2 {
-                self.finish(s, b - 2, &products[b % 2], &mut acc);
+                self.finish::<S, N, PANEL>(s, b - 2, &products[b % 2], &mut acc);
             }
         }
-        for (acc, sums) in acc.iter().zip(sums) {
-            s.store(*acc, &mut sums[self.panel]);
+        for r in 0..N {
+            s.store(acc[r], &mut sums[r][PANEL]);
         }
     }
 
     /// Starts the products of a block and stores those of the block before it.
     #[inline(always)]
-    fn start(&self, block: usize, before: &mut Products) {
-        let bytes = &self.strip.bytes[block * self.strip.block_lines + self.panel * PANEL_LINES..];
+    fn start<const PANEL: usize>(&self, block: usize, before: &mut Products) {
+        let bytes = &self.strip.bytes[block * self.strip.block_lines + PANEL * PANEL_LINES..];
         let rows = &self.rows.words[block * GROUP_WORDS..];
         debug_assert!(bytes.len() >= PANEL_LINES && rows.len() >= GROUP_WORDS);
         // SAFETY: an `Amx` was needed to get here and set the shapes: the rows are 16 times 32 bytes (see
@@ -215,7 +230,7 @@ impl<const Q4: bool> PanelStrip<'_, Q4> {
                         concat!("tilezero ", $now),
                         concat!("tileloadd ", $x, ", [{x} + {half}]"),
                         concat!("tileloadd ", $w, ", [{w} + {line}]"),
-                        concat!("tdpbsud ", $now, ", ", $x, ", ", $w),
+                        concat!("tdpbssd ", $now, ", ", $x, ", ", $w),
                         concat!("tilestored [{before} + {line}], ", $before),
                         x = in(reg) rows.as_ptr(),
                         w = in(reg) bytes.as_ptr(),
@@ -236,33 +251,27 @@ impl<const Q4: bool> PanelStrip<'_, Q4> {
 
     /// The formula of a block, see [`scale_and_add`](crate::kernels::tile).
     #[inline(always)]
-    fn finish<S: Simd>(
+    fn finish<S: Simd, const N: usize, const PANEL: usize>(
         &self,
         s: S,
         block: usize,
         products: &Products,
-        acc: &mut [S::F; GROUP_ROWS],
+        acc: &mut [S::F; N],
     ) {
         let lines = &self.strip.scales[block * self.strip.scale_lines..];
-        let halves = |line: &Line| s.load_f16(&line.0.as_chunks::<{ 2 * LANES }>().0[self.panel]);
         let (scales, _) = self.rows.scales.as_chunks::<GROUP_ROWS>();
-        let (Some(scales), Some(correction)) = (scales.get(block), self.corrections.get(block))
-        else {
+        let (Some(scales), Some(row_sums)) = (scales.get(block), self.row_sums.get(block)) else {
             return;
         };
-        let weight_scales = halves(&lines[0]);
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let mut sum = s.load_i32(&products.0[r]);
-            if !Q4 {
-                sum = s.sub_i32(sum, s.splat_i32(correction.q8[r]));
-            }
+        let weight_scales = halves(s, &lines[0], PANEL);
+        for r in 0..N {
             let scale = s.mul(s.splat(scales[r]), weight_scales);
-            *acc = s.fma(s.to_f32(sum), scale, *acc);
+            acc[r] = s.fma(s.to_f32(s.load_i32(&products.0[r])), scale, acc[r]);
         }
         if Q4 {
-            let minima = halves(&lines[1]);
-            for (acc, &correction) in acc.iter_mut().zip(&correction.q4) {
-                *acc = s.fma(minima, s.splat(correction), *acc);
+            let minima = halves(s, &lines[1], PANEL);
+            for r in 0..N {
+                acc[r] = s.fma(minima, s.splat(row_sums[r]), acc[r]);
             }
         }
     }

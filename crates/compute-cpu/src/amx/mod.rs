@@ -18,8 +18,8 @@ use crate::pack::PackFormat;
 use crate::rows::GROUP_ROWS;
 use crate::simd::Simd;
 
-/// Rows of a group that vectors multiply as fast as the matrix unit.
-const VECTOR_ROWS_MAX: usize = 8;
+/// Rows behind the last whole group that vectors multiply as fast as the matrix unit.
+const VECTOR_ROWS_MAX: usize = 4;
 
 /// The right to use the tile registers in this process, on a CPU that has them, and its vectors.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ impl Amx {
         }
     }
 
-    /// Groups with more than a few rows on the matrix unit, which takes the same time for 1 and for 16.
+    /// Groups with more than a few rows on the matrix unit.
     fn tile_int8(self, tile: Tile<'_>) {
         let rest = tile.num_rows % GROUP_ROWS;
         let few = if rest <= VECTOR_ROWS_MAX { rest } else { 0 };
@@ -123,19 +123,22 @@ struct Shapes {
 
 impl Shapes {
     /// All registers 16 rows of 64 bytes.
-    const FULL: Self = Self::new(64, 16);
+    const FULL: Self = Self::new(16, 64, 16);
 
-    /// Left-hand tiles (4, 5) are 16 rows of 32 bytes, right-hand ones (6, 7) 8 rows of 64.
-    const ROWS_OF_32_BYTES: Self = Self::new(32, 8);
+    /// For products of `rows` rows and 32 columns of bytes: left-hand tiles (4, 5) have rows of 32 bytes, right-hand
+    /// ones (6, 7) 8 rows of 64.
+    const fn of_32_bytes(rows: u8) -> Self {
+        Self::new(rows, 32, 8)
+    }
 
-    const fn new(left_row_bytes: u16, right_rows: u8) -> Self {
+    const fn new(left_rows: u8, left_row_bytes: u16, right_rows: u8) -> Self {
         let mut row_bytes = [0; 16];
         let mut rows = [0; 16];
         let mut register = 0;
         while register < 8 {
             let is_left = register == 4 || register == 5;
             row_bytes[register] = if is_left { left_row_bytes } else { 64 };
-            rows[register] = if register < 6 { 16 } else { right_rows };
+            rows[register] = if register < 6 { left_rows } else { right_rows };
             register += 1;
         }
         Self {

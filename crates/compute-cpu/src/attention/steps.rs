@@ -1,6 +1,5 @@
 //! The steps of a layer between its products, each over the pool. They allocate nothing.
 
-use tramontane_compute::quant::BLOCK;
 use tramontane_compute::{KV_PAGE_TOKENS, RoutedRows, StepBatch};
 use tramontane_types::ModelGeometry;
 
@@ -11,7 +10,7 @@ use crate::cache::{KvCache, Slot};
 use crate::context::Context;
 use crate::disjoint::Disjoint;
 use crate::kernels::norm::{Gate, RmsNorm, Rotate, Softmax};
-use crate::kernels::quantise::{QuantiseBlock, QuantiseToWire, padded_block};
+use crate::kernels::quantise::{QuantiseRow, QuantiseToWire};
 use crate::rows::RowsWriter;
 
 impl Scratch {
@@ -78,13 +77,11 @@ impl Scratch {
             // SAFETY: this item alone has the row.
             let qkv = unsafe { qkv.range_mut(row * width..(row + 1) * width) };
             let (rotated, values) = qkv.split_at_mut((num_heads + num_kv_heads) * head_dim);
-            for head in rotated.chunks_exact_mut(head_dim) {
-                context.dispatch.run(Rotate {
-                    head,
-                    cos: &cos[row * half..(row + 1) * half],
-                    sin: &sin[row * half..(row + 1) * half],
-                });
-            }
+            context.dispatch.run(Rotate {
+                heads: &mut *rotated,
+                cos: &cos[row * half..(row + 1) * half],
+                sin: &sin[row * half..(row + 1) * half],
+            });
             let keys = rotated[num_heads * head_dim..].chunks_exact(head_dim);
             let slot = slot_of(batch, layer, row);
             for (head, (key, value)) in keys.zip(values.chunks_exact(head_dim)).enumerate() {
@@ -199,14 +196,12 @@ fn slot_of(batch: &StepBatch, layer: usize, row: usize) -> Slot {
 /// # Safety
 /// While this runs, no other call may ask for a block of the same row.
 unsafe fn quantise_row(context: &Context, writer: &RowsWriter<'_>, row: usize, values: &[f32]) {
-    for (i, values) in values.chunks(BLOCK).enumerate() {
-        context.dispatch.run(QuantiseBlock {
-            format: writer.format,
-            values: &padded_block(values),
-            // SAFETY: the caller promises the whole row.
-            out: unsafe { writer.block(row, i) },
-        });
-    }
+    context.dispatch.run(QuantiseRow {
+        format: writer.format,
+        values,
+        // SAFETY: the caller promises the whole row, and each block comes once.
+        out: |block| unsafe { writer.block(row, block) },
+    });
 }
 
 #[cfg(test)]
@@ -222,6 +217,7 @@ mod tests {
     use super::*;
     use crate::isa::Isa;
     use crate::kernels::tests::noise;
+    use crate::memory::Slab;
     use crate::pack::PackFormat;
     use crate::pool::Pool;
 
@@ -248,6 +244,7 @@ mod tests {
             format: PackFormat::Q8,
             dispatch: isa.dispatch()?,
             pool: Pool::new(NonZeroUsize::new(2)?).unwrap(),
+            weights: Slab::new(),
         })
     }
 

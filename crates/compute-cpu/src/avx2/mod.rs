@@ -1,18 +1,19 @@
 //! Sixteen lanes as two AVX2 registers. Never runs where the CPU lacks the instructions.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _CMP_GE_OQ, _CMP_ORD_Q, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
-    _MM_HINT_T0, _mm_loadu_si128, _mm_packs_epi16, _mm_packs_epi32, _mm_prefetch, _mm256_abs_epi8,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_castps_si256,
+    __m128i, __m256, __m256i, _CMP_GE_OQ, _CMP_ORD_Q, _CMP_UNORD_Q, _MM_FROUND_NO_EXC,
+    _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128,
+    _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_packs_epi16, _mm_packs_epi32,
+    _mm_prefetch, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_and_ps, _mm256_and_si256, _mm256_andnot_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepi32_ps,
     _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
-    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm256_sub_epi32, _mm256_sub_ps, _mm256_xor_si256,
+    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps,
+    _mm256_movemask_ps, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_sign_epi8, _mm256_slli_epi32, _mm256_srli_epi16,
+    _mm256_storeu_ps, _mm256_storeu_si256, _mm256_sub_ps,
 };
-use std::mem::transmute;
 
 use crate::simd::{LANES, Operation, Simd};
 
@@ -126,6 +127,32 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        proven!({
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+        })
+    }
+
+    #[inline(always)]
+    fn has_nan(self, a: Self::F) -> bool {
+        proven!({
+            let unordered = _mm256_cmp_ps::<_CMP_UNORD_Q>(a[0], a[1]);
+            _mm256_movemask_ps(unordered) != 0
+        })
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: Self::F) -> f32 {
+        proven!(add_lanes(_mm256_add_ps(a[0], a[1])))
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, a: Self::F) -> f32 {
+        proven!(max_lanes(_mm256_max_ps(a[0], a[1])))
+    }
+
+    #[inline(always)]
     fn exp2_integer(self, n: Self::F) -> Self::F {
         n.map(|n| {
             proven!({
@@ -174,42 +201,46 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
-        proven!([_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])])
-    }
-
-    #[inline(always)]
     fn to_f32(self, x: Self::I) -> Self::F {
         proven!([_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])])
     }
 
     #[inline(always)]
-    fn to_i8(self, x: Self::F) -> [i8; LANES] {
+    fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]) {
         // Both take `x` where it is NaN, and NaN becomes i32::MIN: it is masked to 0, as the packs saturate.
-        let bounded = self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
-        proven!({
-            let ordered = [
-                _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(bounded[0], bounded[0])),
-                _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(bounded[1], bounded[1])),
-            ];
-            let low = _mm256_and_si256(_mm256_cvtps_epi32(bounded[0]), ordered[0]);
-            let high = _mm256_and_si256(_mm256_cvtps_epi32(bounded[1]), ordered[1]);
-            let low = _mm_packs_epi32(
-                _mm256_castsi256_si128(low),
-                _mm256_extracti128_si256::<1>(low),
-            );
-            let high = _mm_packs_epi32(
-                _mm256_castsi256_si128(high),
-                _mm256_extracti128_si256::<1>(high),
-            );
-            transmute::<__m128i, [i8; LANES]>(_mm_packs_epi16(low, high))
-        })
+        let bounded = |x| self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
+        for (x, out) in [low, high].into_iter().zip(out.as_chunks_mut::<LANES>().0) {
+            let x = bounded(x);
+            proven!({
+                let ordered = [
+                    _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x[0], x[0])),
+                    _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x[1], x[1])),
+                ];
+                let low = _mm256_and_si256(_mm256_cvtps_epi32(x[0]), ordered[0]);
+                let high = _mm256_and_si256(_mm256_cvtps_epi32(x[1]), ordered[1]);
+                let low = _mm_packs_epi32(
+                    _mm256_castsi256_si128(low),
+                    _mm256_extracti128_si256::<1>(low),
+                );
+                let high = _mm_packs_epi32(
+                    _mm256_castsi256_si128(high),
+                    _mm256_extracti128_si256::<1>(high),
+                );
+                let packed = _mm_packs_epi16(low, high);
+                _mm_storeu_si128(out.as_mut_ptr().cast::<__m128i>(), packed);
+            });
+        }
     }
 
     #[inline(always)]
     fn bytes(self, x: &[u8; 64]) -> Self::B {
         let at = x.as_ptr().cast::<__m256i>();
         proven!([_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))])
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, x: &[u8; 64]) -> Self::B {
+        self.bytes(x)
     }
 
     #[inline(always)]
@@ -237,7 +268,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn start_q8(self, _row_sum: i32) -> Self::I {
+    fn start_q8(self, _offset: i32) -> Self::I {
         self.splat_i32(0)
     }
 
@@ -274,7 +305,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, line: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>()));
+        proven!(_mm_prefetch::<_MM_HINT_T1>(line.cast::<i8>()));
     }
 }
 
@@ -293,10 +324,27 @@ fn dot_unsigned(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
     _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
-/// Weights stored as `w + 128`: `|w|` times `x` with the sign of `w`. 2 * 127 * 127 fits 16 bits.
+/// Signed weights: `|w|` times `x` with the sign of `w`. 2 * 127 * 127 fits 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn dot_signed(acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
-    let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
     dot_unsigned(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+}
+
+/// The sum of eight lanes, halves onto halves.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn add_lanes(x: __m256) -> f32 {
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+}
+
+/// The largest of eight lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn max_lanes(x: __m256) -> f32 {
+    let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
 }

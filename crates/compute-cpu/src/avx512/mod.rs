@@ -1,17 +1,20 @@
 //! Sixteen lanes as one AVX-512 register. Never runs where the CPU lacks the instructions.
 
 use std::arch::x86_64::{
-    __m128i, __m256i, __m512, __m512bh, __m512i, _CMP_GE_OQ, _MM_FROUND_NO_EXC,
-    _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps,
-    _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    __m256i, __m512, __m512bh, __m512i, _CMP_GE_OQ, _CMP_UNORD_Q, _MM_FROUND_NO_EXC,
+    _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1, _mm_prefetch, _mm256_add_ps, _mm256_loadu_si256,
+    _mm256_max_ps, _mm256_set_m128i, _mm256_storeu_si256, _mm512_abs_ps, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
+    _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
     _mm512_maskz_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps,
     _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_slli_epi32, _mm512_srli_epi16,
-    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps, _mm512_xor_si512,
 };
 use std::mem::transmute;
 
+use crate::avx2::{add_lanes, max_lanes};
 use crate::simd::{LANES, Operation, Simd};
 
 /// AVX-512 F, BW, DQ, VL and VNNI; with `BF16` also AVX512_BF16, whose dot product has its own rounding.
@@ -135,6 +138,32 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn abs(self, a: Self::F) -> Self::F {
+                proven!(_mm512_abs_ps(a))
+            }
+
+            #[inline(always)]
+            fn has_nan(self, a: Self::F) -> bool {
+                proven!(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a) != 0)
+            }
+
+            #[inline(always)]
+            fn reduce_add(self, a: Self::F) -> f32 {
+                proven!(add_lanes(_mm256_add_ps(
+                    _mm512_castps512_ps256(a),
+                    _mm512_extractf32x8_ps::<1>(a)
+                )))
+            }
+
+            #[inline(always)]
+            fn reduce_max(self, a: Self::F) -> f32 {
+                proven!(max_lanes(_mm256_max_ps(
+                    _mm512_castps512_ps256(a),
+                    _mm512_extractf32x8_ps::<1>(a)
+                )))
+            }
+
+            #[inline(always)]
             fn exp2_integer(self, n: Self::F) -> Self::F {
                 proven!({
                     let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
@@ -176,27 +205,34 @@ macro_rules! implement {
             }
 
             #[inline(always)]
-            fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
-                proven!(_mm512_sub_epi32(a, b))
-            }
-
-            #[inline(always)]
             fn to_f32(self, x: Self::I) -> Self::F {
                 proven!(_mm512_cvtepi32_ps(x))
             }
 
             #[inline(always)]
-            fn to_i8(self, x: Self::F) -> [i8; LANES] {
+            fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]) {
                 // Both take `x` where it is NaN, and NaN becomes i32::MIN, whose low byte is 0.
-                let bounded = self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
-                proven!(transmute::<__m128i, [i8; LANES]>(
-                    _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(bounded))
-                ))
+                let bounded = |x| self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
+                let (low, high) = (bounded(low), bounded(high));
+                proven!({
+                    let low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(low));
+                    let high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(high));
+                    _mm256_storeu_si256(
+                        out.as_mut_ptr().cast::<__m256i>(),
+                        _mm256_set_m128i(high, low),
+                    );
+                });
             }
 
             #[inline(always)]
             fn bytes(self, x: &[u8; 64]) -> Self::B {
                 proven!(_mm512_loadu_si512(x.as_ptr().cast::<__m512i>()))
+            }
+
+            #[inline(always)]
+            fn signed_bytes(self, x: &[u8; 64]) -> Self::B {
+                // The dot product takes one operand unsigned, here `w + 128`; see `start_q8`.
+                proven!(_mm512_xor_si512(self.bytes(x), _mm512_set1_epi8(-128)))
             }
 
             #[inline(always)]
@@ -217,8 +253,8 @@ macro_rules! implement {
             }
 
             #[inline(always)]
-            fn start_q8(self, row_sum: i32) -> Self::I {
-                self.splat_i32(-128 * row_sum)
+            fn start_q8(self, offset: i32) -> Self::I {
+                self.splat_i32(offset)
             }
 
             #[inline(always)]
@@ -236,7 +272,7 @@ macro_rules! implement {
 
             #[inline(always)]
             fn prefetch(self, line: *const u8) {
-                proven!(_mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>()));
+                proven!(_mm_prefetch::<_MM_HINT_T1>(line.cast::<i8>()));
             }
         }
     };

@@ -10,9 +10,9 @@ use crate::context::Context;
 use crate::disjoint::Disjoint;
 use crate::guided::run_guided;
 use crate::kernels::swiglu::Activate;
-use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileOut};
+use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileOut, TileRow};
 use crate::pack::{Line, PAIR_ROWS};
-use crate::rows::{Rows, RowsWriter};
+use crate::rows::{GROUP_ROWS, Rows, RowsWriter};
 use crate::simd::LANES;
 
 /// Rows that one item converts from the wire; a call of no more leaves the other threads alone.
@@ -169,21 +169,28 @@ impl Down<'_> {
         self.context.geometry.hidden.div_ceil(PAIR_ROWS)
     }
 
-    /// An item is 32 `hidden` outputs of all nodes for all rows of a group.
+    /// An item is 32 `hidden` outputs of all nodes for all rows of a group. Where the rows leave room for several,
+    /// those go through each segment together: its weights lie one behind the other.
     fn run(&self, items: Range<usize>) {
         let mut levels = [TileOut::ZERO; TREE_DEPTH + 1];
         let pairs = self.num_pairs();
-        for item in items {
-            let group = &self.plan.groups[item / pairs];
+        let mut begin = items.start;
+        while begin < items.end {
+            let group = &self.plan.groups[begin / pairs];
+            let stride = group.entries.len().next_multiple_of(GROUP_ROWS);
+            let together = (TILE_ROWS_MAX / stride).max(1);
+            let left = (items.end - begin).min(pairs - begin % pairs);
+            let end = begin + left.min(together);
             for entries in chunks(&group.entries) {
                 let tree = Tree {
                     down: self,
                     group,
-                    pair: item % pairs,
+                    pairs: begin % pairs..begin % pairs + (end - begin),
                     entries,
                 };
                 tree.run(&mut levels);
             }
+            begin = end;
         }
     }
 }
@@ -192,7 +199,7 @@ impl Down<'_> {
 struct Tree<'a> {
     down: &'a Down<'a>,
     group: &'a Group,
-    pair: usize,
+    pairs: Range<usize>,
     entries: Range<usize>,
 }
 
@@ -203,21 +210,29 @@ impl Tree<'_> {
         } = self.down;
         let hidden = context.geometry.hidden;
         let num_segments = context.geometry.num_segments();
-        let col = self.pair * PAIR_ROWS;
-        let len = PAIR_ROWS.min(hidden - col);
+        let entry_outs = &plan.entry_outs[self.entries.clone()];
         for (n, node) in self.group.range.nodes(num_segments).enumerate() {
             self.sum(node, levels);
-            for (row, &begin) in levels[0]
-                .0
-                .iter()
-                .zip(&plan.entry_outs[self.entries.clone()])
-            {
-                let at = begin + n * hidden + col;
-                // SAFETY: this item alone has these columns of the entries of its group.
-                let target = unsafe { out.range_mut(at..at + len) };
-                target.copy_from_slice(&row.as_flattened()[..len]);
+            for (pair, rows) in self.parts(&mut levels[0]) {
+                let col = pair * PAIR_ROWS;
+                let len = PAIR_ROWS.min(hidden - col);
+                for (row, &begin) in rows.iter().zip(entry_outs) {
+                    let at = begin + n * hidden + col;
+                    // SAFETY: this item alone has these columns of the entries of its group.
+                    let target = unsafe { out.range_mut(at..at + len) };
+                    target.copy_from_slice(&row.as_flattened()[..len]);
+                }
             }
         }
+    }
+
+    /// The pairs, each with its part of a buffer: whole groups of rows.
+    fn parts<'b>(
+        &self,
+        out: &'b mut TileOut,
+    ) -> impl Iterator<Item = (usize, &'b mut [TileRow])> + use<'b> {
+        let stride = self.entries.len().next_multiple_of(GROUP_ROWS);
+        self.pairs.clone().zip(out.0.chunks_exact_mut(stride))
     }
 
     /// The sum of a node that has at least one non-empty segment, into the first of `levels`; an empty
@@ -238,14 +253,16 @@ impl Tree<'_> {
             return;
         };
         self.sum(right, below);
-        let num_rows = self.entries.len();
-        let Some(other) = below.first() else {
+        let Some(other) = below.first_mut() else {
             return;
         };
-        let sums = out.0[..num_rows].as_flattened_mut().as_flattened_mut();
-        let others = other.0[..num_rows].as_flattened().as_flattened();
-        for (a, b) in sums.iter_mut().zip(others) {
-            *a += b;
+        let num_rows = self.entries.len();
+        for ((_, sums), (_, others)) in self.parts(out).zip(self.parts(other)) {
+            let sums = sums[..num_rows].as_flattened_mut().as_flattened_mut();
+            let others = others[..num_rows].as_flattened().as_flattened();
+            for (a, b) in sums.iter_mut().zip(others) {
+                *a += b;
+            }
         }
     }
 
@@ -259,20 +276,26 @@ impl Tree<'_> {
         let index = usize::from(segment - self.group.range.begin());
         let blocks = slice::segment_len(context.geometry.ff) / BLOCK;
         let segments = &plan.segments[self.group.segments.clone()];
-        let next = match segments.get(index + 1) {
-            Some(next) => next.down.pair(self.pair),
-            None => segments[0].down.pair(self.pair + 1),
-        };
-        context.dispatch.tile(Tile {
-            matrix: &segments[index].down,
-            pair: self.pair,
-            rows: activations,
-            row_begin: self.entries.start,
-            num_rows: self.entries.len(),
-            block_begin: index * blocks,
-            next,
-            out: &mut out.0,
-        });
+        for (pair, out) in self.parts(out) {
+            let next = if pair + 1 < self.pairs.end {
+                segments[index].down.pair(pair + 1)
+            } else {
+                match segments.get(index + 1) {
+                    Some(next) => next.down.pair(self.pairs.start),
+                    None => segments[0].down.pair(self.pairs.end),
+                }
+            };
+            context.dispatch.tile(Tile {
+                matrix: &segments[index].down,
+                pair,
+                rows: activations,
+                row_begin: self.entries.start,
+                num_rows: self.entries.len(),
+                block_begin: index * blocks,
+                next,
+                out,
+            });
+        }
     }
 }
 

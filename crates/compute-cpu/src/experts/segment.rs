@@ -8,7 +8,6 @@ use tramontane_types::slice;
 
 use crate::context::{Context, Part};
 use crate::kernels::pack::RowSource;
-use crate::memory::Slab;
 use crate::pack::{PAIR_ROWS, PackedMatrix, Packing, packed_bytes};
 use crate::simd::LANES;
 
@@ -38,7 +37,6 @@ impl Segment {
         context: &Context,
         weights: &ExpertWeights<'_>,
         columns: Range<usize>,
-        slab: &mut Slab,
     ) -> Result<Self, Error> {
         let hidden = context.geometry.hidden;
         let len = columns.len();
@@ -74,8 +72,8 @@ impl Segment {
             ..gate_up
         };
         Ok(Self {
-            gate_up: gate_up.run(slab)?,
-            down: down.run(slab)?,
+            gate_up: gate_up.run(&context.weights)?,
+            down: down.run(&context.weights)?,
         })
     }
 }

@@ -17,7 +17,7 @@ use tramontane_compute::{KV_PAGE_TOKENS, KvFormat};
 use tramontane_types::PageId;
 
 use crate::cache::HeadPages;
-use crate::simd::{LANES, Operation, Simd, exp, reduce_max};
+use crate::simd::{LANES, Operation, Simd, exp};
 
 /// Vectors of tokens in a page.
 pub(crate) const TOKEN_VECTORS: usize = KV_PAGE_TOKENS / LANES;
@@ -419,7 +419,7 @@ fn softmax<S: Simd, const N: usize>(
         for vector in vectors {
             largest = s.max(s.load(vector), largest);
         }
-        let largest = reduce_max(s, largest);
+        let largest = s.reduce_max(largest);
         drops[h] = maxima[h] - largest;
         maxima[h] = largest;
     }

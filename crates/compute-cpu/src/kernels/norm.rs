@@ -1,6 +1,6 @@
 //! Row-wise steps of a layer: RMS norm, scores of the gate, rotary embedding. No matrices.
 
-use crate::simd::{LANES, Operation, Simd, exp, load_padded, reduce_add};
+use crate::simd::{LANES, Operation, Simd, exp, load_padded};
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight`.
 pub(crate) struct RmsNorm<'a> {
@@ -20,15 +20,16 @@ impl Operation for RmsNorm<'_> {
             let x = load_padded(s, x);
             squares = s.fma(x, x, squares);
         }
-        let mean = reduce_add(s, squares) / self.x.len() as f32;
+        let mean = s.reduce_add(squares) / self.x.len() as f32;
         // Squares beyond f32 would make zeros of the row: it is refused as NaN like one that is not finite.
         let inverse = if mean.is_finite() {
             1.0 / (mean + self.eps).sqrt()
         } else {
             f32::NAN
         };
-        for ((out, x), weight) in self.out.iter_mut().zip(self.x).zip(self.weight) {
-            *out = x * inverse * weight;
+        let (x, weight) = (&self.x[..self.out.len()], &self.weight[..self.out.len()]);
+        for i in 0..self.out.len() {
+            self.out[i] = x[i] * inverse * weight[i];
         }
     }
 }
@@ -75,14 +76,14 @@ fn gate_rows<S: Simd, const N: usize>(s: S, x: &[f32], weights: &[f32], out: &mu
         }
     }
     for (out, sum) in out.iter_mut().zip(sums) {
-        *out = reduce_add(s, sum);
+        *out = s.reduce_add(sum);
     }
 }
 
-/// Rotates one head in place: element `i` with element `i + head_dim / 2` (the "half-split" form of the
+/// Rotates heads in place: element `i` with element `i + head_dim / 2` (the "half-split" form of the
 /// published checkpoints). `cos` and `sin` have `head_dim / 2` elements.
 pub(crate) struct Rotate<'a> {
-    pub(crate) head: &'a mut [f32],
+    pub(crate) heads: &'a mut [f32],
     pub(crate) cos: &'a [f32],
     pub(crate) sin: &'a [f32],
 }
@@ -92,12 +93,15 @@ impl Operation for Rotate<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _s: S) {
-        let (low, high) = self.head.split_at_mut(self.cos.len());
-        let angles = self.cos.iter().zip(self.sin);
-        for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
-            let (x, y) = (*a, *b);
-            *a = x * cos - y * sin;
-            *b = y * cos + x * sin;
+        let half = self.cos.len();
+        let sin = &self.sin[..half];
+        for head in self.heads.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (x, y) = (low[i], high[i]);
+                low[i] = x * self.cos[i] - y * sin[i];
+                high[i] = y * self.cos[i] + x * sin[i];
+            }
         }
     }
 }

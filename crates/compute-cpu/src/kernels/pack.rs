@@ -209,7 +209,7 @@ impl<'a> PanelBlock<'a> {
         let quads = block.q.as_chunks::<4>().0;
         for (line, quad) in self.lines.iter_mut().zip(quads) {
             for (k, &q) in quad.iter().enumerate() {
-                line.0[4 * lane + k] = (q as u8) ^ 0x80;
+                line.0[4 * lane + k] = q as u8;
             }
         }
         self.copy_scale(0, lane, block.scale);
@@ -252,15 +252,15 @@ impl<'a> PanelBlock<'a> {
         }
     }
 
-    /// The weights of a lane without a scale are 0, in the stored form `zero`.
+    /// The weights of a lane without a scale are 0.
     #[inline(always)]
-    fn clear_lanes_without_scale(&mut self, scales: &[f16; LANES], zero: u8) {
+    fn clear_lanes_without_scale(&mut self, scales: &[f16; LANES]) {
         for (lane, scale) in scales.iter().enumerate() {
             if !scale.is_nan() {
                 continue;
             }
             for line in self.lines.iter_mut() {
-                line.0[4 * lane..4 * lane + 4].fill(zero);
+                line.0[4 * lane..4 * lane + 4].fill(0);
             }
         }
     }
@@ -304,17 +304,12 @@ fn pack_q8<S: Simd>(s: S, values: &Values, out: &mut PanelBlock<'_>) {
         for (k, x) in columns.iter().enumerate() {
             let q = s.mul(s.load(x), inverse);
             let q = s.min(s.max(q, s.splat(-127.0)), s.splat(127.0));
-            // Stored as w + 128.
-            add_byte(
-                &mut words,
-                &to_array(s, s.add(q, s.splat(ROUND + 128.0))),
-                8 * k,
-            );
+            add_byte(&mut words, &to_array(s, s.add(q, s.splat(ROUND))), 8 * k);
         }
         out.write_words(line, &words);
     }
     out.write_scales(0, &scales);
-    out.clear_lanes_without_scale(&scales, 128);
+    out.clear_lanes_without_scale(&scales);
 }
 
 /// Puts the low bytes of rounded numbers (see [`ROUND`]) at a bit of words.
@@ -347,7 +342,7 @@ fn pack_q4<S: Simd>(s: S, values: &Values, out: &mut PanelBlock<'_>) {
     }
     out.write_scales(0, &scales);
     out.write_scales(1, &minima);
-    out.clear_lanes_without_scale(&scales, 0);
+    out.clear_lanes_without_scale(&scales);
 }
 
 #[inline(always)]
@@ -540,9 +535,7 @@ mod tests {
                     }
                     PackFormat::Q8 => {
                         let Q8Block { q, scale } = q8_weights(&values);
-                        let got = std::array::from_fn(|k| {
-                            quad(panel, lane, k / 4)[k % 4].wrapping_sub(128) as i8
-                        });
+                        let got = std::array::from_fn(|k| quad(panel, lane, k / 4)[k % 4] as i8);
                         assert_eq!(got, q, "{what} row {r}");
                         let got = half_at(&scales[0], row);
                         assert_eq!(got.to_bits(), scale.to_bits(), "{what} row {r}");
@@ -658,7 +651,7 @@ mod tests {
                         cols: 300,
                         source: &source,
                     };
-                    let matrix = packing.run(&mut Slab::reserve(0).unwrap()).unwrap();
+                    let matrix = packing.run(&Slab::new()).unwrap();
                     check(&matrix, &expected, &format!("{isa} {format:?} {dtype:?}"));
                 }
             }
@@ -715,7 +708,7 @@ mod tests {
                     cols: 64,
                     source: &source,
                 };
-                let matrix = packing.run(&mut Slab::reserve(0).unwrap()).unwrap();
+                let matrix = packing.run(&Slab::new()).unwrap();
                 for (r, b) in (0..18).flat_map(|r| [(r, 0), (r, 1)]) {
                     let lines = matrix
                         .pair(0)
@@ -754,7 +747,7 @@ mod tests {
                     let q = if k < 16 { byte & 15 } else { byte >> 4 };
                     f32::from(q) * scale + half_at(&scales[1], row).to_f32()
                 }
-                _ => (f32::from(byte) - 128.0) * scale,
+                _ => f32::from(byte as i8) * scale,
             }
         })
     }

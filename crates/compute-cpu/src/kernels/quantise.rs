@@ -3,26 +3,33 @@
 use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
 
-use crate::rows::BlockMut;
-use crate::simd::{LANES, Operation, Simd, reduce_add, reduce_max};
+use crate::rows::{BlockMut, offset};
+use crate::simd::{LANES, Operation, Simd};
 
-/// One block of activations to the row format.
-pub(crate) struct QuantiseBlock<'a> {
+/// A row of activations to the row format.
+pub(crate) struct QuantiseRow<'a, F> {
     pub(crate) format: RowFormat,
-    pub(crate) values: &'a [f32; BLOCK],
-    pub(crate) out: BlockMut<'a>,
+    pub(crate) values: &'a [f32],
+    /// Where each block goes.
+    pub(crate) out: F,
 }
 
-impl Operation for QuantiseBlock<'_> {
+impl<'a, F: Fn(usize) -> BlockMut<'a>> Operation for QuantiseRow<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        quantise_block(s, self.format, self.values, self.out);
+        let (full, rest) = self.values.as_chunks::<BLOCK>();
+        for (i, values) in full.iter().enumerate() {
+            quantise_block(s, self.format, values, (self.out)(i));
+        }
+        if !rest.is_empty() {
+            quantise_block(s, self.format, &padded_block(rest), (self.out)(full.len()));
+        }
     }
 }
 
-/// See [`QuantiseBlock`].
+/// One block of activations to the row format.
 #[inline(always)]
 pub(crate) fn quantise_block<S: Simd>(
     s: S,
@@ -30,14 +37,16 @@ pub(crate) fn quantise_block<S: Simd>(
     values: &[f32; BLOCK],
     out: BlockMut<'_>,
 ) {
-    match (format, out.scale, out.sum) {
-        (RowFormat::Q8, [scale], [sum]) => {
-            let (q, d, total) = q8_block(s, values);
+    match (format, out.scale, out.offset) {
+        (RowFormat::Q8, [scale], [to]) => {
+            let bytes = bytemuck::cast_slice_mut(out.words);
+            let Some(bytes) = bytes.first_chunk_mut() else {
+                debug_assert!(false, "words of a block");
+                return;
+            };
+            let (d, byte_sum) = q8_block(s, values, bytes);
             *scale = d;
-            *sum = total;
-            for (word, quad) in out.words.iter_mut().zip(q.as_chunks::<4>().0) {
-                *word = u32::from_le_bytes(*quad);
-            }
+            *to = offset(byte_sum);
         }
         (RowFormat::Bf16, ..) => {
             for (word, pair) in out.words.iter_mut().zip(values.as_chunks::<2>().0) {
@@ -57,42 +66,38 @@ pub(crate) fn to_bf16(x: f32) -> u16 {
     if x.is_nan() { quiet } else { rounded }
 }
 
-/// The largest magnitude; NaN when a value is not finite.
+/// Writes the bytes of a block; returns its scale and the sum of the bytes.
 #[inline(always)]
-fn amax<S: Simd>(s: S, values: &[f32; BLOCK]) -> f32 {
+fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK], out: &mut [u8; BLOCK]) -> (f32, i32) {
+    let (halves, _) = values.as_chunks::<LANES>();
+    let (low, high) = (s.load(&halves[0]), s.load(&halves[1]));
     let zero = s.splat(0.0);
-    let mut largest = zero;
-    // 0 * x is NaN where x is not finite, and stays it; the maximum loses a NaN.
-    let mut poison = zero;
-    for half in values.as_chunks::<LANES>().0 {
-        let x = s.load(half);
-        largest = s.max(x, largest);
-        largest = s.max(s.sub(zero, x), largest);
-        poison = s.fma(zero, x, poison);
-    }
-    if reduce_add(s, poison).is_nan() {
+    // 0 * x is NaN where x is not finite; the maximum loses a NaN.
+    let poison = s.fma(zero, low, s.mul(zero, high));
+    let amax = if s.has_nan(poison) {
         f32::NAN
     } else {
-        reduce_max(s, largest)
-    }
-}
-
-#[inline(always)]
-fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK]) -> ([u8; BLOCK], f32, i32) {
-    let d = amax(s, values) / 127.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    // With a scale of NaN every quotient is NaN, and NaN as i8 is 0.
-    let mut q = [0_u8; BLOCK];
-    let mut sum = 0;
-    let halves = q.as_chunks_mut::<LANES>().0.iter_mut();
-    for (q, x) in halves.zip(values.as_chunks::<LANES>().0) {
-        let bytes = s.to_i8(s.round(s.mul(s.load(x), s.splat(inverse))));
-        for (q, byte) in q.iter_mut().zip(bytes) {
-            *q = byte as u8;
-            sum += i32::from(byte);
+        s.reduce_max(s.max(s.abs(low), s.abs(high)))
+    };
+    let d = amax / 127.0;
+    let inverse = s.splat(if d == 0.0 { 0.0 } else { 1.0 / d });
+    // The inverse of a denormal scale may be infinite; with a scale of NaN every quotient is NaN.
+    let quotient = |x| {
+        let q = s.round(s.mul(x, inverse));
+        s.min(s.splat(127.0), s.max(s.splat(-128.0), q))
+    };
+    let (low, high) = (quotient(low), quotient(high));
+    s.store_i8(low, high, out);
+    // Whole numbers below 2^24 have the same sum in any order. A lane that is NaN is a byte 0.
+    let sum = s.reduce_add(s.add(low, high));
+    if sum.is_nan() {
+        let mut byte_sum = 0;
+        for &q in out.iter() {
+            byte_sum += i32::from(q as i8);
         }
+        return (d, byte_sum);
     }
-    (q, d, sum)
+    (d, sum as i32)
 }
 
 /// A row of f32 to its wire form, see [`RowFormat`].
@@ -121,8 +126,7 @@ impl Operation for QuantiseToWire<'_> {
             .iter_mut()
             .zip(scales.as_chunks_mut::<4>().0);
         for ((bytes, scale), values) in targets.zip(self.values.chunks(BLOCK)) {
-            let (q, d, _sum) = q8_block(s, &padded_block(values));
-            *bytes = q;
+            let (d, _sum) = q8_block(s, &padded_block(values), bytes);
             *scale = d.to_le_bytes();
         }
     }

@@ -9,7 +9,7 @@ use tramontane_compute::{DType, HostTensor, RowFormat};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::norm::{Gate, RmsNorm, Rotate, Softmax};
 use crate::kernels::pack::RowSource;
-use crate::kernels::quantise::{QuantiseBlock, QuantiseToWire, padded_block};
+use crate::kernels::quantise::{QuantiseRow, QuantiseToWire, padded_block};
 use crate::kernels::swiglu::swiglu;
 use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileRow};
 use crate::memory::Slab;
@@ -195,7 +195,7 @@ fn a_rotation_turns_pairs_half_a_head_apart() {
             let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
             let mut got = head.clone();
             dispatch.run(Rotate {
-                head: &mut got,
+                heads: &mut got,
                 cos: &cos,
                 sin: &sin,
             });
@@ -231,8 +231,11 @@ fn quantisation_has_the_bits_of_the_specification() {
             unsafe { from_wire.writer().copy_wire(0, &wire) };
             let direct = quantised(dispatch, RowFormat::Q8, len, std::slice::from_ref(&x));
             let blocks = len.div_ceil(BLOCK);
-            let (a, b) = (from_wire.row(0, 0, blocks), direct.row(0, 0, blocks));
-            assert_eq!((a.words, a.sums), (b.words, b.sums), "{isa} {len}");
+            let (a, b) = (
+                from_wire.part(0, 1, 0, blocks),
+                direct.part(0, 1, 0, blocks),
+            );
+            assert_eq!((a.words, a.offsets), (b.words, b.offsets), "{isa} {len}");
             assert_eq!(bits(a.scales), bits(b.scales), "{isa} {len}");
 
             let mut wire = vec![9; 2 * len];
@@ -315,7 +318,7 @@ pub(crate) fn packed(dispatch: Dispatch, format: PackFormat, rows: &[Vec<f32>]) 
         cols: tensor.cols,
         source: &source,
     };
-    packing.run(&mut Slab::reserve(0).unwrap()).unwrap()
+    packing.run(&Slab::new()).unwrap()
 }
 
 fn quantised(dispatch: Dispatch, format: RowFormat, cols: usize, values: &[Vec<f32>]) -> Rows {
@@ -323,14 +326,12 @@ fn quantised(dispatch: Dispatch, format: RowFormat, cols: usize, values: &[Vec<f
     rows.reserve(values.len());
     let writer = rows.writer();
     for (row, values) in values.iter().enumerate() {
-        for (i, values) in values.chunks(BLOCK).enumerate() {
-            dispatch.run(QuantiseBlock {
-                format,
-                values: &padded_block(values),
-                // SAFETY: one thread.
-                out: unsafe { writer.block(row, i) },
-            });
-        }
+        dispatch.run(QuantiseRow {
+            format,
+            values,
+            // SAFETY: one thread.
+            out: |block| unsafe { writer.block(row, block) },
+        });
     }
     rows
 }

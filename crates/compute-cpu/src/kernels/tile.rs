@@ -3,16 +3,22 @@
 //! Every output has one accumulator that walks k in ascending blocks of 32, so a result is the same in
 //! a tile of one row and of six. See [`tramontane_compute::quant`] for the formula of a q8 block.
 
+use std::ops::Range;
+
 use crate::pack::{BF16_LINES, Line, PackFormat, PackedMatrix, Q4_LINES, Q8_LINES};
-use crate::rows::{GROUP_ROWS, RowRef, Rows};
+use crate::rows::{GROUP_ROWS, RowRef, Rows, byte_sum};
 use crate::simd::{LANES, Operation, Simd};
 
 /// Most rows of one tile, whole groups: what a caller keeps on its stack.
 pub(crate) const TILE_ROWS_MAX: usize = 4 * GROUP_ROWS;
 
+/// Blocks of a pair that all rows take before the next ones, where rows are more than registers: a few KB, which
+/// stay in the first cache, so that the weights are one ascending stream however many rows there are.
+const STRIP_BLOCKS: usize = 4;
+
 /// How far ahead of the reads a tile asks for weights when it reads them once: far enough for the memory
 /// to answer in time, near enough not to drive what will be used out of the first caches.
-const AHEAD_LINES: usize = 128;
+const AHEAD_LINES: usize = 64;
 
 /// The 32 outputs of one row: panel a, panel b.
 pub(crate) type TileRow = [[f32; LANES]; 2];
@@ -47,20 +53,24 @@ impl Operation for Tile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let passes = self.num_rows.div_ceil(S::TILE_ROWS);
-        let mut ahead = Ahead::new(&self, passes);
-        let num_rows = self.num_rows;
-        let mut tile = self;
-        for begin in (0..num_rows).step_by(S::TILE_ROWS) {
-            match (num_rows - begin).min(S::TILE_ROWS) {
-                1 => tile.run_rows::<S, 1>(s, begin, &mut ahead),
-                2 => tile.run_rows::<S, 2>(s, begin, &mut ahead),
-                3 if S::TILE_ROWS >= 3 => tile.run_rows::<S, 3>(s, begin, &mut ahead),
-                4 if S::TILE_ROWS >= 4 => tile.run_rows::<S, 4>(s, begin, &mut ahead),
-                5 if S::TILE_ROWS >= 5 => tile.run_rows::<S, 5>(s, begin, &mut ahead),
-                _ if S::TILE_ROWS >= 6 => tile.run_rows::<S, 6>(s, begin, &mut ahead),
-                rows => debug_assert!(false, "tile of {rows} rows"),
+    fn run<S: Simd>(mut self, s: S) {
+        let blocks = self.matrix.blocks().max(1);
+        // Sums that all stay in registers walk over k once.
+        let is_one_part = self.num_rows <= S::TILE_ROWS;
+        let strip = if is_one_part { blocks } else { STRIP_BLOCKS };
+        let groups = self.num_rows.div_ceil(GROUP_ROWS);
+        let num_parts = |rows: usize| rows.div_ceil(S::TILE_ROWS).max(1);
+        let mut ahead = Ahead::of_stream(&self, groups * num_parts(self.num_rows.min(GROUP_ROWS)));
+        for begin in (0..blocks).step_by(strip) {
+            let blocks = begin..self.matrix.blocks().min(begin + strip);
+            for group in (0..self.num_rows).step_by(GROUP_ROWS) {
+                let end = self.num_rows.min(group + GROUP_ROWS);
+                // About the same number in every part.
+                let rows = (end - group).div_ceil(num_parts(end - group));
+                for row in (group..end).step_by(rows) {
+                    let part = row..end.min(row + rows);
+                    self.run_part(s, part, &blocks, &mut ahead);
+                }
             }
         }
     }
@@ -68,58 +78,112 @@ impl Operation for Tile<'_> {
 
 impl<'a> Tile<'a> {
     #[inline(always)]
-    fn run_rows<S: Simd, const R: usize>(&mut self, s: S, begin: usize, ahead: &mut Ahead<'a>) {
-        let blocks = self.matrix.blocks();
-        let row = |r| self.row_begin + begin + r;
-        let rows = std::array::from_fn(|r| self.rows.row(row(r), self.block_begin, blocks));
+    fn run_part<S: Simd>(
+        &mut self,
+        s: S,
+        rows: Range<usize>,
+        blocks: &Range<usize>,
+        ahead: &mut Ahead<'a>,
+    ) {
+        let begin = rows.start;
+        match rows.len() {
+            1 => self.run_rows::<S, 1>(s, begin, blocks, ahead),
+            2 => self.run_rows::<S, 2>(s, begin, blocks, ahead),
+            3 if S::TILE_ROWS >= 3 => self.run_rows::<S, 3>(s, begin, blocks, ahead),
+            4 if S::TILE_ROWS >= 4 => self.run_rows::<S, 4>(s, begin, blocks, ahead),
+            5 if S::TILE_ROWS >= 5 => self.run_rows::<S, 5>(s, begin, blocks, ahead),
+            6 if S::TILE_ROWS >= 6 => self.run_rows::<S, 6>(s, begin, blocks, ahead),
+            rows => debug_assert!(false, "part of {rows} rows"),
+        }
+    }
+
+    /// Adds the products of some blocks to the sums of `R` rows of a group; the first blocks begin them.
+    #[inline(always)]
+    fn run_rows<S: Simd, const R: usize>(
+        &mut self,
+        s: S,
+        begin: usize,
+        blocks: &Range<usize>,
+        ahead: &mut Ahead<'a>,
+    ) {
+        let block_begin = self.block_begin + blocks.start;
+        let row = self.row_begin + begin;
+        let rows = self.rows.part(row, R, block_begin, blocks.len());
         let Some(out) = self.out[begin..].first_chunk_mut::<R>() else {
             debug_assert!(false, "room for {R} rows");
             return;
         };
-        let lines = self.matrix.pair(self.pair);
+        let mut acc: Accumulators<S, R> = [[s.splat(0.0); 2]; R];
+        if blocks.start > 0 {
+            for r in 0..R {
+                acc[r] = [s.load(&out[r][0]), s.load(&out[r][1])];
+            }
+        }
+        let block_lines = self.matrix.format().block_lines();
+        let lines = blocks.start * block_lines..blocks.end * block_lines;
+        let lines = &self.matrix.pair(self.pair)[lines];
         match self.matrix.format() {
-            PackFormat::Bf16 => tile_bf16(s, lines, &rows, ahead, out),
-            PackFormat::Q8 => tile_q8(s, lines, &rows, ahead, out),
-            PackFormat::Q4 => tile_q4(s, lines, &rows, ahead, out),
+            PackFormat::Bf16 => tile_bf16(s, lines, rows, ahead, &mut acc),
+            PackFormat::Q8 => tile_q8(s, lines, rows, ahead, &mut acc),
+            PackFormat::Q4 => tile_q4(s, lines, rows, ahead, &mut acc),
+        }
+        for r in 0..R {
+            s.store(acc[r][0], &mut out[r][0]);
+            s.store(acc[r][1], &mut out[r][1]);
         }
     }
 }
 
-/// Asks for weights before they are read: those of this pair a little ahead when it is read once, those of
-/// the next one spread over the passes when this one is computed with longer than it is read.
+/// Asks for weights before they are read, evenly over the time that is computed meanwhile.
 pub(crate) struct Ahead<'a> {
-    own: &'a [Line],
-    next: &'a [Line],
-    /// In `own`, then `next`.
+    /// What is asked for now, from `at` on.
+    lines: &'a [Line],
     at: usize,
+    /// What comes behind `lines`.
+    next: &'a [Line],
     lines_per_block: usize,
 }
 
 impl<'a> Ahead<'a> {
-    /// For a tile that walks over its blocks `passes` times.
+    /// For a tile that reads its weights as one stream and walks over each block `passes` times.
     #[inline(always)]
-    pub(crate) fn new(tile: &Tile<'a>, passes: usize) -> Self {
-        let own = tile.matrix.pair(tile.pair);
+    pub(crate) fn of_stream(tile: &Tile<'a>, passes: usize) -> Self {
         let block_lines = tile.matrix.format().block_lines();
         Self {
-            own,
+            lines: tile.matrix.pair(tile.pair),
+            at: AHEAD_LINES,
             next: tile.next,
-            at: if passes > 1 { own.len() } else { AHEAD_LINES },
             lines_per_block: block_lines.div_ceil(passes.max(1)),
         }
+    }
+
+    /// For a tile that walks over all of its blocks `passes` times: of many passes, each asks for a part of what
+    /// comes next.
+    #[inline(always)]
+    pub(crate) fn of_passes(tile: &Tile<'a>, passes: usize) -> Self {
+        let stream = Self::of_stream(tile, passes);
+        let at = if passes > 1 {
+            stream.lines.len()
+        } else {
+            stream.at
+        };
+        Self { at, ..stream }
     }
 
     /// Called once for every block.
     #[inline(always)]
     pub(crate) fn step<S: Simd>(&mut self, s: S) {
-        for at in self.at..self.at + self.lines_per_block {
-            let line = match self.own.get(at) {
-                Some(line) => Some(line),
-                None => self.next.get(at - self.own.len()),
-            };
-            if let Some(line) = line {
-                s.prefetch(line.0.as_ptr());
-            }
+        if self.at >= self.lines.len() {
+            self.at -= self.lines.len();
+            self.lines = std::mem::take(&mut self.next);
+        }
+        if self.lines.is_empty() {
+            return;
+        }
+        // The last lines of a pair may reach behind it, which asking may.
+        let first = self.lines.as_ptr().wrapping_add(self.at);
+        for i in 0..self.lines_per_block {
+            s.prefetch(first.wrapping_add(i).cast());
         }
         self.at += self.lines_per_block;
     }
@@ -128,88 +192,82 @@ impl<'a> Ahead<'a> {
 /// Two accumulators per row: panel a, panel b.
 type Accumulators<S, const R: usize> = [[<S as Simd>::F; 2]; R];
 
+/// An element of a table of `R` rows of a group that were cut to the blocks of the matrix: `[block][row][len]`.
 #[inline(always)]
-fn store<S: Simd, const R: usize>(s: S, acc: &Accumulators<S, R>, out: &mut [TileRow; R]) {
-    for r in 0..R {
-        s.store(acc[r][0], &mut out[r][0]);
-        s.store(acc[r][1], &mut out[r][1]);
-    }
-}
-
-/// Word `word` of block `block` of a row whose length was checked against the blocks of the matrix.
-#[inline(always)]
-fn word<const WORDS: usize>(row: &RowRef<'_>, block: usize, word: usize) -> u32 {
-    let at = block * GROUP_ROWS * WORDS + word;
-    debug_assert!(at < row.words.len());
-    // SAFETY: `Rows::row` cut the row to as many blocks as the matrix has, and callers count within
-    // both.
-    unsafe { *row.words.get_unchecked(at) }
+fn element<T: Copy, const R: usize>(
+    table: &[T],
+    len: usize,
+    (block, row): (usize, usize),
+    i: usize,
+) -> T {
+    let at = (block * GROUP_ROWS + row) * len + i;
+    debug_assert!(row < R && i < len && at < table.len());
+    // SAFETY: `Rows::part` cut the table to as many rows and blocks as callers count.
+    unsafe { *table.get_unchecked(at) }
 }
 
 #[inline(always)]
 fn tile_bf16<S: Simd, const R: usize>(
     s: S,
     lines: &[Line],
-    rows: &[RowRef<'_>; R],
+    rows: RowRef<'_>,
     ahead: &mut Ahead<'_>,
-    out: &mut [TileRow; R],
+    acc: &mut Accumulators<S, R>,
 ) {
     const WORDS: usize = BF16_LINES / 2;
-    let mut acc: Accumulators<S, R> = [[s.splat(0.0); 2]; R];
     for (b, block) in lines.as_chunks::<BF16_LINES>().0.iter().enumerate() {
         ahead.step(s);
         for j in 0..WORDS {
             let w = [s.bytes(&block[j].0), s.bytes(&block[WORDS + j].0)];
             for r in 0..R {
-                let x = word::<WORDS>(&rows[r], b, j);
+                let x = element::<_, R>(rows.words, WORDS, (b, r), j);
                 acc[r][0] = s.dot_bf16(acc[r][0], w[0], x);
                 acc[r][1] = s.dot_bf16(acc[r][1], w[1], x);
             }
         }
     }
-    store(s, &acc, out);
 }
 
 #[inline(always)]
 fn tile_q8<S: Simd, const R: usize>(
     s: S,
     lines: &[Line],
-    rows: &[RowRef<'_>; R],
+    rows: RowRef<'_>,
     ahead: &mut Ahead<'_>,
-    out: &mut [TileRow; R],
+    acc: &mut Accumulators<S, R>,
 ) {
     const WORDS: usize = Q8_LINES / 2;
-    let mut acc: Accumulators<S, R> = [[s.splat(0.0); 2]; R];
     for (b, block) in lines.as_chunks::<Q8_LINES>().0.iter().enumerate() {
         ahead.step(s);
         let mut sums = [[s.splat_i32(0); 2]; R];
         for r in 0..R {
-            sums[r] = [s.start_q8(rows[r].sums[b * GROUP_ROWS]); 2];
+            sums[r] = [s.start_q8(element::<_, R>(rows.offsets, 1, (b, r), 0)); 2];
         }
         for j in 0..WORDS {
-            let w = [s.bytes(&block[j].0), s.bytes(&block[WORDS + j].0)];
+            let w = [
+                s.signed_bytes(&block[j].0),
+                s.signed_bytes(&block[WORDS + j].0),
+            ];
             for r in 0..R {
-                let x = word::<WORDS>(&rows[r], b, j);
+                let x = element::<_, R>(rows.words, WORDS, (b, r), j);
                 sums[r][0] = s.dot_q8(sums[r][0], w[0], x);
                 sums[r][1] = s.dot_q8(sums[r][1], w[1], x);
             }
         }
-        scale_and_add(s, &block[2 * WORDS], &sums, rows, b, &mut acc);
+        scale_and_add(s, &block[2 * WORDS], &sums, rows, b, acc);
     }
-    store(s, &acc, out);
 }
 
 #[inline(always)]
 fn tile_q4<S: Simd, const R: usize>(
     s: S,
     lines: &[Line],
-    rows: &[RowRef<'_>; R],
+    rows: RowRef<'_>,
     ahead: &mut Ahead<'_>,
-    out: &mut [TileRow; R],
+    acc: &mut Accumulators<S, R>,
 ) {
     const HALF: usize = 4;
     const WORDS: usize = 2 * HALF;
-    let mut acc: Accumulators<S, R> = [[s.splat(0.0); 2]; R];
     for (b, block) in lines.as_chunks::<Q4_LINES>().0.iter().enumerate() {
         ahead.step(s);
         let mut sums = [[s.splat_i32(0); 2]; R];
@@ -217,18 +275,17 @@ fn tile_q4<S: Simd, const R: usize>(
             let (low_a, high_a) = s.nibbles(&block[j].0);
             let (low_b, high_b) = s.nibbles(&block[HALF + j].0);
             for r in 0..R {
-                let x = word::<WORDS>(&rows[r], b, j);
+                let x = element::<_, R>(rows.words, WORDS, (b, r), j);
                 sums[r][0] = s.dot_q4(sums[r][0], low_a, x);
                 sums[r][1] = s.dot_q4(sums[r][1], low_b, x);
-                let x = word::<WORDS>(&rows[r], b, HALF + j);
+                let x = element::<_, R>(rows.words, WORDS, (b, r), HALF + j);
                 sums[r][0] = s.dot_q4(sums[r][0], high_a, x);
                 sums[r][1] = s.dot_q4(sums[r][1], high_b, x);
             }
         }
-        scale_and_add(s, &block[WORDS], &sums, rows, b, &mut acc);
-        add_minima(s, &block[WORDS + 1], rows, b, &mut acc);
+        scale_and_add(s, &block[WORDS], &sums, rows, b, acc);
+        add_minima(s, &block[WORDS + 1], rows, b, acc);
     }
-    store(s, &acc, out);
 }
 
 /// `acc = fma(weight_min, row_scale * row_sum, acc)`.
@@ -236,15 +293,15 @@ fn tile_q4<S: Simd, const R: usize>(
 fn add_minima<S: Simd, const R: usize>(
     s: S,
     minima: &Line,
-    rows: &[RowRef<'_>; R],
+    rows: RowRef<'_>,
     block: usize,
     acc: &mut Accumulators<S, R>,
 ) {
-    let (halves, _) = minima.0.as_chunks::<{ 2 * LANES }>();
-    let minima = [s.load_f16(&halves[0]), s.load_f16(&halves[1])];
+    let minima = [halves(s, minima, 0), halves(s, minima, 1)];
     for r in 0..R {
-        let sum =
-            s.splat(rows[r].scales[block * GROUP_ROWS] * rows[r].sums[block * GROUP_ROWS] as f32);
+        let scale = element::<_, R>(rows.scales, 1, (block, r), 0);
+        let offset = element::<_, R>(rows.offsets, 1, (block, r), 0);
+        let sum = s.splat(scale * byte_sum(offset));
         for p in 0..2 {
             acc[r][p] = s.fma(minima[p], sum, acc[r][p]);
         }
@@ -257,17 +314,22 @@ fn scale_and_add<S: Simd, const R: usize>(
     s: S,
     scales: &Line,
     sums: &[[S::I; 2]; R],
-    rows: &[RowRef<'_>; R],
+    rows: RowRef<'_>,
     block: usize,
     acc: &mut Accumulators<S, R>,
 ) {
-    let (halves, _) = scales.0.as_chunks::<{ 2 * LANES }>();
-    let weight_scales = [s.load_f16(&halves[0]), s.load_f16(&halves[1])];
+    let weight_scales = [halves(s, scales, 0), halves(s, scales, 1)];
     for r in 0..R {
-        let row_scale = s.splat(rows[r].scales[block * GROUP_ROWS]);
+        let row_scale = s.splat(element::<_, R>(rows.scales, 1, (block, r), 0));
         for p in 0..2 {
             let scale = s.mul(row_scale, weight_scales[p]);
             acc[r][p] = s.fma(s.to_f32(sums[r][p]), scale, acc[r][p]);
         }
     }
+}
+
+/// The half of a line of f16 that belongs to a panel.
+#[inline(always)]
+pub(crate) fn halves<S: Simd>(s: S, line: &Line, panel: usize) -> S::F {
+    s.load_f16(&line.0.as_chunks::<{ 2 * LANES }>().0[panel])
 }

@@ -90,6 +90,34 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        a.map(f32::abs)
+    }
+
+    #[inline(always)]
+    fn has_nan(self, a: Self::F) -> bool {
+        a.iter().any(|a| a.is_nan())
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, a: Self::F) -> f32 {
+        let mut lanes = a;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, a: Self::F) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
     fn exp2_integer(self, n: Self::F) -> Self::F {
         n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
     }
@@ -120,22 +148,24 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn sub_i32(self, a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i] - b[i])
-    }
-
-    #[inline(always)]
     fn to_f32(self, x: Self::I) -> Self::F {
         x.map(|x| x as f32)
     }
 
     #[inline(always)]
-    fn to_i8(self, x: Self::F) -> [i8; LANES] {
-        x.map(|x| x as i8)
+    fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]) {
+        for (out, x) in out.iter_mut().zip([low, high].as_flattened()) {
+            *out = *x as i8 as u8;
+        }
     }
 
     #[inline(always)]
     fn bytes(self, x: &[u8; 64]) -> Self::B {
+        *x
+    }
+
+    #[inline(always)]
+    fn signed_bytes(self, x: &[u8; 64]) -> Self::B {
         *x
     }
 
@@ -150,7 +180,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn start_q8(self, _row_sum: i32) -> Self::I {
+    fn start_q8(self, _offset: i32) -> Self::I {
         [0; LANES]
     }
 
@@ -160,7 +190,7 @@ impl Simd for Scalar {
         std::array::from_fn(|lane| {
             let mut sum = acc[lane];
             for k in 0..4 {
-                sum += (i32::from(w[4 * lane + k]) - 128) * x[k];
+                sum += i32::from(w[4 * lane + k] as i8) * x[k];
             }
             sum
         })

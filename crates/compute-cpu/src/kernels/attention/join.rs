@@ -1,7 +1,7 @@
 //! Softmaxes over parts of a context become one, and then attention outputs. Reads no page.
 
 use super::Softmaxes;
-use crate::simd::{LANES, Operation, Simd, exp, reduce_add};
+use crate::simd::{LANES, Operation, Simd, exp};
 
 /// `into` and `from` become the softmax over the tokens of both; `into` has the earlier ones.
 pub(crate) struct Merge<'a> {
@@ -63,7 +63,7 @@ impl Operation for Finish<'_> {
         let stride = outputs.len() / maxima.len();
         let heads = outputs.chunks_exact(stride).zip(sums);
         for (out, (output, sum)) in self.out.chunks_exact_mut(self.head_dim).zip(heads) {
-            let sum = reduce_add(s, s.load(sum));
+            let sum = s.reduce_add(s.load(sum));
             for (x, o) in out.iter_mut().zip(output) {
                 *x = o / sum;
             }

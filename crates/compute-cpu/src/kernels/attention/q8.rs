@@ -9,7 +9,8 @@ use super::{
     has_many_registers, head_groups, softmax, with_heads,
 };
 use crate::cache::Q8Page;
-use crate::simd::{LANES, Simd, reduce_add, reduce_max};
+use crate::rows::offset;
+use crate::simd::{LANES, Simd};
 
 /// What the high part of a number counts. Not 256: then a low part could be -128, whose negative is no byte.
 const STEP: f32 = 254.0;
@@ -124,7 +125,7 @@ fn round_queries<S: Simd>(
             // NaN where x is not finite, and stays it.
             poison = s.fma(x, s.splat(0.0), poison);
         }
-        let scale = reduce_max(s, amax) / SPLIT_MAX + reduce_add(s, poison);
+        let scale = s.reduce_max(amax) / SPLIT_MAX + s.reduce_add(poison);
         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         let inverse = if inverse.is_finite() { inverse } else { 0.0 };
         let (mut high_sum, mut low_sum) = (s.splat(0.0), s.splat(0.0));
@@ -152,8 +153,8 @@ fn round_queries<S: Simd>(
         }
         tile.query_scales[first_head + head] = QueryScale {
             scale: scale * factor,
-            high_sum: reduce_add(s, high_sum) as i32,
-            low_sum: reduce_add(s, low_sum) as i32,
+            high_sum: s.reduce_add(high_sum) as i32,
+            low_sum: s.reduce_add(low_sum) as i32,
         };
     }
 }
@@ -213,13 +214,13 @@ fn scores<S: Simd, const N: usize, const V: usize>(
     for begin in (0..TOKEN_VECTORS).step_by(V) {
         let mut acc = [[s.start_q8(0); V]; N];
         for (acc, scale) in acc.iter_mut().zip(queries.scales) {
-            *acc = [s.start_q8(scale.high_sum); V];
+            *acc = [s.start_q8(offset(scale.high_sum)); V];
         }
         for (word, high) in highs.iter().enumerate() {
             let at = word * TOKEN_VECTORS + begin;
             let lines = &page.keys[at..][..V];
             for v in 0..V {
-                let keys = s.bytes(&lines[v].0);
+                let keys = s.signed_bytes(&lines[v].0);
                 s.prefetch(next.keys.as_ptr().wrapping_add(at + v).cast());
                 for h in 0..N {
                     acc[h][v] = s.dot_q8(acc[h][v], keys, high[h]);
@@ -231,12 +232,12 @@ fn scores<S: Simd, const N: usize, const V: usize>(
             for v in 0..V {
                 s.store(s.to_f32(acc[h][v]), &mut vectors[v]);
             }
-            acc[h] = [s.start_q8(queries.scales[h].low_sum); V];
+            acc[h] = [s.start_q8(offset(queries.scales[h].low_sum)); V];
         }
         for (word, low) in lows.iter().enumerate() {
             let lines = &page.keys[word * TOKEN_VECTORS + begin..][..V];
             for v in 0..V {
-                let keys = s.bytes(&lines[v].0);
+                let keys = s.signed_bytes(&lines[v].0);
                 for h in 0..N {
                     acc[h][v] = s.dot_q8(acc[h][v], keys, low[h]);
                 }
@@ -313,7 +314,7 @@ impl<const N: usize> RoundedWeights<N> {
             total = s.fma(x, zero, total);
         }
         s.store(total, sum);
-        let scale = reduce_max(s, largest) / SPLIT_MAX;
+        let scale = s.reduce_max(largest) / SPLIT_MAX;
         let inverse = 1.0 / scale;
         let inverse = s.splat(if inverse.is_finite() { inverse } else { 0.0 });
         let (mut high_sum, mut low_sum) = (zero, zero);
@@ -324,8 +325,8 @@ impl<const N: usize> RoundedWeights<N> {
             store_bytes(s, high, &mut self.high[h][v * LANES..(v + 1) * LANES]);
             store_bytes(s, low, &mut self.low[h][v * LANES..(v + 1) * LANES]);
         }
-        self.high_sums[h] = reduce_add(s, high_sum) as i32;
-        self.low_sums[h] = reduce_add(s, low_sum) as i32;
+        self.high_sums[h] = s.reduce_add(high_sum) as i32;
+        self.low_sums[h] = s.reduce_add(low_sum) as i32;
         self.scales[h] = scale;
     }
 }
@@ -371,13 +372,13 @@ fn dot_values<S: Simd, const N: usize, const V: usize, const PREFETCH: bool>(
 ) -> [[S::F; V]; N] {
     let mut acc = [[s.start_q8(0); V]; N];
     for h in 0..N {
-        acc[h] = [s.start_q8(sums[h]); V];
+        acc[h] = [s.start_q8(offset(sums[h])); V];
     }
     for word in words {
         let at = word * stride + col;
         let lines = &page.values[at..][..V];
         for v in 0..V {
-            let values = s.bytes(&lines[v].0);
+            let values = s.signed_bytes(&lines[v].0);
             if PREFETCH {
                 s.prefetch(next.values.as_ptr().wrapping_add(at + v).cast());
             }
