@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tramontane_coordination::PlannerConfig;
 use tramontane_runtime::duration_text;
+use tramontane_types::SEGMENTS_PER_EXPERT;
 
 use crate::Error;
 
@@ -71,6 +72,9 @@ pub struct RouterConfig {
     pub min_workers: NonZeroUsize,
     /// Workers that hold each expert, where the operator has not said otherwise.
     pub replicas: NonZeroUsize,
+    /// Slices that each expert is cut into, where the operator has not said otherwise; chosen by the planner when
+    /// absent.
+    pub slices_per_expert: Option<u8>,
     /// How long membership must rest before a plan includes newcomers.
     #[serde(with = "duration_text")]
     pub settle_time: Duration,
@@ -125,6 +129,7 @@ impl Default for RouterConfig {
             planner: true,
             min_workers: planner.min_workers,
             replicas: planner.replicas,
+            slices_per_expert: planner.slices_per_expert,
             settle_time: planner.settle_time,
             load_timeout: planner.load_timeout,
             sequences_max: SEQUENCES_MAX,
@@ -152,6 +157,7 @@ impl RouterConfig {
         PlannerConfig {
             min_workers: self.min_workers,
             replicas: self.replicas,
+            slices_per_expert: self.slices_per_expert,
             settle_time: self.settle_time,
             load_timeout: self.load_timeout,
         }
@@ -164,6 +170,10 @@ impl RouterConfig {
     pub fn validate(&self) -> Result<(), Error> {
         if self.id.is_empty() || self.id.len() > 128 {
             return Err(refuse("id", "1 to 128 bytes", &self.id));
+        }
+        let slices = self.slices_per_expert;
+        if let Some(slices) = slices.filter(|s| !(1..=SEGMENTS_PER_EXPERT).contains(s)) {
+            return Err(refuse("slices_per_expert", "1 to 8", slices));
         }
         let counts = [
             ("sequences_max", self.sequences_max, 1),
@@ -242,6 +252,10 @@ mod tests {
         assert_eq!(
             refused(|c| c.election_ttl = Duration::from_millis(5)),
             "router.election_ttl must be between 1s and 1day, got 5ms"
+        );
+        assert_eq!(
+            refused(|c| c.slices_per_expert = Some(9)),
+            "router.slices_per_expert must be 1 to 8, got 9"
         );
         assert_eq!(
             refused(|c| c.id.clear()),

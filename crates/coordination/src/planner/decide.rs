@@ -30,6 +30,8 @@ pub struct PlannerConfig {
     pub min_workers: NonZeroUsize,
     /// Replicas where the intent does not say.
     pub replicas: NonZeroUsize,
+    /// Slices per expert where the intent does not say; `None` leaves it to `balance`.
+    pub slices_per_expert: Option<u8>,
     /// See [`SETTLE_TIME`].
     pub settle_time: Duration,
     /// See [`LOAD_TIMEOUT`].
@@ -41,6 +43,7 @@ impl Default for PlannerConfig {
         Self {
             min_workers: NonZeroUsize::MIN,
             replicas: NonZeroUsize::MIN,
+            slices_per_expert: None,
             settle_time: SETTLE_TIME,
             load_timeout: LOAD_TIMEOUT,
         }
@@ -316,7 +319,10 @@ impl PlannerView<'_> {
             expert_load: None,
             policy: PlacementPolicy {
                 replicas: self.intent.replicas.unwrap_or(self.config.replicas),
-                slices_per_expert: self.intent.slices_per_expert,
+                slices_per_expert: self
+                    .intent
+                    .slices_per_expert
+                    .or(self.config.slices_per_expert),
             },
             current: self.published.or(self.pending),
             epoch: self.next_epoch(),
