@@ -18,7 +18,7 @@ const STRIP_BLOCKS: usize = 4;
 
 /// How far ahead of the reads a tile asks for weights when it reads them once: far enough for the memory
 /// to answer in time, near enough not to drive what will be used out of the first caches.
-const AHEAD_LINES: usize = 64;
+const AHEAD_LINES: usize = 128;
 
 /// The 32 outputs of one row: panel a, panel b.
 pub(crate) type TileRow = [[f32; LANES]; 2];
