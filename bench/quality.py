@@ -7,7 +7,7 @@ the figures, so rows differ by nothing but logits. Rows:
 
   bf16 q8 q4          ours, as served; with /kv8 the KV cache in q8 too
   f32/PART=FORMAT,..  the reference in f32 with the weights of attention, experts or head rounded to q8 or q4: what the
-                      weights alone cost, without quantised rows and a bf16 KV cache
+                      weights alone cost, without quantised rows and a 16-bit KV cache
   F32 Q8_0 Q4_K_M ..  llama.cpp; F32 shows that both engines compute the same model
 
 usage: quality.py [ROW ...] [--model models/smol] [--turned] [--llama BUILD]

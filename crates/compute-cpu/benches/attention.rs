@@ -54,7 +54,7 @@ fn main() -> Outcome<()> {
         .or_else(|| std::thread::available_parallelism().ok())
         .unwrap_or(NonZeroUsize::MIN);
     println!("{} with {threads} threads", Isa::detect());
-    for format in [KvFormat::Bf16, KvFormat::Q8] {
+    for format in [KvFormat::F16, KvFormat::Q8] {
         let mut cached = Cached::new(threads, format)?;
         for context in [512, 1024, 4096, TOKENS_MAX] {
             cached.prefill_to(context)?;

@@ -322,7 +322,7 @@ impl Model {
         let config = AttentionConfig {
             num_pages: 256,
             max_rows: 512,
-            kv_format: KvFormat::Bf16,
+            kv_format: KvFormat::F16,
         };
         Ok(Self {
             attention: backend.attention(&weights, config)?,

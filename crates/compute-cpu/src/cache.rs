@@ -3,7 +3,7 @@
 //! `[layer][page][kv_head]`, then keys, then values. Keys have tokens as the lanes of the score kernel, values
 //! have dimensions as lanes:
 //!
-//! * bf16: keys `[head_dim][64 tokens]`, values `[64 tokens][head_dim rounded up to 16]`;
+//! * f16: keys `[head_dim][64 tokens]`, values `[64 tokens][head_dim rounded up to 16]`;
 //! * q8 ([`Q8Head`]): keys `[head_dim / 4][64 tokens][4]` and 64 scales, values
 //!   `[64 tokens / 4][head_dim rounded up to 16][4]` and 64 scales; bytes are signed.
 //!
@@ -14,7 +14,8 @@ use tramontane_compute::{AttentionConfig, Error, KV_PAGE_TOKENS, KvFormat};
 use tramontane_types::{ModelGeometry, PageId};
 
 use crate::disjoint::Disjoint;
-use crate::kernels::quantise::to_bf16;
+use crate::isa::Dispatch;
+use crate::kernels::quantise::ToF16;
 use crate::memory::Region;
 use crate::pack::Line;
 use crate::simd::LANES;
@@ -72,9 +73,9 @@ pub(crate) struct HeadPages<'a> {
     head: usize,
 }
 
-/// One page of a bf16 cache.
+/// One page of an f16 cache.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Bf16Page<'a> {
+pub(crate) struct F16Page<'a> {
     pub(crate) keys: &'a [u16],
     pub(crate) values: &'a [u16],
 }
@@ -121,9 +122,10 @@ impl KvCache {
     }
 
     /// For writing from the items of a parallel run.
-    pub(crate) fn writer(&mut self) -> KvWriter<'_> {
+    pub(crate) fn writer(&mut self, dispatch: Dispatch) -> KvWriter<'_> {
         KvWriter {
             layout: self.layout,
+            dispatch,
             bytes: Disjoint::new(bytemuck::cast_slice_mut(self.region.lines_mut())),
         }
     }
@@ -137,11 +139,11 @@ impl<'a> HeadPages<'a> {
         self.lines[begin..begin + keys + values].split_at(keys)
     }
 
-    /// A page of a bf16 cache.
+    /// A page of an f16 cache.
     #[inline]
-    pub(crate) fn bf16(&self, page: PageId) -> Bf16Page<'a> {
+    pub(crate) fn f16(&self, page: PageId) -> F16Page<'a> {
         let (keys, values) = self.parts(page);
-        Bf16Page {
+        F16Page {
             keys: bytemuck::cast_slice(keys),
             values: bytemuck::cast_slice(values),
         }
@@ -173,6 +175,7 @@ fn scales(lines: &[Line]) -> &[f32; KV_PAGE_TOKENS] {
 #[derive(Debug)]
 pub(crate) struct KvWriter<'a> {
     layout: Layout,
+    dispatch: Dispatch,
     bytes: Disjoint<'a, u8>,
 }
 
@@ -187,18 +190,26 @@ impl KvWriter<'_> {
         let padded = self.layout.padded_dim();
         let offset = slot.offset;
         match self.layout.format {
-            KvFormat::Bf16 => {
-                for (d, &x) in key.iter().enumerate() {
-                    let at = begin + 2 * (d * KV_PAGE_TOKENS + offset);
-                    // SAFETY: these bytes belong to the slot and head, which the caller has alone.
-                    unsafe { self.put(at, to_bf16(x).to_ne_bytes()) };
-                }
-                let at = values + 2 * offset * padded;
-                // SAFETY: as above.
-                let to = unsafe { self.bytes.range_mut(at..at + 2 * value.len()) };
-                for (to, &x) in to.as_chunks_mut::<2>().0.iter_mut().zip(value) {
-                    *to = to_bf16(x).to_ne_bytes();
-                }
+            KvFormat::F16 => {
+                self.dispatch.run(ToF16 {
+                    values: key,
+                    out: |first: usize, halves: &[[u8; 2]]| {
+                        for (d, &half) in halves.iter().enumerate() {
+                            let at = begin + 2 * ((first + d) * KV_PAGE_TOKENS + offset);
+                            // SAFETY: these bytes belong to the slot and head, which the caller has alone.
+                            unsafe { self.put(at, half) };
+                        }
+                    },
+                });
+                self.dispatch.run(ToF16 {
+                    values: value,
+                    out: |first: usize, halves: &[[u8; 2]]| {
+                        let at = values + 2 * (offset * padded + first);
+                        // SAFETY: as above.
+                        let to = unsafe { self.bytes.range_mut(at..at + 2 * halves.len()) };
+                        to.copy_from_slice(halves.as_flattened());
+                    },
+                });
             }
             KvFormat::Q8 => {
                 let place = |d: usize| begin + d / 4 * 4 * KV_PAGE_TOKENS + 4 * offset + d % 4;

@@ -54,6 +54,8 @@ pub(crate) trait Simd: Copy {
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F;
     /// 16 little-endian binary16.
     fn load_f16(self, x: &[u8; 2 * LANES]) -> Self::F;
+    /// To binary16, ties to even.
+    fn store_f16(self, x: Self::F, out: &mut [u8; 2 * LANES]);
 
     fn splat_i32(self, x: i32) -> Self::I;
     fn load_i32(self, x: &[i32; LANES]) -> Self::I;

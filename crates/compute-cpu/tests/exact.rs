@@ -168,7 +168,7 @@ struct Model {
 
 impl Model {
     fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
-        Self::with_kv(checkpoint, backend, cuts, KvFormat::Bf16)
+        Self::with_kv(checkpoint, backend, cuts, KvFormat::F16)
     }
 
     fn with_kv(
@@ -387,7 +387,7 @@ fn a_long_context_has_the_same_bits_however_it_is_cut() {
         ..geometry()
     };
     let checkpoint = Checkpoint::new(geometry.clone());
-    for kv_format in [KvFormat::Bf16, KvFormat::Q8] {
+    for kv_format in [KvFormat::F16, KvFormat::Q8] {
         let run = |isa, threads, chunk, first_page| {
             let config = config(threads, Some(isa));
             let backend = CpuBackend::new(&geometry, WeightFormat::Q8, config).unwrap();

@@ -11,10 +11,12 @@ use crate::KV_PAGE_TOKENS;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KvFormat {
-    /// bfloat16. The reference backend keeps binary32 instead, as it does with weights.
+    /// binary16, finite magnitudes beyond 65,504 stored as that. Keys and values are activations of a few hundred at most,
+    /// and three more bits than bfloat16 has are worth more there than its range. The reference backend keeps
+    /// binary32 instead, as it does with weights.
     #[default]
-    Bf16,
-    /// Signed bytes with one f32 scale per token and head, see [`Q8Head`]: half the memory of bf16.
+    F16,
+    /// Signed bytes with one f32 scale per token and head, see [`Q8Head`]: half the memory of f16.
     Q8,
 }
 
@@ -23,7 +25,7 @@ impl KvFormat {
     #[must_use]
     pub fn class_of(self, class: &str) -> String {
         match self {
-            Self::Bf16 => class.to_owned(),
+            Self::F16 => class.to_owned(),
             Self::Q8 => format!("{class}-kv8"),
         }
     }
@@ -32,7 +34,7 @@ impl KvFormat {
     #[must_use]
     pub const fn key_bytes(self, head_dim: usize) -> usize {
         match self {
-            Self::Bf16 => KV_PAGE_TOKENS * head_dim * 2,
+            Self::F16 => KV_PAGE_TOKENS * head_dim * 2,
             Self::Q8 => KV_PAGE_TOKENS * (head_dim.next_multiple_of(4) + size_of::<f32>()),
         }
     }
@@ -42,7 +44,7 @@ impl KvFormat {
     pub const fn value_bytes(self, head_dim: usize) -> usize {
         let padded = head_dim.next_multiple_of(VALUE_LANES);
         match self {
-            Self::Bf16 => KV_PAGE_TOKENS * padded * 2,
+            Self::F16 => KV_PAGE_TOKENS * padded * 2,
             Self::Q8 => KV_PAGE_TOKENS * (padded + size_of::<f32>()),
         }
     }
@@ -54,7 +56,7 @@ const VALUE_LANES: usize = 16;
 impl fmt::Display for KvFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
             Self::Q8 => "q8",
         })
     }
@@ -65,9 +67,9 @@ impl FromStr for KvFormat {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
-            "bf16" => Ok(Self::Bf16),
+            "f16" => Ok(Self::F16),
             "q8" => Ok(Self::Q8),
-            other => Err(format!("kv format must be bf16 or q8, got {other:?}")),
+            other => Err(format!("kv format must be f16 or q8, got {other:?}")),
         }
     }
 }
@@ -160,12 +162,12 @@ mod tests {
 
     #[test]
     fn formats_have_names_sizes_and_classes() {
-        for format in [KvFormat::Bf16, KvFormat::Q8] {
+        for format in [KvFormat::F16, KvFormat::Q8] {
             assert_eq!(format.to_string().parse(), Ok(format));
         }
-        assert!("f16".parse::<KvFormat>().is_err());
+        assert!("bf16".parse::<KvFormat>().is_err());
         assert_eq!(
-            KvFormat::Bf16.key_bytes(64) + KvFormat::Bf16.value_bytes(64),
+            KvFormat::F16.key_bytes(64) + KvFormat::F16.value_bytes(64),
             16_384
         );
         assert_eq!(
@@ -174,6 +176,6 @@ mod tests {
         );
         assert_eq!(KvFormat::Q8.value_bytes(14), 64 * 20);
         assert_eq!(KvFormat::Q8.class_of("cpu-q8"), "cpu-q8-kv8");
-        assert_eq!(KvFormat::Bf16.class_of("cpu-q8"), "cpu-q8");
+        assert_eq!(KvFormat::F16.class_of("cpu-q8"), "cpu-q8");
     }
 }

@@ -1136,7 +1136,7 @@ fn reference_bench(config: EngineConfig, window: Option<usize>) -> Bench {
     let reserved = AttentionConfig {
         num_pages,
         max_rows,
-        kv_format: KvFormat::Bf16,
+        kv_format: KvFormat::F16,
     };
     let attention = backend.attention(&attention, reserved).unwrap();
     let experts = backend.experts();

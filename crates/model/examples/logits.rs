@@ -1,7 +1,7 @@
 //! Writes the logits of every position of a text, for `bench/quality.py`. Samples nothing, scores nothing.
 //!
 //! ```text
-//! logits --model DIR --weights f32|bf16|q8|q4 --tokens IDS [--window 512] [--threads 2] [--kv bf16|q8]
+//! logits --model DIR --weights f32|bf16|q8|q4 --tokens IDS [--window 512] [--threads 2] [--kv f16|q8]
 //!        [--attention q8|q4] [--experts q8|q4] [--head q8|q4] >LOGITS
 //! ```
 //! IDS holds token ids, u32 little-endian. Every window of them is a prompt of its own, computed in one step.
@@ -72,7 +72,7 @@ impl Options {
             weights: WeightFormat::F32,
             window: NonZeroUsize::MIN.saturating_add(511),
             threads: two,
-            kv: KvFormat::Bf16,
+            kv: KvFormat::F16,
             attention: Rounding(None),
             experts: Rounding(None),
             head: Rounding(None),

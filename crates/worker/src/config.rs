@@ -419,7 +419,7 @@ mod tests {
             };
             config.engine(&geometry, vec![]).num_pages
         };
-        let pages = |memory: u64| pages_as(KvFormat::Bf16, memory);
+        let pages = |memory: u64| pages_as(KvFormat::F16, memory);
         assert_eq!(pages(10 * page_bytes + 1), 10);
         // One byte each, and a scale for every sixteen.
         assert_eq!(pages_as(KvFormat::Q8, 5 * page_bytes), 8);

@@ -71,7 +71,7 @@ impl Scratch {
         let half = head_dim / 2;
         let width = (num_heads + 2 * num_kv_heads) * head_dim;
         let qkv = Disjoint::new(&mut self.qkv);
-        let writer = cache.writer();
+        let writer = cache.writer(context.dispatch);
         let (cos, sin) = (&self.cos, &self.sin);
         context.pool.run_rows(batch.num_rows(), &|row| {
             // SAFETY: this item alone has the row.
@@ -208,7 +208,7 @@ unsafe fn quantise_row(context: &Context, writer: &RowsWriter<'_>, row: usize, v
 mod tests {
     use std::num::NonZeroUsize;
 
-    use half::bf16;
+    use half::f16;
     use tramontane_compute::batch_check::first_visible;
     use tramontane_compute::kv::Q8Head;
     use tramontane_compute::{AttentionConfig, KvFormat, SequenceSpan};
@@ -338,7 +338,7 @@ mod tests {
         let rounded = |x: &[f32]| -> Vec<f64> {
             let q8 = Q8Head::new(x);
             let one = |&x: &f32| match kv_format {
-                KvFormat::Bf16 => bf16::from_f32(x).to_f64(),
+                KvFormat::F16 => f16::from_f32(x).to_f64(),
                 KvFormat::Q8 => f64::from(q8.q(x)) * f64::from(q8.scale),
             };
             x.iter().map(one).collect()
@@ -373,7 +373,7 @@ mod tests {
         let qkv: Vec<f32> = noise.iter().map(|x| x * 3.0).collect();
         let batch = one_sequence(num_rows);
         // Queries and weights of q8 have fifteen bits.
-        for (kv_format, most) in [(KvFormat::Bf16, 2e-5), (KvFormat::Q8, 4e-4)] {
+        for (kv_format, most) in [(KvFormat::F16, 2e-5), (KvFormat::Q8, 4e-4)] {
             let mut expected: Option<Vec<f32>> = None;
             for isa in Isa::ALL {
                 let Some(context) = context(isa, heads, window) else {
@@ -433,7 +433,7 @@ mod tests {
         let mut qkv = noise(1, num_rows * width);
         let bad_row = 550;
         qkv[bad_row * width + heads.0 * heads.2..(bad_row + 1) * width].fill(f32::NAN);
-        for kv_format in [KvFormat::Bf16, KvFormat::Q8] {
+        for kv_format in [KvFormat::F16, KvFormat::Q8] {
             let context = context(Isa::detect(), heads, None).unwrap();
             let out = attend(&context, kv_format, &one_sequence(num_rows), &qkv);
             for (row, out) in out.chunks_exact(heads.0 * heads.2).enumerate() {
@@ -453,7 +453,7 @@ mod tests {
         let config = AttentionConfig {
             num_pages: 1,
             max_rows: 2,
-            kv_format: KvFormat::Bf16,
+            kv_format: KvFormat::F16,
         };
         let mut scratch = Scratch::new(&context, config);
         scratch.compute_angles(&context.geometry, &[0, 300]);

@@ -7,7 +7,7 @@ use std::arch::x86_64::{
     _mm_prefetch, _mm_storeu_si128, _mm256_abs_epi8, _mm256_add_epi32, _mm256_add_ps,
     _mm256_and_ps, _mm256_and_si256, _mm256_andnot_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepi32_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_cvtps_ph, _mm256_div_ps,
     _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
     _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_ps, _mm256_min_ps,
     _mm256_movemask_ps, _mm256_mul_ps, _mm256_round_ps, _mm256_set1_epi8, _mm256_set1_epi16,
@@ -186,6 +186,18 @@ impl Simd for Avx2 {
             _mm256_cvtph_ps(_mm_loadu_si128(at)),
             _mm256_cvtph_ps(_mm_loadu_si128(at.add(1)))
         ])
+    }
+
+    #[inline(always)]
+    fn store_f16(self, x: Self::F, out: &mut [u8; 2 * LANES]) {
+        let at = out.as_mut_ptr().cast::<__m128i>();
+        proven!({
+            _mm_storeu_si128(at, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
+            _mm_storeu_si128(
+                at.add(1),
+                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]),
+            );
+        });
     }
 
     #[inline(always)]

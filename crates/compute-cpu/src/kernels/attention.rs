@@ -102,7 +102,7 @@ impl Tile {
         let heads = num_rows * num_heads;
         let vectors = head_dim.div_ceil(LANES);
         let (words, wide) = match format {
-            KvFormat::Bf16 => (0, 1),
+            KvFormat::F16 => (0, 1),
             KvFormat::Q8 => (head_dim.div_ceil(4), 0),
         };
         Self {
@@ -171,7 +171,7 @@ impl Operation for AttendPages<'_> {
         let stride = self.tile.outputs.len() / self.tile.maxima.len();
         self.tile.outputs[..heads * stride].fill(0.0);
         match self.cache.format {
-            KvFormat::Bf16 => self.attend_bf16(s),
+            KvFormat::F16 => self.attend_f16(s),
             KvFormat::Q8 => self.attend_q8(s),
         }
     }
@@ -187,7 +187,7 @@ fn clip(visible: &Range<usize>, page_begin: usize) -> Range<usize> {
 
 impl AttendPages<'_> {
     #[inline(always)]
-    fn attend_bf16<S: Simd>(self, s: S) {
+    fn attend_f16<S: Simd>(self, s: S) {
         let Self { head_dim, tile, .. } = self;
         let num_heads = tile.num_heads;
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -200,9 +200,9 @@ impl AttendPages<'_> {
         }
         let widen = self.visible.len() > 1;
         for (i, page) in self.pages.iter().enumerate() {
-            let cached = self.cache.bf16(*page);
+            let cached = self.cache.f16(*page);
             // Behind the last page this one again: it is in the cache.
-            let next = self.cache.bf16(*self.pages.get(i + 1).unwrap_or(page));
+            let next = self.cache.f16(*self.pages.get(i + 1).unwrap_or(page));
             if widen {
                 widen_all(s, cached.keys, next.keys, &mut tile.keys);
                 widen_all(s, cached.values, next.values, &mut tile.values);
@@ -285,7 +285,7 @@ fn widen_all<S: Simd>(s: S, from: &[u16], next: &[u16], to: &mut [WideVector]) {
     let (from, next) = (from.as_chunks::<LANES>().0, next.as_chunks::<LANES>().0);
     for ((from, next), to) in from.iter().zip(next).zip(to) {
         s.prefetch(next.as_ptr().cast());
-        s.store(s.load_bf16(from), &mut to.0);
+        s.store(s.load_f16(bytemuck::cast_ref(from)), &mut to.0);
     }
 }
 
@@ -329,7 +329,7 @@ impl<S: Simd> Source<S> for Narrow<'_> {
         }
         let mut loaded = [s.splat(0.0); V];
         for v in 0..V {
-            loaded[v] = s.load_bf16(&vectors[v]);
+            loaded[v] = s.load_f16(bytemuck::cast_ref(&vectors[v]));
         }
         loaded
     }

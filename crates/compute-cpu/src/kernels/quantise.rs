@@ -4,7 +4,7 @@ use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
 
 use crate::rows::{BlockMut, offset};
-use crate::simd::{LANES, Operation, Simd};
+use crate::simd::{LANES, Operation, Simd, load_padded};
 
 /// A row of activations to the row format.
 pub(crate) struct QuantiseRow<'a, F> {
@@ -98,6 +98,33 @@ fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK], out: &mut [u8; BLOCK]) -> (f32
         return (d, byte_sum);
     }
     (d, sum as i32)
+}
+
+/// Numbers to binary16, little-endian, at most [`LANES`] at a time: ties to even, finite ones beyond its range to its
+/// largest; a number that is not finite becomes NaN.
+pub(crate) struct ToF16<'a, F> {
+    pub(crate) values: &'a [f32],
+    /// Takes the index of the first number and the numbers.
+    pub(crate) out: F,
+}
+
+/// The largest finite binary16.
+const F16_MAX: f32 = 65_504.0;
+
+impl<F: Fn(usize, &[[u8; 2]])> Operation for ToF16<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (i, values) in self.values.chunks(LANES).enumerate() {
+            let x = load_padded(s, values);
+            let bounded = s.min(s.splat(F16_MAX), s.max(s.splat(-F16_MAX), x));
+            let mut halves = [0; 2 * LANES];
+            // 0 * x is NaN where x is not finite.
+            s.store_f16(s.fma(s.splat(0.0), x, bounded), &mut halves);
+            (self.out)(i * LANES, &halves.as_chunks().0[..values.len()]);
+        }
+    }
 }
 
 /// A row of f32 to its wire form, see [`RowFormat`].

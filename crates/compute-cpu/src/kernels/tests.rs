@@ -1,6 +1,6 @@
 //! Every kernel on every instruction set against the scalar one, and the scalar one against plain formulas.
 
-use half::bf16;
+use half::{bf16, f16};
 use tramontane_compute::quant::{
     BLOCK, Q4Block, Q8Block, q4_weights, q8_row, q8_row_bytes, q8_weights,
 };
@@ -9,7 +9,7 @@ use tramontane_compute::{DType, HostTensor, RowFormat};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::norm::{Gate, RmsNorm, Rotate, Softmax};
 use crate::kernels::pack::RowSource;
-use crate::kernels::quantise::{QuantiseRow, QuantiseToWire, padded_block};
+use crate::kernels::quantise::{QuantiseRow, QuantiseToWire, ToF16, padded_block};
 use crate::kernels::swiglu::swiglu;
 use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileRow};
 use crate::memory::Slab;
@@ -249,6 +249,41 @@ fn quantisation_has_the_bits_of_the_specification() {
                 .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
                 .collect();
             assert_eq!(wire, expected, "{isa} {len}");
+        }
+    }
+}
+
+#[test]
+fn numbers_become_binary16_and_large_ones_its_largest() {
+    let mut x = noise(5, 60);
+    for (i, x) in x.iter_mut().enumerate() {
+        *x *= 2.0_f32.powi(i as i32 % 44 - 27);
+    }
+    x.extend([
+        0.0,
+        -0.0,
+        65_519.0,
+        65_520.0,
+        -1e30,
+        f32::INFINITY,
+        f32::NAN,
+    ]);
+    for (isa, dispatch) in supported() {
+        let got = std::sync::Mutex::new(vec![[0; 2]; x.len()]);
+        dispatch.run(ToF16 {
+            values: &x,
+            out: |first: usize, halves: &[[u8; 2]]| {
+                got.lock().unwrap()[first..][..halves.len()].copy_from_slice(halves);
+            },
+        });
+        for (x, got) in x.iter().zip(got.into_inner().unwrap()) {
+            let got = f16::from_le_bytes(got);
+            if x.is_finite() {
+                let expected = f16::from_f32(x.clamp(-65_504.0, 65_504.0));
+                assert_eq!(got.to_bits(), expected.to_bits(), "{isa} {x}");
+            } else {
+                assert!(got.is_nan(), "{isa} {x}");
+            }
         }
     }
 }

@@ -138,6 +138,13 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn store_f16(self, x: Self::F, out: &mut [u8; 2 * LANES]) {
+        for (out, x) in out.as_chunks_mut().0.iter_mut().zip(x) {
+            *out = f16::from_f32(x).to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
     fn splat_i32(self, x: i32) -> Self::I {
         [x; LANES]
     }

@@ -316,7 +316,7 @@ impl KvCache {
             let heads = cache[slot..slot + new.len()].chunks_exact_mut(head_dim);
             for (head, new) in heads.zip(new.chunks_exact(head_dim)) {
                 match format {
-                    KvFormat::Bf16 => head.copy_from_slice(new),
+                    KvFormat::F16 => head.copy_from_slice(new),
                     KvFormat::Q8 => write_rounded(head, new),
                 }
             }

@@ -75,7 +75,7 @@ fn attention(data: &[u8]) -> Box<dyn Attention> {
     let config = AttentionConfig {
         num_pages: 2,
         max_rows: 8,
-        kv_format: KvFormat::Bf16,
+        kv_format: KvFormat::F16,
     };
     let backend = ReferenceBackend::new(&geometry());
     backend.attention(&attention_weights(data), config).unwrap()
@@ -235,7 +235,7 @@ fn weights_of_another_shape_are_refused_by_name() {
     let config = AttentionConfig {
         num_pages: 1,
         max_rows: 1,
-        kv_format: KvFormat::Bf16,
+        kv_format: KvFormat::F16,
     };
     let mut weights = attention_weights(&data);
     weights.layers[0].k = tensor(&data, 3, HIDDEN);

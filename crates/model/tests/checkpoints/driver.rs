@@ -39,7 +39,7 @@ impl Driver {
         let config = AttentionConfig {
             num_pages: NUM_PAGES,
             max_rows: MAX_ROWS,
-            kv_format: KvFormat::Bf16,
+            kv_format: KvFormat::F16,
         };
         let mut workers = Vec::new();
         for cut in cuts.windows(2) {

@@ -30,7 +30,7 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
     let sizes = AttentionConfig {
         num_pages: PAGES,
         max_rows: 64,
-        kv_format: KvFormat::Bf16,
+        kv_format: KvFormat::F16,
     };
     let attention = backend.attention(&weights, sizes).unwrap();
     let experts = Arc::new(KeptExperts::new(
