@@ -61,7 +61,8 @@ class Cluster(Load):
             "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}",
             "--initial-cluster", f"default=http://127.0.0.1:{peer}",
         ])]
-        # One worker owns the sequences; all of them hold experts.
+        # As many slices of each expert as there are workers: then even a single token is work for all of them.
+        slices = {"TRAMONTANE_ROUTER__SLICES_PER_EXPERT": str(min(workers, 8))}
         self.ops = []
         for i in range(workers):
             self.ops.append(free_port())
@@ -73,7 +74,7 @@ class Cluster(Load):
         self.processes.append(Process("router", [
             BINARY, "router", "--model", model, "--model-name", "bench", "--etcd", etcd,
             "--http-port", http, "--grpc-port", router_grpc, "--min-workers", workers,
-        ]))
+        ], slices))
         ready = f"{self.url}/health/ready"
         wait_until(lambda: answers(ready, *self.processes), READY_SECONDS, "the cluster is ready")
 

@@ -77,6 +77,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if args.first:
         come_first()
+    # Peers write logs where they are started.
+    args.work.mkdir(parents=True, exist_ok=True)
+    os.chdir(args.work)
     checkpoint = peers.model(args.work, args.model)
     engines = [Ours(checkpoint, args.threads), *other_engines(args)]
     with held(args.lock):
@@ -111,7 +114,10 @@ def arguments():
     parser.add_argument("--out", type=pathlib.Path, default=WORK / "cpu.json", help="JSON; the table beside it")
     parser.add_argument("--first", action="store_true", help="before all other work of the machine (root)")
     parser.add_argument("--lock", type=pathlib.Path, help="a file to lock while measuring, if others measure too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.work, args.out = args.work.resolve(), args.out.resolve()
+    args.peer_bin = ["=".join((name, os.path.abspath(folder))) for name, folder in (p.split("=", 1) for p in args.peer_bin)]
+    return args
 
 
 def come_first():

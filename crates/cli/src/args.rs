@@ -187,7 +187,7 @@ pub(crate) struct ServeArgs {
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
-    /// Format of cached keys and values: bf16 or q8
+    /// Format of cached keys and values: f16 or q8
     #[arg(long)]
     pub(crate) kv_format: Option<String>,
     /// Compute threads of all workers together; all cores when absent
@@ -264,7 +264,7 @@ pub(crate) struct WorkerArgs {
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
-    /// Format of cached keys and values: bf16 or q8
+    /// Format of cached keys and values: f16 or q8
     #[arg(long)]
     pub(crate) kv_format: Option<String>,
     /// Compute threads; all cores when absent

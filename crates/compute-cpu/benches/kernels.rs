@@ -1,7 +1,7 @@
 //! How near the kernels come to the machine: experts by rows and format, then whole steps. Not a test of results.
 //!
-//! `cargo bench -p tramontane-compute-cpu --bench kernels [-- [THREADS] [bf16|q8|q4 ...] [experts|steps ...] ['decode 1 at 128' ...]]`.
-//! Weights are random; every expert of a call lies outside the caches.
+//! `cargo bench -p tramontane-compute-cpu --bench kernels [-- [THREADS] [bf16 q8 q4] [experts steps] ['prefill 512' ..]]`:
+//! what is not named is left out where anything of its kind is. Weights are random and more than the caches hold.
 #![expect(clippy::print_stdout, reason = "a table is what this program is for")]
 
 use std::error::Error;
@@ -457,7 +457,7 @@ fn model_table(noise: &Noise, format: WeightFormat, threads: NonZeroUsize) -> Ou
         let [attend, experts, combine, logits] = split.map(|s| s * 1e3);
         let mean = batch.num_rows() as f64 * f64::from(total.1) / total.0;
         println!(
-            "{format:<5} {name:<17} {mean:>7.1} tok/s, at best {rate:.1}, {:.2} ms = attend {attend:.2} + experts \
+            "{format:<5} {name:<17} {mean:>7.1} tok/s; best step {rate:.1}: {:.2} ms = attend {attend:.2} + experts \
              {experts:.2} + combine {combine:.2} + logits {logits:.2}",
             best * 1e3
         );

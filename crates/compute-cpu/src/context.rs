@@ -33,10 +33,7 @@ pub(crate) enum Part {
 impl Context {
     /// The format of activation rows in every product.
     pub(crate) fn row_format(&self) -> RowFormat {
-        match self.format {
-            PackFormat::Bf16 => RowFormat::Bf16,
-            PackFormat::Q8 | PackFormat::Q4 => RowFormat::Q8,
-        }
+        self.format.row_format()
     }
 
     /// The one place that decides how a matrix is stored, from the tensors that it is made of. Rows of

@@ -123,8 +123,13 @@ impl Dispatch {
     }
 
     /// Computes a tile on the unit that is fastest for it.
+    ///
+    /// # Panics
+    /// When the rows are not of the format that the matrix is multiplied with.
     #[inline]
     pub(crate) fn tile(self, tile: Tile<'_>) {
+        let (rows, wanted) = (tile.rows.format(), tile.matrix.format().row_format());
+        assert_eq!(rows, wanted, "format of the rows of a product");
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(amx) => amx.tile(tile),

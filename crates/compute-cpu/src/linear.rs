@@ -40,7 +40,7 @@ impl Context {
             out,
             write,
         } = linear;
-        let stride = matrix.rows();
+        let (stride, num_rows_all) = (matrix.rows(), num_rows);
         assert_eq!(out.len(), num_rows * stride, "room for the product");
         let out = Disjoint::new(out);
         run_guided(&self.pool, matrix.pairs(), &|pairs| {
@@ -56,7 +56,13 @@ impl Context {
                 let pairs = begin..pairs.end.min(begin + together);
                 for row_begin in (0..num_rows).step_by(TILE_ROWS_MAX) {
                     let num_rows = TILE_ROWS_MAX.min(num_rows - row_begin);
+                    let is_last = row_begin + TILE_ROWS_MAX >= num_rows_all;
                     for pair in pairs.clone() {
+                        let next = if pair + 1 < pairs.end || is_last {
+                            pair + 1
+                        } else {
+                            pairs.start
+                        };
                         self.dispatch.tile(Tile {
                             matrix,
                             pair,
@@ -64,7 +70,7 @@ impl Context {
                             row_begin,
                             num_rows,
                             block_begin: 0,
-                            next: matrix.pair(pair + 1),
+                            next: matrix.pair(next),
                             out: &mut tile.0,
                         });
                         for (i, row) in tile.0[..num_rows].iter().enumerate() {

@@ -24,7 +24,8 @@ const PAGE: usize = 4096;
 /// not written takes no memory.
 const SLAB_BYTES: usize = 64 * HUGE_PAGE;
 
-/// Memory for matrices, one mapping after another.
+/// Memory for matrices, one mapping after another. What a dropped region gave back to the system is not handed out
+/// again: it stays as address space until its mapping goes.
 #[derive(Debug)]
 pub(crate) struct Slab {
     /// Bytes of a mapping, unless a matrix is larger.
@@ -73,16 +74,6 @@ impl Slab {
             none => none.insert(Mapping::reserve(bytes.max(self.bytes))?),
         };
         Ok(mapping.take(num_lines))
-    }
-}
-
-impl Region {
-    /// Lines that share no huge page with any others.
-    ///
-    /// # Errors
-    /// When the system refuses the memory.
-    pub(crate) fn alone(num_lines: usize) -> Result<Self, Error> {
-        Ok(Mapping::reserve(region_bytes(num_lines))?.take(num_lines))
     }
 }
 
@@ -140,6 +131,14 @@ fn advise_huge_pages(map: &MmapMut, begin: usize, len: usize) {
 fn advise_huge_pages(_map: &MmapMut, _begin: usize, _len: usize) {}
 
 impl Region {
+    /// Lines that share no huge page with any others.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
+    pub(crate) fn alone(num_lines: usize) -> Result<Self, Error> {
+        Ok(Mapping::reserve(region_bytes(num_lines))?.take(num_lines))
+    }
+
     pub(crate) fn lines(&self) -> &[Line] {
         // SAFETY: the mapping holds the region (see `Mapping::take`), a page boundary is aligned for lines,
         // any bytes are lines, and only `lines_mut` writes, which borrows the region mutably.

@@ -13,7 +13,7 @@
 //! Rows are padded to whole pairs and columns to whole blocks with zeros.
 
 use tramontane_compute::quant::BLOCK;
-use tramontane_compute::{Error, WeightFormat};
+use tramontane_compute::{Error, RowFormat, WeightFormat};
 
 use crate::disjoint::Disjoint;
 use crate::isa::Dispatch;
@@ -45,6 +45,14 @@ impl PackFormat {
             Self::Bf16 => 16,
             Self::Q8 => 8,
             Self::Q4 => 4,
+        }
+    }
+
+    /// What the rows are that are multiplied with it.
+    pub(crate) const fn row_format(self) -> RowFormat {
+        match self {
+            Self::Bf16 => RowFormat::Bf16,
+            Self::Q8 | Self::Q4 => RowFormat::Q8,
         }
     }
 

@@ -24,7 +24,7 @@ const ROWS_ALONE: usize = 4;
 /// Items of [`Pool::run_rows`] that a thread has about: enough that all end at the same time.
 const ITEMS_PER_THREAD: usize = 4;
 
-/// Most rows of such an item: the bf16 keys of so many tokens are one cache line.
+/// Most rows of such an item: the 16-bit keys of so many tokens are one cache line.
 const ITEM_ROWS_MAX: usize = 32;
 
 /// Most threads of one pool.

@@ -1,9 +1,10 @@
 //! Rows of activations in the form that the matrix kernels read. Computes no products.
 //!
 //! A row is cut into blocks of 32 columns, the last one padded with zeros. A bf16 block is 16 words of
-//! two numbers. A q8 block is 8 words of four signed bytes, a scale, and an offset: what a kernel starts from that
-//! multiplies weights `w + 128` because its instruction has one unsigned operand. Sixteen rows are a *group*: block by block, the
-//! 16 rows of a group lie one behind the other, so that a block of a group is one tile of the matrix unit.
+//! two numbers. A q8 block is 8 words of four signed bytes in -127..=127, a scale, and two things made of them once for
+//! all products: an offset, what a kernel starts from that multiplies weights `w + 128` because its instruction has one
+//! unsigned operand, and the sum of the numbers, what the minima of q4 are multiplied with. Sixteen rows are a *group*: block by block, the 16 rows of a group lie one behind the other, so that a block of a group is one tile of
+//! the matrix unit.
 
 use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
@@ -27,16 +28,30 @@ pub(crate) struct Rows {
     scales: Vec<Line>,
     /// i32.
     offsets: Vec<Line>,
+    /// f32.
+    sums: Vec<Line>,
 }
 
 /// One block of one row, to be written.
 #[derive(Debug)]
 pub(crate) struct BlockMut<'a> {
     pub(crate) words: &'a mut [u32],
-    /// One element for q8, none for bf16.
-    pub(crate) scale: &'a mut [f32],
-    /// One element for q8, none for bf16; see [`offset`].
-    pub(crate) offset: &'a mut [i32],
+    // One element each for q8, none for bf16.
+    scale: &'a mut [f32],
+    offset: &'a mut [i32],
+    sum: &'a mut [f32],
+}
+
+impl BlockMut<'_> {
+    /// What belongs to the bytes of a q8 block; nothing for bf16.
+    #[inline(always)]
+    pub(crate) fn set_scale(self, scale: f32, byte_sum: i32) {
+        if let ([to_scale], [to_offset], [to_sum]) = (self.scale, self.offset, self.sum) {
+            *to_scale = scale;
+            *to_offset = offset(byte_sum);
+            *to_sum = scale * byte_sum as f32;
+        }
+    }
 }
 
 /// What the kernels read of one row, or of the rows behind it in its group, from some block on: row `r` of block `b`
@@ -46,6 +61,7 @@ pub(crate) struct RowRef<'a> {
     pub(crate) words: &'a [u32],
     pub(crate) scales: &'a [f32],
     pub(crate) offsets: &'a [i32],
+    pub(crate) sums: &'a [f32],
 }
 
 /// Where a block of a row lies, in blocks.
@@ -58,11 +74,6 @@ pub(crate) const fn offset(byte_sum: i32) -> i32 {
     -128 * byte_sum
 }
 
-/// The sum of the bytes of a block, from its offset; exact.
-pub(crate) fn byte_sum(offset: i32) -> f32 {
-    offset as f32 / -128.0
-}
-
 /// Words of one block.
 pub(crate) const fn block_words(format: RowFormat) -> usize {
     match format {
@@ -72,7 +83,7 @@ pub(crate) const fn block_words(format: RowFormat) -> usize {
     }
 }
 
-/// Scales (and offsets) of one block.
+/// Scales (and offsets, and sums) of one block.
 const fn block_scales(format: RowFormat) -> usize {
     match format {
         RowFormat::F32 | RowFormat::Bf16 => 0,
@@ -90,7 +101,12 @@ impl Rows {
             words: Vec::new(),
             scales: Vec::new(),
             offsets: Vec::new(),
+            sums: Vec::new(),
         }
+    }
+
+    pub(crate) fn format(&self) -> RowFormat {
+        self.format
     }
 
     /// Makes room for at least `num_rows` rows, whole groups; what they hold is undefined until written.
@@ -105,6 +121,7 @@ impl Rows {
         self.words.resize(lines(words), Line([0; 64]));
         self.scales.resize(lines(scales), Line([0; 64]));
         self.offsets.resize(lines(scales), Line([0; 64]));
+        self.sums.resize(lines(scales), Line([0; 64]));
     }
 
     /// Blocks of all rows of the group that begins at `row`.
@@ -141,6 +158,7 @@ impl Rows {
             words: &bytemuck::cast_slice(&self.words)[begin * words..end * words],
             scales: &bytemuck::cast_slice(&self.scales)[begin * scales..end * scales],
             offsets: &bytemuck::cast_slice(&self.offsets)[begin * scales..end * scales],
+            sums: &bytemuck::cast_slice(&self.sums)[begin * scales..end * scales],
         }
     }
 
@@ -152,6 +170,7 @@ impl Rows {
             words: Disjoint::new(bytemuck::cast_slice_mut(&mut self.words)),
             scales: Disjoint::new(bytemuck::cast_slice_mut(&mut self.scales)),
             offsets: Disjoint::new(bytemuck::cast_slice_mut(&mut self.offsets)),
+            sums: Disjoint::new(bytemuck::cast_slice_mut(&mut self.sums)),
         }
     }
 }
@@ -164,6 +183,7 @@ pub(crate) struct RowsWriter<'a> {
     words: Disjoint<'a, u32>,
     scales: Disjoint<'a, f32>,
     offsets: Disjoint<'a, i32>,
+    sums: Disjoint<'a, f32>,
 }
 
 impl RowsWriter<'_> {
@@ -181,6 +201,7 @@ impl RowsWriter<'_> {
                 words: self.words.range_mut(at * words..(at + 1) * words),
                 scale: self.scales.range_mut(at * scales..(at + 1) * scales),
                 offset: self.offsets.range_mut(at * scales..(at + 1) * scales),
+                sum: self.sums.range_mut(at * scales..(at + 1) * scales),
             }
         }
     }
@@ -202,15 +223,9 @@ impl RowsWriter<'_> {
             let target: &mut [u8] = bytemuck::cast_slice_mut(block.words);
             target[..bytes.len()].copy_from_slice(bytes);
             target[bytes.len()..].fill(0);
-            if let ([scale], [to]) = (block.scale, block.offset) {
-                let at = 4 * i;
-                *scale = f32::from_le_bytes([
-                    scales[at],
-                    scales[at + 1],
-                    scales[at + 2],
-                    scales[at + 3],
-                ]);
-                *to = offset(bytes.iter().map(|&q| i32::from(q as i8)).sum());
+            if let Some(scale) = scales.as_chunks().0.get(i) {
+                let byte_sum = bytes.iter().map(|&q| i32::from(q as i8)).sum();
+                block.set_scale(f32::from_le_bytes(*scale), byte_sum);
             }
         }
     }

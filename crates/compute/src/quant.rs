@@ -167,7 +167,7 @@ pub fn q8_row(row: &[f32], out: &mut [u8]) {
         let inverse = inverse(d);
         bytes.fill(0);
         for (q, x) in bytes.iter_mut().zip(block) {
-            *q = (x * inverse).round_ties_even() as i8 as u8;
+            *q = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
         }
         scale.copy_from_slice(&d.to_le_bytes());
     }

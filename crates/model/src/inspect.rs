@@ -25,7 +25,7 @@ pub struct Inspection {
     pub parameters_experts: u64,
     /// Bytes of all experts as bf16, q8 and q4 (without padding).
     pub expert_bytes: FormatBytes,
-    /// Bytes of keys and values per token of context, bf16.
+    /// Bytes of keys and values per token of context, 16-bit.
     pub kv_bytes_per_token: u64,
     /// Weight files and their sizes.
     pub files: Vec<(String, u64)>,

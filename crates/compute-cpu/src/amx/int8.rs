@@ -1,6 +1,6 @@
 //! int8 products on the matrix unit: the bits of the vector kernels, for many rows. Never rounds on its own.
 //!
-//! A tile product is the 16 x 16 integer sums of one block of 32 columns. They go through memory into
+//! A tile product is the integer sums of one block of 32 columns, up to 16 rows by 16 outputs. They go through memory into
 //! vector registers, where the formula of [`tramontane_compute::quant`] is applied in its order. The unit
 //! works on one block while the vectors finish the one before the last: products, stores and vectors are
 //! two steps apart, which measured 1.3 times as fast as one after the other.
@@ -10,7 +10,7 @@ use std::arch::asm;
 use super::{Amx, Shapes};
 use crate::kernels::tile::{Ahead, Tile, TileRow, halves};
 use crate::pack::{Line, PackFormat, Q4_LINES, Q8_LINES};
-use crate::rows::{GROUP_ROWS, RowRef, byte_sum};
+use crate::rows::{GROUP_ROWS, RowRef};
 use crate::simd::{LANES, Operation, Simd};
 
 /// Blocks that are multiplied with all rows before the next ones: 17 KB of bytes, which the first cache
@@ -60,6 +60,9 @@ impl TileInt8<'_> {
         let mut ahead = Ahead::of_passes(&tile, 2 * tile.num_rows.div_ceil(GROUP_ROWS));
         const { &Shapes::of_32_bytes(N as u8) }.load(proof);
         let lines = tile.matrix.pair(tile.pair);
+        if lines.is_empty() {
+            tile.out.fill(TileRow::default());
+        }
         if tile.matrix.format() == PackFormat::Q4 {
             let mut bytes = [ZERO; STRIP_BLOCKS * 2 * PANEL_LINES];
             let (blocks, _) = lines.as_chunks::<Q4_LINES>();
@@ -142,41 +145,17 @@ impl Strip<'_> {
         for (i, sums) in groups.iter_mut().take(num_groups).enumerate() {
             let row = tile.row_begin + i * GROUP_ROWS;
             let rows = tile.rows.group(row, begin, self.num_blocks);
-            let row_sums = if Q4 { row_sums(rows) } else { NO_SUMS };
-            let part = GroupStrip::<Q4> {
-                strip: self,
-                rows,
-                row_sums: &row_sums,
-            };
+            let part = GroupStrip::<Q4> { strip: self, rows };
             part.multiply::<S, N, 0>(s, ahead, sums);
             part.multiply::<S, N, 1>(s, ahead, sums);
         }
     }
 }
 
-/// By block and row, what q4's minima are multiplied with: the sum of the bytes, times their scale.
-type RowSums = [[f32; GROUP_ROWS]; STRIP_BLOCKS];
-
-const NO_SUMS: RowSums = [[0.0; GROUP_ROWS]; STRIP_BLOCKS];
-
-#[inline(always)]
-fn row_sums(rows: RowRef<'_>) -> RowSums {
-    let mut row_sums = NO_SUMS;
-    let scales = rows.scales.as_chunks::<GROUP_ROWS>().0;
-    let offsets = rows.offsets.as_chunks::<GROUP_ROWS>().0;
-    for (to, (scales, offsets)) in row_sums.iter_mut().zip(scales.iter().zip(offsets)) {
-        for r in 0..GROUP_ROWS {
-            to[r] = scales[r] * byte_sum(offsets[r]);
-        }
-    }
-    row_sums
-}
-
 /// A strip with one group of rows.
 struct GroupStrip<'a, const Q4: bool> {
     strip: &'a Strip<'a>,
     rows: RowRef<'a>,
-    row_sums: &'a RowSums,
 }
 
 // Plain loops over constant bounds and constant panels: where anything else touches the sums, the compiler keeps them in
@@ -220,8 +199,8 @@ impl<const Q4: bool> GroupStrip<'_, Q4> {
         let bytes = &self.strip.bytes[block * self.strip.block_lines + PANEL * PANEL_LINES..];
         let rows = &self.rows.words[block * GROUP_WORDS..];
         debug_assert!(bytes.len() >= PANEL_LINES && rows.len() >= GROUP_WORDS);
-        // SAFETY: an `Amx` was needed to get here and set the shapes: the rows are 16 times 32 bytes (see
-        // `Rows::group`), the weights 8 lines, the products 16. Blocks take turns with the registers, and
+        // SAFETY: an `Amx` was needed to get here and set the shapes: the rows are at most 16 times 32 bytes (see
+        // `Rows::group`), the weights 8 lines, the products at most 16. Blocks take turns with the registers, and
         // nothing else uses tile registers meanwhile: the compiler knows none.
         unsafe {
             macro_rules! start {
@@ -259,8 +238,9 @@ impl<const Q4: bool> GroupStrip<'_, Q4> {
         acc: &mut [S::F; N],
     ) {
         let lines = &self.strip.scales[block * self.strip.scale_lines..];
-        let (scales, _) = self.rows.scales.as_chunks::<GROUP_ROWS>();
-        let (Some(scales), Some(row_sums)) = (scales.get(block), self.row_sums.get(block)) else {
+        let scales = self.rows.scales.as_chunks::<GROUP_ROWS>().0;
+        let sums = self.rows.sums.as_chunks::<GROUP_ROWS>().0;
+        let (Some(scales), Some(sums)) = (scales.get(block), sums.get(block)) else {
             return;
         };
         let weight_scales = halves(s, &lines[0], PANEL);
@@ -271,7 +251,7 @@ impl<const Q4: bool> GroupStrip<'_, Q4> {
         if Q4 {
             let minima = halves(s, &lines[1], PANEL);
             for r in 0..N {
-                acc[r] = s.fma(minima, s.splat(row_sums[r]), acc[r]);
+                acc[r] = s.fma(minima, s.splat(sums[r]), acc[r]);
             }
         }
     }

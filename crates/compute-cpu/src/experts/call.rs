@@ -218,7 +218,7 @@ impl Tree<'_> {
                 let len = PAIR_ROWS.min(hidden - col);
                 for (row, &begin) in rows.iter().zip(entry_outs) {
                     let at = begin + n * hidden + col;
-                    // SAFETY: this item alone has these columns of the entries of its group.
+                    // SAFETY: the items of this run alone have these columns of the entries of the group.
                     let target = unsafe { out.range_mut(at..at + len) };
                     target.copy_from_slice(&row.as_flattened()[..len]);
                 }

@@ -3,7 +3,7 @@
 use tramontane_compute::RowFormat;
 use tramontane_compute::quant::BLOCK;
 
-use crate::rows::{BlockMut, offset};
+use crate::rows::BlockMut;
 use crate::simd::{LANES, Operation, Simd, load_padded};
 
 /// A row of activations to the row format.
@@ -37,23 +37,22 @@ pub(crate) fn quantise_block<S: Simd>(
     values: &[f32; BLOCK],
     out: BlockMut<'_>,
 ) {
-    match (format, out.scale, out.offset) {
-        (RowFormat::Q8, [scale], [to]) => {
+    match format {
+        RowFormat::Q8 => {
             let bytes = bytemuck::cast_slice_mut(out.words);
             let Some(bytes) = bytes.first_chunk_mut() else {
                 debug_assert!(false, "words of a block");
                 return;
             };
             let (d, byte_sum) = q8_block(s, values, bytes);
-            *scale = d;
-            *to = offset(byte_sum);
+            out.set_scale(d, byte_sum);
         }
-        (RowFormat::Bf16, ..) => {
+        RowFormat::Bf16 => {
             for (word, pair) in out.words.iter_mut().zip(values.as_chunks::<2>().0) {
                 *word = u32::from(to_bf16(pair[0])) | u32::from(to_bf16(pair[1])) << 16;
             }
         }
-        _ => debug_assert!(false, "the cpu backend has bf16 and q8 rows"),
+        RowFormat::F32 => debug_assert!(false, "the cpu backend has bf16 and q8 rows"),
     }
 }
 
@@ -84,7 +83,7 @@ fn q8_block<S: Simd>(s: S, values: &[f32; BLOCK], out: &mut [u8; BLOCK]) -> (f32
     // The inverse of a denormal scale may be infinite; with a scale of NaN every quotient is NaN.
     let quotient = |x| {
         let q = s.round(s.mul(x, inverse));
-        s.min(s.splat(127.0), s.max(s.splat(-128.0), q))
+        s.min(s.splat(127.0), s.max(s.splat(-127.0), q))
     };
     let (low, high) = (quotient(low), quotient(high));
     s.store_i8(low, high, out);

@@ -1,6 +1,6 @@
 //! Every kernel on every instruction set against the scalar one, and the scalar one against plain formulas.
 
-use half::{bf16, f16};
+use half::bf16;
 use tramontane_compute::quant::{
     BLOCK, Q4Block, Q8Block, q4_weights, q8_row, q8_row_bytes, q8_weights,
 };
@@ -9,13 +9,15 @@ use tramontane_compute::{DType, HostTensor, RowFormat};
 use crate::isa::{Dispatch, Isa};
 use crate::kernels::norm::{Gate, RmsNorm, Rotate, Softmax};
 use crate::kernels::pack::RowSource;
-use crate::kernels::quantise::{QuantiseRow, QuantiseToWire, ToF16, padded_block};
+use crate::kernels::quantise::{QuantiseRow, padded_block};
 use crate::kernels::swiglu::swiglu;
 use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileRow};
 use crate::memory::Slab;
 use crate::pack::{PAIR_ROWS, PackFormat, PackedMatrix, Packing};
 use crate::rows::Rows;
 use crate::simd::{LANES, Operation, Simd, exp};
+
+mod quantise;
 
 const SCALAR: Dispatch = Dispatch::Scalar(crate::scalar::Scalar);
 
@@ -205,123 +207,6 @@ fn a_rotation_turns_pairs_half_a_head_apart() {
                 assert_eq!(got[i + half], y * cos[i] + x * sin[i], "{isa} {half}");
             }
         }
-    }
-}
-
-#[test]
-fn quantisation_has_the_bits_of_the_specification() {
-    for (isa, dispatch) in supported() {
-        for len in [1, 31, 32, 33, 80, 1000] {
-            let mut x = noise(len as u64, len);
-            // Alone in its block so small a number has a scale whose inverse overflows.
-            x[0] *= if len == 1 { -1e-39 } else { -1.0 };
-            let mut expected = vec![0; q8_row_bytes(len)];
-            q8_row(&x, &mut expected);
-            let mut wire = vec![9; expected.len()];
-            dispatch.run(QuantiseToWire {
-                format: RowFormat::Q8,
-                values: &x,
-                out: &mut wire,
-            });
-            assert_eq!(wire, expected, "{isa} {len}");
-
-            let mut from_wire = Rows::new(RowFormat::Q8, len);
-            from_wire.reserve(1);
-            // SAFETY: one thread.
-            unsafe { from_wire.writer().copy_wire(0, &wire) };
-            let direct = quantised(dispatch, RowFormat::Q8, len, std::slice::from_ref(&x));
-            let blocks = len.div_ceil(BLOCK);
-            let (a, b) = (
-                from_wire.part(0, 1, 0, blocks),
-                direct.part(0, 1, 0, blocks),
-            );
-            assert_eq!((a.words, a.offsets), (b.words, b.offsets), "{isa} {len}");
-            assert_eq!(bits(a.scales), bits(b.scales), "{isa} {len}");
-
-            let mut wire = vec![9; 2 * len];
-            dispatch.run(QuantiseToWire {
-                format: RowFormat::Bf16,
-                values: &x,
-                out: &mut wire,
-            });
-            let expected: Vec<u8> = x
-                .iter()
-                .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
-                .collect();
-            assert_eq!(wire, expected, "{isa} {len}");
-        }
-    }
-}
-
-#[test]
-fn numbers_become_binary16_and_large_ones_its_largest() {
-    let mut x = noise(5, 60);
-    for (i, x) in x.iter_mut().enumerate() {
-        *x *= 2.0_f32.powi(i as i32 % 44 - 27);
-    }
-    x.extend([
-        0.0,
-        -0.0,
-        65_519.0,
-        65_520.0,
-        -1e30,
-        f32::INFINITY,
-        f32::NAN,
-    ]);
-    for (isa, dispatch) in supported() {
-        let got = std::sync::Mutex::new(vec![[0; 2]; x.len()]);
-        dispatch.run(ToF16 {
-            values: &x,
-            out: |first: usize, halves: &[[u8; 2]]| {
-                got.lock().unwrap()[first..][..halves.len()].copy_from_slice(halves);
-            },
-        });
-        for (x, got) in x.iter().zip(got.into_inner().unwrap()) {
-            let got = f16::from_le_bytes(got);
-            if x.is_finite() {
-                let expected = f16::from_f32(x.clamp(-65_504.0, 65_504.0));
-                assert_eq!(got.to_bits(), expected.to_bits(), "{isa} {x}");
-            } else {
-                assert!(got.is_nan(), "{isa} {x}");
-            }
-        }
-    }
-}
-
-#[test]
-fn a_block_that_is_not_finite_has_scale_nan_and_no_numbers() {
-    for (isa, dispatch) in supported() {
-        for poison in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for at in [0, 5, 16, 31] {
-                let mut values = *noise(7, BLOCK).first_chunk::<BLOCK>().unwrap();
-                values[at] = poison;
-                let what = format!("{isa} {poison} at {at}");
-                let mut wire = [9; BLOCK + 4];
-                dispatch.run(QuantiseToWire {
-                    format: RowFormat::Q8,
-                    values: &values,
-                    out: &mut wire,
-                });
-                let (q, scale) = wire.split_first_chunk::<BLOCK>().unwrap();
-                assert_eq!(q, &[0; BLOCK], "{what}");
-                let scale = f32::from_le_bytes(scale.try_into().unwrap());
-                assert!(scale.is_nan(), "{what}");
-                for format in [PackFormat::Bf16, PackFormat::Q8, PackFormat::Q4] {
-                    check_poison(dispatch, format, &values);
-                }
-            }
-        }
-    }
-}
-
-/// A product is NaN, or at least not finite, with `poisoned` as its row and as its weights.
-fn check_poison(dispatch: Dispatch, format: PackFormat, poisoned: &[f32; BLOCK]) {
-    let fine = noise(3, BLOCK);
-    for (weights, row) in [(&fine[..], &poisoned[..]), (&poisoned[..], &fine[..])] {
-        let matrix = packed(dispatch, format, &[weights.to_vec()]);
-        let x = quantised(dispatch, row_format(format), BLOCK, &[row.to_vec()]);
-        let out = tile(dispatch, &matrix, 0, &x, 1);
-        assert!(!out[0][0][0].is_finite(), "{format:?} {:?}", out[0][0][0]);
     }
 }
 

@@ -1,12 +1,13 @@
 //! The matrix kernel: rows of activations times one pair of panels. Never depends on how many rows.
 //!
 //! Every output has one accumulator that walks k in ascending blocks of 32, so a result is the same in
-//! a tile of one row and of six. See [`tramontane_compute::quant`] for the formula of a q8 block.
+//! a tile of one row and of six; between two strips of blocks it waits in memory, which changes nothing. See
+//! [`tramontane_compute::quant`] for the formula of a q8 block.
 
 use std::ops::Range;
 
 use crate::pack::{BF16_LINES, Line, PackFormat, PackedMatrix, Q4_LINES, Q8_LINES};
-use crate::rows::{GROUP_ROWS, RowRef, Rows, byte_sum};
+use crate::rows::{GROUP_ROWS, RowRef, Rows};
 use crate::simd::{LANES, Operation, Simd};
 
 /// Most rows of one tile, whole groups: what a caller keeps on its stack.
@@ -58,9 +59,10 @@ impl Operation for Tile<'_> {
         // Sums that all stay in registers walk over k once.
         let is_one_part = self.num_rows <= S::TILE_ROWS;
         let strip = if is_one_part { blocks } else { STRIP_BLOCKS };
-        let groups = self.num_rows.div_ceil(GROUP_ROWS);
         let num_parts = |rows: usize| rows.div_ceil(S::TILE_ROWS).max(1);
-        let mut ahead = Ahead::of_stream(&self, groups * num_parts(self.num_rows.min(GROUP_ROWS)));
+        let (full, rest) = (self.num_rows / GROUP_ROWS, self.num_rows % GROUP_ROWS);
+        let rest_parts = if rest > 0 { num_parts(rest) } else { 0 };
+        let mut ahead = Ahead::of_stream(&self, full * num_parts(GROUP_ROWS) + rest_parts);
         for begin in (0..blocks).step_by(strip) {
             let blocks = begin..self.matrix.blocks().min(begin + strip);
             for group in (0..self.num_rows).step_by(GROUP_ROWS) {
@@ -202,10 +204,12 @@ fn element<T: Copy, const R: usize>(
 ) -> T {
     let at = (block * GROUP_ROWS + row) * len + i;
     debug_assert!(row < R && i < len && at < table.len());
-    // SAFETY: `Rows::part` cut the table to as many rows and blocks as callers count.
+    // SAFETY: `Rows::part` cut the table to as many rows and blocks as callers count, and `Dispatch::tile` has
+    // checked that the rows have what a product with the format of the matrix reads.
     unsafe { *table.get_unchecked(at) }
 }
 
+#[expect(clippy::needless_range_loop, reason = "registers by number")]
 #[inline(always)]
 fn tile_bf16<S: Simd, const R: usize>(
     s: S,
@@ -228,6 +232,7 @@ fn tile_bf16<S: Simd, const R: usize>(
     }
 }
 
+#[expect(clippy::needless_range_loop, reason = "registers by number")]
 #[inline(always)]
 fn tile_q8<S: Simd, const R: usize>(
     s: S,
@@ -258,6 +263,7 @@ fn tile_q8<S: Simd, const R: usize>(
     }
 }
 
+#[expect(clippy::needless_range_loop, reason = "registers by number")]
 #[inline(always)]
 fn tile_q4<S: Simd, const R: usize>(
     s: S,
@@ -288,7 +294,8 @@ fn tile_q4<S: Simd, const R: usize>(
     }
 }
 
-/// `acc = fma(weight_min, row_scale * row_sum, acc)`.
+/// `acc = fma(weight_min, row_sum, acc)`.
+#[expect(clippy::needless_range_loop, reason = "registers by number")]
 #[inline(always)]
 fn add_minima<S: Simd, const R: usize>(
     s: S,
@@ -299,9 +306,7 @@ fn add_minima<S: Simd, const R: usize>(
 ) {
     let minima = [halves(s, minima, 0), halves(s, minima, 1)];
     for r in 0..R {
-        let scale = element::<_, R>(rows.scales, 1, (block, r), 0);
-        let offset = element::<_, R>(rows.offsets, 1, (block, r), 0);
-        let sum = s.splat(scale * byte_sum(offset));
+        let sum = s.splat(element::<_, R>(rows.sums, 1, (block, r), 0));
         for p in 0..2 {
             acc[r][p] = s.fma(minima[p], sum, acc[r][p]);
         }

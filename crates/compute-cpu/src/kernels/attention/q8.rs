@@ -121,7 +121,7 @@ fn round_queries<S: Simd>(
         let mut poison = s.splat(0.0);
         for x in query.chunks(LANES) {
             let x = crate::simd::load_padded(s, x);
-            amax = s.max(s.max(x, s.sub(s.splat(0.0), x)), amax);
+            amax = s.max(s.abs(x), amax);
             // NaN where x is not finite, and stays it.
             poison = s.fma(x, s.splat(0.0), poison);
         }
