@@ -105,19 +105,26 @@ def arguments():
     parser.add_argument("--model", choices=("mid", "large"), default="mid")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--weights", nargs="+", choices=("q8", "q4", "bf16"), default=["q8", "q4", "bf16"])
-    parser.add_argument("--peer-bin", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--peer-bin", type=named_path, action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--no-llama-cpp", action="store_true", help="do not build and measure llama.cpp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--work", type=pathlib.Path, default=WORK, help="where models and builds are kept")
-    parser.add_argument("--out", type=pathlib.Path, default=WORK / "cpu.json", help="JSON; the table beside it")
+    parser.add_argument("--work", type=path, default=WORK, help="where models and builds are kept")
+    parser.add_argument("--out", type=path, default=WORK / "cpu.json", help="JSON; the table beside it")
     parser.add_argument("--first", action="store_true", help="before all other work of the machine (root)")
-    parser.add_argument("--lock", type=pathlib.Path, help="a file to lock while measuring, if others measure too")
-    args = parser.parse_args()
-    args.work, args.out = args.work.resolve(), args.out.resolve()
-    args.peer_bin = ["=".join((name, os.path.abspath(folder))) for name, folder in (p.split("=", 1) for p in args.peer_bin)]
-    return args
+    parser.add_argument("--lock", type=path, help="a file to lock while measuring, if others measure too")
+    return parser.parse_args()
+
+
+def path(text):
+    """Absolute: this program changes its folder."""
+    return pathlib.Path(text).resolve()
+
+
+def named_path(text):
+    name, folder = text.split("=", 1)
+    return name, path(folder)
 
 
 def come_first():
@@ -132,7 +139,7 @@ def come_first():
 
 
 def other_engines(args):
-    builds = dict(peer.split("=", 1) for peer in args.peer_bin)
+    builds = dict(args.peer_bin)
     if not args.no_llama_cpp:
         builds.setdefault("llama.cpp", peers.llama_cpp(args.work))
     found = []

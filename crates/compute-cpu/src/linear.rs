@@ -73,9 +73,9 @@ impl Context {
                             next: matrix.pair(next),
                             out: &mut tile.0,
                         });
+                        let col = pair * PAIR_ROWS;
+                        let len = PAIR_ROWS.min(stride - col);
                         for (i, row) in tile.0[..num_rows].iter().enumerate() {
-                            let col = pair * PAIR_ROWS;
-                            let len = PAIR_ROWS.min(stride - col);
                             let at = (row_begin + i) * stride + col;
                             // SAFETY: this item alone has these columns, and each row comes once.
                             let target = unsafe { out.range_mut(at..at + len) };

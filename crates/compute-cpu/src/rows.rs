@@ -1,9 +1,10 @@
 //! Rows of activations in the form that the matrix kernels read. Computes no products.
 //!
 //! A row is cut into blocks of 32 columns, the last one padded with zeros. A bf16 block is 16 words of
-//! two numbers. A q8 block is 8 words of four signed bytes in -127..=127, a scale, and two things made of them once for
-//! all products: an offset, what a kernel starts from that multiplies weights `w + 128` because its instruction has one
-//! unsigned operand, and the sum of the numbers, what the minima of q4 are multiplied with. Sixteen rows are a *group*: block by block, the 16 rows of a group lie one behind the other, so that a block of a group is one tile of
+//! two numbers. A q8 block is 8 words of four signed bytes in -127..=127, a scale, and two things made of them once
+//! for all products: an offset, what a kernel starts from that multiplies weights `w + 128` because its instruction
+//! has one unsigned operand, and the sum of the numbers, what the minima of q4 are multiplied with. Sixteen rows are a
+//! *group*: block by block, the 16 rows of a group lie one behind the other, so that a block of a group is one tile of
 //! the matrix unit.
 
 use tramontane_compute::RowFormat;

@@ -60,7 +60,7 @@ pub(crate) trait Simd: Copy {
     fn splat_i32(self, x: i32) -> Self::I;
     fn load_i32(self, x: &[i32; LANES]) -> Self::I;
     fn to_f32(self, x: Self::I) -> Self::F;
-    /// Whole numbers as signed bytes: the nearest one where there is none, 0 for NaN (as `as i8`).
+    /// Whole numbers in -128..=127 as signed bytes, NaN as 0.
     fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]);
 
     fn bytes(self, x: &[u8; 64]) -> Self::B;

@@ -219,10 +219,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]) {
-        // Both take `x` where it is NaN, and NaN becomes i32::MIN: it is masked to 0, as the packs saturate.
-        let bounded = |x| self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
+        // NaN becomes i32::MIN: it is masked to 0, as the packs saturate.
         for (x, out) in [low, high].into_iter().zip(out.as_chunks_mut::<LANES>().0) {
-            let x = bounded(x);
             proven!({
                 let ordered = [
                     _mm256_castps_si256(_mm256_cmp_ps::<_CMP_ORD_Q>(x[0], x[0])),

@@ -220,9 +220,7 @@ macro_rules! implement {
 
             #[inline(always)]
             fn store_i8(self, low: Self::F, high: Self::F, out: &mut [u8; 2 * LANES]) {
-                // Both take `x` where it is NaN, and NaN becomes i32::MIN, whose low byte is 0.
-                let bounded = |x| self.min(self.splat(127.0), self.max(self.splat(-128.0), x));
-                let (low, high) = (bounded(low), bounded(high));
+                // NaN becomes i32::MIN, whose low byte is 0.
                 proven!({
                     let low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(low));
                     let high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(high));

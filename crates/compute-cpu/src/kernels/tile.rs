@@ -59,10 +59,10 @@ impl Operation for Tile<'_> {
         // Sums that all stay in registers walk over k once.
         let is_one_part = self.num_rows <= S::TILE_ROWS;
         let strip = if is_one_part { blocks } else { STRIP_BLOCKS };
-        let num_parts = |rows: usize| rows.div_ceil(S::TILE_ROWS).max(1);
+        let num_parts = |rows: usize| rows.div_ceil(S::TILE_ROWS);
         let (full, rest) = (self.num_rows / GROUP_ROWS, self.num_rows % GROUP_ROWS);
-        let rest_parts = if rest > 0 { num_parts(rest) } else { 0 };
-        let mut ahead = Ahead::of_stream(&self, full * num_parts(GROUP_ROWS) + rest_parts);
+        let passes = full * num_parts(GROUP_ROWS) + num_parts(rest);
+        let mut ahead = Ahead::of_stream(&self, passes);
         for begin in (0..blocks).step_by(strip) {
             let blocks = begin..self.matrix.blocks().min(begin + strip);
             for group in (0..self.num_rows).step_by(GROUP_ROWS) {
