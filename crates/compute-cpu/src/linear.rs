@@ -1,10 +1,12 @@
 //! Matrix products over the pool: who computes which outputs. The products themselves are in [`tile`](crate::kernels::tile).
 
+use std::ops::Range;
+
 use crate::context::Context;
 use crate::disjoint::Disjoint;
 use crate::guided::run_guided;
 use crate::kernels::tile::{TILE_ROWS_MAX, Tile, TileOut, TileRow};
-use crate::pack::{PAIR_ROWS, PackedMatrix};
+use crate::pack::{Line, PAIR_ROWS, PackedMatrix};
 use crate::rows::Rows;
 use crate::simd::LANES;
 
@@ -40,51 +42,72 @@ impl Context {
             out,
             write,
         } = linear;
-        let (stride, num_rows_all) = (matrix.rows(), num_rows);
-        assert_eq!(out.len(), num_rows * stride, "room for the product");
-        let out = Disjoint::new(out);
-        run_guided(&self.pool, matrix.pairs(), &|pairs| {
-            let mut tile = TileOut::ZERO;
-            // Rows are read again for every pair, and what is written lies in as many places as there are rows:
-            // some pairs in turn for the same rows keep both near.
-            let together = if num_rows > TILE_ROWS_MAX {
-                PAIRS_TOGETHER
-            } else {
-                1
-            };
-            for begin in pairs.clone().step_by(together) {
-                let pairs = begin..pairs.end.min(begin + together);
-                for row_begin in (0..num_rows).step_by(TILE_ROWS_MAX) {
-                    let num_rows = TILE_ROWS_MAX.min(num_rows - row_begin);
-                    let is_last = row_begin + TILE_ROWS_MAX >= num_rows_all;
-                    for pair in pairs.clone() {
-                        let next = if pair + 1 < pairs.end || is_last {
-                            pair + 1
-                        } else {
-                            pairs.start
-                        };
-                        self.dispatch.tile(Tile {
-                            matrix,
-                            pair,
-                            rows,
-                            row_begin,
-                            num_rows,
-                            block_begin: 0,
-                            next: matrix.pair(next),
-                            out: &mut tile.0,
-                        });
-                        let col = pair * PAIR_ROWS;
-                        let len = PAIR_ROWS.min(stride - col);
-                        for (i, row) in tile.0[..num_rows].iter().enumerate() {
-                            let at = (row_begin + i) * stride + col;
-                            // SAFETY: this item alone has these columns, and each row comes once.
-                            let target = unsafe { out.range_mut(at..at + len) };
-                            write_row(row, target, write);
-                        }
-                    }
+        assert_eq!(out.len(), num_rows * matrix.rows(), "room for the product");
+        let product = Product {
+            context: self,
+            matrix,
+            rows,
+            num_rows,
+            out: Disjoint::new(out),
+            write,
+        };
+        run_guided(&self.pool, matrix.pairs(), &|pairs| product.run(pairs));
+    }
+}
+
+/// What the items of a product share.
+struct Product<'a> {
+    context: &'a Context,
+    matrix: &'a PackedMatrix,
+    rows: &'a Rows,
+    num_rows: usize,
+    out: Disjoint<'a, f32>,
+    write: Write,
+}
+
+impl Product<'_> {
+    /// Rows are read again for every pair, and what is written lies in as many places as there are rows: some pairs
+    /// in turn for the same rows keep both near.
+    fn run(&self, pairs: Range<usize>) {
+        let mut out = TileOut::ZERO;
+        let is_one_tile = self.num_rows <= TILE_ROWS_MAX;
+        let together = if is_one_tile { 1 } else { PAIRS_TOGETHER };
+        for begin in pairs.clone().step_by(together) {
+            let end = pairs.end.min(begin + together);
+            for row_begin in (0..self.num_rows).step_by(TILE_ROWS_MAX) {
+                let is_last = row_begin + TILE_ROWS_MAX >= self.num_rows;
+                for pair in begin..end {
+                    // Behind the last of them the same pairs again, for the next rows.
+                    let goes_on = pair + 1 < end || is_last;
+                    let next = if goes_on { pair + 1 } else { begin };
+                    self.run_tile(pair, row_begin, self.matrix.pair(next), &mut out);
                 }
             }
+        }
+    }
+
+    /// One pair for the rows of a tile.
+    fn run_tile(&self, pair: usize, row_begin: usize, next: &[Line], out: &mut TileOut) {
+        let num_rows = TILE_ROWS_MAX.min(self.num_rows - row_begin);
+        self.context.dispatch.tile(Tile {
+            matrix: self.matrix,
+            pair,
+            rows: self.rows,
+            row_begin,
+            num_rows,
+            block_begin: 0,
+            next,
+            out: &mut out.0,
         });
+        let stride = self.matrix.rows();
+        let col = pair * PAIR_ROWS;
+        let len = PAIR_ROWS.min(stride - col);
+        for (i, row) in out.0[..num_rows].iter().enumerate() {
+            let at = (row_begin + i) * stride + col;
+            // SAFETY: this item alone has these columns, and each row comes once.
+            let target = unsafe { self.out.range_mut(at..at + len) };
+            write_row(row, target, self.write);
+        }
     }
 }
 
