@@ -1,6 +1,9 @@
 //! Dispatch and combine: sends rows, computes its own share, waits, and asks elsewhere when it must.
 //! Never holds the compute pool while it waits.
 
+mod retry;
+
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,8 +14,9 @@ use tramontane_compute::{Contributions, ExpertJob, Experts, RoutedRows, RowForma
 use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, WorkerId};
 
 use crate::answers::{self, Answer, Routing};
-use crate::flight::{Arrival, OpenCall, Ticket};
+use crate::flight::{Arrival, Left, OpenCall, Ticket};
 use crate::health::Health;
+use crate::patience::Patience;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
 use crate::{
@@ -23,12 +27,13 @@ use crate::{
 /// How long a step waits for one layer: time for the planner to publish a new placement and for a
 /// survivor to load a slice.
 pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
-/// How long a call may take before another holder is asked, if there is one. Doubles with each such call.
+/// How long a call may take at most before another holder is asked, if there is one; what is usual for the
+/// worker and the size of the call is less. Doubles with each such call of a layer.
 pub const CALL_TIMEOUT: Duration = Duration::from_millis(500);
+/// Layers whose late answers are still listened for.
+const LEFT_MAX: usize = 64;
 /// Most doublings of the call timeout.
 const PATIENCE_MAX: u32 = 5;
-/// How often an overdue call is checked again for another holder (a placement may have come).
-const OVERDUE_PAUSE: Duration = Duration::from_millis(50);
 /// How often jobs without a home are planned again.
 const HOMELESS_PAUSE: Duration = Duration::from_millis(5);
 /// Steps of more rows take long enough in attention for the server's thread to serve meanwhile.
@@ -99,6 +104,9 @@ pub struct ExpertExchange {
     /// The server in front of `local`, which joins our calls with those of others.
     server: Option<ExpertServerHandle>,
     health: Health,
+    patience: Patience,
+    /// Of layers that are complete, the oldest first.
+    left: VecDeque<Left>,
     stats: Arc<ExchangeStats>,
     turn: usize,
 }
@@ -118,6 +126,8 @@ impl ExpertExchange {
         let turn = config.me.as_str().bytes().map(usize::from).sum();
         let (desk, health, stats) = (Arc::default(), Health::default(), Arc::default());
         Self {
+            patience: Patience::new(config.call_timeout),
+            left: VecDeque::new(),
             config,
             limits,
             local,
@@ -193,13 +203,15 @@ impl ExpertExchange {
         let (layer, num_rows) = (ticket.layer, frame.rows.len());
         add(&self.stats.frames, 1);
         add(&self.stats.bytes_sent, rows.len());
-        let patience = 1 << ticket.num_silent.min(PATIENCE_MAX);
-        let check_at = now + self.config.call_timeout * patience;
+        let outputs_len = answers::outputs_len(&self.config.geometry, &frame.jobs);
+        let doublings = ticket.num_silent.min(PATIENCE_MAX);
+        let patience = self.patience.with(worker, outputs_len) * (1 << doublings);
         let open = OpenCall {
             worker: worker.clone(),
-            outputs_len: answers::outputs_len(&self.config.geometry, &frame.jobs),
+            outputs_len,
             jobs: frame.jobs,
-            check_at,
+            sent_at: now,
+            check_at: now + patience,
         };
         let reply = ticket.open_call(open);
         let call = ExpertCall {
@@ -225,12 +237,14 @@ impl ExpertExchange {
             rows: ticket.rows.clone(),
             jobs: jobs.clone(),
         };
+        let now = Instant::now();
         let reply = ticket.open_call(OpenCall {
             worker: self.config.me.clone(),
             outputs_len: answers::outputs_len(&self.config.geometry, &jobs),
             jobs,
+            sent_at: now,
             // Nobody is asked in our place before we have refused.
-            check_at: Instant::now() + self.config.layer_deadline,
+            check_at: now + self.config.layer_deadline,
         });
         server.submit_own(call, reply);
         Ok(())
@@ -278,7 +292,7 @@ impl ExpertExchange {
                 wake = now;
                 match arrival {
                     Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
-                    Arrival::Needless(worker) => self.health.answered(&worker),
+                    Arrival::Needless(call) => self.note_answer(&call, Instant::now()),
                 }
             }
             now = Instant::now();
@@ -287,6 +301,9 @@ impl ExpertExchange {
             if !homeless.is_empty() {
                 let epoch = self.plan_and_send(ticket, &homeless, now);
                 self.compute_local(ticket, epoch)?;
+            }
+            if !ticket.homeless.is_empty() {
+                self.stats.set_stuck();
             }
         }
         Ok(())
@@ -304,7 +321,7 @@ impl ExpertExchange {
         }
         let refusal = match answer {
             Ok(reply) if reply.outputs.len() == expected => {
-                self.health.answered(&call.worker);
+                self.note_answer(&call, Instant::now());
                 add(&self.stats.bytes_received, expected);
                 add(&self.stats.rows_remote, num_pairs(&call.jobs));
                 ticket.answers.push(Answer::remote(call.jobs, reply));
@@ -348,76 +365,21 @@ impl ExpertExchange {
             }
         }
     }
-
-    fn on_refusal(
-        &mut self,
-        ticket: &mut Ticket,
-        call: OpenCall,
-        why: Refusal,
-    ) -> Result<(), Error> {
-        let now = Instant::now();
-        tracing::debug!(layer = ticket.layer.0, worker = %call.worker, %why, "expert call refused");
-        add(&self.stats.retries, 1);
-        self.health.refused(&call.worker, now);
-        if let Refusal::Invalid(reason) = why {
-            // Asking the same worker again would be refused again; others may be down only for now.
-            self.health.silent(&call.worker, now);
-            let others = |worker: &WorkerId| worker != &call.worker;
-            if !self.has_home(ticket.layer, &call.jobs, &others) {
-                return Err(Error::Invalid {
-                    layer: ticket.layer,
-                    worker: call.worker,
-                    reason,
-                });
-            }
-            ticket.last_refusal = Some((call.worker, Refusal::Invalid(reason)));
-        } else {
-            ticket.last_refusal = Some((call.worker, why));
-        }
-        ticket.homeless.extend(call.jobs);
-        Ok(())
-    }
-
-    /// Calls that take too long are sent to another holder, if there is one for all their jobs.
-    fn give_up_overdue(&mut self, ticket: &mut Ticket, now: Instant) {
-        let layer = ticket.layer;
-        let overdue = ticket.take_overdue(now, OVERDUE_PAUSE, |call| {
-            let others =
-                |worker: &WorkerId| worker != &call.worker && self.health.usable(worker, now);
-            self.has_home(layer, &call.jobs, &others)
-        });
-        for call in overdue {
-            tracing::warn!(layer = layer.0, worker = %call.worker, "expert call is late, asking another holder");
-            add(&self.stats.retries, 1);
-            self.health.silent(&call.worker, now);
-            ticket.num_silent += 1;
-            let silence = Refusal::Lost("no answer in time".to_owned());
-            ticket.last_refusal = Some((call.worker, silence));
-            ticket.homeless.extend(call.jobs);
-        }
-    }
-
-    /// Whether somebody among the `usable`, or we ourselves, can compute all of `jobs` now.
-    fn has_home(&self, layer: LayerId, jobs: &[Job], usable: &dyn Fn(&WorkerId) -> bool) -> bool {
-        let placement = self.placement.load();
-        self.plan(placement.as_deref(), layer, jobs, usable)
-            .homeless
-            .is_empty()
-    }
 }
 
 impl Exchange for ExpertExchange {
     fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error> {
-        let geometry = &self.config.geometry;
-        let wants = plan::wants(layer, routed, geometry, &self.limits)?;
+        let wants = plan::wants(layer, routed, &self.config.geometry, &self.limits)?;
         // Whoever sits there leaves while we plan.
         self.desk.engine_comes();
-        let routing = Routing::new(routed, geometry.top_k);
+        let now = Instant::now();
+        self.note_late_answers(now);
+        let routing = Routing::new(routed, self.config.geometry.top_k);
         let rows = Bytes::copy_from_slice(&routed.rows);
         let desk = Arc::clone(&self.desk);
         let mut ticket = Ticket::new(layer, routed.num_rows, rows, routing, desk);
         self.turn = self.turn.wrapping_add(1);
-        ticket.epoch = self.plan_and_send(&mut ticket, &wants, Instant::now());
+        ticket.epoch = self.plan_and_send(&mut ticket, &wants, now);
         Ok(ticket)
     }
 
@@ -431,6 +393,7 @@ impl Exchange for ExpertExchange {
         let computed = self.compute_local(&mut ticket, epoch);
         let begin = Instant::now();
         let waited = computed.and_then(|()| self.wait(&mut ticket));
+        self.stats.set_unstuck();
         if ticket.num_rows > SHORT_STEP_ROWS {
             self.desk.engine_goes();
         }
@@ -440,6 +403,12 @@ impl Exchange for ExpertExchange {
         );
         waited?;
         answers::contribute(&self.config.geometry, &ticket.routing, &ticket.answers, add)?;
+        if let Some(left) = ticket.leave() {
+            if self.left.len() >= LEFT_MAX {
+                self.left.pop_front();
+            }
+            self.left.push_back(left);
+        }
         Ok(())
     }
 

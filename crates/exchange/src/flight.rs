@@ -47,6 +47,7 @@ pub(crate) struct OpenCall {
     pub(crate) jobs: Vec<Job>,
     /// Bytes that a reply must have.
     pub(crate) outputs_len: usize,
+    pub(crate) sent_at: Instant,
     /// When to look for somebody else.
     pub(crate) check_at: Instant,
 }
@@ -56,8 +57,8 @@ pub(crate) struct OpenCall {
 pub(crate) enum Arrival {
     /// An answer that is needed.
     Answer(OpenCall, Result<Reply, Refusal>),
-    /// This worker computed a call that was given up, and that others have computed or do in parts.
-    Needless(WorkerId),
+    /// The answer to a call that was given up, and that others have computed or do in parts.
+    Needless(OpenCall),
 }
 
 impl Ticket {
@@ -119,7 +120,7 @@ impl Ticket {
                 continue;
             }
             if !self.drop_replacement(&call.jobs) {
-                return Some(Arrival::Needless(call.worker));
+                return Some(Arrival::Needless(call));
             }
             return Some(Arrival::Answer(call, answer));
         }
@@ -166,6 +167,12 @@ impl Ticket {
         taken
     }
 
+    /// The calls that were given up and are not answered yet; their answers may still come.
+    pub(crate) fn leave(self) -> Option<Left> {
+        let (inbox, calls) = (self.inbox, self.given_up);
+        (!calls.is_empty()).then_some(Left { inbox, calls })
+    }
+
     /// Earliest time at which an open call is to be looked at.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         self.open.values().map(|call| call.check_at).min()
@@ -204,6 +211,32 @@ impl Ticket {
             workers,
             last,
         }
+    }
+}
+
+/// What a layer that is complete still waits for: nothing that is needed, but it tells who lives.
+#[derive(Debug)]
+pub(crate) struct Left {
+    inbox: Arc<Inbox>,
+    calls: HashMap<u64, OpenCall>,
+}
+
+impl Left {
+    /// The calls that were answered well meanwhile; whatever else came is forgotten.
+    pub(crate) fn answered(&mut self) -> impl Iterator<Item = OpenCall> + '_ {
+        std::iter::from_fn(|| {
+            while let Some((id, answer)) = self.inbox.take() {
+                let call = self.calls.remove(&id);
+                if answer.is_ok() && call.is_some() {
+                    return call;
+                }
+            }
+            None
+        })
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.calls.is_empty()
     }
 }
 

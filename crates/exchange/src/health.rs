@@ -9,6 +9,8 @@ use tramontane_types::WorkerId;
 pub(crate) const REFUSED_PAUSE: Duration = Duration::from_millis(5);
 /// Longest pause after a refusal: asking costs a round trip, not asking costs a stalled layer.
 pub(crate) const REFUSED_PAUSE_MAX: Duration = Duration::from_millis(100);
+/// First pause after a call that takes longer than usual: others are asked until it answers after all.
+pub(crate) const LATE_PAUSE: Duration = Duration::from_millis(50);
 /// First pause after a call that got no answer in time; asking such a worker again costs a whole timeout.
 pub(crate) const SILENT_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause after silence.
@@ -35,6 +37,11 @@ impl Health {
 
     pub(crate) fn refused(&mut self, worker: &WorkerId, now: Instant) {
         self.pause(worker, now, REFUSED_PAUSE, REFUSED_PAUSE_MAX);
+    }
+
+    /// Only a call that is answered ends the doubling: a worker that hangs is soon asked seldom.
+    pub(crate) fn late(&mut self, worker: &WorkerId, now: Instant) {
+        self.pause(worker, now, LATE_PAUSE, SILENT_PAUSE_MAX);
     }
 
     pub(crate) fn silent(&mut self, worker: &WorkerId, now: Instant) {
@@ -88,6 +95,24 @@ mod tests {
         }
         assert_eq!(pauses, [5, 10, 20, 40, 80, 100]);
         health.refused(&worker, now);
+        health.answered(&worker);
+        assert!(health.usable(&worker, now));
+    }
+
+    #[test]
+    fn a_worker_that_is_late_again_and_again_is_soon_asked_seldom() {
+        let worker = WorkerId::new("a");
+        let mut health = Health::default();
+        let (begin, mut now) = (Instant::now(), Instant::now());
+        let mut num_asked = 0;
+        while now < begin + Duration::from_secs(30) {
+            if health.usable(&worker, now) {
+                health.late(&worker, now);
+                num_asked += 1;
+            }
+            now += Duration::from_millis(1);
+        }
+        assert_eq!(num_asked, 11);
         health.answered(&worker);
         assert!(health.usable(&worker, now));
     }

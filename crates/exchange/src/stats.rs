@@ -1,10 +1,14 @@
 //! Counters of the calling side, readable from any thread while the engine runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-/// What the exchange of one engine has done since it was made. All of them only grow.
-#[derive(Debug, Default)]
+/// What the exchange of one engine has done since it was made. Counters only grow.
+#[derive(Debug)]
 pub struct ExchangeStats {
+    made: Instant,
+    /// Milliseconds after `made` since when the running layer is stuck; 0 while it goes on.
+    stuck_since: AtomicU64,
     /// (row, expert slice) pairs computed by our own experts.
     pub rows_local: AtomicU64,
     /// (row, expert slice) pairs that other workers answered.
@@ -19,6 +23,51 @@ pub struct ExchangeStats {
     pub retries: AtomicU64,
     /// Calls sent.
     pub frames: AtomicU64,
+}
+
+impl Default for ExchangeStats {
+    fn default() -> Self {
+        let zero = AtomicU64::default;
+        Self {
+            made: Instant::now(),
+            stuck_since: zero(),
+            rows_local: zero(),
+            rows_remote: zero(),
+            bytes_sent: zero(),
+            bytes_received: zero(),
+            wait_us_total: zero(),
+            retries: zero(),
+            frames: zero(),
+        }
+    }
+}
+
+impl ExchangeStats {
+    /// For how long the running layer has lacked experts that nobody answers for.
+    #[must_use]
+    pub fn stuck_for(&self) -> Duration {
+        match self.stuck_since.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => self
+                .made
+                .elapsed()
+                .saturating_sub(Duration::from_millis(since)),
+        }
+    }
+
+    /// Nobody could be asked for a job of the running layer. A call on its way to a worker that may not be
+    /// there changes nothing about that.
+    pub(crate) fn set_stuck(&self) {
+        if self.stuck_since.load(Ordering::Relaxed) == 0 {
+            let now = self.made.elapsed().as_millis() as u64;
+            self.stuck_since.store(now.max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The running layer is complete.
+    pub(crate) fn set_unstuck(&self) {
+        self.stuck_since.store(0, Ordering::Relaxed);
+    }
 }
 
 pub(crate) fn add(counter: &AtomicU64, value: usize) {

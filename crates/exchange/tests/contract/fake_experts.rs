@@ -64,6 +64,11 @@ impl FakeExperts {
         }
     }
 
+    /// How often `compute` was entered.
+    pub(crate) fn num_entered(&self) -> usize {
+        self.state.lock().entered
+    }
+
     pub(crate) fn return_too_little(&self) {
         self.state.lock().short = true;
     }

@@ -17,7 +17,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use cluster::{Cluster, Kind, Random, SHORT, bits, geometry, run, server_config};
-use tramontane_exchange::{Error, Exchange, ExpertCall, Job, Refusal, Reply, ReplySender};
+use tramontane_exchange::{
+    Error, Exchange, ExpertCall, ExpertExchange, Job, Refusal, Reply, ReplySender,
+};
 use tramontane_types::{Epoch, ExpertId, LayerId, SegmentRange, WorkerId};
 
 /// How long a test waits for what must happen.
@@ -288,6 +290,39 @@ fn a_silent_worker_is_given_up_when_there_is_another() {
         cluster.workers[1].experts.open();
         let got = run(&mut exchange, LAYER, &routed, hidden).unwrap();
         assert_eq!(bits(&got), bits(&expected));
+    }
+}
+
+#[test]
+fn a_worker_that_takes_longer_than_usual_is_hedged_and_believed_again_when_it_answers() {
+    for kind in BOTH {
+        let cluster = Cluster::start(kind, 3, &geometry(256));
+        cluster.place(1, |_, _| vec![1, 2]);
+        // Only what is usual makes a call late here: the timeout is as good as never.
+        let mut exchange = cluster.exchange("w0");
+        let routed = Random(3).routed(30, &cluster.geometry);
+        let expected = bits(&cluster.workers[0].experts.direct(LAYER, &routed));
+        let hidden = cluster.geometry.hidden;
+        let retries = |exchange: &ExpertExchange| exchange.stats().retries.load(Ordering::Relaxed);
+        for _ in 0..40 {
+            let got = run(&mut exchange, LAYER, &routed, hidden).unwrap();
+            assert_eq!(bits(&got), expected);
+        }
+        let before = retries(&exchange);
+        cluster.workers[1].experts.close();
+        until("a hedge", || {
+            let got = run(&mut exchange, LAYER, &routed, hidden).unwrap();
+            assert_eq!(bits(&got), expected);
+            retries(&exchange) > before
+        });
+        cluster.workers[1].experts.open();
+        // More than what still waited there when it opened.
+        let entered = cluster.workers[1].experts.num_entered() + retries(&exchange) as usize;
+        until("it is asked again", || {
+            let got = run(&mut exchange, LAYER, &routed, hidden).unwrap();
+            assert_eq!(bits(&got), expected);
+            cluster.workers[1].experts.num_entered() > entered
+        });
     }
 }
 
