@@ -13,6 +13,7 @@ mod journal;
 mod metrics;
 mod openai;
 mod policy;
+mod pulse;
 mod random;
 mod request;
 mod routes;

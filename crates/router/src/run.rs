@@ -12,6 +12,7 @@ use tramontane_coordination::{Planner, Store, run_elected, watch_members, watch_
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
+use crate::PolicyKind;
 use crate::admission::Admission;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
@@ -19,7 +20,7 @@ use crate::error::{ApiError, ErrorKind};
 use crate::journal::Journal;
 use crate::metrics::{Metrics, Reading};
 use crate::sequence::Patience;
-use crate::worker_pool::WorkerPool;
+use crate::worker_pool::{PulseTasks, WorkerPool};
 use crate::{Error, RouterConfig, grpc, http_server, routes};
 
 /// Bodies that are parsed and tokenized at once, per core.
@@ -128,7 +129,7 @@ pub async fn run(
         config.clone(),
         parts.tokenizer,
         parts.model,
-        cluster,
+        background.pool(cluster, config.policy),
         ready,
         &doors,
     );
@@ -211,14 +212,15 @@ fn app(
     config: RouterConfig,
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
-    cluster: ClusterView,
+    pool: WorkerPool,
     ready: Readiness,
     doors: &Doors,
 ) -> Arc<App> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
+    let cluster = pool.cluster().clone();
     let dispatcher = Dispatcher {
-        pool: Arc::new(WorkerPool::new(cluster.clone(), config.policy)),
+        pool: Arc::new(pool),
         admission: Admission::new(
             config.sequences_max,
             config.queue_max,
@@ -284,6 +286,11 @@ impl Background {
         let (setter, ready) = Readiness::starting("the coordination store has not been read yet");
         tasks.spawn(keep_ready(cluster.clone(), setter, stopping, stop.clone()));
         (cluster, ready)
+    }
+
+    fn pool(&self, cluster: ClusterView, policy: PolicyKind) -> WorkerPool {
+        let (tasks, stop) = (self.tasks.clone(), self.stop.clone());
+        WorkerPool::new(cluster, policy, PulseTasks { tasks, stop })
     }
 
     fn plan(&self, config: &RouterConfig, store: Arc<dyn Store>, cluster: &ClusterView) {

@@ -22,7 +22,7 @@ use crate::worker_pool::{PoolWorker, WorkerPool};
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause before asking again.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// A sequence that was moved this often ends: something in it kills workers.
+/// A sequence that was moved this often without a new token ends: something in it kills workers.
 const MOVES_MAX: u32 = 16;
 
 /// The reason in a worker's status for a sequence that no worker can continue.
@@ -81,6 +81,7 @@ pub(crate) struct State {
 /// The open stream of a worker.
 #[derive(Debug)]
 struct Run {
+    worker: Arc<PoolWorker>,
     events: Streaming<v1::SequenceEvent>,
     _occupied: Counted,
 }
@@ -120,22 +121,12 @@ impl Sequence {
                 self.go_on().await?;
                 continue;
             };
-            let event = match timeout(self.patience.silence_max, run.events.message()).await {
-                Ok(Ok(Some(event))) => event,
-                Ok(Ok(None)) => {
-                    self.lose_run(Loss::Gone(LossReason::Broken))?;
-                    continue;
-                }
-                Ok(Err(status)) => {
-                    self.lose_run(classify(&status))?;
-                    continue;
-                }
-                Err(_elapsed) => {
-                    self.lose_run(Loss::Gone(LossReason::Silent))?;
-                    continue;
-                }
+            let worker = Arc::clone(&run.worker);
+            let event = tokio::select! {
+                event = next_event(&mut run.events, self.patience.silence_max) => event,
+                () = self.pool.deserted(&worker) => Err(Loss::Gone(LossReason::Silent)),
             };
-            match self.take(event) {
+            match event.and_then(|event| self.take(event)) {
                 Ok(Some(delta)) => return Ok(Some(delta)),
                 Ok(None) => {}
                 Err(loss) => self.lose_run(loss)?,
@@ -175,6 +166,7 @@ impl Sequence {
         for token in tokens {
             self.entry.record(token.id);
             self.state.failures = 0;
+            self.state.moves = 0;
             self.state.excluded.clear();
             let added = self.text.push(token.id);
             delta.text.push_str(&added.text);
@@ -297,7 +289,7 @@ impl Sequence {
         self.state.moves += 1;
         if self.state.moves > MOVES_MAX {
             return Err(ApiError::unavailable(format!(
-                "moved {MOVES_MAX} times without reaching the end"
+                "moved {MOVES_MAX} times without a new token"
             )));
         }
         loop {
@@ -340,13 +332,17 @@ impl Sequence {
     async fn open(&mut self, worker: &Arc<PoolWorker>) -> Result<Run, Loss> {
         let occupied = worker.occupy();
         let mut client = worker.client.clone();
-        // A worker answers between two steps, and a step of a big model is long; pings find dead workers.
+        // A worker answers between two steps, and a step of a big model is long; its pulse says whether it lives.
         let generate = client.generate(self.entry.next_request());
-        let answer = timeout(self.patience.silence_max, generate).await;
+        let answer = tokio::select! {
+            answer = timeout(self.patience.silence_max, generate) => answer,
+            () = self.pool.deserted(worker) => return Err(Loss::Gone(LossReason::Silent)),
+        };
         match answer {
             Ok(Ok(events)) => {
                 self.entry.move_to(worker.id.clone());
                 Ok(Run {
+                    worker: Arc::clone(worker),
                     events: events.into_inner(),
                     _occupied: occupied,
                 })
@@ -354,6 +350,19 @@ impl Sequence {
             Ok(Err(status)) => Err(classify(&status)),
             Err(_elapsed) => Err(Loss::Gone(LossReason::Silent)),
         }
+    }
+}
+
+/// The next event of a worker, which may say nothing for `silence_max`.
+async fn next_event(
+    events: &mut Streaming<v1::SequenceEvent>,
+    silence_max: Duration,
+) -> Result<v1::SequenceEvent, Loss> {
+    match timeout(silence_max, events.message()).await {
+        Ok(Ok(Some(event))) => Ok(event),
+        Ok(Ok(None)) => Err(Loss::Gone(LossReason::Broken)),
+        Ok(Err(status)) => Err(classify(&status)),
+        Err(_elapsed) => Err(Loss::Gone(LossReason::Silent)),
     }
 }
 

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::transport::{Channel, Endpoint};
 use tramontane_coordination::{Members, WorkerRecord};
 use tramontane_proto::v1::worker_client::WorkerClient;
@@ -16,14 +19,17 @@ use crate::admission::Counted;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::config::PolicyKind;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
+use crate::pulse::Pulse;
 
 /// Longest wait for a connection to a worker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection is asked for a sign of life this often, so that a paused machine is noticed soon.
+/// A connection is pinged this often.
 const PING_INTERVAL: Duration = Duration::from_millis(500);
-/// Longest wait for the sign of life: a live worker whose cores are throttled or busy is late by a second
-/// or two, and every sequence on it would be computed anew elsewhere.
+/// Longest wait for the answer to a ping. Only for connections that lead nowhere any more: sequences have
+/// left a worker without [`Pulse`] long before, if there was another.
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often a sequence on a silent worker looks whether another one lives.
+const LOOK_AROUND: Duration = Duration::from_millis(200);
 /// Token events are small: a window of this size never stops a stream.
 const WINDOW_BYTES: u32 = 1024 * 1024;
 
@@ -35,6 +41,7 @@ pub(crate) struct PoolWorker {
     address: String,
     incarnation: u64,
     in_flight: Arc<AtomicUsize>,
+    pub(crate) pulse: Pulse,
 }
 
 impl PoolWorker {
@@ -52,17 +59,26 @@ pub(crate) struct WorkerPool {
     inner: Mutex<Inner>,
 }
 
+/// Where the pulses of workers are felt.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PulseTasks {
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
+}
+
 #[derive(Debug)]
 struct Inner {
     policy: Box<dyn Policy>,
     workers: HashMap<WorkerId, Arc<PoolWorker>>,
     /// The members that `workers` was made from.
     known: Arc<Members>,
+    pulses: PulseTasks,
 }
 
 impl WorkerPool {
-    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind) -> Self {
+    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind, pulses: PulseTasks) -> Self {
         let inner = Inner {
+            pulses,
             policy: policy(kind),
             workers: HashMap::new(),
             known: Arc::default(),
@@ -82,7 +98,8 @@ impl WorkerPool {
         self.hasher.blocks(prompt)
     }
 
-    /// The policy's choice among the ready workers that are not excluded.
+    /// The policy's choice among the ready workers that are not excluded; of those that show signs of life,
+    /// if any does.
     pub(crate) fn pick(
         &self,
         prompt: &PromptBlocks,
@@ -91,23 +108,45 @@ impl WorkerPool {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
         let mut inner = self.inner.lock();
         inner.follow(&members);
-        let mut workers = Vec::new();
-        let mut candidates = Vec::new();
+        let mut found = Vec::new();
         for (id, record) in attention_workers(&members, &placements) {
-            if excluded.contains(id) {
-                continue;
+            if let Some(worker) = inner.workers.get(id).filter(|_| !excluded.contains(id)) {
+                found.push((Arc::clone(worker), record));
             }
-            let Some(worker) = inner.workers.get(id) else {
-                continue;
-            };
-            candidates.push(Candidate {
-                id: id.clone(),
-                load: load(worker, record),
-            });
-            workers.push(Arc::clone(worker));
         }
+        if found.iter().any(|(worker, _)| worker.pulse.is_alive()) {
+            found.retain(|(worker, _)| worker.pulse.is_alive());
+        }
+        let candidate = |(worker, record): &(Arc<PoolWorker>, &Arc<WorkerRecord>)| Candidate {
+            id: worker.id.clone(),
+            load: load(worker, record),
+        };
+        let candidates: Vec<Candidate> = found.iter().map(candidate).collect();
         let chosen = inner.policy.pick(prompt, &candidates)?;
-        workers.get(chosen).cloned()
+        found.into_iter().nth(chosen).map(|(worker, _)| worker)
+    }
+
+    /// Waits until `worker` shows no sign of life while another one does that could take over.
+    pub(crate) async fn deserted(&self, worker: &PoolWorker) {
+        loop {
+            worker.pulse.stops().await;
+            if self.has_alive(&worker.id) {
+                return;
+            }
+            // Nobody else is there: perhaps it is this router that is cut off.
+            let _ = timeout(LOOK_AROUND, worker.pulse.returns()).await;
+        }
+    }
+
+    /// Whether a ready worker other than `but` shows signs of life.
+    fn has_alive(&self, but: &WorkerId) -> bool {
+        let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        let mut inner = self.inner.lock();
+        inner.follow(&members);
+        attention_workers(&members, &placements).any(|(id, _)| {
+            let worker = inner.workers.get(id).filter(|_| id != but);
+            worker.is_some_and(|worker| worker.pulse.is_alive())
+        })
     }
 }
 
@@ -140,8 +179,10 @@ impl Inner {
             }
             match connect(&record.address) {
                 Ok(client) => {
+                    let PulseTasks { tasks, stop } = &self.pulses;
                     let worker = PoolWorker {
                         id: id.clone(),
+                        pulse: Pulse::start(id.clone(), client.clone(), tasks, stop),
                         client,
                         address: record.address.clone(),
                         incarnation: record.incarnation,

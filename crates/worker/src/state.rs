@@ -76,6 +76,7 @@ impl Node {
             .as_ref()
             .map(EngineHandle::stats)
             .unwrap_or_default();
+        let stuck = self.exchange.as_ref().map(|stats| stats.stuck_for());
         let carried = self.transport.stats();
         let segments = self
             .experts
@@ -97,6 +98,7 @@ impl Node {
             bytes_sent: carried.bytes_sent,
             bytes_received: carried.bytes_received,
             version: tramontane_runtime::build_info::VERSION.to_owned(),
+            stuck_ms: stuck.unwrap_or_default().as_millis() as u64,
         }
     }
 }

@@ -1,0 +1,112 @@
+//! Whether a worker shows a sign of life. Asked several times a second, whatever its sequences do: a step may
+//! be long, but its process answers meanwhile, and says whether its step waits in vain for the experts of
+//! others. Never says that a worker is dead because this process stood still.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+use tramontane_proto::v1::{self, worker_client::WorkerClient};
+use tramontane_types::WorkerId;
+
+/// How often a worker is asked.
+const PULSE_EVERY: Duration = Duration::from_millis(200);
+/// How long it may take to answer. With [`PULSE_EVERY`] a stopped process or a cut link is known within 0.9 s,
+/// and one that only waits for its core is not: the kernel lets it run several times in this time.
+const PULSE_MAX: Duration = Duration::from_millis(700);
+/// A worker whose step has lacked experts for this long has lost touch with their holders, which others
+/// may have not. Several times what an ordinary retry takes.
+const STUCK_MAX: Duration = Duration::from_secs(2);
+/// When our own timer is late by this, it was us who stood still.
+const OWN_DELAY_MAX: Duration = Duration::from_millis(100);
+
+/// Whether one worker could serve; dropped, nobody asks for them any more.
+#[derive(Debug)]
+pub(crate) struct Pulse {
+    alive: watch::Receiver<bool>,
+    _stop: DropGuard,
+}
+
+impl Pulse {
+    /// Asks through `client` until dropped or `stop`, as a task of `tasks`.
+    pub(crate) fn start(
+        worker: WorkerId,
+        client: WorkerClient<Channel>,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Self {
+        let (sender, alive) = watch::channel(true);
+        let stop = stop.child_token();
+        let stopped = stop.clone();
+        tasks.spawn(async move {
+            stopped
+                .run_until_cancelled(follow(worker, client, sender))
+                .await
+        });
+        Self {
+            alive,
+            _stop: stop.drop_guard(),
+        }
+    }
+
+    /// Whether it answered lately; so it is before it was first asked.
+    pub(crate) fn is_alive(&self) -> bool {
+        *self.alive.borrow()
+    }
+
+    /// Waits until it is no longer alive; for ever when nobody asks any more.
+    pub(crate) async fn stops(&self) {
+        self.becomes(false).await;
+    }
+
+    /// Waits until it is alive.
+    pub(crate) async fn returns(&self) {
+        self.becomes(true).await;
+    }
+
+    async fn becomes(&self, alive: bool) {
+        if self
+            .alive
+            .clone()
+            .wait_for(|now| *now == alive)
+            .await
+            .is_err()
+        {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+async fn follow(worker: WorkerId, mut client: WorkerClient<Channel>, alive: watch::Sender<bool>) {
+    loop {
+        let asked = Instant::now();
+        let answer = timeout(PULSE_MAX, client.status(v1::WorkerStatusRequest {})).await;
+        let is_alive = match answer {
+            Ok(Ok(status)) => status.into_inner().stuck_ms < STUCK_MAX.as_millis() as u64,
+            Ok(Err(status)) => is_its_own(&status),
+            Err(_elapsed) if asked.elapsed() > PULSE_MAX + OWN_DELAY_MAX => continue,
+            Err(_elapsed) => false,
+        };
+        alive.send_if_modified(|was| {
+            let changed = *was != is_alive;
+            if changed {
+                tracing::info!(%worker, is_alive, "sign of life");
+            }
+            *was = is_alive;
+            changed
+        });
+        sleep_until(asked + PULSE_EVERY).await;
+    }
+}
+
+/// Whether the worker itself answered so: one that is gone shows as these.
+fn is_its_own(status: &Status) -> bool {
+    !matches!(
+        status.code(),
+        Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded
+    )
+}
