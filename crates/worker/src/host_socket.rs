@@ -13,6 +13,9 @@ use tramontane_coordination::registry::HostSocket;
 
 /// Equal for all processes of one host until it starts again.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Differs between containers of one host that have networks of their own: a partition between these is
+/// one for their workers too, also where they share a file system.
+const NETWORK: &str = "/proc/self/ns/net";
 /// A socket without a listener is removed when it is older than this: a younger one may be about to listen.
 const STALE_AFTER: Duration = Duration::from_secs(10);
 
@@ -84,7 +87,8 @@ impl Drop for BoundSocket {
 /// The identity of this host.
 pub(crate) fn host() -> Result<String, Error> {
     let id = fs::read_to_string(BOOT_ID).map_err(Error::Host)?;
-    Ok(id.trim().to_owned())
+    let network = fs::metadata(NETWORK).map_err(Error::Host)?.ino();
+    Ok(format!("{}/{network}", id.trim()))
 }
 
 /// `base/tramontane-<uid>`, which must be a directory of ours that nobody else may enter.
