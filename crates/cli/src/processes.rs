@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::net::TcpListener;
 use toml::Value;
-use tramontane_coordination::{EtcdConfig, EtcdStore, Store};
+use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::{ExchangeKind, WorkerParts};
@@ -42,12 +42,12 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
     let (checkpoint, _) = open_model(&args.model)?;
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     drop(checkpoint);
-    let store = store(&settings.etcd)?;
+    let shutdown = Shutdown::new();
+    let store = store(&settings.etcd, &settings.router.id, &shutdown)?;
     let (http, grpc) = (
         bind(&settings.listen.http).await?,
         bind(&settings.listen.grpc).await?,
     );
-    let shutdown = Shutdown::new();
     shutdown.trigger_on_signals().context("signal handlers")?;
     let parts = RouterParts {
         store,
@@ -81,7 +81,8 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !has_weights {
         config.weights = checkpoint.weight_format()?;
     }
-    let store = store(&settings.etcd)?;
+    let shutdown = Shutdown::new();
+    let store = store(&settings.etcd, &config.id, &shutdown)?;
     let parts = WorkerParts {
         store,
         checkpoint,
@@ -94,7 +95,6 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         )),
         exchange: ExchangeKind::Grpc,
     };
-    let shutdown = Shutdown::new();
     shutdown.trigger_on_signals().context("signal handlers")?;
     tramontane_worker::run(config, parts, shutdown.clone()).await?;
     shutdown.trigger();
@@ -156,9 +156,21 @@ pub(crate) async fn bind(address: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("listening on {address}"))
 }
 
-fn store(settings: &EtcdSettings) -> anyhow::Result<Arc<dyn Store>> {
+/// etcd, and the file beside it that remembers it for the process of this name.
+fn store(
+    settings: &EtcdSettings,
+    process: &str,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Arc<dyn Store>> {
     let config = EtcdConfig::new(settings.endpoints.clone(), &settings.cluster);
-    Ok(Arc::new(EtcdStore::new(config).map_err(misuse)?))
+    let etcd = Arc::new(EtcdStore::new(config).map_err(misuse)?);
+    let Some(directory) = &settings.state_dir else {
+        return Ok(etcd);
+    };
+    let name = format!("{}-{process}.json", settings.cluster).replace('/', "_");
+    let (tasks, stop) = (&shutdown.tasks, shutdown.token.clone());
+    let remembering = RememberingStore::new(etcd, directory.join(name), tasks, stop);
+    Ok(Arc::new(remembering))
 }
 
 fn host_name() -> anyhow::Result<String> {

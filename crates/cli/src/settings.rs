@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::net::Ipv6Addr;
 use std::num::NonZeroU16;
 use std::path::Path;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -64,11 +65,15 @@ pub(crate) struct EtcdSettings {
     pub(crate) endpoints: Vec<String>,
     /// Processes of one name work together.
     pub(crate) cluster: String,
+    /// Where a process keeps what it last knew of the cluster, for a start while etcd is away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) state_dir: Option<PathBuf>,
 }
 
 impl Default for EtcdSettings {
     fn default() -> Self {
         Self {
+            state_dir: None,
             endpoints: vec!["http://127.0.0.1:2379".to_owned()],
             cluster: tramontane_worker::config::CLUSTER.to_owned(),
         }

@@ -14,6 +14,7 @@ mod mirror;
 pub mod placement_store;
 pub mod planner;
 pub mod registry;
+pub mod remember;
 pub mod slices;
 pub mod store;
 
@@ -28,5 +29,6 @@ pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
 pub use registry::{
     Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, watch_members,
 };
+pub use remember::RememberingStore;
 pub use slices::{slices_to_drop, slices_to_load};
 pub use store::{CasOutcome, Entry, LeaseId, Listing, Revision, Store, Watch, WatchEvent};

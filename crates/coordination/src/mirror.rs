@@ -43,10 +43,12 @@ pub(crate) async fn mirror(
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(RELIST_PAUSE_MIN, RELIST_PAUSE_MAX);
+    let mut remembered = store.remembered(prefix);
     let work = async {
         loop {
             let error = match store.list(prefix).await {
                 Ok(listing) => {
+                    remembered.clear();
                     view.replace(listing.entries);
                     view.set_stale(false);
                     view.publish();
@@ -60,6 +62,13 @@ pub(crate) async fn mirror(
                 tracing::info!(prefix, %error, "watch fell behind, listing again");
             } else {
                 tracing::warn!(prefix, %error, "store out of sight, keeping the last view");
+                if !remembered.is_empty() {
+                    tracing::warn!(
+                        prefix,
+                        "going by what was known before this process started"
+                    );
+                    view.replace(std::mem::take(&mut remembered));
+                }
                 view.set_stale(true);
                 view.publish();
             }

@@ -141,6 +141,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Every entry whose key begins with `prefix`, at one revision.
     async fn list(&self, prefix: &str) -> Result<Listing, Error>;
 
+    /// What was known below `prefix` before this process started, for when the store is away.
+    fn remembered(&self, _prefix: &str) -> Vec<Entry> {
+        Vec::new()
+    }
+
     /// Writes without looking. Bound to `lease` when given, otherwise kept for ever.
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>)
     -> Result<Revision, Error>;
