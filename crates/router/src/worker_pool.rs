@@ -1,5 +1,5 @@
 //! Connections to the attention workers and who of them takes the next sequence. Never gives a sequence
-//! to a worker that is joining, draining or leaving.
+//! to a worker that is joining, cordoned, draining or leaving.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use tramontane_types::{TokenId, WorkerId};
 use crate::admission::Counted;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::config::PolicyKind;
+use crate::events::EventLog;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
 
 /// Longest wait for a connection to a worker.
@@ -49,6 +50,7 @@ impl PoolWorker {
 pub(crate) struct WorkerPool {
     cluster: ClusterView,
     hasher: BlockHasher,
+    events: Arc<EventLog>,
     inner: Mutex<Inner>,
 }
 
@@ -61,7 +63,7 @@ struct Inner {
 }
 
 impl WorkerPool {
-    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind) -> Self {
+    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind, events: Arc<EventLog>) -> Self {
         let inner = Inner {
             policy: policy(kind),
             workers: HashMap::new(),
@@ -70,12 +72,18 @@ impl WorkerPool {
         Self {
             cluster,
             hasher: BlockHasher::default(),
+            events,
             inner: Mutex::new(inner),
         }
     }
 
     pub(crate) const fn cluster(&self) -> &ClusterView {
         &self.cluster
+    }
+
+    /// A worker cannot go on with a sequence.
+    pub(crate) fn sequence_moved(&self, from: &WorkerId) {
+        self.events.sequence_moved(from);
     }
 
     pub(crate) fn blocks(&self, prompt: &[TokenId]) -> PromptBlocks {
@@ -89,11 +97,12 @@ impl WorkerPool {
         excluded: &[WorkerId],
     ) -> Option<Arc<PoolWorker>> {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        let seen = self.cluster.intent();
         let mut inner = self.inner.lock();
         inner.follow(&members);
         let mut workers = Vec::new();
         let mut candidates = Vec::new();
-        for (id, record) in attention_workers(&members, &placements) {
+        for (id, record) in attention_workers(&members, &placements, &seen.intent) {
             if excluded.contains(id) {
                 continue;
             }
