@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import os
+import pty
 import signal
 import subprocess
 import threading
@@ -214,6 +216,25 @@ def test_top_shows_the_cluster_once_where_there_is_no_terminal(serve):
     shown = read(serve, "top", "--once")
     assert shown["status"]["ready"] and len(shown["workers"]) == 2 and shown["events"]
     assert shown["tokens_per_second"] >= 0
+
+
+def test_top_is_drawn_anew_on_a_terminal_until_ctrl_c(serve):
+    terminal, end = pty.openpty()
+    top = subprocess.Popen(
+        [BINARY, "top", "--router", serve.grpc], stdin=end, stdout=end, stderr=subprocess.PIPE, start_new_session=True
+    )
+    os.close(end)
+    try:
+        drawn = ""
+        while drawn.count("\x1b[H") < 3:
+            drawn += os.read(terminal, 65536).decode()
+        last = drawn.rsplit("\x1b[H", 2)[1]
+        assert "worker-0" in last and "tokens/s" in last and "router_started" not in last.split("EVENT")[0]
+        top.send_signal(signal.SIGINT)
+        assert top.wait(30) == 130, top.stderr.read()
+    finally:
+        top.kill()
+        os.close(terminal)
 
 
 @pytest.fixture(scope="module")

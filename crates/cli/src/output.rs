@@ -126,7 +126,9 @@ mod tests {
         });
         assert_eq!(
             yaml(&value).unwrap(),
-            "id: w-1\nready: true\nslices: 3\nrate: 1.5\nnone: null\n"
+            "id: w-1\nready: true\nslices: 3\nrate: 1.5\nnone: null\n\
+             roles:\n- attention\n- experts\ntext: \"a: b # c\"\nnumber: \"007\"\n\
+             nested:\n  empty: []\n  map: {}\n"
         );
     }
 }

@@ -344,6 +344,8 @@ async fn remove(id: &str, force: bool, change: &ChangeArgs) -> anyhow::Result<()
 
 #[cfg(test)]
 mod tests {
+    use tramontane_types::{Epoch, Placement, WorkerId};
+
     use super::*;
 
     fn worker(id: &str, state: &str) -> v1::WorkerSummary {
@@ -361,12 +363,14 @@ mod tests {
             started: Vec::new(),
             draining: vec!["w-2".to_owned()],
         };
-        let mut look = Look::default();
-        look.workers = vec![
-            worker("w-0", "ready"),
-            worker("w-1", "ready"),
-            worker("w-2", "draining"),
-        ];
+        let mut look = Look {
+            workers: vec![
+                worker("w-0", "ready"),
+                worker("w-1", "ready"),
+                worker("w-2", "draining"),
+            ],
+            ..Look::default()
+        };
         let not_left = Progress::Waiting("w-2 has not left".to_owned());
         assert_eq!(scale_progress(&look, 2, &begun), not_left);
         look.workers.pop();
@@ -378,17 +382,20 @@ mod tests {
 
     #[test]
     fn a_cordon_is_done_when_no_slice_is_left() {
-        let mut look = Look::default();
-        look.workers = vec![worker("w-0", "ready")];
-        look.placement = Some(tramontane_types::Placement {
-            epoch: tramontane_types::Epoch(1),
+        let placement = Placement {
+            epoch: Epoch(1),
             numeric_class: String::new(),
             model: String::new(),
             num_layers: 0,
             num_experts: 0,
-            workers: vec![tramontane_types::WorkerId::new("w-0")],
+            workers: vec![WorkerId::new("w-0")],
             experts: Vec::new(),
-        });
+        };
+        let look = Look {
+            workers: vec![worker("w-0", "ready")],
+            placement: Some(placement),
+            ..Look::default()
+        };
         assert!(matches!(
             cordon_progress(&look, "w-0", true),
             Progress::Waiting(_)
