@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
@@ -33,12 +34,16 @@ pub(crate) enum Command {
     Worker(WorkerArgs),
     /// Show whether the cluster serves, and why not
     Status(ReadArgs),
+    /// Watch the cluster live: workers, load, placement, what happens
+    Top(TopArgs),
     /// Look at and manage workers
     #[command(subcommand)]
     Workers(WorkersCommand),
-    /// Look at which worker holds which expert
+    /// Look at and change which worker holds which expert
     #[command(subcommand)]
     Placement(PlacementCommand),
+    /// Show what happened in the cluster, as a router saw it
+    Events(EventsArgs),
     /// Talk to a model in the terminal, at any OpenAI-compatible endpoint
     Chat(ChatArgs),
     /// Measure an OpenAI-compatible endpoint under load
@@ -61,15 +66,51 @@ pub(crate) enum Command {
 pub(crate) enum WorkersCommand {
     /// List the workers
     List(ReadArgs),
+    /// Show everything about one worker
+    Describe {
+        /// Id of the worker
+        worker: String,
+        #[command(flatten)]
+        read: ReadArgs,
+    },
+    /// Give a worker no new sequences, and its experts to others; what it runs goes on
+    Cordon {
+        /// Id of the worker
+        worker: String,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
+    /// End a cordon
+    Uncordon {
+        /// Id of the worker
+        worker: String,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
     /// Let a worker finish what it runs, hand over its experts and leave
     Drain {
         /// Id of the worker
         worker: String,
-        /// Say what would be done, and do nothing
-        #[arg(long)]
-        dry_run: bool,
         #[command(flatten)]
-        router: RouterAddress,
+        change: ChangeArgs,
+    },
+    /// Start or drain workers until there are so many (`tramontane serve`)
+    Scale {
+        /// Workers that there should be
+        #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+        count: u16,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
+    /// Take a worker that is gone out of the cluster's records
+    Remove {
+        /// Id of the worker
+        worker: String,
+        /// Also when it is alive and ready; it is out until it registers again
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        change: ChangeArgs,
     },
 }
 
@@ -78,6 +119,62 @@ pub(crate) enum WorkersCommand {
 pub(crate) enum PlacementCommand {
     /// Show who holds which expert
     Show(ReadArgs),
+    /// Say how experts should be placed
+    Apply(ApplyArgs),
+}
+
+/// `tramontane placement apply`
+#[derive(Clone, Debug, Args)]
+#[group(id = "wishes", required = true, multiple = true, args = ["replicas", "slices"])]
+pub(crate) struct ApplyArgs {
+    /// Workers that hold each slice, 1 to 64, or "default" for what the routers are configured with
+    #[arg(long, value_parser = replicas_wish)]
+    pub(crate) replicas: Option<u32>,
+    /// Slices that each expert is cut into, 1 to 8, or "default"
+    #[arg(long, value_parser = slices_wish)]
+    pub(crate) slices: Option<u32>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
+
+fn replicas_wish(text: &str) -> Result<u32, String> {
+    wish(text, 64)
+}
+
+fn slices_wish(text: &str) -> Result<u32, String> {
+    wish(text, 8)
+}
+
+/// A number, or 0 for "default".
+fn wish(text: &str, max: u32) -> Result<u32, String> {
+    if text == "default" {
+        return Ok(0);
+    }
+    let number = text.parse().ok().filter(|n| (1..=max).contains(n));
+    number.ok_or_else(|| format!("expected 1 to {max} or \"default\""))
+}
+
+/// `tramontane top`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Show it once and end; so does an output that is no terminal
+    #[arg(long)]
+    pub(crate) once: bool,
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
+}
+
+/// `tramontane events`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Go on with what happens from now on
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Show the newest so many; a router keeps 1024
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) last: u32,
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
 }
 
 /// `tramontane model ...`
@@ -135,6 +232,22 @@ pub(crate) struct ReadArgs {
     /// How to print it
     #[arg(long, short, value_enum, default_value_t)]
     pub(crate) output: Format,
+}
+
+/// Flags of commands that change something.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChangeArgs {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Wait until the cluster shows the result
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Longest wait, such as 90s or 5m
+    #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+    #[command(flatten)]
+    pub(crate) router: RouterAddress,
 }
 
 /// Which model, and in which form.
@@ -358,10 +471,23 @@ mod tests {
             ("worker --model-name=", ErrorKind::InvalidValue),
             ("serve --threads 0", ErrorKind::ValueValidation),
             ("worker --threads 0", ErrorKind::ValueValidation),
+            ("workers scale 0", ErrorKind::ValueValidation),
+            ("workers scale 65", ErrorKind::ValueValidation),
+            ("workers drain w --timeout soon", ErrorKind::ValueValidation),
+            ("placement apply", ErrorKind::MissingRequiredArgument),
+            ("placement apply --slices 9", ErrorKind::ValueValidation),
+            ("placement apply --replicas 0", ErrorKind::ValueValidation),
+            ("events --last 0", ErrorKind::ValueValidation),
         ] {
             assert_eq!(parse(line).unwrap_err(), kind, "{line}");
         }
-        for line in ["serve --model-name a --threads 1", "worker --threads 64"] {
+        for line in [
+            "serve --model-name a --threads 1",
+            "worker --threads 64",
+            "workers scale 64 --wait --timeout 90s",
+            "placement apply --replicas default",
+            "placement apply --replicas 2 --slices 8 --dry-run",
+        ] {
             assert!(parse(line).is_ok(), "{line}");
         }
     }

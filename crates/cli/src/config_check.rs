@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 use tramontane_runtime::config::Source;
 
 use crate::args::ConfigCommand;
-use crate::output::{self, Format};
+use crate::output;
 use crate::settings::{self, Flags, misuse};
 
 /// Prints the effective configuration.
@@ -30,7 +30,7 @@ pub(crate) fn run(command: ConfigCommand) -> anyhow::Result<()> {
         Some(Source::Environment(name)) => name.clone(),
         Some(Source::Flag) => "flag".to_owned(),
     };
-    if output == Format::Json {
+    if output.is_data() {
         let rows: Map<String, Value> = values
             .into_iter()
             .map(|(key, value)| {
@@ -38,7 +38,7 @@ pub(crate) fn run(command: ConfigCommand) -> anyhow::Result<()> {
                 (key, row)
             })
             .collect();
-        return output::json(&rows);
+        return output::data(output, &rows);
     }
     let rows: Vec<Vec<String>> = values
         .iter()

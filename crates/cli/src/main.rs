@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod config_check;
+mod exit;
 mod model;
 mod openai_client;
 mod operator;
@@ -11,6 +12,7 @@ mod output;
 mod processes;
 mod serve;
 mod settings;
+mod supervisor;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,12 +20,8 @@ use std::time::Duration;
 use clap::{CommandFactory as _, Parser as _};
 
 use args::{Cli, Command};
-use settings::Misuse;
+use exit::Exit;
 
-/// Exit status of a command that was refused or failed.
-const REFUSED: u8 = 1;
-/// Exit status of a command that was written wrongly (clap's own).
-const MISUSED: u8 = 2;
 /// How long a blocking task, such as reading weights, may hold the exit.
 const BLOCKING_MAX: Duration = Duration::from_secs(2);
 
@@ -45,11 +43,7 @@ fn main() -> ExitCode {
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             output::note(&format!("tramontane: {error:#}"));
-            ExitCode::from(if error.is::<Misuse>() {
-                MISUSED
-            } else {
-                REFUSED
-            })
+            exit::of(&error).into()
         }
     }
 }
@@ -60,12 +54,16 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Router(args) => processes::router(args).await?,
         Command::Worker(args) => processes::worker(args).await?,
         Command::Status(args) => {
-            if !operator::status(&args).await? {
-                return Ok(ExitCode::from(REFUSED));
+            if !operator::interruptible(operator::status(&args)).await? {
+                return Ok(Exit::Unavailable.into());
             }
         }
-        Command::Workers(command) => operator::workers(command).await?,
-        Command::Placement(command) => operator::placement(command).await?,
+        Command::Top(args) => operator::interruptible(operator::top(&args)).await?,
+        Command::Workers(command) => operator::interruptible(operator::workers(command)).await?,
+        Command::Placement(command) => {
+            operator::interruptible(operator::placement(command)).await?;
+        }
+        Command::Events(args) => operator::interruptible(operator::events(&args)).await?,
         Command::Chat(args) => chat::run(args).await?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,

@@ -12,7 +12,7 @@ use tramontane_tokenizer::{self as tokenizer, GgufTokenizer, Tokenizer};
 use tramontane_types::TokenId;
 
 use crate::args::{ModelArgs, ModelCommand};
-use crate::output::{self, Format};
+use crate::output;
 use crate::settings::misuse;
 
 /// Runs `model inspect` or `model verify`.
@@ -20,10 +20,10 @@ pub(crate) fn run(command: ModelCommand) -> anyhow::Result<()> {
     match command {
         ModelCommand::Inspect { dir, output } => {
             let inspection = open(dir.as_deref(), Overrides::default())?.inspect();
-            match output {
-                Format::Json => output::json(&inspection),
-                Format::Table => Ok(print_inspection(&inspection)?),
+            if output.is_data() {
+                return output::data(output, &inspection);
             }
+            Ok(print_inspection(&inspection)?)
         }
         ModelCommand::Verify {
             dir,

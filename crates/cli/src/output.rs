@@ -13,6 +13,15 @@ pub(crate) enum Format {
     Table,
     /// Stable JSON for a program.
     Json,
+    /// The same as YAML.
+    Yaml,
+}
+
+impl Format {
+    /// Whether a program reads it.
+    pub(crate) const fn is_data(self) -> bool {
+        matches!(self, Self::Json | Self::Yaml)
+    }
 }
 
 /// A line of data.
@@ -48,11 +57,45 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(line(&text)?)
 }
 
+/// A value for a program, in the format that it asked for.
+///
+/// # Errors
+/// When standard output is closed.
+pub(crate) fn data(format: Format, value: &impl Serialize) -> anyhow::Result<()> {
+    match format {
+        Format::Yaml => Ok(fragment(&yaml(value)?)?),
+        Format::Json | Format::Table => json(value),
+    }
+}
+
+/// One value of many that follow each other: a line of JSON, or a document of YAML.
+///
+/// # Errors
+/// When standard output is closed.
+pub(crate) fn item(format: Format, value: &impl Serialize) -> anyhow::Result<()> {
+    let text = match format {
+        Format::Yaml => format!("---\n{}", yaml(value)?),
+        Format::Json | Format::Table => format!("{}\n", serde_json::to_string(value)?),
+    };
+    Ok(fragment(&text)?)
+}
+
+/// Ends with a line end.
+fn yaml(value: &impl Serialize) -> anyhow::Result<String> {
+    let text = serde_saphyr::to_string(value)?;
+    Ok(format!("{}\n", text.trim_end_matches('\n')))
+}
+
 /// Rows under a header, without borders.
 ///
 /// # Errors
 /// When standard output is closed.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
+    line(&table_text(header, rows))
+}
+
+/// The same as text.
+pub(crate) fn table_text(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
@@ -60,10 +103,32 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
     for row in rows {
         table.add_row(row);
     }
-    line(&table.to_string())
+    table.to_string()
 }
 
 /// Whether a person looks at standard output.
 pub(crate) fn is_terminal() -> bool {
     io::stdout().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn yaml_says_what_json_says() {
+        let value = json!({
+            "id": "w-1", "ready": true, "slices": 3, "rate": 1.5, "none": null,
+            "roles": ["attention", "experts"], "text": "a: b # c", "number": "007",
+            "nested": { "empty": [], "map": {} },
+        });
+        assert_eq!(
+            yaml(&value).unwrap(),
+            "id: w-1\nready: true\nslices: 3\nrate: 1.5\nnone: null\n\
+             roles:\n- attention\n- experts\ntext: \"a: b # c\"\nnumber: \"007\"\n\
+             nested:\n  empty: []\n  map: {}\n"
+        );
+    }
 }

@@ -55,6 +55,7 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
         model,
         http,
         grpc,
+        scaler: None,
     };
     tramontane_router::run(settings.router, parts, shutdown.clone()).await?;
     shutdown.trigger();

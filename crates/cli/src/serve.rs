@@ -7,22 +7,21 @@ use std::num::{NonZeroU16, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 use tramontane_coordination::planner::{Intent, set_intent};
 use tramontane_coordination::{MemoryStore, Store};
-use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
-use tramontane_router::{RouterConfig, RouterParts};
+use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
-use tramontane_worker::{ExchangeKind, WorkerConfig, WorkerParts};
+use tramontane_worker::WorkerConfig;
 
-use crate::args::{ExchangeArg, ServeArgs};
-use crate::model::{open_model, open_tokenizer, progress_bar};
+use crate::args::ServeArgs;
+use crate::model::{open_model, open_tokenizer};
 use crate::output;
 use crate::processes::bind;
 use crate::settings::{self, Flags, Settings, misuse};
+use crate::supervisor::{Supervisor, WorkerRecipe, share_of};
 
 /// All workers are here when the process starts: the planner waits for no more.
 const SETTLE_TIME: Duration = Duration::from_millis(50);
@@ -51,18 +50,10 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let signals = Shutdown::new();
     signals.trigger_on_signals().context("signal handlers")?;
 
-    let mut services = Services::default();
+    let recipe = recipe(&args, &settings.worker, &store, &checkpoint, model_name);
+    let (mut services, scaler) = Supervisor::new(recipe);
     for index in 0..args.workers {
-        let parts = WorkerParts {
-            store: Arc::clone(&store),
-            checkpoint: Arc::clone(&checkpoint),
-            model_name: model_name.clone(),
-            grpc: bind("127.0.0.1:0").await?,
-            ops: None,
-            progress: (index == 0).then(|| progress_bar("experts", "{pos} of {len} slices")),
-            exchange: services.exchange(args.exchange),
-        };
-        services.start_worker(worker_config(&settings, &args, index), parts);
+        services.start_worker(index).await?;
     }
     let parts = RouterParts {
         store,
@@ -70,6 +61,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         model,
         http,
         grpc,
+        scaler: Some(scaler),
     };
     services.start_router(settings.router, parts);
     let shown = async {
@@ -81,77 +73,10 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     };
     tokio::select! {
         () = signals.token.cancelled() => {}
-        error = services.failed() => return Err(error),
+        error = services.supervise() => return Err(error),
         shown = shown => shown?,
     }
     services.stop().await
-}
-
-/// The services of this process, and how to stop them in order.
-#[derive(Default)]
-struct Services {
-    local: Arc<LocalTransport>,
-    workers: JoinSet<anyhow::Result<()>>,
-    workers_stop: Shutdown,
-    router: JoinSet<anyhow::Result<()>>,
-    router_stop: Shutdown,
-}
-
-impl Services {
-    fn exchange(&self, kind: ExchangeArg) -> ExchangeKind {
-        match kind {
-            ExchangeArg::Grpc => ExchangeKind::Grpc,
-            ExchangeArg::Local => ExchangeKind::Local(Arc::clone(&self.local)),
-        }
-    }
-
-    fn start_worker(&mut self, config: WorkerConfig, parts: WorkerParts) {
-        let stop = self.workers_stop.child();
-        self.workers.spawn(async move {
-            let id = config.id.clone();
-            let ended = tramontane_worker::run(config, parts, stop).await;
-            ended.with_context(|| format!("worker {id}"))
-        });
-    }
-
-    fn start_router(&mut self, config: RouterConfig, parts: RouterParts) {
-        let stop = self.router_stop.clone();
-        self.router
-            .spawn(async move { Ok(tramontane_router::run(config, parts, stop).await?) });
-    }
-
-    /// Waits until something has failed: the router must not end before it is asked to, nor must the
-    /// last worker. Another one that ends well was drained by an operator.
-    async fn failed(&mut self) -> anyhow::Error {
-        loop {
-            let (what, ended) = tokio::select! {
-                Some(ended) = self.workers.join_next() => ("the last worker", ended),
-                Some(ended) = self.router.join_next() => ("the router", ended),
-                else => return anyhow!("nothing runs"),
-            };
-            match ended {
-                Ok(Ok(())) if self.router.is_empty() || self.workers.is_empty() => {
-                    return anyhow!("{what} ended by itself");
-                }
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return error,
-                Err(error) => return error.into(),
-            }
-        }
-    }
-
-    /// The router finishes its requests while the workers still serve; then these stop together.
-    async fn stop(mut self) -> anyhow::Result<()> {
-        self.router_stop.trigger();
-        while let Some(ended) = self.router.join_next().await {
-            ended??;
-        }
-        self.workers_stop.trigger();
-        while let Some(ended) = self.workers.join_next().await {
-            ended??;
-        }
-        Ok(())
-    }
 }
 
 /// The settings, and whether anybody chose the weight format.
@@ -172,27 +97,38 @@ fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
         settings.telemetry.log = "warn".to_owned();
     }
     settings.router.validate().map_err(misuse)?;
-    worker_config(&settings, args, 0)
+    let (threads, workers) = divided(args);
+    share_of(&settings.worker, threads, workers, 0)
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
     Ok((settings, has_weights))
 }
 
-/// Divides threads and memory among the workers: each gets its share, at least one thread.
-fn worker_config(settings: &Settings, args: &ServeArgs, index: u16) -> WorkerConfig {
-    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let threads = args.threads.unwrap_or(cores);
-    let workers = NonZeroU16::new(args.workers).unwrap_or(NonZeroU16::MIN);
-    let share = threads / usize::from(workers.get())
-        + usize::from(usize::from(index) < threads % usize::from(workers.get()));
-    let of_memory = |bytes: u64| bytes / u64::from(workers.get());
-    WorkerConfig {
-        id: format!("worker-{index}"),
-        threads: NonZeroUsize::new(share.max(1)),
-        expert_memory: Some(of_memory(settings.worker.expert_bytes())),
-        kv_memory: Some(of_memory(settings.worker.kv_bytes())),
-        ..settings.worker.clone()
+fn recipe(
+    args: &ServeArgs,
+    config: &WorkerConfig,
+    store: &Arc<dyn Store>,
+    checkpoint: &Arc<Checkpoint>,
+    model_name: String,
+) -> WorkerRecipe {
+    let (threads, workers) = divided(args);
+    WorkerRecipe {
+        config: config.clone(),
+        threads,
+        workers,
+        store: Arc::clone(store),
+        checkpoint: Arc::clone(checkpoint),
+        model_name,
+        exchange: args.exchange,
+        local: Arc::default(),
     }
+}
+
+/// Compute threads, and the workers that they are divided among.
+fn divided(args: &ServeArgs) -> (usize, NonZeroU16) {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let workers = NonZeroU16::new(args.workers).unwrap_or(NonZeroU16::MIN);
+    (args.threads.unwrap_or(cores), workers)
 }
 
 /// Where to talk to the server, and how.

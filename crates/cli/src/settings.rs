@@ -190,7 +190,12 @@ mod tests {
         let check = |url: &str| {
             let endpoints = vec!["http://etcd-0:2379".to_owned(), url.to_owned()];
             let cluster = String::new();
-            EtcdSettings { endpoints, cluster }.validate()
+            let settings = EtcdSettings {
+                endpoints,
+                cluster,
+                state_dir: None,
+            };
+            settings.validate()
         };
         for good in ["etcd:2379", "https://10.0.0.1:2379/", "http://[::1]:2379"] {
             check(good).unwrap();

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use tramontane_coordination::{Members, Placements, WorkerRecord, WorkerState};
+use tramontane_coordination::{Intent, Members, Placements, SeenIntent, WorkerRecord, WorkerState};
 use tramontane_types::WorkerId;
 
 /// Everybody's last known view of the cluster.
@@ -12,6 +12,7 @@ use tramontane_types::WorkerId;
 pub(crate) struct ClusterView {
     pub(crate) members: watch::Receiver<Arc<Members>>,
     pub(crate) placements: watch::Receiver<Arc<Placements>>,
+    pub(crate) intent: watch::Receiver<Arc<SeenIntent>>,
 }
 
 impl ClusterView {
@@ -23,25 +24,30 @@ impl ClusterView {
         Arc::clone(&self.placements.borrow())
     }
 
-    /// Waits until either view changes; for ever when both watches have ended.
+    pub(crate) fn intent(&self) -> Arc<SeenIntent> {
+        Arc::clone(&self.intent.borrow())
+    }
+
+    /// Waits until any view changes; for ever when all watches have ended.
     pub(crate) async fn changed(&mut self) {
         let (members, placements) = (&mut self.members, &mut self.placements);
         tokio::select! {
             Ok(()) = members.changed() => {}
             Ok(()) = placements.changed() => {}
+            Ok(()) = self.intent.changed() => {}
             else => std::future::pending().await,
         }
     }
 
     /// `Ok` when requests can be served, else why not.
     pub(crate) fn check(&self) -> Result<(), String> {
-        check(&self.members(), &self.placements())
+        check(&self.members(), &self.placements(), &self.intent())
     }
 }
 
 /// `Ok` when requests can be served, else why not.
-fn check(members: &Members, placements: &Placements) -> Result<(), String> {
-    if !members.synced || !placements.synced {
+fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Result<(), String> {
+    if !members.synced || !placements.synced || !seen.synced {
         return Err("the coordination store has not been read yet".to_owned());
     }
     if placements.published.is_none() {
@@ -52,25 +58,39 @@ fn check(members: &Members, placements: &Placements) -> Result<(), String> {
         };
         return Err(reason);
     }
-    if attention_workers(members, placements).next().is_none() {
-        return Err("no attention worker is ready".to_owned());
+    if attention_workers(members, placements, &seen.intent)
+        .next()
+        .is_some()
+    {
+        return Ok(());
     }
-    Ok(())
+    let nobody = Intent::default();
+    let mut cordoned = attention_workers(members, placements, &nobody);
+    Err(match cordoned.next() {
+        Some((id, _)) => format!("every attention worker that is ready is cordoned, such as {id}"),
+        None => "no attention worker is ready".to_owned(),
+    })
 }
 
-/// Workers that may be given new sequences: ready, and of the model and numeric class that the published
-/// placement is for.
+/// Workers that may be given new sequences: ready, not cordoned, and of the model and numeric class that
+/// the published placement is for.
 pub(crate) fn attention_workers<'a>(
     members: &'a Members,
     placements: &'a Placements,
+    intent: &'a Intent,
 ) -> impl Iterator<Item = (&'a WorkerId, &'a Arc<WorkerRecord>)> {
-    let published = placements.published.as_ref();
-    members.workers.iter().filter(move |(_, record)| {
+    members.workers.iter().filter(move |(id, record)| {
         record.roles.attention
             && record.state == WorkerState::Ready
-            && published.is_some_and(|placement| {
-                placement.numeric_class == record.numeric_class
-                    && placement.model == record.model.fingerprint
-            })
+            && !intent.cordoned.contains(*id)
+            && is_of_the_group(record, placements)
+    })
+}
+
+/// Whether a worker is of the model and numeric class that the published placement is for.
+pub(crate) fn is_of_the_group(record: &WorkerRecord, placements: &Placements) -> bool {
+    placements.published.as_ref().is_some_and(|placement| {
+        placement.numeric_class == record.numeric_class
+            && placement.model == record.model.fingerprint
     })
 }

@@ -316,6 +316,7 @@ impl Running {
         }
         let num_tokens = u32::try_from(delta.tokens.len()).unwrap_or(u32::MAX);
         if num_tokens > 0 {
+            self.metrics.sampled(num_tokens);
             match progress.last_token {
                 None => self.metrics.first_token(self.arrived.elapsed()),
                 Some(last) => self.metrics.next_tokens(now - last, num_tokens),

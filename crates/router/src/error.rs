@@ -57,6 +57,8 @@ pub(crate) enum ErrorKind {
     TooLarge,
     /// The body is not declared as JSON.
     MediaType,
+    /// The cluster is not in a state in which it can be done.
+    Precondition,
     /// The queue is full.
     QueueFull,
     /// Nobody can serve this now.
@@ -74,6 +76,7 @@ impl ErrorKind {
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Precondition => StatusCode::CONFLICT,
             Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -102,6 +105,7 @@ impl ErrorKind {
             Self::BodyTimeout => Some("request_timeout"),
             Self::TooLarge => Some("request_too_large"),
             Self::MediaType => Some("unsupported_media_type"),
+            Self::Precondition => Some("precondition_failed"),
             Self::QueueFull => Some("rate_limit_exceeded"),
             Self::Unavailable => Some("service_unavailable"),
             Self::Internal => Some("internal_error"),
@@ -117,6 +121,7 @@ impl ErrorKind {
             Self::MethodNotAllowed => Code::Unimplemented,
             Self::BodyTimeout => Code::DeadlineExceeded,
             Self::TooLarge | Self::QueueFull => Code::ResourceExhausted,
+            Self::Precondition => Code::FailedPrecondition,
             Self::Unavailable => Code::Unavailable,
             Self::Internal => Code::Internal,
         }
@@ -134,6 +139,7 @@ impl ErrorKind {
             Self::BodyTimeout => "REQUEST_TIMEOUT",
             Self::TooLarge => "REQUEST_TOO_LARGE",
             Self::MediaType => "UNSUPPORTED_MEDIA_TYPE",
+            Self::Precondition => "PRECONDITION",
             Self::QueueFull => "QUEUE_FULL",
             Self::Unavailable => "UNAVAILABLE",
             Self::Internal => "INTERNAL",
@@ -184,6 +190,11 @@ impl ApiError {
 
     pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Unavailable, message)
+    }
+
+    /// The cluster is not in a state in which it can be done; `message` says what to do first.
+    pub(crate) fn precondition(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Precondition, message)
     }
 
     /// A fault of ours; the log has the details under the request's id.

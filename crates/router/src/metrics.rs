@@ -2,6 +2,7 @@
 //!
 //! Names with the prefix `vllm:` mean what they mean in vLLM, so that existing dashboards work.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -34,6 +35,8 @@ pub(crate) struct Metrics {
     token_pace_seconds: Histogram,
     request_seconds: Histogram,
     gauges: Gauges,
+    /// Of all answers, those that still run included.
+    tokens_sampled: AtomicU64,
 }
 
 /// What is set just before the metrics are read.
@@ -150,6 +153,7 @@ impl Metrics {
             token_pace_seconds: Histogram::new(shared::ITL_BUCKETS),
             request_seconds: Histogram::new(shared::LATENCY_BUCKETS),
             gauges: Gauges::default(),
+            tokens_sampled: AtomicU64::new(0),
         };
         metrics.register_own();
         metrics.register_vllm(model);
@@ -362,6 +366,17 @@ impl Metrics {
         self.finished
             .get_or_create(&OutcomeLabels { finished_reason })
             .inc();
+    }
+
+    /// Tokens of an answer came.
+    pub(crate) fn sampled(&self, num_tokens: u32) {
+        self.tokens_sampled
+            .fetch_add(u64::from(num_tokens), Ordering::Relaxed);
+    }
+
+    /// Tokens that have come so far.
+    pub(crate) fn tokens_sampled(&self) -> u64 {
+        self.tokens_sampled.load(Ordering::Relaxed)
     }
 
     /// The first token of an answer came.

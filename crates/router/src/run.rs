@@ -1,24 +1,28 @@
 //! A router from start to end: watch the cluster, open both doors, and at the end close them in order.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_coordination::{Planner, Store, run_elected, watch_members, watch_placements};
+use tramontane_coordination::{
+    Planner, PlannerStatus, Store, run_elected, watch_intent, watch_members, watch_placements,
+};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
-use crate::PolicyKind;
 use crate::admission::Admission;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::error::{ApiError, ErrorKind};
+use crate::events::{self, EventLog};
 use crate::journal::Journal;
 use crate::metrics::{Metrics, Reading};
+use crate::scaler::Scaler;
 use crate::sequence::Patience;
 use crate::worker_pool::{PulseTasks, WorkerPool};
 use crate::{Error, RouterConfig, grpc, http_server, routes};
@@ -45,6 +49,8 @@ pub struct RouterParts {
     pub http: TcpListener,
     /// Bound socket of the gRPC API.
     pub grpc: TcpListener,
+    /// Who starts and ends workers on an operator's word, if anybody does.
+    pub scaler: Option<Arc<dyn Scaler>>,
 }
 
 /// The model as clients see it.
@@ -82,6 +88,10 @@ pub(crate) struct App {
     pub(crate) config: RouterConfig,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) cluster: ClusterView,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) scaler: Option<Arc<dyn Scaler>>,
+    pub(crate) events: Arc<EventLog>,
+    pub(crate) planning: Option<Planning>,
     pub(crate) model: Arc<ServedModel>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
@@ -92,16 +102,48 @@ pub(crate) struct App {
     pub(crate) started: u64,
 }
 
+/// What the planner inside this router does, while it is the elected one.
+#[derive(Clone, Debug)]
+pub(crate) struct Planning {
+    status: watch::Receiver<Arc<PlannerStatus>>,
+    leads: Arc<AtomicBool>,
+}
+
+/// This router's time as the elected one; ends however its work ends.
+struct Term(Arc<AtomicBool>);
+
+impl Term {
+    fn begin(leads: Arc<AtomicBool>) -> Self {
+        leads.store(true, Ordering::Relaxed);
+        Self(leads)
+    }
+}
+
+impl Drop for Term {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Planning {
+    /// `None` while another router plans.
+    pub(crate) fn status(&self) -> Option<Arc<PlannerStatus>> {
+        let leads = self.leads.load(Ordering::Relaxed);
+        leads.then(|| Arc::clone(&self.status.borrow()))
+    }
+}
+
 impl App {
     /// All metrics as text.
     pub(crate) fn render_metrics(&self) -> String {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        let seen = self.cluster.intent();
         self.metrics.render(Reading {
             running: self.dispatcher.admission.running(),
             waiting: self.dispatcher.admission.waiting(),
             journal_entries: self.dispatcher.journal.num_entries(),
             journal_tokens: self.dispatcher.journal.num_tokens(),
-            workers_ready: attention_workers(&members, &placements).count(),
+            workers_ready: attention_workers(&members, &placements, &seen.intent).count(),
             workers: members.workers.len(),
             epoch: placements.published_epoch().0,
             ready: self.ready.check().is_ok(),
@@ -122,17 +164,23 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
-    let (cluster, ready) = background.start(&config, &parts.store, shutdown.token.clone());
+    let followed = background.start(&config, &parts.store, shutdown.token.clone());
     let doors = Doors::default();
-    let (http, grpc) = (parts.http, parts.grpc);
-    let app = app(
-        config.clone(),
-        parts.tokenizer,
-        parts.model,
-        background.pool(cluster, config.policy),
-        ready,
-        &doors,
-    );
+    let RouterParts {
+        store,
+        tokenizer,
+        model,
+        http,
+        grpc,
+        scaler,
+    } = parts;
+    let given = Given {
+        store,
+        tokenizer,
+        model,
+        scaler,
+    };
+    let app = app(config.clone(), given, followed, &doors);
     let grpc = grpc::serve(
         grpc,
         Arc::clone(&app),
@@ -208,19 +256,46 @@ pub(crate) struct Doors {
     pub(crate) abort: CancellationToken,
 }
 
-fn app(
-    config: RouterConfig,
+/// What is left of [`RouterParts`] without the sockets.
+struct Given {
+    store: Arc<dyn Store>,
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
-    pool: WorkerPool,
+    scaler: Option<Arc<dyn Scaler>>,
+}
+
+/// What [`Background`] keeps.
+struct Followed {
+    cluster: ClusterView,
     ready: Readiness,
-    doors: &Doors,
-) -> Arc<App> {
+    events: Arc<EventLog>,
+    planning: Option<Planning>,
+    pulses: PulseTasks,
+}
+
+fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) -> Arc<App> {
+    let Given {
+        store,
+        tokenizer,
+        model,
+        scaler,
+    } = given;
+    let Followed {
+        cluster,
+        ready,
+        events,
+        planning,
+        pulses,
+    } = followed;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
-    let cluster = pool.cluster().clone();
     let dispatcher = Dispatcher {
-        pool: Arc::new(pool),
+        pool: Arc::new(WorkerPool::new(
+            cluster.clone(),
+            config.policy,
+            Arc::clone(&events),
+            pulses,
+        )),
         admission: Admission::new(
             config.sequences_max,
             config.queue_max,
@@ -252,6 +327,10 @@ fn app(
         config,
         dispatcher,
         cluster,
+        store,
+        scaler,
+        events,
+        planning,
         model: Arc::new(model),
         tokenizer,
         metrics,
@@ -268,46 +347,71 @@ struct Background {
 }
 
 impl Background {
-    /// Watches the cluster, keeps readiness, and plans when elected.
+    /// Watches the cluster, writes down what happens, keeps readiness, and plans when elected.
     fn start(
         &self,
         config: &RouterConfig,
         store: &Arc<dyn Store>,
         stopping: CancellationToken,
-    ) -> (ClusterView, Readiness) {
+    ) -> Followed {
         let (tasks, stop) = (&self.tasks, &self.stop);
         let cluster = ClusterView {
             members: watch_members(Arc::clone(store), tasks, stop.clone()),
             placements: watch_placements(Arc::clone(store), tasks, stop.clone()),
+            intent: watch_intent(Arc::clone(store), tasks, stop.clone()),
         };
-        if config.planner {
-            self.plan(config, Arc::clone(store), &cluster);
-        }
+        let planning = config
+            .planner
+            .then(|| self.plan(config, Arc::clone(store), &cluster));
+        let events = Arc::new(EventLog::default());
+        tasks.spawn(events::record(
+            Arc::clone(&events),
+            cluster.clone(),
+            stop.clone(),
+        ));
         let (setter, ready) = Readiness::starting("the coordination store has not been read yet");
         tasks.spawn(keep_ready(cluster.clone(), setter, stopping, stop.clone()));
-        (cluster, ready)
+        Followed {
+            cluster,
+            ready,
+            events,
+            planning,
+            pulses: PulseTasks {
+                tasks: tasks.clone(),
+                stop: stop.clone(),
+            },
+        }
     }
 
-    fn pool(&self, cluster: ClusterView, policy: PolicyKind) -> WorkerPool {
-        let (tasks, stop) = (self.tasks.clone(), self.stop.clone());
-        WorkerPool::new(cluster, policy, PulseTasks { tasks, stop })
-    }
-
-    fn plan(&self, config: &RouterConfig, store: Arc<dyn Store>, cluster: &ClusterView) {
+    fn plan(
+        &self,
+        config: &RouterConfig,
+        store: Arc<dyn Store>,
+        cluster: &ClusterView,
+    ) -> Planning {
         let planner = Planner::new(
             Arc::clone(&store),
             config.planner(),
             cluster.members.clone(),
             cluster.placements.clone(),
         );
+        let leads = Arc::new(AtomicBool::new(false));
+        let planning = Planning {
+            status: planner.status(),
+            leads: Arc::clone(&leads),
+        };
         let (id, ttl, stop) = (config.id.clone(), config.election_ttl, self.stop.clone());
         self.tasks.spawn(async move {
             run_elected(store, &id, ttl, stop, |leading| {
-                let planner = planner.clone();
-                async move { planner.run(leading).await }
+                let (planner, leads) = (planner.clone(), Arc::clone(&leads));
+                async move {
+                    let _term = Term::begin(leads);
+                    planner.run(leading).await;
+                }
             })
             .await;
         });
+        planning
     }
 }
 

@@ -269,6 +269,7 @@ impl Sequence {
                 let request = self.entry.request_id();
                 tracing::warn!(request, %worker, ?reason, started, "worker lost a sequence");
                 self.metrics.lost(reason);
+                self.pool.sequence_moved(&worker);
                 ApiError::unavailable("the workers that took this request were lost")
             }
         };

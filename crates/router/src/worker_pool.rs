@@ -1,5 +1,5 @@
 //! Connections to the attention workers and who of them takes the next sequence. Never gives a sequence
-//! to a worker that is joining, draining or leaving.
+//! to a worker that is joining, cordoned, draining or leaving.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use tramontane_types::{TokenId, WorkerId};
 use crate::admission::Counted;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::config::PolicyKind;
+use crate::events::EventLog;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
 use crate::pulse::Pulse;
 
@@ -56,6 +57,7 @@ impl PoolWorker {
 pub(crate) struct WorkerPool {
     cluster: ClusterView,
     hasher: BlockHasher,
+    events: Arc<EventLog>,
     inner: Mutex<Inner>,
 }
 
@@ -76,7 +78,12 @@ struct Inner {
 }
 
 impl WorkerPool {
-    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind, pulses: PulseTasks) -> Self {
+    pub(crate) fn new(
+        cluster: ClusterView,
+        kind: PolicyKind,
+        events: Arc<EventLog>,
+        pulses: PulseTasks,
+    ) -> Self {
         let inner = Inner {
             pulses,
             policy: policy(kind),
@@ -86,12 +93,18 @@ impl WorkerPool {
         Self {
             cluster,
             hasher: BlockHasher::default(),
+            events,
             inner: Mutex::new(inner),
         }
     }
 
     pub(crate) const fn cluster(&self) -> &ClusterView {
         &self.cluster
+    }
+
+    /// A worker cannot go on with a sequence.
+    pub(crate) fn sequence_moved(&self, from: &WorkerId) {
+        self.events.sequence_moved(from);
     }
 
     pub(crate) fn blocks(&self, prompt: &[TokenId]) -> PromptBlocks {
@@ -106,10 +119,11 @@ impl WorkerPool {
         excluded: &[WorkerId],
     ) -> Option<Arc<PoolWorker>> {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        let seen = self.cluster.intent();
         let mut inner = self.inner.lock();
         inner.follow(&members);
         let mut found = Vec::new();
-        for (id, record) in attention_workers(&members, &placements) {
+        for (id, record) in attention_workers(&members, &placements, &seen.intent) {
             if let Some(worker) = inner.workers.get(id).filter(|_| !excluded.contains(id)) {
                 found.push((Arc::clone(worker), record));
             }
@@ -141,9 +155,10 @@ impl WorkerPool {
     /// Whether a ready worker other than `but` shows signs of life.
     fn has_alive(&self, but: &WorkerId) -> bool {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
+        let seen = self.cluster.intent();
         let mut inner = self.inner.lock();
         inner.follow(&members);
-        attention_workers(&members, &placements).any(|(id, _)| {
+        attention_workers(&members, &placements, &seen.intent).any(|(id, _)| {
             let worker = inner.workers.get(id).filter(|_| id != but);
             worker.is_some_and(|worker| worker.pulse.is_alive())
         })

@@ -54,9 +54,10 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         failures.extend(errors);
     }
     let report = report::Report::new(&plan.args, &plan.model, begin.elapsed(), &samples, failures);
-    match plan.args.output {
-        output::Format::Json => output::json(&report)?,
-        output::Format::Table => report.print()?,
+    if plan.args.output.is_data() {
+        output::data(plan.args.output, &report)?;
+    } else {
+        report.print()?;
     }
     anyhow::ensure!(
         report.failed == 0,

@@ -188,6 +188,8 @@ pub struct PlannerStatus {
     pub incompatible: Vec<WorkerId>,
     /// The placement that is proposed or published now, in numbers.
     pub summary: Option<Summary>,
+    /// The wish that the published placement fits as well as it can, when there is nothing to do.
+    pub fulfilled: Option<Intent>,
 }
 
 /// What to do next about the placement.
@@ -412,7 +414,15 @@ impl PlannerView<'_> {
             } => Some(shortage.clone()),
             _ => None,
         };
+        let is_idle = matches!(
+            action,
+            PlannerAction::Wait {
+                reason: WaitReason::Idle,
+                ..
+            }
+        );
         PlannerStatus {
+            fulfilled: is_idle.then(|| self.intent.clone()),
             doing: action.to_string(),
             shortage,
             incompatible: workers.map(|worker| worker.id.clone()).collect(),

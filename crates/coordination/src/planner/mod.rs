@@ -375,7 +375,7 @@ impl Memory {
 }
 
 /// Reads the intent; none means the default.
-fn read_intent(entry: Option<Entry>) -> Result<Intent, Error> {
+pub(crate) fn read_intent(entry: Option<Entry>) -> Result<Intent, Error> {
     let Some(entry) = entry else {
         return Ok(Intent::default());
     };

@@ -4,6 +4,7 @@
 mod members;
 mod record;
 mod registration;
+mod removal;
 
 pub use members::{Members, REJOIN_GRACE, watch_members};
 pub use record::{
@@ -14,6 +15,7 @@ pub use registration::{
     DEREGISTER_MAX, KEEP_ALIVES_PER_TTL, RECORD_WRITE_SPACING, REREGISTER_PAUSE_MAX,
     REREGISTER_PAUSE_MIN, Registration,
 };
+pub use removal::{REMOVE_ATTEMPTS_MAX, remove_worker};
 
 #[cfg(test)]
 pub(crate) use record::tests::record as record_for_tests;

@@ -1,0 +1,148 @@
+//! The operator's verbs: ask a router over gRPC and print what it says. This file is the door: how a router
+//! is reached, and what its refusals mean. Nothing here decides anything about the cluster.
+
+mod events;
+mod placement;
+mod status;
+mod top;
+mod wait;
+mod workers;
+
+use std::error::Error as _;
+use std::future::Future;
+use std::time::Duration;
+
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+use tramontane_proto::v1::admin_client::AdminClient;
+
+pub(crate) use events::events;
+pub(crate) use placement::placement;
+pub(crate) use status::status;
+pub(crate) use top::top;
+pub(crate) use workers::workers;
+
+use crate::args::RouterAddress;
+use crate::exit::{Exit, refusal};
+
+/// Longest wait for a connection to the router.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for an answer.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Largest answer: a placement may have 1 MiB, and a long list of workers more.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// What to try when nothing else is known.
+pub(crate) const SEE_STATUS: &str = "tramontane status";
+/// What to try when a worker's name was wrong or its state is not clear.
+pub(crate) const SEE_WORKERS: &str = "tramontane workers list";
+
+/// A connection to a router's admin service.
+pub(crate) type Admin = AdminClient<Channel>;
+
+/// Connects to the router that the operator names.
+///
+/// # Errors
+/// With exit status 2 for an address that is none, and 5 when nobody answers there.
+pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
+    let url = if address.router.contains("://") {
+        address.router.clone()
+    } else {
+        format!("http://{}", address.router)
+    };
+    let endpoint = Endpoint::from_shared(url.clone())
+        .map_err(|error| {
+            let message = format!("--router {url:?} is no address: {error}");
+            refusal(Exit::Misused, message, "--router http://127.0.0.1:8001")
+        })?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(REQUEST_TIMEOUT);
+    let channel = endpoint.connect().await.map_err(|error| {
+        let cause = error
+            .source()
+            .map_or_else(|| error.to_string(), ToString::to_string);
+        let next = "tramontane serve (starts one), or name a running one with --router";
+        refusal(
+            Exit::Unavailable,
+            format!("no router at {url}: {cause}"),
+            next,
+        )
+    })?;
+    Ok(AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
+}
+
+/// The router's refusal in its own words, and `next`, the command to try.
+pub(crate) fn refused(next: &str) -> impl Fn(tonic::Status) -> anyhow::Error {
+    move |status| {
+        let exit = exit_of(&status);
+        let next = match exit {
+            Exit::Unavailable | Exit::Timeout => SEE_STATUS,
+            _ => next,
+        };
+        refusal(exit, status.message(), next)
+    }
+}
+
+/// What a refusal of the router is for a script.
+fn exit_of(status: &tonic::Status) -> Exit {
+    // The transport's own errors have a cause, and any code.
+    if status.source().is_some() && status.code() != Code::Cancelled {
+        return Exit::Unavailable;
+    }
+    match status.code() {
+        Code::NotFound => Exit::NotFound,
+        Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => Exit::Conflict,
+        Code::Unavailable => Exit::Unavailable,
+        Code::DeadlineExceeded | Code::Cancelled => Exit::Timeout,
+        Code::InvalidArgument | Code::OutOfRange => Exit::Misused,
+        _ => Exit::Failed,
+    }
+}
+
+/// Runs a verb until it ends or the operator presses Ctrl-C. What was begun in the cluster goes on.
+///
+/// # Errors
+/// The verb's, or exit status 130.
+pub(crate) async fn interruptible<T>(
+    verb: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        ended = verb => ended,
+        Ok(()) = tokio::signal::ctrl_c() => {
+            let message = "interrupted; what was begun goes on";
+            Err(refusal(Exit::Interrupted, message, SEE_STATUS))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Status;
+
+    use super::*;
+    use crate::exit;
+
+    #[test]
+    fn a_refusal_of_the_router_becomes_a_status_and_advice() {
+        let table = [
+            (Status::not_found("no worker"), Exit::NotFound),
+            (Status::failed_precondition("alive"), Exit::Conflict),
+            (Status::unavailable("store away"), Exit::Unavailable),
+            (Status::invalid_argument("65"), Exit::Misused),
+            (Status::deadline_exceeded("late"), Exit::Timeout),
+            (Status::internal("bug"), Exit::Failed),
+        ];
+        for (status, expected) in table {
+            let message = status.message().to_owned();
+            let error = refused(SEE_WORKERS)(status);
+            assert_eq!(exit::of(&error), expected, "{message}");
+            let text = error.to_string();
+            assert!(
+                text.starts_with(&message) && text.contains("\n  try: "),
+                "{text}"
+            );
+        }
+        let gone = Status::from_error(Box::new(std::io::Error::other("connection reset")));
+        assert_eq!(exit_of(&gone), Exit::Unavailable);
+    }
+}
