@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::drill::DrillArgs;
 use crate::output::Format;
 
 /// Serves Mixtral and the Mistral family from one machine or many.
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     /// Look at which worker holds which expert
     #[command(subcommand)]
     Placement(PlacementCommand),
+    /// Bring a fault upon a worker under load, and judge whether anything was lost
+    Drill(DrillArgs),
     /// Talk to a model in the terminal, at any OpenAI-compatible endpoint
     Chat(ChatArgs),
     /// Measure an OpenAI-compatible endpoint under load
@@ -202,6 +205,9 @@ pub(crate) struct ServeArgs {
     /// Workers that hold each slice
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) replicas: u16,
+    /// Let `tramontane drill` bring faults upon the workers
+    #[arg(long)]
+    pub(crate) drills: bool,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]
     pub(crate) host: IpAddr,
@@ -285,6 +291,9 @@ pub(crate) struct WorkerArgs {
     /// Address that others reach this worker at, host:port; what it listens on when absent
     #[arg(long)]
     pub(crate) advertise: Option<String>,
+    /// Let `tramontane drill` bring faults upon this worker
+    #[arg(long)]
+    pub(crate) drills: bool,
 }
 
 /// `tramontane chat`

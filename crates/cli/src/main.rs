@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod config_check;
+mod drill;
 mod model;
 mod openai_client;
 mod operator;
@@ -66,6 +67,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Workers(command) => operator::workers(command).await?,
         Command::Placement(command) => operator::placement(command).await?,
+        Command::Drill(args) => return drill::run(args).await,
         Command::Chat(args) => chat::run(args).await?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,

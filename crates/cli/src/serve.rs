@@ -16,7 +16,7 @@ use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
 use tramontane_router::{RouterConfig, RouterParts};
 use tramontane_runtime::{Shutdown, telemetry};
-use tramontane_worker::{ExchangeKind, WorkerConfig, WorkerParts};
+use tramontane_worker::{ExchangeKind, ProcessKind, WorkerConfig, WorkerParts};
 
 use crate::args::{ExchangeArg, ServeArgs};
 use crate::model::{open_model, open_tokenizer, progress_bar};
@@ -61,6 +61,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
             ops: None,
             progress: (index == 0).then(|| progress_bar("experts", "{pos} of {len} slices")),
             exchange: services.exchange(args.exchange),
+            process: ProcessKind::Shared,
         };
         services.start_worker(worker_config(&settings, &args, index), parts);
     }
@@ -160,6 +161,7 @@ fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     flags.set("telemetry", "log", args.process.log.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
+    flags.set("worker", "drills", args.drills.then_some(true));
     flags.set("router", "min_workers", Some(i64::from(args.workers)));
     let settle = humantime::format_duration(SETTLE_TIME).to_string();
     flags.set("router", "settle_time", Some(settle));

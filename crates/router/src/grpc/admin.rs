@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
-use tonic::{Request, Response, Status};
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
 use tramontane_coordination::{Placements, WorkerRecord, WorkerState};
 use tramontane_proto::v1;
 use tramontane_proto::v1::admin_server::Admin;
+use tramontane_proto::v1::worker_client::WorkerClient;
 use tramontane_runtime::build_info;
 use tramontane_types::{Placement, WorkerId};
 
@@ -19,6 +21,8 @@ use crate::worker_pool::connect;
 
 /// Longest wait for a worker to say that it drains.
 const DRAIN_ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Longest wait for a worker to begin a drill, or to say what drills have done to it.
+const DRILL_ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// The service over what both doors share.
 #[derive(Debug)]
@@ -128,6 +132,75 @@ impl Admin for AdminService {
             Ok(Err(refused)) => Err(unreachable(refused.message().to_owned())),
             Err(_elapsed) => Err(unreachable("no answer".to_owned())),
         }
+    }
+
+    async fn drill_worker(
+        &self,
+        request: Request<v1::DrillWorkerRequest>,
+    ) -> Result<Response<v1::DrillWorkerResponse>, Status> {
+        let v1::DrillWorkerRequest { worker_id, drill } = request.into_inner();
+        let drill = drill.unwrap_or_default();
+        let members = self.app.cluster.members();
+        let is_member = |peer: &&String| members.workers.contains_key(&WorkerId::new(peer));
+        if let Some(peer) = drill.peers.iter().find(|peer| !is_member(peer)) {
+            return Err(not_found(format!("there is no worker {peer}"), "peers"));
+        }
+        let (mut worker, unreachable) = self.worker(&worker_id)?;
+        match timeout(DRILL_ANSWER_MAX, worker.drill(drill)).await {
+            Ok(Ok(report)) => {
+                tracing::warn!(worker = worker_id, "an operator's drill begins");
+                let report = Some(report.into_inner());
+                Ok(Response::new(v1::DrillWorkerResponse { report }))
+            }
+            Ok(Err(refused)) => Err(forwarded(refused, unreachable)),
+            Err(_elapsed) => Err(unreachable("no answer")),
+        }
+    }
+
+    async fn get_drill_report(
+        &self,
+        request: Request<v1::GetDrillReportRequest>,
+    ) -> Result<Response<v1::GetDrillReportResponse>, Status> {
+        let worker_id = request.into_inner().worker_id;
+        let (mut worker, unreachable) = self.worker(&worker_id)?;
+        let asked = worker.status(v1::WorkerStatusRequest {});
+        match timeout(DRILL_ANSWER_MAX, asked).await {
+            Ok(Ok(status)) => {
+                let report = status.into_inner().drill;
+                Ok(Response::new(v1::GetDrillReportResponse { report }))
+            }
+            Ok(Err(refused)) => Err(forwarded(refused, unreachable)),
+            Err(_elapsed) => Err(unreachable("no answer")),
+        }
+    }
+}
+
+impl AdminService {
+    /// A connection to a worker by its id, and what to say when it does not answer.
+    fn worker(
+        &self,
+        id: &str,
+    ) -> Result<(WorkerClient<Channel>, impl Fn(&str) -> Status + use<>), Status> {
+        let id = WorkerId::new(id);
+        let members = self.app.cluster.members();
+        let Some(record) = members.workers.get(&id) else {
+            return Err(not_found(format!("there is no worker {id}"), "worker_id"));
+        };
+        let address = record.address.clone();
+        let unreachable = move |what: &str| {
+            let text = format!("worker {id} at {address}: {what}");
+            status(&ApiError::unavailable(text))
+        };
+        let client = connect(&record.address).map_err(|error| unreachable(&error.to_string()))?;
+        Ok((client, unreachable))
+    }
+}
+
+/// What a worker says about itself goes to the operator as it is; what the transport says does not.
+fn forwarded(refused: Status, unreachable: impl Fn(&str) -> Status) -> Status {
+    match refused.code() {
+        Code::FailedPrecondition | Code::InvalidArgument => refused,
+        _ => unreachable(refused.message()),
     }
 }
 
