@@ -127,7 +127,12 @@ impl Faults {
 
     fn cuts(&self, peer: &WorkerId) -> bool {
         let any = self.any.load(Ordering::Acquire);
-        any && self.state.lock().cut.as_ref().is_some_and(|cut| cut.holds(peer))
+        any && self
+            .state
+            .lock()
+            .cut
+            .as_ref()
+            .is_some_and(|cut| cut.holds(peer))
     }
 
     /// Nobody hears the answer before the end.

@@ -85,7 +85,8 @@ pub(crate) fn serve(
         .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
         .add_optional_service(experts);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let incoming = incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));
+    let incoming =
+        incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));
     let server = async move {
         router
             .serve_with_incoming_shutdown(incoming, ended.cancelled_owned())

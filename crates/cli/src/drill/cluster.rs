@@ -49,10 +49,7 @@ pub(super) struct Seen {
 }
 
 /// Asks the router.
-pub(super) async fn look(
-    admin: &mut AdminClient<Channel>,
-    worker: &str,
-) -> Result<Seen, Status> {
+pub(super) async fn look(admin: &mut AdminClient<Channel>, worker: &str) -> Result<Seen, Status> {
     let late = |_elapsed| Status::deadline_exceeded("the router did not answer");
     let asked = async {
         let status = admin.cluster_status(v1::ClusterStatusRequest {}).await?;

@@ -202,10 +202,7 @@ async fn drill(args: &DrillArgs) -> Result<Verdict, NoVerdict> {
 }
 
 /// Whether there is anything to learn from a drill now.
-async fn look_first(
-    args: &DrillArgs,
-    admin: &mut AdminClient<Channel>,
-) -> Result<Seen, NoVerdict> {
+async fn look_first(args: &DrillArgs, admin: &mut AdminClient<Channel>) -> Result<Seen, NoVerdict> {
     let worker = &args.worker;
     let seen = cluster::look(admin, worker).await?;
     if seen.worker.is_none() {

@@ -62,7 +62,9 @@ impl Probe {
         let models = client.list_models(v1::ListModelsRequest {}).await?;
         let models = models.into_inner().models;
         let context = models.first().map_or(0, |model| model.context_length);
-        let max_tokens = ANSWER_TOKENS.min(context.saturating_sub(PROMPT_TOKENS)).max(1);
+        let max_tokens = ANSWER_TOKENS
+            .min(context.saturating_sub(PROMPT_TOKENS))
+            .max(1);
         let requests = (0..num_streams).map(|index| request(index, max_tokens));
         Ok(Self {
             client,
@@ -253,9 +255,10 @@ impl Said {
                 last = Instant::now();
             }
             let Some(new) = message? else {
-                return self.finish.map(|_| ()).ok_or_else(|| {
-                    Status::data_loss("the stream ended without a finish reason")
-                });
+                return self
+                    .finish
+                    .map(|_| ())
+                    .ok_or_else(|| Status::data_loss("the stream ended without a finish reason"));
             };
             self.note(new);
             if self.tokens.len() >= TOKENS_BEFORE_FAULT

@@ -75,8 +75,14 @@ async fn drills_are_off_until_the_configuration_allows_them() {
     let refused = begin(&cluster, "a", drill(DrillKind::Kill, 0)).await;
     let refused = refused.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
-    assert!(refused.message().contains("worker.drills = true"), "{refused}");
-    assert_eq!(refused.get_details_error_info().unwrap().reason, "DRILLS_OFF");
+    assert!(
+        refused.message().contains("worker.drills = true"),
+        "{refused}"
+    );
+    assert_eq!(
+        refused.get_details_error_info().unwrap().reason,
+        "DRILLS_OFF"
+    );
     assert!(!report(&cluster, "a").await.allowed);
     cluster.stop().await;
 }
@@ -102,7 +108,10 @@ async fn a_drill_is_refused_where_it_cannot_be_and_while_another_runs() {
     assert_eq!(running.running(), DrillKind::Slow);
     let second = refused(slow).await;
     assert_eq!(second.code(), Code::FailedPrecondition);
-    assert!(second.message().contains("slow drill under way"), "{second}");
+    assert!(
+        second.message().contains("slow drill under way"),
+        "{second}"
+    );
     cluster.stop().await;
 }
 
@@ -116,7 +125,9 @@ async fn a_killed_holder_says_no_goodbye_and_no_token_changes() {
     while said.ids.len() < 10 {
         said.note(stream.message().await.unwrap().unwrap());
     }
-    begin(&cluster, "b", drill(DrillKind::Kill, 0)).await.unwrap();
+    begin(&cluster, "b", drill(DrillKind::Kill, 0))
+        .await
+        .unwrap();
     while let Some(event) = stream.message().await.unwrap() {
         said.note(event);
     }
@@ -142,7 +153,9 @@ async fn the_streams_of_a_killed_worker_break_without_a_word() {
     let request = request("kill", prompt(1, 20), &params(10_000));
     let mut stream = cluster.generate("a", request).await.unwrap();
     stream.message().await.unwrap().unwrap();
-    begin(&cluster, "a", drill(DrillKind::Kill, 0)).await.unwrap();
+    begin(&cluster, "a", drill(DrillKind::Kill, 0))
+        .await
+        .unwrap();
     let broken = loop {
         match stream.message().await {
             Ok(Some(_)) => {}
