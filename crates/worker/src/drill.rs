@@ -104,7 +104,7 @@ impl Drills {
     /// Begins a drill; returns when all that it takes is there and it is about to happen.
     pub(crate) async fn start(
         self: &Arc<Self>,
-        request: v1::DrillRequest,
+        request: &v1::DrillRequest,
     ) -> Result<v1::DrillReport, DrillError> {
         let worker = || self.worker.to_string();
         if !self.setting.allowed {

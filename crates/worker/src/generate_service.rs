@@ -142,7 +142,7 @@ impl Worker for GenerateService {
         request: Request<v1::DrillRequest>,
     ) -> Result<Response<v1::DrillReport>, Status> {
         Ok(Response::new(
-            self.node.drills.start(request.into_inner()).await?,
+            self.node.drills.start(request.get_ref()).await?,
         ))
     }
 }

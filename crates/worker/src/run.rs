@@ -126,12 +126,11 @@ pub async fn run(
     } = parts;
     let served = life.serve_grpc(grpc, services, setter)?;
     let joined = worker.join(&config, store, record, &serving, &life)?;
-    let registration = joined.registration.clone();
     let follower = Follower {
         node: Arc::clone(&worker.node),
         group,
         checkpoint,
-        registration: joined.registration,
+        registration: joined.registration.clone(),
         placements: joined.drain.placements.clone(),
         serving,
         drop_grace: config.drop_grace,
@@ -141,16 +140,9 @@ pub async fn run(
     life.tasks.spawn(follower.run(life.ended.clone()));
 
     let end = worker.serve(served, &shutdown, &drain).await;
-    match end {
-        Ok(End::Asked) => joined.drain.run(config.drain_deadline).await,
-        Ok(End::Crashed) => {
-            registration.abandon();
-            worker.break_off(&life);
-        }
-        Err(_) => {}
-    }
-    joined.registered.trigger();
-    joined.registered.finish(STOP_MAX).await;
+    joined
+        .end(&end, config.drain_deadline, &worker, &life)
+        .await;
     worker.leave(life, &exchange).await;
     drop(bound);
     end.map(|_asked_or_crashed| ())
@@ -172,6 +164,28 @@ struct Joined {
     /// Triggered, it deregisters.
     registered: Shutdown,
     drain: Drain,
+}
+
+impl Joined {
+    /// Leaves the cluster, in the way in which the worker ends.
+    async fn end(
+        self,
+        end: &Result<End, Error>,
+        drain_limit: Duration,
+        worker: &Worker,
+        life: &Life,
+    ) {
+        match end {
+            Ok(End::Asked) => self.drain.run(drain_limit).await,
+            Ok(End::Crashed) => {
+                self.registration.abandon();
+                worker.break_off(life);
+            }
+            Err(_) => {}
+        }
+        self.registered.trigger();
+        self.registered.finish(STOP_MAX).await;
+    }
 }
 
 type LateOps = Arc<OnceLock<(Arc<Node>, Registry)>>;

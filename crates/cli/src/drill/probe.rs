@@ -260,7 +260,7 @@ impl Said {
                     .map(|_| ())
                     .ok_or_else(|| Status::data_loss("the stream ended without a finish reason"));
             };
-            self.note(new);
+            self.note(&new);
             if self.tokens.len() >= TOKENS_BEFORE_FAULT
                 && let Some(tell) = tell.take()
             {
@@ -270,7 +270,7 @@ impl Said {
         }
     }
 
-    fn note(&mut self, new: v1::GenerateResponse) {
+    fn note(&mut self, new: &v1::GenerateResponse) {
         self.text.push_str(&new.text);
         self.finish = new.finish_reason.or(self.finish);
         let tokens = new.tokens.iter();

@@ -104,7 +104,7 @@ impl From<DrillError> for Status {
 
 impl Drill {
     /// Checks a request to worker `me`.
-    pub(super) fn check(request: v1::DrillRequest, me: &WorkerId) -> Result<Self, DrillError> {
+    pub(super) fn check(request: &v1::DrillRequest, me: &WorkerId) -> Result<Self, DrillError> {
         let kind = request.kind();
         let times = (
             Duration::from_millis(request.duration_ms.into()),
@@ -134,7 +134,7 @@ impl Drill {
             }),
             DrillKind::Partition => Ok(Self::Partition {
                 duration: duration()?,
-                cut: cut(request.peers, me)?,
+                cut: cut(&request.peers, me)?,
             }),
         }
     }
@@ -168,7 +168,7 @@ fn not_of(field: &'static str, kind: DrillKind, got: &dyn ToString) -> DrillErro
     }
 }
 
-fn cut(peers: Vec<String>, me: &WorkerId) -> Result<Cut, DrillError> {
+fn cut(peers: &[String], me: &WorkerId) -> Result<Cut, DrillError> {
     let wrong = |rule: String, got: String| DrillError::Invalid {
         field: "peers",
         rule,
@@ -214,7 +214,7 @@ mod tests {
         }
     }
 
-    fn refused(request: v1::DrillRequest) -> String {
+    fn refused(request: &v1::DrillRequest) -> String {
         let error = Drill::check(request, &WorkerId::new("w-0")).unwrap_err();
         let text = error.to_string();
         assert_eq!(Status::from(error).code(), Code::InvalidArgument);
@@ -270,13 +270,14 @@ mod tests {
                 "peers must be ids of other workers, 1 to 128 bytes each, got \"w-0\"",
             ),
         ] {
-            assert_eq!(refused(got), text);
+            assert_eq!(refused(&got), text);
         }
     }
 
     #[test]
     fn a_partition_without_names_is_from_everybody() {
-        let check = |request| Drill::check(request, &WorkerId::new("w-0")).unwrap();
+        let check =
+            |request: v1::DrillRequest| Drill::check(&request, &WorkerId::new("w-0")).unwrap();
         let duration = Duration::from_secs(60);
         let mut asked = request(DrillKind::Partition, 60_000);
         let cut = Cut::All;

@@ -91,7 +91,7 @@ async fn drills_are_off_until_the_configuration_allows_them() {
 async fn a_drill_is_refused_where_it_cannot_be_and_while_another_runs() {
     let mut cluster = Cluster::new(Carrier::Local);
     cluster.start(drilled("a")).await;
-    let mut refused = async |request| begin(&cluster, "a", request).await.unwrap_err();
+    let refused = async |request| begin(&cluster, "a", request).await.unwrap_err();
     let pause = refused(drill(DrillKind::Pause, 100)).await;
     assert_eq!(pause.code(), Code::FailedPrecondition);
     assert!(pause.message().contains("slow or a kill drill"), "{pause}");
