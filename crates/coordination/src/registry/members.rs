@@ -237,7 +237,7 @@ mod tests {
         let registration = scene.register(record("a"), &stop);
         scene.until("a registered", |m| m.workers.len() == 1).await;
         registration.abandon();
-        let begin = tokio::time::Instant::now();
+        let begin = Instant::now();
         stop.cancel();
         scene.until("a gone", |m| m.workers.is_empty()).await;
         let kept = begin.elapsed();
