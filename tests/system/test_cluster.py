@@ -48,18 +48,18 @@ def etcd(tmp_path_factory):
 
 
 class Cluster:
-    def __init__(self, etcd):
-        self.etcd = etcd
+    def __init__(self, etcd, *router_flags, name="test"):
+        self.etcd, self.name = etcd, name
         self.http, self.grpc = free_port(), free_port()
         self.router = Process("router", [
-            BINARY, "router", "--etcd", etcd, "--cluster", "test", "--host", "127.0.0.1",
-            "--http-port", self.http, "--grpc-port", self.grpc, "--min-workers", "3",
+            BINARY, "router", "--etcd", etcd, "--cluster", name, "--host", "127.0.0.1",
+            "--http-port", self.http, "--grpc-port", self.grpc, "--min-workers", "3", *router_flags,
         ])
         self.workers = {}
 
     def start_worker(self, name, *flags):
         self.workers[name] = Process(name, [
-            BINARY, "worker", "--etcd", self.etcd, "--cluster", "test", "--id", name, "--threads", "1",
+            BINARY, "worker", "--etcd", self.etcd, "--cluster", self.name, "--id", name, "--threads", "1",
             "--host", "127.0.0.1", "--grpc-port", free_port(), "--ops-port", free_port(), *flags,
         ])
 
@@ -76,6 +76,11 @@ class Cluster:
     def client(self, **options):
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.http}/v1", api_key="unused", **options)
 
+    def kill(self):
+        for process in [*self.workers.values(), self.router]:
+            if process.alive():
+                process.stop(signal.SIGKILL)
+
     def logs(self):
         parts = [self.router, *self.workers.values()]
         return "\n".join(f"== {p.name}\n{p.output()[-3000:]}" for p in parts)
@@ -91,9 +96,7 @@ def cluster(etcd):
     except AssertionError:
         raise AssertionError(cluster.logs())
     yield cluster
-    for process in [*cluster.workers.values(), cluster.router]:
-        if process.alive():
-            process.stop(signal.SIGKILL)
+    cluster.kill()
 
 
 def ask(client, text, **options):

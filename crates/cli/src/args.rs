@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::drill::DrillArgs;
 use crate::output::Format;
 
 /// Serves Mixtral and the Mistral family from one machine or many.
@@ -44,6 +45,8 @@ pub(crate) enum Command {
     Placement(PlacementCommand),
     /// Show what happened in the cluster, as a router saw it
     Events(EventsArgs),
+    /// Bring a fault upon a worker under load, and judge whether anything was lost
+    Drill(DrillArgs),
     /// Talk to a model in the terminal, at any OpenAI-compatible endpoint
     Chat(ChatArgs),
     /// Measure an OpenAI-compatible endpoint under load
@@ -315,6 +318,9 @@ pub(crate) struct ServeArgs {
     /// Workers that hold each slice
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) replicas: u16,
+    /// Let `tramontane drill` bring faults upon the workers
+    #[arg(long)]
+    pub(crate) drills: bool,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]
     pub(crate) host: IpAddr,
@@ -398,6 +404,9 @@ pub(crate) struct WorkerArgs {
     /// Address that others reach this worker at, host:port; what it listens on when absent
     #[arg(long)]
     pub(crate) advertise: Option<String>,
+    /// Let `tramontane drill` bring faults upon this worker
+    #[arg(long)]
+    pub(crate) drills: bool,
 }
 
 /// `tramontane chat`

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod config_check;
+mod drill;
 mod exit;
 mod model;
 mod openai_client;
@@ -64,6 +65,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             operator::interruptible(operator::placement(command)).await?;
         }
         Command::Events(args) => operator::interruptible(operator::events(&args)).await?,
+        Command::Drill(args) => return drill::run(args).await,
         Command::Chat(args) => chat::run(args).await?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,

@@ -10,7 +10,7 @@ use toml::Value;
 use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
-use tramontane_worker::{ExchangeKind, WorkerParts};
+use tramontane_worker::{ExchangeKind, ProcessKind, WorkerParts};
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
 use crate::model::{open_model, open_tokenizer, progress_bar};
@@ -95,6 +95,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
             "{bytes} of {total_bytes}, {eta} left",
         )),
         exchange: ExchangeKind::Grpc,
+        process: ProcessKind::Own,
     };
     shutdown.trigger_on_signals().context("signal handlers")?;
     tramontane_worker::run(config, parts, shutdown.clone()).await?;
@@ -123,6 +124,7 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());
     flags.set("worker", "threads", args.threads.map(|n| n as i64));
+    flags.set("worker", "drills", args.drills.then_some(true));
     let memory = args.expert_memory.map(i64::try_from).transpose();
     flags.set(
         "worker",

@@ -85,6 +85,7 @@ fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     flags.set("telemetry", "log", args.process.log.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
+    flags.set("worker", "drills", args.drills.then_some(true));
     flags.set("router", "min_workers", Some(i64::from(args.workers)));
     let settle = humantime::format_duration(SETTLE_TIME).to_string();
     flags.set("router", "settle_time", Some(settle));

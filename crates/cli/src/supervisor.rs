@@ -15,7 +15,7 @@ use tramontane_model::Checkpoint;
 use tramontane_router::{RouterConfig, RouterParts, ScaleError, ScaleStarted, Scaler};
 use tramontane_runtime::Shutdown;
 use tramontane_types::WorkerId;
-use tramontane_worker::{ExchangeKind, WorkerConfig, WorkerParts};
+use tramontane_worker::{ExchangeKind, ProcessKind, WorkerConfig, WorkerParts};
 
 use crate::args::ExchangeArg;
 use crate::model::progress_bar;
@@ -211,6 +211,7 @@ impl WorkerRecipe {
                 ExchangeArg::Grpc => ExchangeKind::Grpc,
                 ExchangeArg::Local => ExchangeKind::Local(Arc::clone(&self.local)),
             },
+            process: ProcessKind::Shared,
         })
     }
 }

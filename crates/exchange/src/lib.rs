@@ -14,6 +14,7 @@ mod desk;
 pub mod error;
 pub mod exchange;
 mod failure;
+pub mod faults;
 mod flight;
 pub mod grpc;
 mod health;
@@ -33,6 +34,7 @@ pub use call::{ExpertCall, Job, Refusal, Reply, ReplySender};
 pub use desk::{Desk, LOOK_TIME};
 pub use error::Error;
 pub use exchange::{Exchange, ExchangeConfig, ExpertExchange};
+pub use faults::{Cut, FAULTS_KEPT_MAX, Faults, FaultyTransport};
 pub use flight::Ticket;
 pub use grpc::{
     ExpertService, ExpertServiceConfig, GrpcTransport, GrpcTransportConfig, LinkSettings,

@@ -150,6 +150,23 @@ impl Worker for FakeWorker {
         self.drains.fetch_add(1, Ordering::SeqCst);
         Ok(Response::new(v1::DrainResponse {}))
     }
+
+    /// Allows slow drills only, and reports what it was asked for.
+    async fn drill(
+        &self,
+        request: Request<v1::DrillRequest>,
+    ) -> Result<Response<v1::DrillReport>, Status> {
+        let asked = request.into_inner();
+        match asked.kind() {
+            v1::DrillKind::Slow => Ok(Response::new(v1::DrillReport {
+                running: asked.kind,
+                steps_delayed: asked.delay_ms.into(),
+                ..v1::DrillReport::default()
+            })),
+            v1::DrillKind::Partition => Err(Status::internal("broken by the test")),
+            _ => Err(Status::failed_precondition("drills are off")),
+        }
+    }
 }
 
 impl FakeWorker {
@@ -1483,6 +1500,42 @@ async fn what_happens_is_told_to_those_who_ask_and_to_those_who_watch() {
         matches!(stream.message().await, Ok(None) | Err(_)),
         "ends with the router"
     );
+}
+
+#[tokio::test]
+async fn a_drill_goes_to_its_worker_and_a_refusal_comes_back_as_it_is() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let ask = async |worker: &str, kind: v1::DrillKind, peers: &[&str]| {
+        let drill = v1::DrillRequest {
+            kind: kind.into(),
+            delay_ms: 7,
+            peers: peers.iter().map(|&peer| peer.to_owned()).collect(),
+            ..v1::DrillRequest::default()
+        };
+        let request = v1::DrillWorkerRequest {
+            worker_id: worker.to_owned(),
+            drill: Some(drill),
+        };
+        admin.clone().drill_worker(request).await
+    };
+    let begun = ask("w0", v1::DrillKind::Slow, &[]).await.unwrap();
+    assert_eq!(begun.into_inner().report.unwrap().steps_delayed, 7);
+    let off = ask("w0", v1::DrillKind::Kill, &[]).await.unwrap_err();
+    assert_eq!(off.code(), tonic::Code::FailedPrecondition);
+    assert_eq!(off.message(), "drills are off");
+    let broken = ask("w0", v1::DrillKind::Partition, &[]).await.unwrap_err();
+    assert_eq!(broken.code(), tonic::Code::Unavailable);
+    for unknown in [
+        ask("w9", v1::DrillKind::Slow, &[]).await.unwrap_err(),
+        ask("w0", v1::DrillKind::Partition, &["w9"])
+            .await
+            .unwrap_err(),
+    ] {
+        assert_eq!(unknown.code(), tonic::Code::NotFound);
+        assert!(unknown.message().contains("w9"), "{unknown}");
+    }
+    scene.end().await;
 }
 
 #[tokio::test]

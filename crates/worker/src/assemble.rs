@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
 use tramontane_coordination::WorkerState;
-use tramontane_engine::Engine;
+use tramontane_engine::{Engine, StepReport};
 use tramontane_exchange::{
     CallLimits, Desk, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
     GrpcTransportConfig, HostTransport, LinkSettings, Transport,
@@ -19,6 +19,7 @@ use tramontane_exchange::{
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
 
+use crate::drill::Drills;
 use crate::engine_thread::EngineThread;
 use crate::expert_keeper::KeptExperts;
 use crate::follower::Group;
@@ -104,6 +105,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) exchange: &'a ExchangeKind,
     pub(crate) serving: &'a Serving,
     pub(crate) life: &'a Life,
+    pub(crate) drills: &'a Arc<Drills>,
 }
 
 impl Plan<'_> {
@@ -122,6 +124,7 @@ impl Plan<'_> {
         let epoch = Arc::new(AtomicU64::new(0));
         let desk = Arc::new(self.desk());
         let (peers, transport) = self.transport(&*backend, &desk);
+        let transport = self.drills.on_the_way(transport);
         let expert_server = experts.clone().map(|experts| {
             let (geometry, class) = (geometry.clone(), self.group.numeric_class.clone());
             let config = ExpertServerConfig::new(geometry, backend.row_format(), class);
@@ -158,6 +161,7 @@ impl Plan<'_> {
             exchange,
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
+            drills: Arc::clone(self.drills),
         };
         Ok(Worker {
             node: Arc::new(node),
@@ -226,7 +230,11 @@ impl Plan<'_> {
             .engine(geometry, self.checkpoint.config().eos_token_ids.clone());
         let engine = Engine::new(limits, geometry.clone(), attention, Box::new(exchange))
             .map_err(Error::Engine)?;
-        let observed = steps.clone();
-        EngineThread::start(engine, Box::new(move |report| observed.observe(report)))
+        let (observed, drills) = (steps.clone(), Arc::clone(self.drills));
+        let on_step = move |report: &StepReport| {
+            observed.observe(report);
+            drills.after_step();
+        };
+        EngineThread::start(engine, Box::new(on_step))
     }
 }

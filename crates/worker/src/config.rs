@@ -78,6 +78,8 @@ pub struct WorkerConfig {
     /// How long nobody may have asked for a slice before it is dropped.
     #[serde(with = "duration_text")]
     pub drop_grace: Duration,
+    /// Whether an operator may bring faults upon this worker, to see that the cluster survives them.
+    pub drills: bool,
 }
 
 impl Default for WorkerConfig {
@@ -103,6 +105,7 @@ impl Default for WorkerConfig {
             drain_deadline: DRAIN_DEADLINE,
             layer_deadline: LAYER_DEADLINE,
             drop_grace: DROP_GRACE,
+            drills: false,
         }
     }
 }

@@ -136,6 +136,15 @@ impl Worker for GenerateService {
         self.drain.cancel();
         Ok(Response::new(v1::DrainResponse {}))
     }
+
+    async fn drill(
+        &self,
+        request: Request<v1::DrillRequest>,
+    ) -> Result<Response<v1::DrillReport>, Status> {
+        Ok(Response::new(
+            self.node.drills.start(request.get_ref()).await?,
+        ))
+    }
 }
 
 /// Turns events into messages; tokens that wait travel together.

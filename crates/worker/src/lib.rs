@@ -8,6 +8,7 @@ mod assemble;
 mod backend;
 pub mod config;
 mod drain;
+mod drill;
 pub mod engine_thread;
 mod error;
 mod expert_keeper;
@@ -19,10 +20,12 @@ mod peers;
 mod registration;
 mod run;
 mod server;
+mod severable;
 mod state;
 pub mod status;
 
 pub use config::{RoleSet, WorkerConfig, machine_memory};
+pub use drill::{DRILL_DELAY_MAX, DRILL_MAX, DRILL_PEERS_MAX, DrillError, ProcessKind};
 pub use engine_thread::{
     EngineHandle, EngineThread, Generation, GenerationEvent, GenerationFailure, RefusedSequence,
 };

@@ -14,9 +14,11 @@ use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_model::Checkpoint;
 use tramontane_runtime::ops::Ops;
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
+use tramontane_types::WorkerId;
 
 use crate::assemble::{Life, Plan, Serving, Worker, build};
 use crate::drain::Drain;
+use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::{Follower, Group};
 use crate::host_socket::BoundSocket;
 use crate::server::Services;
@@ -43,6 +45,8 @@ pub struct WorkerParts {
     pub progress: Option<ProgressBar>,
     /// How rows travel to the experts of other workers.
     pub exchange: ExchangeKind,
+    /// Whose process it runs in.
+    pub process: ProcessKind,
 }
 
 /// How rows travel between workers.
@@ -89,6 +93,7 @@ pub async fn run(
         model: record.model.fingerprint.clone(),
     };
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
+    let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
@@ -96,6 +101,7 @@ pub async fn run(
         exchange: &exchange,
         serving: &serving,
         life: &life,
+        drills: &drills,
     };
     let worker = plan.assemble(halves)?;
     let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
@@ -124,7 +130,7 @@ pub async fn run(
         node: Arc::clone(&worker.node),
         group,
         checkpoint,
-        registration: joined.registration,
+        registration: joined.registration.clone(),
         placements: joined.drain.placements.clone(),
         serving,
         drop_grace: config.drop_grace,
@@ -133,15 +139,22 @@ pub async fn run(
     };
     life.tasks.spawn(follower.run(life.ended.clone()));
 
-    let result = worker.serve(served, &shutdown, &drain).await;
-    if result.is_ok() {
-        joined.drain.run(config.drain_deadline).await;
-    }
-    joined.registered.trigger();
-    joined.registered.finish(STOP_MAX).await;
+    let end = worker.serve(served, &shutdown, &drain).await;
+    joined
+        .end(&end, config.drain_deadline, &worker, &life)
+        .await;
     worker.leave(life, &exchange).await;
     drop(bound);
-    result
+    end.map(|_asked_or_crashed| ())
+}
+
+/// Why a worker stops serving when nothing of it is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Somebody asked it to.
+    Asked,
+    /// A drill: it leaves as if its process had died.
+    Crashed,
 }
 
 /// A worker that is listed in the cluster.
@@ -153,10 +166,43 @@ struct Joined {
     drain: Drain,
 }
 
+impl Joined {
+    /// Leaves the cluster, in the way in which the worker ends.
+    async fn end(
+        self,
+        end: &Result<End, Error>,
+        drain_limit: Duration,
+        worker: &Worker,
+        life: &Life,
+    ) {
+        match end {
+            Ok(End::Asked) => self.drain.run(drain_limit).await,
+            Ok(End::Crashed) => {
+                self.registration.abandon();
+                worker.break_off(life);
+            }
+            Err(_) => {}
+        }
+        self.registered.trigger();
+        self.registered.finish(STOP_MAX).await;
+    }
+}
+
 type LateOps = Arc<OnceLock<(Arc<Node>, Registry)>>;
 type Served = JoinHandle<Result<(), Error>>;
 
 impl Life {
+    fn drills(&self, config: &WorkerConfig, parts: &WorkerParts, incarnation: u64) -> Drills {
+        let setting = Setting {
+            allowed: config.drills,
+            process: parts.process,
+            calls_travel: matches!(parts.exchange, ExchangeKind::Grpc),
+            incarnation,
+        };
+        let (me, ended) = (WorkerId::new(&config.id), self.ended.clone());
+        Drills::new(me, setting, ended, self.tasks.clone())
+    }
+
     /// Serves the operations port: alive while loading, with metrics from when there are any.
     fn serve_ops(&self, listener: TcpListener, ready: Readiness, late: LateOps) {
         let node = Arc::clone(&late);
@@ -230,7 +276,8 @@ impl Worker {
             })
             .ok()?;
         let me = self.node.id.clone();
-        let service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
+        let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
+        service.faults = self.node.drills.faults();
         let answering = HostListener::new(service, server.handle(), Arc::clone(&self.desk));
         let (stop, tasks) = (life.ended.clone(), life.tasks.clone());
         life.tasks.spawn(answering.serve(listener, stop, tasks));
@@ -284,20 +331,31 @@ impl Worker {
         grpc: Served,
         shutdown: &Shutdown,
         drain: &CancellationToken,
-    ) -> Result<(), Error> {
+    ) -> Result<End, Error> {
+        let crash = self.node.drills.crash().unwrap_or_default();
         let engine_ended = self
             .engine
             .as_ref()
             .map_or_else(CancellationToken::new, |e| e.ended());
         tokio::select! {
-            () = shutdown.token.cancelled() => Ok(()),
-            () = drain.cancelled() => Ok(()),
+            () = shutdown.token.cancelled() => Ok(End::Asked),
+            () = drain.cancelled() => Ok(End::Asked),
+            () = crash.cancelled() => Ok(End::Crashed),
             () = engine_ended.cancelled() => Err(Error::EngineEnded),
             result = grpc => {
                 let what = "the gRPC server";
-                result.map_err(|source| Error::Task { what, source })?
+                result.map_err(|source| Error::Task { what, source })??;
+                Ok(End::Asked)
             }
         }
+    }
+
+    /// Breaks all connections at once, in the middle of whatever they carry. Those of clients and of gRPC
+    /// peers break with the drill's token.
+    fn break_off(&self, life: &Life) {
+        tracing::warn!(worker = %self.node.id, "worker dies, as the drill wants it");
+        life.ended.cancel();
+        self.desk.close();
     }
 
     /// Ends everything that is left.

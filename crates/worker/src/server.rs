@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,6 +17,7 @@ use tramontane_runtime::ReadinessSetter;
 
 use crate::Error;
 use crate::generate_service::GenerateService;
+use crate::severable::Severable;
 use crate::state::{Node, name};
 
 /// Names by which clients ask for the health of the whole server and of its main service.
@@ -62,8 +64,10 @@ pub(crate) fn serve(
         tasks,
     } = services;
     let (reporter, health) = tonic_health::server::health_reporter();
+    let (crash, faults) = (node.drills.crash(), node.drills.faults());
     let experts = node.experts.as_ref().map(|half| {
-        let config = ExpertServiceConfig::new(node.id.clone(), cluster, model);
+        let mut config = ExpertServiceConfig::new(node.id.clone(), cluster, model);
+        config.faults = faults;
         ExpertService::new(config, half.server.clone(), ended.clone(), tasks).into_service()
     });
     let reflection = || {
@@ -81,6 +85,8 @@ pub(crate) fn serve(
         .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
         .add_optional_service(experts);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming =
+        incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));
     let server = async move {
         router
             .serve_with_incoming_shutdown(incoming, ended.cancelled_owned())

@@ -10,6 +10,7 @@ use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
 use tramontane_proto::v1;
 use tramontane_types::{Epoch, ModelGeometry, WorkerId};
 
+use crate::drill::Drills;
 use crate::engine_thread::EngineHandle;
 use crate::expert_keeper::KeptExperts;
 
@@ -29,6 +30,7 @@ pub(crate) struct Node {
     /// Epoch of the placement that it serves on; 0 for none.
     pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) state: watch::Sender<WorkerState>,
+    pub(crate) drills: Arc<Drills>,
 }
 
 /// The expert half of a worker.
@@ -99,6 +101,7 @@ impl Node {
             bytes_received: carried.bytes_received,
             version: tramontane_runtime::build_info::VERSION.to_owned(),
             stuck_ms: stuck.unwrap_or_default().as_millis() as u64,
+            drill: Some(self.drills.report()),
         }
     }
 }

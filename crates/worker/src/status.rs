@@ -41,6 +41,12 @@ pub mod reason {
     pub const SLOW_READER: &str = "SLOW_READER";
     /// The worker stopped; another worker may continue the sequence.
     pub const STOPPED: &str = "STOPPED";
+    /// The worker's configuration allows no drills.
+    pub const DRILLS_OFF: &str = "DRILLS_OFF";
+    /// Another drill runs.
+    pub const DRILL_RUNNING: &str = "DRILL_RUNNING";
+    /// The worker runs where this drill cannot be.
+    pub const DRILL_IMPOSSIBLE: &str = "DRILL_IMPOSSIBLE";
 }
 
 /// Why a sequence was not taken, or did not come to its end.

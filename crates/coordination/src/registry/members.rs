@@ -231,6 +231,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn an_abandoned_record_stays_until_its_lease_ends() {
+        let mut scene = Scene::new();
+        let stop = scene.stop.child_token();
+        let registration = scene.register(record("a"), &stop);
+        scene.until("a registered", |m| m.workers.len() == 1).await;
+        registration.abandon();
+        let begin = Instant::now();
+        stop.cancel();
+        scene.until("a gone", |m| m.workers.is_empty()).await;
+        let kept = begin.elapsed();
+        assert!(kept >= TTL / 2 && kept <= TTL, "{kept:?}");
+        scene.end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn an_outage_freezes_membership_and_an_emptied_store_fills_again() {
         let mut scene = Scene::new();
         let (stop_a, stop_b) = (scene.stop.child_token(), scene.stop.child_token());

@@ -2,6 +2,7 @@
 //! store and an emptied store all end in registering again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -30,6 +31,7 @@ pub const DEREGISTER_MAX: Duration = Duration::from_secs(3);
 pub struct Registration {
     record: watch::Sender<WorkerRecord>,
     registered: watch::Receiver<bool>,
+    abandoned: Arc<AtomicBool>,
 }
 
 impl Registration {
@@ -48,7 +50,9 @@ impl Registration {
         record.encode()?;
         let (record, changes) = watch::channel(record);
         let (registered, seen) = watch::channel(false);
+        let abandoned = Arc::new(AtomicBool::new(false));
         let keeper = Keeper {
+            abandoned: Arc::clone(&abandoned),
             store,
             ttl: ttl.max(LEASE_TTL_MIN),
             changes,
@@ -58,6 +62,7 @@ impl Registration {
         Ok(Self {
             record,
             registered: seen,
+            abandoned,
         })
     }
 
@@ -69,6 +74,11 @@ impl Registration {
             record.id = before.id.clone();
             *record != before
         });
+    }
+
+    /// From now on the stop leaves the record to its lease, as a process does that dies.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
     }
 
     /// The record as last updated.
@@ -85,6 +95,7 @@ impl Registration {
 }
 
 struct Keeper {
+    abandoned: Arc<AtomicBool>,
     store: Arc<dyn Store>,
     ttl: Duration,
     changes: watch::Receiver<WorkerRecord>,
@@ -124,7 +135,10 @@ impl Keeper {
             () = stop.cancelled() => {}
         }
         self.registered.send_replace(false);
-        let Some(lease) = lease else { return };
+        let is_abandoned = self.abandoned.load(Ordering::Acquire);
+        let Some(lease) = lease.filter(|_| !is_abandoned) else {
+            return;
+        };
         // Ending the lease removes the record, but not one that a successor has written since.
         match timeout(DEREGISTER_MAX, self.store.revoke(lease)).await {
             Ok(Ok(())) => tracing::info!(%worker, "worker deregistered"),

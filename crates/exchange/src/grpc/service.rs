@@ -22,6 +22,7 @@ use super::{
     CONNECTION_STREAMS_MAX, CREDITS, CREDITS_MAX, EXCHANGE_STREAMS_MAX, Group, HTTP2_FRAME_BYTES,
     LinkSettings, codec,
 };
+use crate::faults::{Faults, Gate};
 use crate::host::new_caller;
 use crate::rhythm::Caller;
 use crate::stats::add;
@@ -45,6 +46,8 @@ pub struct ExpertServiceConfig {
     pub credits: usize,
     /// Streams that are served at once, those that have not greeted yet included.
     pub streams_max: usize,
+    /// What may go wrong on purpose; `None` where nothing may.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl ExpertServiceConfig {
@@ -57,6 +60,7 @@ impl ExpertServiceConfig {
             model,
             credits: CREDITS,
             streams_max: EXCHANGE_STREAMS_MAX,
+            faults: None,
         }
     }
 }
@@ -138,7 +142,10 @@ impl ExpertService {
     }
 
     /// Reads the caller's hello and compares it with ours.
-    async fn greet(&self, incoming: &mut Streaming<v1::ExpertFrame>) -> Result<v1::Hello, Status> {
+    async fn greet(
+        &self,
+        incoming: &mut Streaming<v1::ExpertFrame>,
+    ) -> Result<(v1::Hello, Option<Gate>), Status> {
         let first = tokio::time::timeout(HELLO_TIMEOUT, incoming.message())
             .await
             .map_err(|_elapsed| Status::deadline_exceeded("no hello came"))??;
@@ -151,8 +158,14 @@ impl ExpertService {
             model: &self.config.model,
         };
         group.check(&theirs).map_err(Status::failed_precondition)?;
+        let gate = Gate::new(self.config.faults.as_ref(), &theirs.worker_id);
+        if let Some(gate) = &gate {
+            let heard = gate.hear(HELLO_TIMEOUT).await;
+            heard.map_err(|_elapsed| Status::deadline_exceeded("no hello came"))?;
+        }
         tracing::info!(worker = %codec::clip(theirs.worker_id), "expert calls accepted");
-        Ok(group.hello(self.config.me.as_str(), self.config.credits))
+        let ours = group.hello(self.config.me.as_str(), self.config.credits);
+        Ok((ours, gate))
     }
 
     /// Reads calls until the caller leaves or we stop. A place in the outgoing queue is taken before a
@@ -161,16 +174,21 @@ impl ExpertService {
         self,
         mut incoming: Streaming<v1::ExpertFrame>,
         outgoing: mpsc::Sender<Result<v1::ExpertFrame, Status>>,
+        gate: Option<Gate>,
     ) {
-        let (caller, open) = (new_caller(), Arc::new(AtomicUsize::new(0)));
+        let from = Calling {
+            caller: new_caller(),
+            open: Arc::default(),
+            gate,
+        };
         let server = self.server.clone();
-        let _gone = Gone(&server, caller);
+        let _gone = Gone(&server, from.caller);
         while let Ok(place) = outgoing.clone().reserve_owned().await {
             match incoming.message().await {
                 Ok(Some(v1::ExpertFrame {
                     kind: Some(Kind::Call(call)),
                 })) => {
-                    self.accept(caller, call, place, &open);
+                    self.accept(&from, call, place);
                 }
                 Ok(Some(_)) => add(&self.frames_dropped, 1),
                 Ok(None) => return,
@@ -184,31 +202,41 @@ impl ExpertService {
 
     fn accept(
         &self,
-        caller: Caller,
+        from: &Calling,
         call: v1::ExpertCall,
         place: OwnedPermit<Result<v1::ExpertFrame, Status>>,
-        open: &Arc<AtomicUsize>,
     ) {
         let call_id = call.call_id;
         let epoch = self.server.epoch();
         let answer = move |answer| Ok(codec::answer_to_wire(call_id, answer, epoch));
         // Only this task adds to `open`, so the count can but fall between the two lines.
-        if open.load(Ordering::Acquire) >= self.config.credits {
+        if from.open.load(Ordering::Acquire) >= self.config.credits {
             place.send(answer(Err(Refusal::Busy)));
             return;
         }
-        open.fetch_add(1, Ordering::AcqRel);
-        let open = Arc::clone(open);
+        from.open.fetch_add(1, Ordering::AcqRel);
+        let open = Arc::clone(&from.open);
         let reply = ReplySender::new(move |result| {
             // First the count: with the answer the caller may send its next call.
             open.fetch_sub(1, Ordering::AcqRel);
             place.send(answer(result));
         });
+        let Some(reply) = Gate::through(from.gate.as_ref(), reply) else {
+            return;
+        };
         match codec::call_from_wire(call) {
-            Ok(call) => self.server.submit_from(caller, call, reply),
+            Ok(call) => self.server.submit_from(from.caller, call, reply),
             Err(reason) => reply.send(Err(Refusal::Invalid(reason))),
         }
     }
+}
+
+/// Who calls on one stream.
+struct Calling {
+    caller: Caller,
+    /// Calls that were not answered yet.
+    open: Arc<AtomicUsize>,
+    gate: Option<Gate>,
 }
 
 /// A stream of calls; dropped, its caller is not expected any more.
@@ -230,7 +258,7 @@ impl ExpertExchange for ExpertService {
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let place = self.take_place()?;
         let mut incoming = request.into_inner();
-        let hello = self.greet(&mut incoming).await?;
+        let (hello, gate) = self.greet(&mut incoming).await?;
         // A place for every credit and for some refusals beyond them.
         let (outgoing, frames) = mpsc::channel(self.config.credits + OVERDRAFT);
         let hello = Ok(codec::frame(Kind::Hello(hello)));
@@ -240,7 +268,7 @@ impl ExpertExchange for ExpertService {
         let (service, shutdown) = (self.clone(), self.shutdown.clone());
         self.tasks.spawn(async move {
             let gone = outgoing.clone();
-            let reading = service.read_calls(incoming, outgoing);
+            let reading = service.read_calls(incoming, outgoing, gate);
             tokio::select! {
                 () = reading => {}
                 () = gone.closed() => {}

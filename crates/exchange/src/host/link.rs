@@ -20,6 +20,7 @@ use tramontane_types::WorkerId;
 
 use super::frame::{Frame, Reader, frame_bytes_max};
 use super::sockets::Doorbell;
+use crate::faults::Gate;
 use crate::grpc::codec;
 use crate::local::Counters;
 use crate::rhythm::Caller;
@@ -75,6 +76,7 @@ pub(super) struct OpenCalls {
 pub(super) struct Service {
     pub(super) server: ExpertServerHandle,
     pub(super) caller: Caller,
+    pub(super) gate: Option<Gate>,
     pub(super) credits: usize,
     /// Calls that were not answered yet.
     pub(super) num_open: Arc<AtomicUsize>,
@@ -271,6 +273,9 @@ impl Link {
             open.fetch_sub(1, Ordering::AcqRel);
             link.send(codec::answer_to_wire(id, answer, epoch));
         });
+        let Some(reply) = Gate::through(service.gate.as_ref(), reply) else {
+            return;
+        };
         if num_open >= service.credits {
             reply.send(Err(Refusal::Busy));
             return;

@@ -11,6 +11,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::greeting::{hear_hello, say_hello};
 use super::link::{Link, Service, Side};
+use crate::faults::Gate;
 use crate::grpc::{CONNECT_TIMEOUT, Group, codec};
 use crate::rhythm::Caller;
 use crate::{Desk, ExpertServerHandle, ExpertServiceConfig};
@@ -81,19 +82,24 @@ impl HostListener {
         };
         let greeting = async {
             let theirs = hear_hello(&socket).await?;
+            let gate = Gate::new(self.config.faults.as_ref(), &theirs.worker_id);
+            if let Some(gate) = &gate {
+                gate.hear(CONNECT_TIMEOUT).await?;
+            }
             say_hello(
                 &socket,
                 group.hello(self.config.me.as_str(), self.config.credits),
             )
             .await?;
             group.check(&theirs).map_err(io::Error::other)?;
-            Ok::<_, io::Error>(theirs.worker_id)
+            Ok::<_, io::Error>((theirs.worker_id, gate))
         };
-        let worker = timeout(CONNECT_TIMEOUT, greeting).await??;
+        let (worker, gate) = timeout(CONNECT_TIMEOUT, greeting).await??;
         tracing::info!(worker = %codec::clip(worker), "expert calls accepted on the Unix socket");
         let service = Service {
             server: self.server.clone(),
             caller: new_caller(),
+            gate,
             credits: self.config.credits,
             num_open: Arc::default(),
             _place: place,

@@ -19,7 +19,7 @@ use tramontane_proto::v1::{self, sequence_event::Kind, worker_client::WorkerClie
 use tramontane_runtime::Shutdown;
 use tramontane_testkit::tiny::TinyModel;
 use tramontane_types::{Epoch, Placement, SamplingParams, SegmentRange, SliceHolders, WorkerId};
-use tramontane_worker::{Error, ExchangeKind, WorkerConfig, WorkerParts, run};
+use tramontane_worker::{Error, ExchangeKind, ProcessKind, WorkerConfig, WorkerParts, run};
 
 /// How long a condition may take to come true.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -128,6 +128,7 @@ impl Cluster {
                 Carrier::Local => ExchangeKind::Local(Arc::clone(&self.hub)),
                 Carrier::Grpc => ExchangeKind::Grpc,
             },
+            process: ProcessKind::Shared,
         };
         let shutdown = Shutdown::new();
         let ended = shutdown.tasks.spawn(run(config, parts, shutdown.clone()));

@@ -8,4 +8,5 @@
 
 mod behaviour;
 mod cluster;
+mod drill;
 mod exactness;

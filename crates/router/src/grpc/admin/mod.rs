@@ -1,6 +1,7 @@
 //! `tramontane.v1.Admin`: what the router knows of the cluster, and what an operator asks of it. Each verb
 //! stands in the file of its subject.
 
+mod drill;
 mod events;
 mod intent;
 mod status;
@@ -101,6 +102,22 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ScaleWorkersResponse>, Status> {
         let count = request.into_inner().count;
         workers::scale(&self.app, count).await.map(Response::new)
+    }
+
+    async fn drill_worker(
+        &self,
+        request: Request<v1::DrillWorkerRequest>,
+    ) -> Result<Response<v1::DrillWorkerResponse>, Status> {
+        let request = request.into_inner();
+        drill::begin(&self.app, request).await.map(Response::new)
+    }
+
+    async fn get_drill_report(
+        &self,
+        request: Request<v1::GetDrillReportRequest>,
+    ) -> Result<Response<v1::GetDrillReportResponse>, Status> {
+        let id = request.into_inner().worker_id;
+        drill::report(&self.app, &id).await.map(Response::new)
     }
 
     async fn list_events(
