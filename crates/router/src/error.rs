@@ -57,6 +57,10 @@ pub(crate) enum ErrorKind {
     TooLarge,
     /// The body is not declared as JSON.
     MediaType,
+    /// The idempotency key belongs to another request.
+    KeyReused,
+    /// The event belongs to the answer to another request.
+    ResumeMismatch,
     /// The queue is full.
     QueueFull,
     /// Nobody can serve this now.
@@ -74,6 +78,8 @@ impl ErrorKind {
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::ResumeMismatch => StatusCode::CONFLICT,
             Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -102,6 +108,8 @@ impl ErrorKind {
             Self::BodyTimeout => Some("request_timeout"),
             Self::TooLarge => Some("request_too_large"),
             Self::MediaType => Some("unsupported_media_type"),
+            Self::KeyReused => Some("idempotency_key_reused"),
+            Self::ResumeMismatch => Some("resume_mismatch"),
             Self::QueueFull => Some("rate_limit_exceeded"),
             Self::Unavailable => Some("service_unavailable"),
             Self::Internal => Some("internal_error"),
@@ -117,6 +125,7 @@ impl ErrorKind {
             Self::MethodNotAllowed => Code::Unimplemented,
             Self::BodyTimeout => Code::DeadlineExceeded,
             Self::TooLarge | Self::QueueFull => Code::ResourceExhausted,
+            Self::KeyReused | Self::ResumeMismatch => Code::FailedPrecondition,
             Self::Unavailable => Code::Unavailable,
             Self::Internal => Code::Internal,
         }
@@ -134,6 +143,8 @@ impl ErrorKind {
             Self::BodyTimeout => "REQUEST_TIMEOUT",
             Self::TooLarge => "REQUEST_TOO_LARGE",
             Self::MediaType => "UNSUPPORTED_MEDIA_TYPE",
+            Self::KeyReused => "IDEMPOTENCY_KEY_REUSED",
+            Self::ResumeMismatch => "RESUME_MISMATCH",
             Self::QueueFull => "QUEUE_FULL",
             Self::Unavailable => "UNAVAILABLE",
             Self::Internal => "INTERNAL",

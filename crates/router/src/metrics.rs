@@ -24,6 +24,8 @@ pub(crate) struct Metrics {
     losses: Family<LossLabels, Counter>,
     moves: Counter,
     replayed_tokens: Counter,
+    attached: Counter,
+    resumed: Counter,
     queue_seconds: Histogram,
     finished: Family<OutcomeLabels, Counter>,
     prompt_tokens: Counter,
@@ -43,6 +45,8 @@ struct Gauges {
     waiting: Gauge,
     journal_entries: Gauge,
     journal_tokens: Gauge,
+    kept_answers: Gauge,
+    kept_bytes: Gauge,
     workers_ready: Gauge,
     workers: Gauge,
     epoch: Gauge,
@@ -57,6 +61,8 @@ pub(crate) struct Reading {
     pub(crate) waiting: usize,
     pub(crate) journal_entries: usize,
     pub(crate) journal_tokens: usize,
+    pub(crate) kept_answers: usize,
+    pub(crate) kept_bytes: usize,
     pub(crate) workers_ready: usize,
     pub(crate) workers: usize,
     pub(crate) epoch: u64,
@@ -71,6 +77,17 @@ pub(crate) enum Route {
     Completions,
     GrpcGenerate,
     GrpcGenerateOnce,
+}
+
+impl Route {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "chat_completions",
+            Self::Completions => "completions",
+            Self::GrpcGenerate => "grpc_generate",
+            Self::GrpcGenerateOnce => "grpc_generate_once",
+        }
+    }
 }
 
 /// How an answer ended.
@@ -130,6 +147,46 @@ struct OutcomeLabels {
     finished_reason: &'static str,
 }
 
+impl Gauges {
+    /// All but those with vLLM's names.
+    fn register(&self, own: &mut Registry) {
+        let gauges = [
+            (
+                "journal_entries",
+                "Running sequences",
+                &self.journal_entries,
+            ),
+            (
+                "journal_tokens",
+                "Sampled tokens kept for them",
+                &self.journal_tokens,
+            ),
+            (
+                "kept_answers",
+                "Answers kept for retries",
+                &self.kept_answers,
+            ),
+            ("kept_bytes", "Memory that they take", &self.kept_bytes),
+            ("workers", "Registered workers", &self.workers),
+            (
+                "workers_ready",
+                "Attention workers that take requests",
+                &self.workers_ready,
+            ),
+            ("placement_epoch", "Published placement", &self.epoch),
+            ("ready", "1 when requests can be served", &self.ready),
+            (
+                "store_available",
+                "1 when the store answers",
+                &self.store_available,
+            ),
+        ];
+        for (name, help, gauge) in gauges {
+            own.register(name, help, gauge.clone());
+        }
+    }
+}
+
 impl Metrics {
     /// All metrics at zero, labelled with the served model.
     pub(crate) fn new(model: &str) -> Self {
@@ -140,6 +197,8 @@ impl Metrics {
             losses: Family::default(),
             moves: Counter::default(),
             replayed_tokens: Counter::default(),
+            attached: Counter::default(),
+            resumed: Counter::default(),
             queue_seconds: Histogram::new(shared::TTFT_BUCKETS),
             finished: Family::default(),
             prompt_tokens: Counter::default(),
@@ -173,53 +232,33 @@ impl Metrics {
             "Sequences that a worker could not go on with",
             self.losses.clone(),
         );
-        own.register(
-            "moves",
-            "Sequences opened on another worker",
-            self.moves.clone(),
-        );
-        own.register(
-            "replayed_tokens",
-            "Sampled tokens replayed elsewhere",
-            self.replayed_tokens.clone(),
-        );
+        let counters = [
+            ("moves", "Sequences opened on another worker", &self.moves),
+            (
+                "replayed_tokens",
+                "Sampled tokens replayed elsewhere",
+                &self.replayed_tokens,
+            ),
+            (
+                "attached_requests",
+                "Requests that got a kept answer",
+                &self.attached,
+            ),
+            (
+                "resumed_streams",
+                "Streams that go on after an event",
+                &self.resumed,
+            ),
+        ];
+        for (name, help, counter) in counters {
+            own.register(name, help, counter.clone());
+        }
         own.register(
             "queue_seconds",
             "Wait for admission",
             self.queue_seconds.clone(),
         );
-        let gauges = &self.gauges;
-        own.register(
-            "journal_entries",
-            "Running sequences",
-            gauges.journal_entries.clone(),
-        );
-        own.register(
-            "journal_tokens",
-            "Sampled tokens kept for them",
-            gauges.journal_tokens.clone(),
-        );
-        own.register("workers", "Registered workers", gauges.workers.clone());
-        own.register(
-            "workers_ready",
-            "Attention workers that take requests",
-            gauges.workers_ready.clone(),
-        );
-        own.register(
-            "placement_epoch",
-            "Published placement",
-            gauges.epoch.clone(),
-        );
-        own.register(
-            "ready",
-            "1 when requests can be served",
-            gauges.ready.clone(),
-        );
-        own.register(
-            "store_available",
-            "1 when the store answers",
-            gauges.store_available.clone(),
-        );
+        self.gauges.register(own);
     }
 
     fn register_vllm(&mut self, model: &str) {
@@ -290,6 +329,8 @@ impl Metrics {
         gauges.waiting.set(count(reading.waiting));
         gauges.journal_entries.set(count(reading.journal_entries));
         gauges.journal_tokens.set(count(reading.journal_tokens));
+        gauges.kept_answers.set(count(reading.kept_answers));
+        gauges.kept_bytes.set(count(reading.kept_bytes));
         gauges.workers_ready.set(count(reading.workers_ready));
         gauges.workers.set(count(reading.workers));
         gauges
@@ -304,18 +345,11 @@ impl Metrics {
 
     /// A request was answered with this HTTP status, or its gRPC equal.
     pub(crate) fn answered(&self, route: Route, code: http::StatusCode) {
-        let route = match route {
-            Route::ChatCompletions => "chat_completions",
-            Route::Completions => "completions",
-            Route::GrpcGenerate => "grpc_generate",
-            Route::GrpcGenerateOnce => "grpc_generate_once",
+        let labels = RequestLabels {
+            route: route.name(),
+            code: code.as_u16(),
         };
-        self.requests
-            .get_or_create(&RequestLabels {
-                route,
-                code: code.as_u16(),
-            })
-            .inc();
+        self.requests.get_or_create(&labels).inc();
     }
 
     /// A request was refused at admission.
@@ -344,6 +378,16 @@ impl Metrics {
     pub(crate) fn moved(&self, num_replayed: usize) {
         self.moves.inc();
         self.replayed_tokens.inc_by(num_replayed as u64);
+    }
+
+    /// A request got the answer that its idempotency key already had.
+    pub(crate) fn attached(&self) {
+        self.attached.inc();
+    }
+
+    /// A stream goes on after the last event that its client has seen.
+    pub(crate) fn resumed(&self) {
+        self.resumed.inc();
     }
 
     /// A request waited this long for admission.

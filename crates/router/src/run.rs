@@ -17,6 +17,7 @@ use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::error::{ApiError, ErrorKind};
 use crate::journal::Journal;
+use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
 use crate::sequence::Patience;
 use crate::worker_pool::WorkerPool;
@@ -79,7 +80,7 @@ impl ServedModel {
 #[derive(Debug)]
 pub(crate) struct App {
     pub(crate) config: RouterConfig,
-    pub(crate) dispatcher: Dispatcher,
+    pub(crate) dispatcher: Arc<Dispatcher>,
     pub(crate) cluster: ClusterView,
     pub(crate) model: Arc<ServedModel>,
     pub(crate) tokenizer: Arc<Tokenizer>,
@@ -100,6 +101,8 @@ impl App {
             waiting: self.dispatcher.admission.waiting(),
             journal_entries: self.dispatcher.journal.num_entries(),
             journal_tokens: self.dispatcher.journal.num_tokens(),
+            kept_answers: self.dispatcher.kept.num_answers(),
+            kept_bytes: self.dispatcher.kept.num_bytes(),
             workers_ready: attention_workers(&members, &placements).count(),
             workers: members.workers.len(),
             epoch: placements.published_epoch().0,
@@ -217,7 +220,7 @@ fn app(
 ) -> Arc<App> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
-    let dispatcher = Dispatcher {
+    let dispatcher = Arc::new(Dispatcher {
         pool: Arc::new(WorkerPool::new(cluster.clone(), config.policy)),
         admission: Admission::new(
             config.sequences_max,
@@ -226,6 +229,7 @@ fn app(
             doors.refuse.clone(),
         ),
         journal: Journal::default(),
+        kept: KeptAnswers::new(config.keep_limits()),
         metrics: Arc::clone(&metrics),
         tokenizer: Arc::clone(&tokenizer),
         patience: Patience {
@@ -238,11 +242,7 @@ fn app(
         client_stall_max: config.client_stall_max,
         tasks: TaskTracker::new(),
         abort: doors.abort.clone(),
-    };
-    let started = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    });
     Arc::new(App {
         body_room: Arc::new(Semaphore::new(
             BODIES_MAX * config.body_bytes_max.div_ceil(1024),
@@ -254,8 +254,14 @@ fn app(
         tokenizer,
         metrics,
         ready,
-        started,
+        started: unix_seconds(),
     })
+}
+
+/// Unix time in seconds.
+pub(crate) fn unix_seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// What runs beside the servers, from before the first request to after the last.
