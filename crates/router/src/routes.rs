@@ -132,6 +132,8 @@ async fn generate(
     let placement = app.cluster.placements().published.clone();
     let tag = Tag::of(read.digest, placement.as_deref());
     if let Some(event) = &asked.resume {
+        // Who has not seen the cluster yet does not know what it serves.
+        app.cluster.check().map_err(ApiError::unavailable)?;
         if !read.parsed.stream {
             let message = "last-event-id is only allowed when stream is true";
             return Err(ApiError::invalid("last-event-id", message));

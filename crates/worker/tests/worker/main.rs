@@ -9,3 +9,4 @@
 mod behaviour;
 mod cluster;
 mod exactness;
+mod orphans;
