@@ -150,40 +150,39 @@ struct OutcomeLabels {
 impl Gauges {
     /// All but those with vLLM's names.
     fn register(&self, own: &mut Registry) {
-        let gauges = [
-            (
-                "journal_entries",
-                "Running sequences",
-                &self.journal_entries,
-            ),
-            (
-                "journal_tokens",
-                "Sampled tokens kept for them",
-                &self.journal_tokens,
-            ),
-            (
-                "kept_answers",
-                "Answers kept for retries",
-                &self.kept_answers,
-            ),
-            ("kept_bytes", "Memory that they take", &self.kept_bytes),
-            ("workers", "Registered workers", &self.workers),
-            (
-                "workers_ready",
-                "Attention workers that take requests",
-                &self.workers_ready,
-            ),
-            ("placement_epoch", "Published placement", &self.epoch),
-            ("ready", "1 when requests can be served", &self.ready),
-            (
-                "store_available",
-                "1 when the store answers",
-                &self.store_available,
-            ),
-        ];
-        for (name, help, gauge) in gauges {
-            own.register(name, help, gauge.clone());
-        }
+        own.register(
+            "journal_entries",
+            "Running sequences",
+            self.journal_entries.clone(),
+        );
+        own.register(
+            "journal_tokens",
+            "Sampled tokens kept for them",
+            self.journal_tokens.clone(),
+        );
+        own.register(
+            "kept_answers",
+            "Answers kept for retries",
+            self.kept_answers.clone(),
+        );
+        own.register(
+            "kept_bytes",
+            "Memory that they take",
+            self.kept_bytes.clone(),
+        );
+        own.register("workers", "Registered workers", self.workers.clone());
+        own.register(
+            "workers_ready",
+            "Attention workers that take requests",
+            self.workers_ready.clone(),
+        );
+        own.register("placement_epoch", "Published placement", self.epoch.clone());
+        own.register("ready", "1 when requests can be served", self.ready.clone());
+        own.register(
+            "store_available",
+            "1 when the store answers",
+            self.store_available.clone(),
+        );
     }
 }
 
@@ -232,27 +231,26 @@ impl Metrics {
             "Sequences that a worker could not go on with",
             self.losses.clone(),
         );
-        let counters = [
-            ("moves", "Sequences opened on another worker", &self.moves),
-            (
-                "replayed_tokens",
-                "Sampled tokens replayed elsewhere",
-                &self.replayed_tokens,
-            ),
-            (
-                "attached_requests",
-                "Requests that got a kept answer",
-                &self.attached,
-            ),
-            (
-                "resumed_streams",
-                "Streams that go on after an event",
-                &self.resumed,
-            ),
-        ];
-        for (name, help, counter) in counters {
-            own.register(name, help, counter.clone());
-        }
+        own.register(
+            "moves",
+            "Sequences opened on another worker",
+            self.moves.clone(),
+        );
+        own.register(
+            "replayed_tokens",
+            "Sampled tokens replayed elsewhere",
+            self.replayed_tokens.clone(),
+        );
+        own.register(
+            "attached_requests",
+            "Requests that got a kept answer",
+            self.attached.clone(),
+        );
+        own.register(
+            "resumed_streams",
+            "Streams that go on after an event",
+            self.resumed.clone(),
+        );
         own.register(
             "queue_seconds",
             "Wait for admission",
