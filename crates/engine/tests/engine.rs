@@ -834,9 +834,50 @@ fn all_running_sequences_can_be_handed_back() {
     assert_eq!(bench.of(&all[2]).said(), alone(&all[2], None).said());
 }
 
+/// What [`requests`] leave out and a replay could get wrong.
+fn requests_with_state() -> Vec<NewSequence> {
+    let sampled = |seed| SamplingParams {
+        temperature: 1.0,
+        seed,
+        max_tokens: 24,
+        ignore_eos: true,
+        ..SamplingParams::default()
+    };
+    let table = [
+        SamplingParams {
+            presence_penalty: 1.5,
+            ..sampled(1)
+        },
+        SamplingParams {
+            frequency_penalty: -1.5,
+            presence_penalty: -0.5,
+            repetition_penalty: 0.8,
+            ..sampled(2)
+        },
+        SamplingParams {
+            logit_bias: vec![(5, 4.0), (6, -100.0), (7, 2.5)],
+            logprobs: Some(2),
+            ..sampled(3)
+        },
+        SamplingParams {
+            stop_ids: (3..15).collect(),
+            min_tokens: 9,
+            ..sampled(4)
+        },
+        SamplingParams {
+            repetition_penalty: 1.4,
+            ..greedy(24)
+        },
+    ];
+    let request = |(i, params): (usize, SamplingParams)| {
+        request(&format!("s{i}"), prompt(i as u64, 60 + i), params)
+    };
+    table.into_iter().enumerate().map(request).collect()
+}
+
 #[test]
 fn a_resumed_sequence_goes_on_where_it_was_lost() {
-    for new in requests() {
+    for new in requests().into_iter().chain(requests_with_state()) {
         let expected = alone(&new, None);
         let (reason, usage) = expected.finished.unwrap();
         for num_resumed in 0..=expected.tokens.len() {

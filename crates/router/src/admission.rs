@@ -79,6 +79,11 @@ impl Admission {
         }
     }
 
+    /// Counts a request as running whose answer another one may already make.
+    pub(crate) fn count(&self) -> Counted {
+        Counted::new(&self.running)
+    }
+
     /// Requests that run.
     pub(crate) fn running(&self) -> usize {
         self.running.load(Ordering::Relaxed)

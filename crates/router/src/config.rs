@@ -10,6 +10,7 @@ use tramontane_runtime::duration_text;
 use tramontane_types::SEGMENTS_PER_EXPERT;
 
 use crate::Error;
+use crate::kept::KeepLimits;
 
 /// Sequences that run at once on all workers together, as seen by this router.
 pub const SEQUENCES_MAX: usize = 1024;
@@ -38,6 +39,15 @@ pub const ATTEMPTS_MAX: u32 = 3;
 /// A client that reads nothing of its waiting answer for this long is cut off: it holds places that others
 /// wait for. A mobile client that loses its network for half a minute still gets the rest.
 pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(60);
+/// How long an answer to a request with an idempotency key is made while nobody reads it: a client that lost
+/// its network for half a minute, or moved to another process, still finds it.
+pub const ORPHAN_GRACE: Duration = Duration::from_secs(30);
+/// How long a whole answer is kept for retries of its request: official clients have given up by then.
+pub const KEEP_ANSWERS: Duration = Duration::from_secs(300);
+/// Answers that are kept.
+pub const KEPT_ANSWERS_MAX: usize = 4096;
+/// Memory that they may take together.
+pub const KEPT_BYTES_MAX: usize = 256 << 20;
 /// Pause between comments that keep an event stream open.
 pub const SSE_KEEPALIVE: Duration = Duration::from_secs(15);
 /// Longest of all configured times: a day is a typing error.
@@ -115,6 +125,16 @@ pub struct RouterConfig {
     /// A client that reads nothing of its waiting answer for this long is cut off.
     #[serde(with = "duration_text")]
     pub client_stall_max: Duration,
+    /// How long an answer to a request with an idempotency key is made while nobody reads it.
+    #[serde(with = "duration_text")]
+    pub orphan_grace: Duration,
+    /// How long a whole answer is kept for retries of its request.
+    #[serde(with = "duration_text")]
+    pub keep_answers: Duration,
+    /// Answers to requests with an idempotency key that are made or kept.
+    pub kept_answers_max: usize,
+    /// Memory that they may take together, in bytes.
+    pub kept_bytes_max: usize,
     /// Pause between comments that keep an event stream open.
     #[serde(with = "duration_text")]
     pub sse_keepalive: Duration,
@@ -145,6 +165,10 @@ impl Default for RouterConfig {
             stream_silence_max: STREAM_SILENCE_MAX,
             attempts_max: ATTEMPTS_MAX,
             client_stall_max: CLIENT_STALL_MAX,
+            orphan_grace: ORPHAN_GRACE,
+            keep_answers: KEEP_ANSWERS,
+            kept_answers_max: KEPT_ANSWERS_MAX,
+            kept_bytes_max: KEPT_BYTES_MAX,
             sse_keepalive: SSE_KEEPALIVE,
         }
     }
@@ -160,6 +184,16 @@ impl RouterConfig {
             slices_per_expert: self.slices_per_expert,
             settle_time: self.settle_time,
             load_timeout: self.load_timeout,
+        }
+    }
+
+    /// What is kept for requests with an idempotency key.
+    pub(crate) const fn keep_limits(&self) -> KeepLimits {
+        KeepLimits {
+            answers_max: self.kept_answers_max,
+            bytes_max: self.kept_bytes_max,
+            keep: self.keep_answers,
+            grace: self.orphan_grace,
         }
     }
 
@@ -183,13 +217,15 @@ impl RouterConfig {
             ("min_workers", self.min_workers.get(), 1),
             ("replicas", self.replicas.get(), 1),
             ("attempts_max", self.attempts_max as usize, 1),
+            ("kept_answers_max", self.kept_answers_max, 1),
+            ("kept_bytes_max", self.kept_bytes_max, 1 << 20),
         ];
         for (key, got, min) in counts {
-            // Bodies are counted in bytes and may be larger than any other count.
-            let max = if key == "body_bytes_max" {
-                1 << 30
-            } else {
-                COUNT_MAX
+            // Bytes may be more than any other count.
+            let max = match key {
+                "body_bytes_max" => 1 << 30,
+                "kept_bytes_max" => 1 << 40,
+                _ => COUNT_MAX,
             };
             if got < min || got > max {
                 return Err(refuse(key, &format!("between {min} and {max}"), got));
@@ -208,6 +244,8 @@ impl RouterConfig {
             ("failover_wait", self.failover_wait, Duration::ZERO),
             ("stream_silence_max", self.stream_silence_max, milli),
             ("client_stall_max", self.client_stall_max, milli),
+            ("orphan_grace", self.orphan_grace, Duration::ZERO),
+            ("keep_answers", self.keep_answers, Duration::ZERO),
             ("sse_keepalive", self.sse_keepalive, milli),
         ];
         for (key, got, min) in times {

@@ -1,6 +1,6 @@
-//! One request's life: admission, the choice of workers, and the merged answers. Dropping an [`Answer`]
-//! aborts all that still runs for it. Workers are followed by a task, never by whoever reads the answer: a
-//! client that does not read holds its places no longer than a limit.
+//! One request's life: admission, the choice of workers, and the merged answers. Workers are followed by a
+//! task, never by whoever reads the answer: a client that does not read holds its places no longer than a
+//! limit.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +14,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 use tramontane_tokenizer::Tokenizer;
-use tramontane_types::{FinishReason, SamplingParams, TokenOutput, Usage};
+use tramontane_types::{SamplingParams, Usage};
 
 use crate::admission::{Admission, Counted, Places};
+use crate::answer::{Answer, Shape, Source, Told, stopping};
+use crate::answer_id::AnswerId;
 use crate::error::ApiError;
 use crate::journal::Journal;
+use crate::kept::{BodyDigest, Found, KeptAnswers, KeyDigest, Recorder};
 use crate::metrics::{Metrics, Outcome};
 use crate::random::choice_seed;
 use crate::request::{PreparedPrompt, PreparedRequest};
@@ -35,6 +38,7 @@ pub(crate) struct Dispatcher {
     pub(crate) pool: Arc<WorkerPool>,
     pub(crate) admission: Admission,
     pub(crate) journal: Journal,
+    pub(crate) kept: Arc<KeptAnswers>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) patience: Patience,
@@ -49,16 +53,6 @@ pub(crate) struct Dispatcher {
     pub(crate) abort: CancellationToken,
 }
 
-/// One whole answer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Choice {
-    pub(crate) text: String,
-    pub(crate) tokens: Vec<TokenOutput>,
-    /// Whether the last of `tokens` ended the answer and has no text.
-    pub(crate) has_end_token: bool,
-    pub(crate) finish: Option<FinishReason>,
-}
-
 impl Dispatcher {
     /// Runs long CPU work of one request where it holds up nobody. Dropping the future does not stop the
     /// work: what bounds its memory must be moved into it.
@@ -70,15 +64,94 @@ impl Dispatcher {
         prepare(Arc::clone(&self.preparing), self.prepare_wait, work).await
     }
 
-    /// Admits the request and starts all its sequences.
+    /// Admits the request, starts all its sequences, and follows them for as long as the answer is read.
     pub(crate) async fn start(
         &self,
         request: PreparedRequest,
-        request_id: &str,
+        name: Name,
     ) -> Result<Answer, ApiError> {
+        let (shape, span) = (Shape::of(&request), name.span(&request));
+        let (running, counted) = self.open(request, &name.request).await?;
+        let (tell, told) = mpsc::channel(UNREAD_MAX);
+        self.tasks
+            .spawn(running.follow(tell, self.client_stall_max).instrument(span));
+        let (source, abort) = (Source::Made(told), self.abort.clone());
+        Ok(Answer::new(name.answer, source, shape, abort, counted))
+    }
+
+    /// The answer to the request with this idempotency key: the one that is there, or one that is started
+    /// and goes on for a while also when nobody reads it.
+    pub(crate) async fn start_keyed(
+        self: &Arc<Self>,
+        request: PreparedRequest,
+        name: Name,
+        (key, body): (KeyDigest, BodyDigest),
+    ) -> Result<Answer, ApiError> {
+        let shape = Shape::of(&request);
+        // Before the answer begins: who waits for it counts.
+        let counted = self.admission.count();
+        let mut reader = match self.kept.find(key, body, name.answer)? {
+            Found::Answer(reader) => {
+                self.metrics.attached();
+                reader
+            }
+            Found::Nothing(recorder, reader) => {
+                let span = name.span(&request);
+                let making = Arc::clone(self).record(request, name.request, recorder);
+                self.tasks.spawn(making.instrument(span));
+                reader
+            }
+        };
+        reader.began().await?;
+        let (id, abort) = (reader.id(), self.abort.clone());
+        Ok(Answer::new(id, Source::Kept(reader), shape, abort, counted))
+    }
+
+    /// Makes a whole answer and keeps it for its time, unless nobody reads it before it is whole.
+    async fn record(
+        self: Arc<Self>,
+        request: PreparedRequest,
+        request_id: String,
+        recorder: Recorder,
+    ) {
+        let making = async {
+            // Its readers count it.
+            let (mut running, _) = match self.open(request, &request_id).await {
+                Ok(opened) => opened,
+                Err(error) => {
+                    recorder.began(Err(error));
+                    return false;
+                }
+            };
+            recorder.began(Ok(()));
+            while let Some(delta) = running.next().await {
+                let (failed, usage) = (delta.is_err(), running.usage);
+                recorder.push(Told { delta, usage });
+                if failed {
+                    return false;
+                }
+            }
+            true
+        };
+        let is_whole = tokio::select! {
+            is_whole = making => is_whole,
+            () = recorder.abandoned() => false,
+        };
+        if is_whole {
+            tokio::select! {
+                () = recorder.keep() => {}
+                () = self.abort.cancelled() => {}
+            }
+        }
+    }
+
+    /// Admits the request and starts all its sequences.
+    async fn open(
+        &self,
+        request: PreparedRequest,
+        request_id: &str,
+    ) -> Result<(Running, Counted), ApiError> {
         let arrived = Instant::now();
-        // The request's life, which outlasts the handler that started it.
-        let span = tracing::info_span!("generate", request_id, sequences = request.num_sequences());
         self.pool.cluster().check().map_err(ApiError::unavailable)?;
         let admitted = self.admission.admit(request.num_sequences()).await;
         let admitted = admitted.inspect_err(|error| self.metrics.refused(error.kind))?;
@@ -97,7 +170,6 @@ impl Dispatcher {
             .iter()
             .map(|prompt| prompt.ids.len())
             .sum::<usize>();
-        let (tell, told) = mpsc::channel(UNREAD_MAX);
         let running = Running {
             streams: streams.collect(),
             n: request.n as usize,
@@ -112,24 +184,7 @@ impl Dispatcher {
             failed: false,
             places: admitted.places,
         };
-        let usage = running.usage;
-        self.tasks
-            .spawn(running.follow(tell, self.client_stall_max).instrument(span));
-        Ok(Answer {
-            told,
-            echoes: request
-                .prompts
-                .into_iter()
-                .map(|prompt| prompt.echo)
-                .collect(),
-            n: request.n as usize,
-            num_choices: num_sequences,
-            num_finished: 0,
-            usage,
-            failed: false,
-            abort: self.abort.clone(),
-            _running: admitted.running,
-        })
+        Ok((running, admitted.running))
     }
 
     /// The sequences of one prompt, all to start on the same worker: they share its prefix cache.
@@ -182,6 +237,22 @@ impl Dispatcher {
     }
 }
 
+/// What one request and its answer are called.
+#[derive(Clone, Debug)]
+pub(crate) struct Name {
+    /// In logs and on workers; no two requests have the same.
+    pub(crate) request: String,
+    pub(crate) answer: AnswerId,
+}
+
+impl Name {
+    /// The request's life, which outlasts the handler that started it.
+    fn span(&self, request: &PreparedRequest) -> tracing::Span {
+        let (request_id, sequences) = (&self.request, request.num_sequences());
+        tracing::info_span!("generate", request_id, answer = %self.answer, sequences)
+    }
+}
+
 /// [`Dispatcher::prepare`]; the permit stays with the work until the work ends.
 async fn prepare<T, F>(places: Arc<Semaphore>, wait: Duration, work: F) -> Result<T, ApiError>
 where
@@ -216,14 +287,6 @@ fn deltas(sequence: Sequence) -> impl futures::Stream<Item = Result<Delta, ApiEr
             Err(error) => Some((Err(error), None)),
         }
     })
-}
-
-/// What one request's task tells the reader of its answer.
-#[derive(Debug)]
-struct Told {
-    delta: Result<Delta, ApiError>,
-    /// With this delta.
-    usage: Usage,
 }
 
 /// The sequences of one request. Dropping it aborts them.
@@ -351,90 +414,6 @@ impl Drop for Running {
         }
         self.metrics
             .request_ended(self.arrived.elapsed(), self.usage);
-    }
-}
-
-fn stopping() -> ApiError {
-    ApiError::unavailable("this router is stopping")
-}
-
-/// The answers to one request, as they come.
-pub(crate) struct Answer {
-    told: mpsc::Receiver<Told>,
-    /// Per prompt, what its answers begin with.
-    echoes: Vec<Option<String>>,
-    /// Answers per prompt.
-    n: usize,
-    num_choices: usize,
-    num_finished: usize,
-    usage: Usage,
-    failed: bool,
-    abort: CancellationToken,
-    _running: Counted,
-}
-
-impl Answer {
-    /// What comes next in any of the answers; `None` when all have ended. Nothing follows an error.
-    /// Dropping the future loses nothing.
-    pub(crate) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
-        if self.failed {
-            return None;
-        }
-        let next = match self.told.recv().await {
-            Some(told) => {
-                self.usage = told.usage;
-                told.delta
-            }
-            None if self.has_ended() => return None,
-            None if self.abort.is_cancelled() => Err(stopping()),
-            None => Err(ApiError::unavailable(
-                "the answer was not read for too long",
-            )),
-        };
-        match &next {
-            Ok(delta) => self.num_finished += usize::from(delta.finish.is_some()),
-            Err(_) => self.failed = true,
-        }
-        Some(next)
-    }
-
-    /// All answers, whole.
-    pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
-        let mut choices = vec![Choice::default(); self.num_choices];
-        for (index, choice) in choices.iter_mut().enumerate() {
-            choice.text.push_str(self.echo(index).unwrap_or_default());
-        }
-        while let Some(delta) = self.next().await {
-            let delta = delta?;
-            let Some(choice) = choices.get_mut(delta.choice) else {
-                continue;
-            };
-            choice.text.push_str(&delta.text);
-            choice.tokens.extend(delta.tokens);
-            choice.has_end_token |= delta.has_end_token;
-            choice.finish = delta.finish.or(choice.finish);
-        }
-        Ok(choices)
-    }
-
-    /// Answers of this request.
-    pub(crate) const fn num_choices(&self) -> usize {
-        self.num_choices
-    }
-
-    /// What the answer begins with before anything was sampled.
-    pub(crate) fn echo(&self, choice: usize) -> Option<&str> {
-        self.echoes.get(choice / self.n.max(1))?.as_deref()
-    }
-
-    /// Whether every answer has ended.
-    pub(crate) const fn has_ended(&self) -> bool {
-        self.num_finished >= self.num_choices
-    }
-
-    /// Tokens up to the last delta that was read; final after the last of all.
-    pub(crate) const fn usage(&self) -> Usage {
-        self.usage
     }
 }
 

@@ -59,6 +59,10 @@ pub(crate) enum ErrorKind {
     MediaType,
     /// The cluster is not in a state in which it can be done.
     Precondition,
+    /// The idempotency key belongs to another request.
+    KeyReused,
+    /// The event belongs to the answer to another request.
+    ResumeMismatch,
     /// The queue is full.
     QueueFull,
     /// Nobody can serve this now.
@@ -77,6 +81,8 @@ impl ErrorKind {
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Precondition => StatusCode::CONFLICT,
+            Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::ResumeMismatch => StatusCode::CONFLICT,
             Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -106,6 +112,8 @@ impl ErrorKind {
             Self::TooLarge => Some("request_too_large"),
             Self::MediaType => Some("unsupported_media_type"),
             Self::Precondition => Some("precondition_failed"),
+            Self::KeyReused => Some("idempotency_key_reused"),
+            Self::ResumeMismatch => Some("resume_mismatch"),
             Self::QueueFull => Some("rate_limit_exceeded"),
             Self::Unavailable => Some("service_unavailable"),
             Self::Internal => Some("internal_error"),
@@ -122,6 +130,7 @@ impl ErrorKind {
             Self::BodyTimeout => Code::DeadlineExceeded,
             Self::TooLarge | Self::QueueFull => Code::ResourceExhausted,
             Self::Precondition => Code::FailedPrecondition,
+            Self::KeyReused | Self::ResumeMismatch => Code::FailedPrecondition,
             Self::Unavailable => Code::Unavailable,
             Self::Internal => Code::Internal,
         }
@@ -140,6 +149,8 @@ impl ErrorKind {
             Self::TooLarge => "REQUEST_TOO_LARGE",
             Self::MediaType => "UNSUPPORTED_MEDIA_TYPE",
             Self::Precondition => "PRECONDITION",
+            Self::KeyReused => "IDEMPOTENCY_KEY_REUSED",
+            Self::ResumeMismatch => "RESUME_MISMATCH",
             Self::QueueFull => "QUEUE_FULL",
             Self::Unavailable => "UNAVAILABLE",
             Self::Internal => "INTERNAL",

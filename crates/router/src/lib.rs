@@ -3,6 +3,9 @@
 //! Start reading at [`run`].
 
 mod admission;
+mod answer;
+mod answer_id;
+mod asked;
 mod cluster;
 pub mod config;
 mod dispatch;
@@ -11,6 +14,7 @@ mod events;
 mod grpc;
 mod http_server;
 mod journal;
+mod kept;
 mod metrics;
 mod openai;
 mod policy;

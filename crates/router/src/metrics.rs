@@ -25,6 +25,8 @@ pub(crate) struct Metrics {
     losses: Family<LossLabels, Counter>,
     moves: Counter,
     replayed_tokens: Counter,
+    attached: Counter,
+    resumed: Counter,
     queue_seconds: Histogram,
     finished: Family<OutcomeLabels, Counter>,
     prompt_tokens: Counter,
@@ -46,6 +48,8 @@ struct Gauges {
     waiting: Gauge,
     journal_entries: Gauge,
     journal_tokens: Gauge,
+    kept_answers: Gauge,
+    kept_bytes: Gauge,
     workers_ready: Gauge,
     workers: Gauge,
     epoch: Gauge,
@@ -60,6 +64,8 @@ pub(crate) struct Reading {
     pub(crate) waiting: usize,
     pub(crate) journal_entries: usize,
     pub(crate) journal_tokens: usize,
+    pub(crate) kept_answers: usize,
+    pub(crate) kept_bytes: usize,
     pub(crate) workers_ready: usize,
     pub(crate) workers: usize,
     pub(crate) epoch: u64,
@@ -74,6 +80,17 @@ pub(crate) enum Route {
     Completions,
     GrpcGenerate,
     GrpcGenerateOnce,
+}
+
+impl Route {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "chat_completions",
+            Self::Completions => "completions",
+            Self::GrpcGenerate => "grpc_generate",
+            Self::GrpcGenerateOnce => "grpc_generate_once",
+        }
+    }
 }
 
 /// How an answer ended.
@@ -133,6 +150,45 @@ struct OutcomeLabels {
     finished_reason: &'static str,
 }
 
+impl Gauges {
+    /// All but those with vLLM's names.
+    fn register(&self, own: &mut Registry) {
+        own.register(
+            "journal_entries",
+            "Running sequences",
+            self.journal_entries.clone(),
+        );
+        own.register(
+            "journal_tokens",
+            "Sampled tokens kept for them",
+            self.journal_tokens.clone(),
+        );
+        own.register(
+            "kept_answers",
+            "Answers kept for retries",
+            self.kept_answers.clone(),
+        );
+        own.register(
+            "kept_bytes",
+            "Memory that they take",
+            self.kept_bytes.clone(),
+        );
+        own.register("workers", "Registered workers", self.workers.clone());
+        own.register(
+            "workers_ready",
+            "Attention workers that take requests",
+            self.workers_ready.clone(),
+        );
+        own.register("placement_epoch", "Published placement", self.epoch.clone());
+        own.register("ready", "1 when requests can be served", self.ready.clone());
+        own.register(
+            "store_available",
+            "1 when the store answers",
+            self.store_available.clone(),
+        );
+    }
+}
+
 impl Metrics {
     /// All metrics at zero, labelled with the served model.
     pub(crate) fn new(model: &str) -> Self {
@@ -143,6 +199,8 @@ impl Metrics {
             losses: Family::default(),
             moves: Counter::default(),
             replayed_tokens: Counter::default(),
+            attached: Counter::default(),
+            resumed: Counter::default(),
             queue_seconds: Histogram::new(shared::TTFT_BUCKETS),
             finished: Family::default(),
             prompt_tokens: Counter::default(),
@@ -188,42 +246,21 @@ impl Metrics {
             self.replayed_tokens.clone(),
         );
         own.register(
+            "attached_requests",
+            "Requests that got a kept answer",
+            self.attached.clone(),
+        );
+        own.register(
+            "resumed_streams",
+            "Streams that go on after an event",
+            self.resumed.clone(),
+        );
+        own.register(
             "queue_seconds",
             "Wait for admission",
             self.queue_seconds.clone(),
         );
-        let gauges = &self.gauges;
-        own.register(
-            "journal_entries",
-            "Running sequences",
-            gauges.journal_entries.clone(),
-        );
-        own.register(
-            "journal_tokens",
-            "Sampled tokens kept for them",
-            gauges.journal_tokens.clone(),
-        );
-        own.register("workers", "Registered workers", gauges.workers.clone());
-        own.register(
-            "workers_ready",
-            "Attention workers that take requests",
-            gauges.workers_ready.clone(),
-        );
-        own.register(
-            "placement_epoch",
-            "Published placement",
-            gauges.epoch.clone(),
-        );
-        own.register(
-            "ready",
-            "1 when requests can be served",
-            gauges.ready.clone(),
-        );
-        own.register(
-            "store_available",
-            "1 when the store answers",
-            gauges.store_available.clone(),
-        );
+        self.gauges.register(own);
     }
 
     fn register_vllm(&mut self, model: &str) {
@@ -294,6 +331,8 @@ impl Metrics {
         gauges.waiting.set(count(reading.waiting));
         gauges.journal_entries.set(count(reading.journal_entries));
         gauges.journal_tokens.set(count(reading.journal_tokens));
+        gauges.kept_answers.set(count(reading.kept_answers));
+        gauges.kept_bytes.set(count(reading.kept_bytes));
         gauges.workers_ready.set(count(reading.workers_ready));
         gauges.workers.set(count(reading.workers));
         gauges
@@ -308,18 +347,11 @@ impl Metrics {
 
     /// A request was answered with this HTTP status, or its gRPC equal.
     pub(crate) fn answered(&self, route: Route, code: http::StatusCode) {
-        let route = match route {
-            Route::ChatCompletions => "chat_completions",
-            Route::Completions => "completions",
-            Route::GrpcGenerate => "grpc_generate",
-            Route::GrpcGenerateOnce => "grpc_generate_once",
+        let labels = RequestLabels {
+            route: route.name(),
+            code: code.as_u16(),
         };
-        self.requests
-            .get_or_create(&RequestLabels {
-                route,
-                code: code.as_u16(),
-            })
-            .inc();
+        self.requests.get_or_create(&labels).inc();
     }
 
     /// A request was refused at admission.
@@ -348,6 +380,16 @@ impl Metrics {
     pub(crate) fn moved(&self, num_replayed: usize) {
         self.moves.inc();
         self.replayed_tokens.inc_by(num_replayed as u64);
+    }
+
+    /// A request got the answer that its idempotency key already had.
+    pub(crate) fn attached(&self) {
+        self.attached.inc();
+    }
+
+    /// A stream goes on after the last event that its client has seen.
+    pub(crate) fn resumed(&self) {
+        self.resumed.inc();
     }
 
     /// A request waited this long for admission.

@@ -10,11 +10,6 @@ pub(crate) fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
-/// An identifier: the prefix and 128 random bits.
-pub(crate) fn random_id(prefix: &str) -> String {
-    format!("{prefix}{:016x}{:016x}", random(), random())
-}
-
 /// Seed of the `choice`-th of `n` answers. The first has the seed of the request itself, so that a
 /// request for one answer and the first of several agree.
 pub(crate) const fn choice_seed(seed: u64, choice: u32) -> u64 {
@@ -37,6 +32,6 @@ mod tests {
         let seeds: std::collections::HashSet<u64> = (0..128).map(|i| choice_seed(7, i)).collect();
         assert_eq!(seeds.len(), 128);
         assert_eq!(choice_seed(7, 5), choice_seed(7, 5));
-        assert_ne!(random_id("x-"), random_id("x-"));
+        assert_ne!(random(), random());
     }
 }

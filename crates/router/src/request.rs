@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
 use tramontane_types::{InvalidSampling, SamplingParams, TokenId};
 
+use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
-use crate::random::random;
 use crate::run::ServedModel;
 
 /// Most answers of one prompt, as in the OpenAI API.
@@ -62,6 +62,7 @@ pub(crate) struct GenerationRequest {
     pub(crate) prompts: Vec<Prompt>,
     /// Seed and `max_tokens` are set per sequence, in [`prepare`].
     pub(crate) sampling: SamplingParams,
+    pub(crate) seed: Option<i64>,
     pub(crate) max_tokens: Option<u32>,
     pub(crate) max_tokens_name: &'static str,
     pub(crate) stop: StopDecoder,
@@ -133,6 +134,7 @@ impl GenerationRequest {
         Ok(Self {
             prompts,
             sampling,
+            seed: options.seed,
             max_tokens: options.max_tokens,
             max_tokens_name,
             stop,
@@ -159,7 +161,7 @@ fn sampling(options: &Options) -> SamplingParams {
             .repetition_penalty
             .unwrap_or(defaults.repetition_penalty),
         logit_bias: options.logit_bias.clone(),
-        seed: options.seed.map_or_else(random, i64::cast_unsigned),
+        seed: defaults.seed,
         // Without a limit the context is the limit; it is known after tokenizing.
         max_tokens: options.max_tokens.unwrap_or(u32::MAX),
         min_tokens: options.min_tokens.unwrap_or(defaults.min_tokens),
@@ -177,9 +179,11 @@ fn refused(error: &InvalidSampling, renamed: Option<&str>) -> ApiError {
     )
 }
 
-/// Tokenizes and checks every prompt against the model's context. Long CPU work.
+/// Tokenizes and checks every prompt against the model's context. Long CPU work. The answer is asked for
+/// as `id`, which decides what a request without a seed says.
 pub(crate) fn prepare(
     request: GenerationRequest,
+    id: AnswerId,
     tokenizer: &Tokenizer,
     model: &ServedModel,
 ) -> Result<PreparedRequest, ApiError> {
@@ -210,6 +214,7 @@ pub(crate) fn prepare(
             is_chat: matches!(prompt, Prompt::Chat(_)),
             sampling: SamplingParams {
                 max_tokens,
+                seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
                 ..request.sampling.clone()
             },
         });

@@ -21,24 +21,35 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
 use tramontane_runtime::{build_info, metrics as shared_metrics};
 
-use crate::dispatch::Answer;
+use crate::answer::Answer;
+use crate::answer_id::AnswerId;
+use crate::asked::{Asked, Position, Tag};
+use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
+use crate::kept::BodyDigest;
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, Head, Parsed, Render, error_response, event_stream,
+    self, ChatRender, CompletionRender, Head, Parsed, Render, StreamOptions, error_response,
+    event_stream, last_event,
 };
-use crate::random::random_id;
 use crate::request::{PreparedRequest, prepare};
-use crate::run::{App, ServedModel};
+use crate::run::{App, ServedModel, unix_seconds};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
 /// so that a client that sends first and reads later sees the refusal instead of a broken connection.
 const DISCARD_FACTOR: usize = 4;
 
-/// Name of one HTTP request in logs and answers; never a client's own.
-#[derive(Clone, Debug)]
-struct HttpRequestId(String);
+/// Name of one HTTP request in logs and answers; never a client's own. Its answer has the same one unless the
+/// client asks for an answer that has a name already.
+#[derive(Clone, Copy, Debug)]
+struct HttpRequestId(AnswerId);
+
+impl std::fmt::Display for HttpRequestId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "req_{}", self.0)
+    }
+}
 
 /// All routes.
 pub(crate) fn routes(app: &Arc<App>) -> Router {
@@ -59,11 +70,11 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
 }
 
 async fn name_request(mut request: Request, next: Next) -> Response {
-    let id = random_id("req_");
-    let value = HeaderValue::from_str(&id);
+    let id = HttpRequestId(AnswerId::unique(unix_seconds()));
+    let value = HeaderValue::from_str(&id.to_string());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let span = tracing::info_span!("http", request_id = id, %method, path);
-    request.extensions_mut().insert(HttpRequestId(id));
+    let span = tracing::info_span!("http", request_id = %id, %method, path);
+    request.extensions_mut().insert(id);
     let mut response = next.run(request).instrument(span).await;
     if let Ok(value) = value {
         response.headers_mut().insert(REQUEST_ID, value);
@@ -81,7 +92,7 @@ async fn chat(
     Extension(id): Extension<HttpRequestId>,
     request: Request,
 ) -> Response {
-    answer(&app, &id, Route::ChatCompletions, request).await
+    answer(&app, id, Route::ChatCompletions, request).await
 }
 
 async fn completions(
@@ -89,14 +100,14 @@ async fn completions(
     Extension(id): Extension<HttpRequestId>,
     request: Request,
 ) -> Response {
-    answer(&app, &id, Route::Completions, request).await
+    answer(&app, id, Route::Completions, request).await
 }
 
-async fn answer(app: &Arc<App>, id: &HttpRequestId, route: Route, request: Request) -> Response {
+async fn answer(app: &Arc<App>, id: HttpRequestId, route: Route, request: Request) -> Response {
     let response = match generate(app, id, route, request).await {
         Ok(response) => response,
         Err(error) => {
-            tracing::debug!(request = id.0, kind = ?error.kind, %error, "request refused");
+            tracing::debug!(request = %id, kind = ?error.kind, %error, "request refused");
             error_response(&error)
         }
     };
@@ -106,44 +117,100 @@ async fn answer(app: &Arc<App>, id: &HttpRequestId, route: Route, request: Reque
 
 async fn generate(
     app: &Arc<App>,
-    id: &HttpRequestId,
+    id: HttpRequestId,
     route: Route,
     request: Request,
 ) -> Result<Response, ApiError> {
     check_media_type(request.headers())?;
+    let asked = Asked::read(request.headers(), id.0.created())?;
+    let name = Name {
+        request: id.to_string(),
+        answer: asked.answer().unwrap_or(id.0),
+    };
+    let read = read(app, route, request, name.answer).await?;
+    let num_choices = read.request.num_sequences();
+    let placement = app.cluster.placements().published.clone();
+    let tag = Tag::of(read.digest, placement.as_deref());
+    if let Some(event) = &asked.resume {
+        // Who has not seen the cluster yet does not know what it serves.
+        app.cluster.check().map_err(ApiError::unavailable)?;
+        if !read.parsed.stream {
+            let message = "last-event-id is only allowed when stream is true";
+            return Err(ApiError::invalid("last-event-id", message));
+        }
+        event.check(tag, num_choices)?;
+        app.metrics.resumed();
+        if event.position == Position::End {
+            return Ok(event_response(Body::from(last_event())));
+        }
+    }
+    let answer = match asked.key {
+        Some(key) => {
+            let key = (key.digest, read.digest);
+            app.dispatcher.start_keyed(read.request, name, key).await?
+        }
+        None => app.dispatcher.start(read.request, name).await?,
+    };
+    let parsed = read.parsed;
+    let render = render(app, route, &parsed, &answer);
+    if !parsed.stream {
+        return whole(answer, render).await;
+    }
+    let options = StreamOptions {
+        include_usage: parsed.include_usage,
+        keepalive: app.config.sse_keepalive,
+        tag,
+        seen: asked.resume.map(|event| event.position),
+    };
+    let events = event_stream(answer, render, options);
+    Ok(event_response(Body::from_stream(events)))
+}
+
+/// A body that was read and understood.
+struct Read {
+    parsed: Parsed,
+    request: PreparedRequest,
+    digest: BodyDigest,
+}
+
+async fn read(
+    app: &Arc<App>,
+    route: Route,
+    request: Request,
+    answer: AnswerId,
+) -> Result<Read, ApiError> {
     let (body, room) = read_body(app, request).await?;
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
     let prepared = app.dispatcher.prepare(move || {
+        let digest = BodyDigest::of(route.name(), &body);
         let parsed = parse(route, &body, &model)?;
         drop(body);
-        let request = prepare(parsed.request.clone(), &tokenizer, &model)?;
+        let request = prepare(parsed.request.clone(), answer, &tokenizer, &model)?;
         // The body has become token ids.
         drop(room);
-        Ok((parsed, request))
+        Ok(Read {
+            parsed,
+            request,
+            digest,
+        })
     });
-    let (parsed, request): (Parsed, PreparedRequest) = prepared.await?;
-    let num_choices = request.num_sequences();
-    let head = Head {
-        id: random_id(if route == Route::ChatCompletions {
-            "chatcmpl-"
-        } else {
-            "cmpl-"
-        }),
-        created: unix_seconds(),
+    prepared.await
+}
+
+fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn Render> {
+    let id = answer.id();
+    let head = |prefix| Head {
+        id: format!("{prefix}-{id}"),
+        created: id.created(),
         model: app.model.id.clone(),
         tokenizer: (*app.tokenizer).clone(),
         logprobs: parsed.logprobs,
         include_usage: parsed.include_usage,
     };
-    let answer = app.dispatcher.start(request, &id.0).await?;
-    let render: Box<dyn Render> = match route {
-        Route::ChatCompletions => Box::new(ChatRender::new(head)),
-        _ => Box::new(CompletionRender::new(head, num_choices)),
-    };
-    if parsed.stream {
-        return Ok(streamed(app, answer, render, parsed.include_usage));
+    match route {
+        Route::ChatCompletions => Box::new(ChatRender::new(head("chatcmpl"))),
+        _ => Box::new(CompletionRender::new(head("cmpl"), answer.num_choices())),
     }
-    whole(answer, render).await
 }
 
 fn parse(route: Route, body: &Bytes, model: &ServedModel) -> Result<Parsed, ApiError> {
@@ -154,9 +221,8 @@ fn parse(route: Route, body: &Bytes, model: &ServedModel) -> Result<Parsed, ApiE
     }
 }
 
-fn streamed(app: &App, answer: Answer, render: Box<dyn Render>, include_usage: bool) -> Response {
-    let events = event_stream(answer, render, include_usage, app.config.sse_keepalive);
-    let mut response = Response::new(Body::from_stream(events));
+fn event_response(events: Body) -> Response {
+    let mut response = Response::new(events);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -326,9 +392,4 @@ async fn method_not_allowed() -> Response {
         ErrorKind::MethodNotAllowed,
         "this route has another method",
     ))
-}
-
-fn unix_seconds() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.unwrap_or_default().as_secs()
 }

@@ -21,6 +21,7 @@ use crate::dispatch::Dispatcher;
 use crate::error::{ApiError, ErrorKind};
 use crate::events::{self, EventLog};
 use crate::journal::Journal;
+use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
@@ -86,7 +87,7 @@ impl ServedModel {
 #[derive(Debug)]
 pub(crate) struct App {
     pub(crate) config: RouterConfig,
-    pub(crate) dispatcher: Dispatcher,
+    pub(crate) dispatcher: Arc<Dispatcher>,
     pub(crate) cluster: ClusterView,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) scaler: Option<Arc<dyn Scaler>>,
@@ -143,6 +144,8 @@ impl App {
             waiting: self.dispatcher.admission.waiting(),
             journal_entries: self.dispatcher.journal.num_entries(),
             journal_tokens: self.dispatcher.journal.num_tokens(),
+            kept_answers: self.dispatcher.kept.num_answers(),
+            kept_bytes: self.dispatcher.kept.num_bytes(),
             workers_ready: attention_workers(&members, &placements, &seen.intent).count(),
             workers: members.workers.len(),
             epoch: placements.published_epoch().0,
@@ -289,7 +292,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
     } = followed;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
-    let dispatcher = Dispatcher {
+    let dispatcher = Arc::new(Dispatcher {
         pool: Arc::new(WorkerPool::new(
             cluster.clone(),
             config.policy,
@@ -303,6 +306,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
             doors.refuse.clone(),
         ),
         journal: Journal::default(),
+        kept: KeptAnswers::new(config.keep_limits()),
         metrics: Arc::clone(&metrics),
         tokenizer: Arc::clone(&tokenizer),
         patience: Patience {
@@ -315,11 +319,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         client_stall_max: config.client_stall_max,
         tasks: TaskTracker::new(),
         abort: doors.abort.clone(),
-    };
-    let started = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    });
     Arc::new(App {
         body_room: Arc::new(Semaphore::new(
             BODIES_MAX * config.body_bytes_max.div_ceil(1024),
@@ -335,8 +335,14 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         tokenizer,
         metrics,
         ready,
-        started,
+        started: unix_seconds(),
     })
+}
+
+/// Unix time in seconds.
+pub(crate) fn unix_seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// What runs beside the servers, from before the first request to after the last.

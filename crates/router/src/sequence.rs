@@ -45,11 +45,37 @@ pub(crate) struct Delta {
     pub(crate) text: String,
     /// The new tokens, an end token included.
     pub(crate) tokens: Vec<TokenOutput>,
+    /// Where in `text` the part of each token ends, in bytes.
+    pub(crate) text_ends: Vec<usize>,
     /// Whether the last of `tokens` ended the answer and has no text.
     pub(crate) has_end_token: bool,
     /// Prompt tokens that were cached, when the sequence left the worker's queue.
     pub(crate) cached_tokens: Option<u32>,
     pub(crate) finish: Option<FinishReason>,
+}
+
+impl Delta {
+    /// What the first `num_tokens` tokens said, and the rest.
+    pub(crate) fn split(mut self, num_tokens: usize) -> (Self, Self) {
+        let num_tokens = num_tokens.min(self.tokens.len());
+        let rest_tokens = self.tokens.split_off(num_tokens);
+        let mut rest_ends = self.text_ends.split_off(num_tokens);
+        let end = self.text_ends.last().copied().unwrap_or(0);
+        for rest_end in &mut rest_ends {
+            *rest_end -= end;
+        }
+        let rest = Self {
+            choice: self.choice,
+            text: self.text.split_off(end),
+            has_end_token: self.has_end_token && !rest_tokens.is_empty(),
+            tokens: rest_tokens,
+            text_ends: rest_ends,
+            cached_tokens: None,
+            finish: self.finish.take(),
+        };
+        self.has_end_token &= rest.tokens.is_empty();
+        (self, rest)
+    }
 }
 
 /// One running sequence.
@@ -170,6 +196,7 @@ impl Sequence {
             self.state.excluded.clear();
             let added = self.text.push(token.id);
             delta.text.push_str(&added.text);
+            delta.text_ends.push(delta.text.len());
             delta.tokens.push(TokenOutput::from(token));
             match added.end {
                 Some(TextEnd::StopString) => {

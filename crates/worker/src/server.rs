@@ -28,6 +28,11 @@ const SERVICES: [&str; 3] = [
     "tramontane.v1.ExpertExchange",
     "grpc.health.v1.Health",
 ];
+/// How long a caller may be silent after a ping before it counts as gone and its sequences are aborted: with
+/// the ping's interval a vanished or stopped router is noticed within two seconds. Longer than what a peer
+/// grants an expert call: a router whose cores are throttled for a second is alive, and cutting it off would
+/// have all its sequences computed anew.
+const CALLER_SILENCE_MAX: Duration = Duration::from_millis(1500);
 /// How often health looks at the engine.
 const HEALTH_EVERY: Duration = Duration::from_secs(1);
 
@@ -78,7 +83,11 @@ pub(crate) fn serve(
             builder.with_service_name(*service)
         })
     };
-    let router = ExpertService::tune(Server::builder(), LinkSettings::default())
+    let link = LinkSettings {
+        keepalive_timeout: CALLER_SILENCE_MAX,
+        ..LinkSettings::default()
+    };
+    let router = ExpertService::tune(Server::builder(), link)
         .add_service(GenerateService::new(node, drain).into_service())
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::Reflection)?)

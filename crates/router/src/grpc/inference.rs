@@ -12,13 +12,14 @@ use tramontane_tokenizer::{ChatMessage, ChatRequest};
 use tramontane_types::FinishReason;
 
 use super::status::status;
-use crate::dispatch::Answer;
+use crate::answer::Answer;
+use crate::answer_id::AnswerId;
+use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
 use crate::openai::{MESSAGES_MAX, role};
-use crate::random::random_id;
 use crate::request::{GenerationRequest, Options, Prompt, prepare};
-use crate::run::{App, ServedModel};
+use crate::run::{App, ServedModel, unix_seconds};
 
 /// The service over what both doors share.
 #[derive(Debug)]
@@ -31,13 +32,16 @@ impl InferenceService {
         Self { app }
     }
 
-    async fn start(&self, request: v1::GenerateRequest, id: &str) -> Result<Answer, ApiError> {
+    async fn start(&self, request: v1::GenerateRequest) -> Result<Answer, ApiError> {
+        let answer = AnswerId::unique(unix_seconds());
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let prepared = self.app.dispatcher.prepare(move || {
             let request = generation_request(request, &model)?;
-            prepare(request, &tokenizer, &model).map_err(in_message)
+            prepare(request, answer, &tokenizer, &model).map_err(in_message)
         });
-        self.app.dispatcher.start(prepared.await?, id).await
+        let request = answer_name(answer);
+        let name = Name { request, answer };
+        self.app.dispatcher.start(prepared.await?, name).await
     }
 
     /// Counts the answer and turns its error into a status.
@@ -63,7 +67,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let started = self.start(request.into_inner(), &random_id("gen-")).await;
+        let started = self.start(request.into_inner()).await;
         let answer = self.answered(Route::GrpcGenerate, started)?;
         Ok(Response::new(Box::pin(responses(answer))))
     }
@@ -72,9 +76,8 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResult>, Status> {
-        let id = random_id("gen-");
-        let result = match self.start(request.into_inner(), &id).await {
-            Ok(answer) => collect(answer, id, self.app.model.id.clone()).await,
+        let result = match self.start(request.into_inner()).await {
+            Ok(answer) => collect(answer, self.app.model.id.clone()).await,
             Err(error) => Err(error),
         };
         self.answered(Route::GrpcGenerateOnce, result)
@@ -154,11 +157,12 @@ fn responses(answer: Answer) -> impl Stream<Item = Result<v1::GenerateResponse, 
     })
 }
 
-async fn collect(
-    mut answer: Answer,
-    id: String,
-    model: String,
-) -> Result<v1::GenerateResult, ApiError> {
+/// The name of a request in logs and answers.
+fn answer_name(id: AnswerId) -> String {
+    format!("gen-{id}")
+}
+
+async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult, ApiError> {
     let choices = answer.collect().await?;
     let mut answers = Vec::with_capacity(choices.len());
     for (index, choice) in choices.into_iter().enumerate() {
@@ -171,7 +175,7 @@ async fn collect(
         });
     }
     Ok(v1::GenerateResult {
-        id,
+        id: answer_name(answer.id()),
         model,
         answers,
         usage: Some(answer.usage().into()),

@@ -8,7 +8,7 @@ use super::fields::{self, Fields, wrong};
 use super::logprobs::chat_logprobs;
 use super::options::{refuse_unsupported, shared_options, stream_options};
 use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
-use crate::dispatch::Choice;
+use crate::answer::Choice;
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Prompt};
 use crate::run::ServedModel;

@@ -19,9 +19,9 @@ pub(crate) use chat::{ChatRender, MESSAGES_MAX, parse_chat, role};
 pub(crate) use completions::{CompletionRender, parse_completion};
 pub(crate) use error::{error_body, error_response};
 pub(crate) use models::{model, models};
-pub(crate) use stream::event_stream;
+pub(crate) use stream::{StreamOptions, event_stream, last_event};
 
-use crate::dispatch::Choice;
+use crate::answer::Choice;
 use crate::error::ApiError;
 use crate::request::GenerationRequest;
 use crate::sequence::Delta;

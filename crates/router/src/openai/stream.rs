@@ -1,5 +1,6 @@
 //! Answers as server-sent events. A stream ends with exactly one truth: a finish reason for every answer
-//! and `[DONE]`, or an error event and nothing after it.
+//! and `[DONE]`, or an error event and nothing after it. Every event has an id from which any router can go
+//! on; where one event ends and the next begins may differ then, what they say together does not.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,26 +12,41 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{Render, error_body};
-use crate::dispatch::Answer;
+use crate::answer::Answer;
+use crate::asked::{EventId, Position, Tag, beyond_the_end};
+use crate::error::ApiError;
 use crate::sequence::Delta;
 
 const DONE: &[u8] = b"data: [DONE]\n\n";
 const KEEPALIVE: &[u8] = b": keep-alive\n\n";
 
-/// The events of `answer`; a comment when nothing happened for `keepalive`.
+/// How an answer is streamed.
+pub(crate) struct StreamOptions {
+    pub(crate) include_usage: bool,
+    /// A comment comes when nothing happened for so long.
+    pub(crate) keepalive: Duration,
+    pub(crate) tag: Tag,
+    /// What the client has of the answer already.
+    pub(crate) seen: Option<Position>,
+}
+
+/// The events of `answer` that the client has not seen.
 pub(crate) fn event_stream(
     answer: Answer,
     render: Box<dyn Render>,
-    include_usage: bool,
-    keepalive: Duration,
+    options: StreamOptions,
 ) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> + Send {
-    let num_choices = answer.num_choices();
+    let mut cursors = vec![Cursor::default(); answer.num_choices()];
+    if let Some(Position::Units(units)) = &options.seen {
+        for (cursor, unit) in cursors.iter_mut().zip(units) {
+            cursor.seen = *unit;
+        }
+    }
     let events = Events {
         answer,
         render,
-        include_usage,
-        keepalive,
-        opened: vec![false; num_choices],
+        options,
+        cursors,
         ready: VecDeque::new(),
         ended: false,
     };
@@ -40,13 +56,33 @@ pub(crate) fn event_stream(
     })
 }
 
+/// The end of a stream of which the client has seen everything else.
+pub(crate) const fn last_event() -> Bytes {
+    Bytes::from_static(DONE)
+}
+
+/// How far one choice is, in the units of [`Position`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Cursor {
+    /// Units that were made.
+    at: u32,
+    /// Units that the client has seen.
+    seen: u32,
+}
+
+/// The unit that opens a choice.
+const OPENING: u32 = 1;
+
+/// The unit of the token at `index`.
+const fn unit_of_token(index: u32) -> u32 {
+    index.saturating_add(OPENING + 1)
+}
+
 struct Events {
     answer: Answer,
     render: Box<dyn Render>,
-    include_usage: bool,
-    keepalive: Duration,
-    /// Which answers have said something.
-    opened: Vec<bool>,
+    options: StreamOptions,
+    cursors: Vec<Cursor>,
     ready: VecDeque<Bytes>,
     ended: bool,
 }
@@ -60,39 +96,109 @@ impl Events {
             if self.ended {
                 return None;
             }
-            match timeout(self.keepalive, self.answer.next()).await {
+            match timeout(self.options.keepalive, self.answer.next()).await {
                 Err(_elapsed) => return Some(Bytes::from_static(KEEPALIVE)),
-                Ok(Some(Ok(delta))) => self.take(&delta),
-                Ok(Some(Err(error))) => {
-                    self.ready.push_back(event(&error_body(&error)));
-                    self.ended = true;
-                }
-                Ok(None) => {
-                    if self.include_usage {
-                        self.ready
-                            .push_back(event(&self.render.usage(self.answer.usage())));
+                Ok(Some(Ok(delta))) => {
+                    if let Err(error) = self.take(delta) {
+                        self.fail(&error);
                     }
-                    self.ready.push_back(Bytes::from_static(DONE));
-                    self.ended = true;
                 }
+                Ok(Some(Err(error))) => self.fail(&error),
+                Ok(None) => self.end(),
             }
         }
     }
 
-    fn take(&mut self, delta: &Delta) {
-        if let Some(opened) = self.opened.get_mut(delta.choice).filter(|opened| !**opened) {
-            *opened = true;
-            let first = self
-                .render
-                .open(delta.choice, self.answer.echo(delta.choice));
-            self.ready.extend(first.as_ref().map(event));
+    /// Not by an id: a client may go on after the last event that has one.
+    fn fail(&mut self, error: &ApiError) {
+        let event = format!("data: {}\n\n", error_body(error));
+        self.ready.push_back(Bytes::from(event));
+        self.ended = true;
+    }
+
+    fn end(&mut self) {
+        if self.options.include_usage {
+            let usage = self.render.usage(self.answer.usage());
+            self.push(&usage, Position::End);
         }
-        for chunk in self.render.chunks(delta) {
-            self.ready.push_back(event(&chunk));
+        self.ready.push_back(last_event());
+        self.ended = true;
+    }
+
+    /// Makes events of what the client has not seen of `delta`.
+    fn take(&mut self, delta: Delta) -> Result<(), ApiError> {
+        let choice = delta.choice;
+        let Some(cursor) = self.cursors.get(choice).copied() else {
+            return Ok(());
+        };
+        if cursor.at < OPENING {
+            self.reach(choice, OPENING);
+            if cursor.seen < OPENING {
+                let opening = self.render.open(choice, self.answer.echo(choice));
+                self.push_all(opening.as_slice());
+            }
+        }
+        let is_seen = |index: u32| unit_of_token(index) <= cursor.seen;
+        let num_seen = delta.tokens.iter().filter(|t| is_seen(t.index)).count();
+        if let Some(last) = delta.tokens.last() {
+            self.reach(choice, unit_of_token(last.index));
+        }
+        let (seen, mut delta) = delta.split(num_seen);
+        if num_seen > 0 {
+            // Chunks may depend on those before them.
+            let _seen = self.render.chunks(&seen);
+        }
+        if delta.finish.is_none() {
+            let chunks = self.render.chunks(&delta);
+            self.push_all(&chunks);
+            return Ok(());
+        }
+        let rest = self.cursors.get(choice).map_or(0, |cursor| cursor.at) + 1;
+        let finish = rest + 1;
+        if cursor.seen > finish {
+            return Err(beyond_the_end(choice, finish, cursor.seen));
+        }
+        if cursor.seen >= rest {
+            delta.text.clear();
+        }
+        if cursor.seen == finish {
+            self.reach(choice, finish);
+            return Ok(());
+        }
+        let chunks = self.render.chunks(&delta);
+        let (last, others) = chunks
+            .split_last()
+            .map_or((&[][..], &[][..]), |(last, others)| {
+                (std::slice::from_ref(last), others)
+            });
+        self.reach(choice, rest);
+        self.push_all(others);
+        self.reach(choice, finish);
+        self.push_all(last);
+        Ok(())
+    }
+
+    fn reach(&mut self, choice: usize, unit: u32) {
+        if let Some(cursor) = self.cursors.get_mut(choice) {
+            cursor.at = unit;
         }
     }
-}
 
-fn event(value: &Value) -> Bytes {
-    Bytes::from(format!("data: {value}\n\n"))
+    /// Events after which the client has everything up to the cursors.
+    fn push_all(&mut self, chunks: &[Value]) {
+        for chunk in chunks {
+            let units = self.cursors.iter().map(|c| c.at.max(c.seen));
+            self.push(chunk, Position::Units(units.collect()));
+        }
+    }
+
+    fn push(&mut self, data: &Value, position: Position) {
+        let id = EventId {
+            answer: self.answer.id(),
+            tag: self.options.tag,
+            position,
+        };
+        let event = format!("id: {id}\ndata: {data}\n\n");
+        self.ready.push_back(Bytes::from(event));
+    }
 }

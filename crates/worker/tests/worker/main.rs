@@ -10,3 +10,4 @@ mod behaviour;
 mod cluster;
 mod drill;
 mod exactness;
+mod orphans;

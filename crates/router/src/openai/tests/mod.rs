@@ -5,6 +5,7 @@ use tramontane_tokenizer::{DecodeStart, DecodeStream, Role, Tokenizer};
 use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
 
 use super::*;
+use crate::answer_id::AnswerId;
 use crate::error::ErrorKind;
 use crate::request::{Prompt, prepare};
 use crate::run::ServedModel;
@@ -364,10 +365,7 @@ fn everything_that_is_honoured_arrives() {
         (1.0, -1.0)
     );
     assert_eq!(sampling.repetition_penalty, 1.1);
-    assert_eq!(
-        (sampling.seed, sampling.logprobs),
-        ((-3_i64).cast_unsigned(), Some(4))
-    );
+    assert_eq!((request.seed, sampling.logprobs), (Some(-3), Some(4)));
     assert_eq!(sampling.logit_bias, [(5, -100.0), (6, 2.5)]);
     assert_eq!(sampling.stop_ids, [9]);
     let [Prompt::Chat(chat)] = &request.prompts[..] else {
@@ -382,7 +380,7 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
     let (model, tokenizer) = (served(), tokenizer());
     let prepared = |body: Value| {
         let parsed = parse_completion(&body, &model).unwrap();
-        prepare(parsed.request, &tokenizer, &model)
+        prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model)
     };
     let one = prepared(json!({ "prompt": "Hello" })).unwrap();
     assert_eq!(
@@ -427,6 +425,7 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
     let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
     let chat = prepare(
         parse_chat(&chat, &model).unwrap().request,
+        AnswerId::unique(7),
         &tokenizer,
         &model,
     )
@@ -435,13 +434,29 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
     assert_eq!(prompt.sampling.max_tokens as usize, 256 - prompt.ids.len());
     let wrong = json!({ "messages": [{ "role": "system", "content": "hi" }] });
     let parsed = parse_chat(&wrong, &model).unwrap();
-    match prepare(parsed.request, &tokenizer, &model) {
+    match prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model) {
         Ok(_) => {}
         Err(error) => {
             assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
             assert!(error.param.unwrap().starts_with("messages"));
         }
     }
+}
+
+#[test]
+fn without_a_seed_the_name_of_the_answer_is_the_seed() {
+    let (model, tokenizer) = (served(), tokenizer());
+    let seed = |body: Value, id: AnswerId| {
+        let parsed = parse_completion(&body, &model).unwrap();
+        let prepared = prepare(parsed.request, id, &tokenizer, &model).unwrap();
+        prepared.prompts[0].sampling.seed
+    };
+    let id = AnswerId::unique(7);
+    assert_eq!(seed(json!({ "prompt": "a" }), id), id.seed());
+    assert_eq!(
+        seed(json!({ "prompt": "a", "seed": -3 }), id),
+        (-3_i64).cast_unsigned()
+    );
 }
 
 fn head(logprobs: bool, include_usage: bool) -> Head {

@@ -6,6 +6,11 @@
     reason = "a test that cannot go on must end"
 )]
 
+mod disconnect;
+mod failover;
+mod idempotency;
+mod resume;
+
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,6 +59,8 @@ const TEXT: &str = "Hello world, this is a story about the sea";
 enum Step {
     Started(u32),
     Token(u32),
+    /// In one message.
+    Tokens(Vec<u32>),
     Finish(v1::FinishReason),
     /// Goes on when the test gives a permit.
     Gate(Arc<Semaphore>),
@@ -79,6 +86,28 @@ impl Drop for OpenStream {
     }
 }
 
+/// A message of tokens with log probabilities of their own, as many as asked for.
+fn sampled(index: &mut u32, ids: &[u32], top: Option<u32>) -> Kind {
+    let mut tokens = Vec::new();
+    for &id in ids {
+        let logprob = -0.5 - *index as f32 / 8.0;
+        let best = |n| {
+            (0..n).map(|i| v1::TopLogprob {
+                id: id + i,
+                logprob,
+            })
+        };
+        tokens.push(v1::SampledToken {
+            index: *index,
+            id,
+            logprob: top.map(|_| logprob),
+            top_logprobs: top.map_or_else(Vec::new, |n| best(n).collect()),
+        });
+        *index += 1;
+    }
+    Kind::Tokens(v1::SampledTokens { tokens })
+}
+
 #[tonic::async_trait]
 impl Worker for FakeWorker {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::SequenceEvent, Status>> + Send>>;
@@ -102,19 +131,8 @@ impl Worker for FakeWorker {
                         Step::Started(cached_tokens) => {
                             Ok(Kind::Started(v1::SequenceStarted { cached_tokens }))
                         }
-                        Step::Token(id) => {
-                            let best = |n| vec![v1::TopLogprob { id, logprob: -0.5 }; n as usize];
-                            let token = v1::SampledToken {
-                                index,
-                                id,
-                                logprob: top.map(|_| -0.5),
-                                top_logprobs: top.map_or_else(Vec::new, best),
-                            };
-                            index += 1;
-                            Ok(Kind::Tokens(v1::SampledTokens {
-                                tokens: vec![token],
-                            }))
-                        }
+                        Step::Token(id) => Ok(sampled(&mut index, &[id], top)),
+                        Step::Tokens(ids) => Ok(sampled(&mut index, &ids, top)),
                         Step::Finish(reason) => {
                             let finished = v1::SequenceFinished {
                                 reason: reason as i32,
@@ -309,6 +327,28 @@ impl Scene {
         } else {
             put(&*store, "placement", &placement).await;
         }
+        let scene = Self::open(config, store, workers, servers, scaler).await;
+        if !scene.workers.is_empty() {
+            scene.until_ready(true).await;
+        }
+        scene
+    }
+
+    /// Another router of the same cluster.
+    async fn another(&self, config: RouterConfig) -> Self {
+        let (store, servers) = (Arc::clone(&self.store), tokio::task::JoinSet::new());
+        let scene = Self::open(config, store, Vec::new(), servers, None).await;
+        scene.until_ready(true).await;
+        scene
+    }
+
+    async fn open(
+        config: RouterConfig,
+        store: Arc<dyn Store>,
+        workers: Vec<FakeWorker>,
+        servers: tokio::task::JoinSet<()>,
+        scaler: Option<Arc<dyn Scaler>>,
+    ) -> Self {
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let urls = [&http, &grpc].map(|l| format!("http://{}", l.local_addr().unwrap()));
@@ -330,7 +370,7 @@ impl Scene {
         let shutdown = Shutdown::new();
         let running = TaskTracker::new().spawn(run(config, parts, shutdown.clone()));
         let [http, grpc] = urls;
-        let scene = Self {
+        Self {
             tokenizer,
             http,
             grpc,
@@ -340,11 +380,7 @@ impl Scene {
             workers,
             _servers: servers,
             store,
-        };
-        if !scene.workers.is_empty() {
-            scene.until_ready(true).await;
         }
-        scene
     }
 
     async fn until_ready(&self, expected: bool) {
@@ -363,7 +399,19 @@ impl Scene {
     }
 
     async fn post(&self, path: &str, body: &Value) -> reqwest::Response {
-        let request = self.client.post(format!("{}{path}", self.http)).json(body);
+        self.post_with(path, body, &[]).await
+    }
+
+    async fn post_with(
+        &self,
+        path: &str,
+        body: &Value,
+        headers: &[(&str, &str)],
+    ) -> reqwest::Response {
+        let mut request = self.client.post(format!("{}{path}", self.http)).json(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
         tokio::time::timeout(PATIENCE, request.send())
             .await
             .unwrap()
@@ -445,6 +493,17 @@ fn scripted(
 
 /// Data of all events up to the end of the body.
 async fn events(response: reqwest::Response) -> Vec<String> {
+    let events = events_with_ids(response).await;
+    events.into_iter().map(|event| event.data).collect()
+}
+
+#[derive(Clone, Debug)]
+struct Event {
+    id: Option<String>,
+    data: String,
+}
+
+async fn events_with_ids(response: reqwest::Response) -> Vec<Event> {
     assert_eq!(response.headers()["content-type"], "text/event-stream");
     let text = tokio::time::timeout(PATIENCE, response.text())
         .await
@@ -455,9 +514,16 @@ async fn events(response: reqwest::Response) -> Vec<String> {
         .trim_end_matches("\n\n")
         .split("\n\n")
         .filter(|block| !block.starts_with(':'));
-    blocks
-        .map(|block| block.strip_prefix("data: ").unwrap().to_owned())
-        .collect()
+    blocks.map(event).collect()
+}
+
+fn event(block: &str) -> Event {
+    let (id, data) = match block.split_once('\n') {
+        Some((id, data)) => (Some(id.strip_prefix("id: ").unwrap().to_owned()), data),
+        None => (None, block),
+    };
+    let data = data.strip_prefix("data: ").unwrap().to_owned();
+    Event { id, data }
 }
 
 fn parse(events: &[String]) -> Vec<Value> {

@@ -1,0 +1,200 @@
+//! One answer as its reader sees it: what comes next, and in the end how much it was. Dropping an
+//! [`Answer`] without an idempotency key aborts all that still runs for it.
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
+
+use crate::admission::Counted;
+use crate::answer_id::AnswerId;
+use crate::error::ApiError;
+use crate::kept::Reader;
+use crate::request::PreparedRequest;
+use crate::sequence::Delta;
+
+/// What one request's task tells the reader of its answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    pub(crate) delta: Result<Delta, ApiError>,
+    /// With this delta.
+    pub(crate) usage: Usage,
+}
+
+impl Told {
+    /// Bytes of memory that it takes.
+    pub(crate) fn size(&self) -> usize {
+        let mut size = size_of::<Self>();
+        if let Ok(delta) = &self.delta {
+            size += delta.text.len();
+            for token in &delta.tokens {
+                size +=
+                    size_of::<TokenOutput>() + token.top_logprobs.len() * size_of::<TokenLogprob>();
+            }
+        }
+        size
+    }
+}
+
+/// One whole answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Choice {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<TokenOutput>,
+    /// Whether the last of `tokens` ended the answer and has no text.
+    pub(crate) has_end_token: bool,
+    pub(crate) finish: Option<FinishReason>,
+}
+
+/// What is known of an answer before it begins.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    /// Per prompt, what its answers begin with.
+    echoes: Vec<Option<String>>,
+    /// Answers per prompt.
+    n: usize,
+    num_choices: usize,
+}
+
+impl Shape {
+    pub(crate) fn of(request: &PreparedRequest) -> Self {
+        let echoes = request.prompts.iter().map(|prompt| prompt.echo.clone());
+        Self {
+            echoes: echoes.collect(),
+            n: request.n as usize,
+            num_choices: request.num_sequences(),
+        }
+    }
+}
+
+/// Where an answer is read from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// From the task that makes it, which waits for its reader.
+    Made(mpsc::Receiver<Told>),
+    /// From what is kept of it for all requests with its idempotency key.
+    Kept(Reader),
+}
+
+impl Source {
+    async fn next(&mut self) -> Option<Told> {
+        match self {
+            Self::Made(told) => told.recv().await,
+            Self::Kept(reader) => reader.next().await,
+        }
+    }
+}
+
+/// The answers to one request, as they come.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    id: AnswerId,
+    source: Source,
+    shape: Shape,
+    num_finished: usize,
+    usage: Usage,
+    failed: bool,
+    abort: CancellationToken,
+    _running: Counted,
+}
+
+impl Answer {
+    /// The answer `id` that `source` tells; `running` counts it until it is out.
+    pub(crate) const fn new(
+        id: AnswerId,
+        source: Source,
+        shape: Shape,
+        abort: CancellationToken,
+        running: Counted,
+    ) -> Self {
+        Self {
+            id,
+            source,
+            shape,
+            num_finished: 0,
+            usage: Usage {
+                prompt_tokens: 0,
+                cached_tokens: 0,
+                completion_tokens: 0,
+            },
+            failed: false,
+            abort,
+            _running: running,
+        }
+    }
+
+    /// What comes next in any of the answers; `None` when all have ended. Nothing follows an error.
+    /// Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        if self.failed {
+            return None;
+        }
+        let next = match self.source.next().await {
+            Some(told) => {
+                self.usage = told.usage;
+                told.delta
+            }
+            None if self.has_ended() => return None,
+            None if self.abort.is_cancelled() => Err(stopping()),
+            None => Err(ApiError::unavailable(
+                "the answer was not read for too long",
+            )),
+        };
+        match &next {
+            Ok(delta) => self.num_finished += usize::from(delta.finish.is_some()),
+            Err(_) => self.failed = true,
+        }
+        Some(next)
+    }
+
+    /// All answers, whole.
+    pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
+        let mut choices = vec![Choice::default(); self.shape.num_choices];
+        for (index, choice) in choices.iter_mut().enumerate() {
+            choice.text.push_str(self.echo(index).unwrap_or_default());
+        }
+        while let Some(delta) = self.next().await {
+            let delta = delta?;
+            let Some(choice) = choices.get_mut(delta.choice) else {
+                continue;
+            };
+            choice.text.push_str(&delta.text);
+            choice.tokens.extend(delta.tokens);
+            choice.has_end_token |= delta.has_end_token;
+            choice.finish = delta.finish.or(choice.finish);
+        }
+        Ok(choices)
+    }
+
+    /// Its name.
+    pub(crate) const fn id(&self) -> AnswerId {
+        self.id
+    }
+
+    /// Answers of this request.
+    pub(crate) const fn num_choices(&self) -> usize {
+        self.shape.num_choices
+    }
+
+    /// What the answer begins with before anything was sampled.
+    pub(crate) fn echo(&self, choice: usize) -> Option<&str> {
+        self.shape
+            .echoes
+            .get(choice / self.shape.n.max(1))?
+            .as_deref()
+    }
+
+    /// Whether every answer has ended.
+    pub(crate) const fn has_ended(&self) -> bool {
+        self.num_finished >= self.shape.num_choices
+    }
+
+    /// Tokens up to the last delta that was read; final after the last of all.
+    pub(crate) const fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+/// Why a request ends that this router has no more time for.
+pub(crate) fn stopping() -> ApiError {
+    ApiError::unavailable("this router is stopping")
+}
