@@ -262,7 +262,8 @@ mod tests {
 
     fn reply() -> (ReplySender, Answers) {
         let (sender, answers) = sync_channel(4);
-        let send = ReplySender::new(move |answer| sender.send(answer).unwrap());
+        // A test may end before it has heard all.
+        let send = ReplySender::new(move |answer| drop(sender.send(answer)));
         (send, answers)
     }
 
