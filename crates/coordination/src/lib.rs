@@ -26,7 +26,7 @@ pub use memory::MemoryStore;
 pub use placement_store::{PlacementStore, Placements, watch_placements};
 pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
 pub use registry::{
-    Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, watch_members,
+    ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, watch_members,
 };
 pub use slices::{slices_to_drop, slices_to_load};
 pub use store::{CasOutcome, Entry, LeaseId, Listing, Revision, Store, Watch, WatchEvent};

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -13,6 +14,7 @@ use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, Worke
 use crate::answers::{self, Answer, Routing};
 use crate::flight::{Arrival, OpenCall, Ticket};
 use crate::health::Health;
+use crate::meters::Links;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
 use crate::{
@@ -99,6 +101,7 @@ pub struct ExpertExchange {
     /// The server in front of `local`, which joins our calls with those of others.
     server: Option<ExpertServerHandle>,
     health: Health,
+    links: Links,
     stats: Arc<ExchangeStats>,
     turn: usize,
 }
@@ -116,7 +119,8 @@ impl ExpertExchange {
         let limits = CallLimits::new(&config.geometry, config.row_format);
         // Workers begin at different turns, so that equal ones do not all ask the same holder.
         let turn = config.me.as_str().bytes().map(usize::from).sum();
-        let (desk, health, stats) = (Arc::default(), Health::default(), Arc::default());
+        let stats = Arc::new(ExchangeStats::new(&config.geometry));
+        let (desk, health, links) = (Arc::default(), Health::default(), Links::default());
         Self {
             config,
             limits,
@@ -126,6 +130,7 @@ impl ExpertExchange {
             desk,
             server: None,
             health,
+            links,
             stats,
             turn,
         }
@@ -200,6 +205,8 @@ impl ExpertExchange {
             outputs_len: answers::outputs_len(&self.config.geometry, &frame.jobs),
             jobs: frame.jobs,
             check_at,
+            sent_at: now,
+            trip: Duration::ZERO,
         };
         let reply = ticket.open_call(open);
         let call = ExpertCall {
@@ -225,12 +232,15 @@ impl ExpertExchange {
             rows: ticket.rows.clone(),
             jobs: jobs.clone(),
         };
+        let now = Instant::now();
         let reply = ticket.open_call(OpenCall {
             worker: self.config.me.clone(),
             outputs_len: answers::outputs_len(&self.config.geometry, &jobs),
             jobs,
             // Nobody is asked in our place before we have refused.
-            check_at: Instant::now() + self.config.layer_deadline,
+            check_at: now + self.config.layer_deadline,
+            sent_at: now,
+            trip: Duration::ZERO,
         });
         server.submit_own(call, reply);
         Ok(())
@@ -307,6 +317,7 @@ impl ExpertExchange {
                 self.health.answered(&call.worker);
                 add(&self.stats.bytes_received, expected);
                 add(&self.stats.rows_remote, num_pairs(&call.jobs));
+                self.note_link(&call, &reply);
                 ticket.answers.push(Answer::remote(call.jobs, reply));
                 return Ok(());
             }
@@ -317,6 +328,14 @@ impl ExpertExchange {
             Err(refusal) => refusal,
         };
         self.on_refusal(ticket, call, refusal)
+    }
+
+    fn note_link(&mut self, call: &OpenCall, reply: &Reply) {
+        let served = Duration::from_micros(reply.service_us);
+        let under_way = call.trip.saturating_sub(served);
+        if let Some(usual) = self.links.note(&call.worker, under_way) {
+            self.stats.link_us.store(usual, Ordering::Relaxed);
+        }
     }
 
     /// What our own server says is no news about another worker.
@@ -410,6 +429,7 @@ impl Exchange for ExpertExchange {
     fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error> {
         let geometry = &self.config.geometry;
         let wants = plan::wants(layer, routed, geometry, &self.limits)?;
+        self.stats.count_chosen(layer, &wants);
         // Whoever sits there leaves while we plan.
         self.desk.engine_comes();
         let routing = Routing::new(routed, geometry.top_k);

@@ -21,6 +21,7 @@ mod host;
 pub mod limits;
 mod local;
 mod merge;
+mod meters;
 pub mod plan;
 mod rhythm;
 pub mod server;

@@ -16,6 +16,7 @@ use tramontane_compute::{Experts, RowFormat};
 use tramontane_types::{Epoch, LayerId, ModelGeometry};
 
 use self::batch::{Scratch, take_layer};
+use crate::meters::Mean;
 use crate::rhythm::{Caller, Rhythm};
 use crate::stats::add;
 use crate::validate::check_call;
@@ -132,6 +133,7 @@ struct Counters {
     rows: AtomicU64,
     busy: AtomicU64,
     refused: AtomicU64,
+    segment_ns: Mean,
 }
 
 #[derive(Debug)]
@@ -311,6 +313,13 @@ impl ExpertServerHandle {
             refused: read(&counters.refused),
             waiting: self.shared.queue.lock().calls.len() as u64,
         }
+    }
+
+    /// Nanoseconds that one segment takes in a batch of few rows, where reading the weights is most of the
+    /// work; `None` before the first such batch.
+    #[must_use]
+    pub fn segment_ns(&self) -> Option<u64> {
+        self.shared.counters.segment_ns.get()
     }
 
     /// Whether new calls are taken. False for good once the server stops, or its thread died.
