@@ -9,6 +9,7 @@ pub mod election;
 mod error;
 pub mod etcd;
 pub mod fault;
+pub mod loss;
 pub mod memory;
 mod mirror;
 pub mod placement_store;
@@ -22,11 +23,13 @@ pub use election::run_elected;
 pub use error::Error;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use fault::FaultStore;
+pub use loss::{essential_workers, survives_one_loss};
 pub use memory::MemoryStore;
 pub use placement_store::{PlacementStore, Placements, watch_placements};
 pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
 pub use registry::{
-    ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, watch_members,
+    ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord,
+    WorkerState, watch_members,
 };
 pub use slices::{slices_to_drop, slices_to_load};
 pub use store::{CasOutcome, Entry, LeaseId, Listing, Revision, Store, Watch, WatchEvent};

@@ -136,7 +136,10 @@ impl Measured {
     /// # Errors
     /// The rule that is broken, with the value.
     pub(super) fn validate(&self, model: &ModelFacts) -> Result<(), String> {
-        if let Some(ns) = self.segment_ns.filter(|ns| !(1..=SEGMENT_NS_MAX).contains(ns)) {
+        if let Some(ns) = self
+            .segment_ns
+            .filter(|ns| !(1..=SEGMENT_NS_MAX).contains(ns))
+        {
             return Err(format!("segment in {ns} ns, expected 1..={SEGMENT_NS_MAX}"));
         }
         if let Some(us) = self.link_us.filter(|us| *us > LINK_US_MAX) {
@@ -151,9 +154,12 @@ impl Measured {
         }
         let expected = model.num_layers * model.num_experts;
         let digits = load.levels.bytes().filter(|b| DIGITS.contains(b)).count();
-        if load.levels.len() > LOAD_EXPERTS_MAX || load.levels.len() != digits || digits != expected {
+        if load.levels.len() > LOAD_EXPERTS_MAX || load.levels.len() != digits || digits != expected
+        {
             let got = load.levels.len();
-            return Err(format!("loads of {got} experts in {digits} digits, expected {expected}"));
+            return Err(format!(
+                "loads of {got} experts in {digits} digits, expected {expected}"
+            ));
         }
         Ok(())
     }
@@ -191,7 +197,10 @@ mod tests {
         assert_eq!(known.settle(figures(1200, 120, 1200.0)), known);
         assert_eq!(known.settle(Measured::default()), known, "no news");
         let settled = known.settle(figures(1600, 80, 4000.0));
-        assert_eq!((settled.segment_ns, settled.link_us), (Some(1600), Some(80)));
+        assert_eq!(
+            (settled.segment_ns, settled.link_us),
+            (Some(1600), Some(80))
+        );
         assert_ne!(settled.expert_load, known.expert_load);
     }
 }

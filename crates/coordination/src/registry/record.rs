@@ -313,7 +313,9 @@ pub(crate) mod tests {
             ("negative", |v| v["measured"]["segment_ns"] = (-1).into()),
             ("link", |v| v["measured"]["link_us"] = u64::MAX.into()),
             ("rows", |v| v["measured"]["expert_load"]["rows"] = 0.into()),
-            ("top k", |v| v["measured"]["expert_load"]["top_k"] = 5.into()),
+            ("top k", |v| {
+                v["measured"]["expert_load"]["top_k"] = 5.into();
+            }),
             ("levels", |v| {
                 v["measured"]["expert_load"]["levels"] = "GGGGGGG\u{e9}".into();
             }),
