@@ -112,7 +112,9 @@ mod tests {
             let peer = WorkerId::new(["a", "b", "c"][n % 3]);
             let us = [60.0, 80.0, 5000.0][n % 3] * (0.8 + 0.4 * noise());
             let us = if noise() < 0.02 { us * 1000.0 } else { us };
-            usual = links.note(&peer, Duration::from_secs_f64(us / 1e6)).or(usual);
+            usual = links
+                .note(&peer, Duration::from_secs_f64(us / 1e6))
+                .or(usual);
         }
         let usual = usual.unwrap();
         assert!((70..90).contains(&usual), "{usual}");

@@ -315,13 +315,6 @@ impl ExpertServerHandle {
         }
     }
 
-    /// Nanoseconds that one segment takes in a batch of few rows, where reading the weights is most of the
-    /// work; `None` before the first such batch.
-    #[must_use]
-    pub fn segment_ns(&self) -> Option<u64> {
-        self.shared.counters.segment_ns.get()
-    }
-
     /// Whether new calls are taken. False for good once the server stops, or its thread died.
     #[must_use]
     pub fn is_serving(&self) -> bool {

@@ -14,6 +14,7 @@ mod expert_keeper;
 mod follower;
 mod generate_service;
 mod host_socket;
+mod measure;
 mod metrics;
 mod peers;
 mod registration;

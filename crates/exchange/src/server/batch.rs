@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tramontane_compute::ExpertJob;
 use tramontane_types::LayerId;
 
-use super::{Shared, WAIT_ROWS_MAX, Waiting};
+use super::{ExpertServerHandle, Shared, WAIT_ROWS_MAX, Waiting};
 use crate::call::outputs_of;
 use crate::exchange::borrow;
 use crate::failure::{Failure, panic_text};
@@ -49,6 +49,15 @@ pub(super) struct Scratch {
     out: Vec<f32>,
     /// Segments of each expert that a batch reads.
     masks: Vec<u8>,
+}
+
+impl ExpertServerHandle {
+    /// Nanoseconds that one segment takes in a batch of few rows, where reading the weights is most of the
+    /// work; `None` before the first such batch.
+    #[must_use]
+    pub fn segment_ns(&self) -> Option<u64> {
+        self.shared.counters.segment_ns.get()
+    }
 }
 
 impl Shared {
