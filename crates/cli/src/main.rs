@@ -7,6 +7,7 @@ mod config_check;
 mod model;
 mod openai_client;
 mod operator;
+mod operator_plan;
 mod output;
 mod processes;
 mod serve;

@@ -10,6 +10,7 @@ use tramontane_proto::v1::admin_client::AdminClient;
 use tramontane_types::Placement;
 
 use crate::args::{PlacementCommand, ReadArgs, RouterAddress, WorkersCommand};
+use crate::operator_plan;
 use crate::output::{self, Format};
 
 /// Longest wait for a connection to the router.
@@ -149,6 +150,9 @@ fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "sequences_waiting": worker.sequences_waiting,
         "kv_pages_free": worker.kv_pages_free,
         "version": worker.version,
+        "essential": worker.essential,
+        "segment_ns": worker.segment_ns,
+        "link_us": worker.link_us,
     })
 }
 
@@ -184,7 +188,11 @@ async fn drain(worker_id: String, dry_run: bool, router: &RouterAddress) -> anyh
 
 /// `tramontane placement ...`
 pub(crate) async fn placement(command: PlacementCommand) -> anyhow::Result<()> {
-    let PlacementCommand::Show(args) = command;
+    let args = match command {
+        PlacementCommand::Show(args) => args,
+        PlacementCommand::Plan(args) => return operator_plan::plan(&args).await,
+        PlacementCommand::Rebalance(args) => return operator_plan::rebalance(&args).await,
+    };
     let mut admin = connect(&args.router).await?;
     let answer = admin
         .get_placement(v1::GetPlacementRequest {})
@@ -226,7 +234,7 @@ pub(crate) async fn placement(command: PlacementCommand) -> anyhow::Result<()> {
     )?)
 }
 
-async fn connect(address: &RouterAddress) -> anyhow::Result<AdminClient<Channel>> {
+pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<AdminClient<Channel>> {
     let url = if address.router.contains("://") {
         address.router.clone()
     } else {
@@ -246,7 +254,7 @@ async fn connect(address: &RouterAddress) -> anyhow::Result<AdminClient<Channel>
 
 /// The router's words without gRPC's decoration.
 #[expect(clippy::needless_pass_by_value, reason = "the form that map_err wants")]
-fn refused(status: tonic::Status) -> anyhow::Error {
+pub(crate) fn refused(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!(
         "the router answered {:?}: {}",
         status.code(),

@@ -8,7 +8,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_coordination::{Planner, Store, run_elected, watch_members, watch_placements};
+use tramontane_coordination::{
+    Planner, Store, run_elected, survives_one_loss, watch_members, watch_placements,
+};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
@@ -81,6 +83,7 @@ pub(crate) struct App {
     pub(crate) config: RouterConfig,
     pub(crate) dispatcher: Dispatcher,
     pub(crate) cluster: ClusterView,
+    pub(crate) store: Arc<dyn Store>,
     pub(crate) model: Arc<ServedModel>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) metrics: Arc<Metrics>,
@@ -105,6 +108,10 @@ impl App {
             epoch: placements.published_epoch().0,
             ready: self.ready.check().is_ok(),
             store_available: !members.stale && !placements.stale,
+            survives_one_loss: placements
+                .published
+                .as_ref()
+                .is_some_and(|p| survives_one_loss(&members, p)),
         })
     }
 }
@@ -128,7 +135,7 @@ pub async fn run(
         config.clone(),
         parts.tokenizer,
         parts.model,
-        cluster,
+        (cluster, parts.store),
         ready,
         &doors,
     );
@@ -211,7 +218,7 @@ fn app(
     config: RouterConfig,
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
-    cluster: ClusterView,
+    (cluster, store): (ClusterView, Arc<dyn Store>),
     ready: Readiness,
     doors: &Doors,
 ) -> Arc<App> {
@@ -250,6 +257,7 @@ fn app(
         config,
         dispatcher,
         cluster,
+        store,
         model: Arc::new(model),
         tokenizer,
         metrics,

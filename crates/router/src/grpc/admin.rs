@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
-use tramontane_coordination::{Placements, WorkerRecord, WorkerState};
+use tramontane_coordination::{
+    Placements, WorkerRecord, WorkerState, essential_workers, survives_one_loss,
+};
 use tramontane_proto::v1;
 use tramontane_proto::v1::admin_server::Admin;
 use tramontane_runtime::build_info;
-use tramontane_types::{Placement, WorkerId};
+use tramontane_types::WorkerId;
 
+use super::plan;
 use super::status::{not_found, status};
-use crate::cluster::attention_workers;
 use crate::error::ApiError;
 use crate::run::App;
 use crate::worker_pool::connect;
@@ -46,9 +48,6 @@ impl Admin for AdminService {
             .workers
             .values()
             .filter(|w| w.state == WorkerState::Ready);
-        let attention_left = attention_workers(&members, &placements)
-            .count()
-            .saturating_sub(1);
         Ok(Response::new(v1::ClusterStatusResponse {
             model: self.app.model.id.clone(),
             numeric_class: published
@@ -64,7 +63,7 @@ impl Admin for AdminService {
             store_available: members.synced && !members.stale && !placements.stale,
             reason: ready.err().unwrap_or_default(),
             version: build_info::VERSION.to_owned(),
-            survives_one_loss: attention_left > 0 && published.is_some_and(is_replicated),
+            survives_one_loss: published.is_some_and(|p| survives_one_loss(&members, p)),
         }))
     }
 
@@ -73,10 +72,16 @@ impl Admin for AdminService {
         _request: Request<v1::ListWorkersRequest>,
     ) -> Result<Response<v1::ListWorkersResponse>, Status> {
         let (members, placements) = (self.app.cluster.members(), self.app.cluster.placements());
+        let published = placements.published.as_deref();
+        let essential = published.map(|p| essential_workers(&members, p));
+        let essential = essential.unwrap_or_default();
         let workers = members
             .workers
             .iter()
-            .map(|(id, record)| summary(id, record, &placements));
+            .map(|(id, record)| v1::WorkerSummary {
+                essential: essential.contains(id),
+                ..summary(id, record, &placements)
+            });
         Ok(Response::new(v1::ListWorkersResponse {
             workers: workers.collect(),
         }))
@@ -101,6 +106,22 @@ impl Admin for AdminService {
             placement_json,
             epoch: published.epoch.0,
         }))
+    }
+
+    async fn plan_placement(
+        &self,
+        request: Request<v1::PlanPlacementRequest>,
+    ) -> Result<Response<v1::PlanPlacementResponse>, Status> {
+        let planned = plan::plan_placement(&self.app, request.into_inner());
+        planned.await.map(Response::new)
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::RebalanceResponse>, Status> {
+        let asked = plan::rebalance(&self.app, request.into_inner());
+        asked.await.map(Response::new)
     }
 
     async fn drain_worker(
@@ -129,11 +150,6 @@ impl Admin for AdminService {
             Err(_elapsed) => Err(unreachable("no answer".to_owned())),
         }
     }
-}
-
-/// Whether every slice has a second holder.
-fn is_replicated(placement: &Placement) -> bool {
-    placement.iter().all(|(_, holders)| holders.len() > 1)
 }
 
 fn summary(id: &WorkerId, record: &WorkerRecord, placements: &Placements) -> v1::WorkerSummary {
@@ -172,6 +188,9 @@ fn summary(id: &WorkerId, record: &WorkerRecord, placements: &Placements) -> v1:
         sequences_waiting: record.load.waiting,
         kv_pages_free: record.load.kv_pages_free,
         version: record.version.clone(),
+        essential: false,
+        segment_ns: record.measured.segment_ns.unwrap_or(0),
+        link_us: record.measured.link_us.unwrap_or(0),
     }
 }
 

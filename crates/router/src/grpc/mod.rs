@@ -3,6 +3,7 @@
 
 mod admin;
 mod inference;
+mod plan;
 mod status;
 
 use std::future::Future;
