@@ -124,6 +124,10 @@ pub(crate) enum PlacementCommand {
     Show(ReadArgs),
     /// Say how experts should be placed
     Apply(ApplyArgs),
+    /// Compare placements before anything moves: predicted time, bytes to load, safety
+    Plan(PlanArgs),
+    /// Have the planner plan again for load and speed now
+    Rebalance(RebalanceArgs),
 }
 
 /// `tramontane placement apply`
@@ -178,6 +182,32 @@ pub(crate) struct EventsArgs {
     pub(crate) last: u32,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
+}
+
+/// `tramontane placement plan`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
+    /// Workers that hold each slice; the intent's or the configuration's when absent
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) replicas: Option<u16>,
+    /// Slices per expert (1 to 8); chosen by the planner when absent
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub(crate) slices: Option<u8>,
+    /// Say which one the planner takes, and why
+    #[arg(long)]
+    pub(crate) explain: bool,
+}
+
+/// `tramontane placement rebalance`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RebalanceArgs {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) router: RouterAddress,
 }
 
 /// `tramontane model ...`

@@ -10,6 +10,7 @@ mod error;
 pub mod etcd;
 pub mod fault;
 mod intent_watch;
+pub mod loss;
 pub mod memory;
 mod mirror;
 pub mod placement_store;
@@ -25,12 +26,13 @@ pub use error::Error;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use fault::FaultStore;
 pub use intent_watch::{SeenIntent, watch_intent};
+pub use loss::{essential_workers, survives_one_loss};
 pub use memory::MemoryStore;
 pub use placement_store::{PlacementStore, Placements, watch_placements};
 pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
 pub use registry::{
-    Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState, remove_worker,
-    watch_members,
+    ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord,
+    WorkerState, remove_worker, watch_members,
 };
 pub use remember::RememberingStore;
 pub use slices::{slices_to_drop, slices_to_load};

@@ -27,8 +27,9 @@ use tokio_util::task::TaskTracker;
 use tramontane_coordination::registry::RECORD_SCHEMA;
 use tramontane_coordination::store::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use tramontane_coordination::{
-    CasOutcome, Error, EtcdConfig, EtcdStore, LeaseId, Members, MemoryStore, ModelFacts, Revision,
-    Roles, Store, Watch, WatchEvent, WorkerLoad, WorkerRecord, WorkerState, watch_members,
+    CasOutcome, Error, EtcdConfig, EtcdStore, LeaseId, Measured, Members, MemoryStore, ModelFacts,
+    Revision, Roles, Store, Watch, WatchEvent, WorkerLoad, WorkerRecord, WorkerState,
+    watch_members,
 };
 use tramontane_types::{Epoch, WorkerId};
 
@@ -344,6 +345,7 @@ async fn register(store: &EtcdStore, id: &str, ttl: Duration) {
         started_ms: 1,
         version: "1".to_owned(),
         load: WorkerLoad::default(),
+        measured: Measured::default(),
     };
     let lease = store.grant_lease(ttl).await.unwrap();
     let value = serde_json::to_vec(&record).unwrap();

@@ -6,6 +6,7 @@ mod retry;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -16,6 +17,7 @@ use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, Worke
 use crate::answers::{self, Answer, Routing};
 use crate::flight::{Arrival, Left, OpenCall, Ticket};
 use crate::health::Health;
+use crate::meters::Links;
 use crate::patience::Patience;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
@@ -107,6 +109,7 @@ pub struct ExpertExchange {
     patience: Patience,
     /// Of layers that are complete, the oldest first.
     left: VecDeque<Left>,
+    links: Links,
     stats: Arc<ExchangeStats>,
     turn: usize,
 }
@@ -124,7 +127,8 @@ impl ExpertExchange {
         let limits = CallLimits::new(&config.geometry, config.row_format);
         // Workers begin at different turns, so that equal ones do not all ask the same holder.
         let turn = config.me.as_str().bytes().map(usize::from).sum();
-        let (desk, health, stats) = (Arc::default(), Health::default(), Arc::default());
+        let stats = Arc::new(ExchangeStats::new(&config.geometry));
+        let (desk, health, links) = (Arc::default(), Health::default(), Links::default());
         Self {
             patience: Patience::new(config.call_timeout),
             left: VecDeque::new(),
@@ -136,6 +140,7 @@ impl ExpertExchange {
             desk,
             server: None,
             health,
+            links,
             stats,
             turn,
         }
@@ -211,6 +216,7 @@ impl ExpertExchange {
             outputs_len,
             jobs: frame.jobs,
             sent_at: now,
+            trip: Duration::ZERO,
             check_at: now + patience,
         };
         let reply = ticket.open_call(open);
@@ -245,6 +251,7 @@ impl ExpertExchange {
             sent_at: now,
             // Nobody is asked in our place before we have refused.
             check_at: now + self.config.layer_deadline,
+            trip: Duration::ZERO,
         });
         server.submit_own(call, reply);
         Ok(())
@@ -292,7 +299,7 @@ impl ExpertExchange {
                 wake = now;
                 match arrival {
                     Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
-                    Arrival::Needless(call) => self.note_answer(&call, Instant::now()),
+                    Arrival::Needless(call) => self.note_answer(&call),
                 }
             }
             now = Instant::now();
@@ -321,9 +328,10 @@ impl ExpertExchange {
         }
         let refusal = match answer {
             Ok(reply) if reply.outputs.len() == expected => {
-                self.note_answer(&call, Instant::now());
+                self.note_answer(&call);
                 add(&self.stats.bytes_received, expected);
                 add(&self.stats.rows_remote, num_pairs(&call.jobs));
+                self.note_link(&call, &reply);
                 ticket.answers.push(Answer::remote(call.jobs, reply));
                 return Ok(());
             }
@@ -334,6 +342,14 @@ impl ExpertExchange {
             Err(refusal) => refusal,
         };
         self.on_refusal(ticket, call, refusal)
+    }
+
+    fn note_link(&mut self, call: &OpenCall, reply: &Reply) {
+        let served = Duration::from_micros(reply.service_us);
+        let under_way = call.trip.saturating_sub(served);
+        if let Some(usual) = self.links.note(&call.worker, under_way) {
+            self.stats.link_us.store(usual, Ordering::Relaxed);
+        }
     }
 
     /// What our own server says is no news about another worker.
@@ -370,10 +386,11 @@ impl ExpertExchange {
 impl Exchange for ExpertExchange {
     fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error> {
         let wants = plan::wants(layer, routed, &self.config.geometry, &self.limits)?;
+        self.stats.count_chosen(layer, &wants);
         // Whoever sits there leaves while we plan.
         self.desk.engine_comes();
         let now = Instant::now();
-        self.note_late_answers(now);
+        self.note_late_answers();
         let routing = Routing::new(routed, self.config.geometry.top_k);
         let rows = Bytes::copy_from_slice(&routed.rows);
         let desk = Arc::clone(&self.desk);

@@ -50,6 +50,9 @@ pub(crate) struct OpenCall {
     pub(crate) sent_at: Instant,
     /// When to look for somebody else.
     pub(crate) check_at: Instant,
+    pub(crate) sent_at: Instant,
+    /// Time until its answer arrived, which may be long before the engine looks; 0 as long as it has not.
+    pub(crate) trip: Duration,
 }
 
 /// What came from a worker.
@@ -109,13 +112,15 @@ impl Ticket {
     /// such a call is ignored.
     pub(crate) fn next_arrival(&mut self, until: Instant, seat: &mut Seat<'_>) -> Option<Arrival> {
         loop {
-            let (id, answer) = seat.wait(until, &mut || self.inbox.take())?;
-            if let Some(call) = self.open.remove(&id) {
+            let (id, at, answer) = seat.wait(until, &mut || self.inbox.take())?;
+            if let Some(mut call) = self.open.remove(&id) {
+                call.trip = at.saturating_duration_since(call.sent_at);
                 return Some(Arrival::Answer(call, answer));
             }
-            let Some(call) = self.given_up.remove(&id) else {
+            let Some(mut call) = self.given_up.remove(&id) else {
                 continue;
             };
+            call.trip = at.saturating_duration_since(call.sent_at);
             if !matches!(&answer, Ok(reply) if reply.outputs.len() == call.outputs_len) {
                 continue;
             }
@@ -225,10 +230,11 @@ impl Left {
     /// The calls that were answered well meanwhile; whatever else came is forgotten.
     pub(crate) fn answered(&mut self) -> impl Iterator<Item = OpenCall> + '_ {
         std::iter::from_fn(|| {
-            while let Some((id, answer)) = self.inbox.take() {
-                let call = self.calls.remove(&id);
-                if answer.is_ok() && call.is_some() {
-                    return call;
+            while let Some((id, at, answer)) = self.inbox.take() {
+                let call = self.calls.remove(&id).filter(|_| answer.is_ok());
+                if let Some(mut call) = call {
+                    call.trip = at.saturating_duration_since(call.sent_at);
+                    return Some(call);
                 }
             }
             None
@@ -245,16 +251,21 @@ impl Left {
 struct Inbox {
     /// Where the engine waits.
     desk: Arc<Desk>,
-    answers: Mutex<VecDeque<(u64, Result<Reply, Refusal>)>>,
+    answers: Mutex<VecDeque<Arrived>>,
 }
+
+/// Which call was answered, when, and how.
+type Arrived = (u64, Instant, Result<Reply, Refusal>);
 
 impl Inbox {
     fn put(&self, call: u64, answer: Result<Reply, Refusal>) {
-        self.answers.lock().push_back((call, answer));
+        self.answers
+            .lock()
+            .push_back((call, Instant::now(), answer));
         self.desk.ring();
     }
 
-    fn take(&self) -> Option<(u64, Result<Reply, Refusal>)> {
+    fn take(&self) -> Option<Arrived> {
         self.answers.lock().pop_front()
     }
 }

@@ -22,6 +22,7 @@ mod host;
 pub mod limits;
 mod local;
 mod merge;
+mod meters;
 mod patience;
 pub mod plan;
 mod rhythm;

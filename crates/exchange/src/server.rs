@@ -16,6 +16,7 @@ use tramontane_compute::{Experts, RowFormat};
 use tramontane_types::{Epoch, LayerId, ModelGeometry};
 
 use self::batch::{Scratch, take_layer};
+use crate::meters::Mean;
 use crate::rhythm::{Caller, Rhythm};
 use crate::stats::add;
 use crate::validate::check_call;
@@ -132,6 +133,7 @@ struct Counters {
     rows: AtomicU64,
     busy: AtomicU64,
     refused: AtomicU64,
+    segment_ns: Mean,
 }
 
 #[derive(Debug)]

@@ -3,7 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What the exchange of one engine has done since it was made. Counters only grow.
+use tramontane_types::{LayerId, ModelGeometry};
+
+use crate::Job;
+
+/// What the exchange of one engine has done since it was made. All but the link only grow.
 #[derive(Debug)]
 pub struct ExchangeStats {
     made: Instant,
@@ -23,6 +27,33 @@ pub struct ExchangeStats {
     pub retries: AtomicU64,
     /// Calls sent.
     pub frames: AtomicU64,
+    /// (row, expert) pairs that the rows chose, `[num_layers * num_experts]`, layer-major.
+    pub chosen: Vec<AtomicU64>,
+    /// Microseconds that a call to the usual peer takes beyond its service; 0 before the first.
+    pub link_us: AtomicU64,
+    num_experts: usize,
+}
+
+impl ExchangeStats {
+    pub(crate) fn new(geometry: &ModelGeometry) -> Self {
+        let num_experts = geometry.num_experts;
+        let chosen = std::iter::repeat_with(AtomicU64::default);
+        Self {
+            chosen: chosen.take(geometry.num_layers * num_experts).collect(),
+            num_experts,
+            ..Self::default()
+        }
+    }
+
+    /// Counts what the rows of a layer chose.
+    pub(crate) fn count_chosen(&self, layer: LayerId, wants: &[Job]) {
+        let begin = usize::from(layer.0) * self.num_experts;
+        for want in wants {
+            if let Some(chosen) = self.chosen.get(begin + usize::from(want.expert.0)) {
+                add(chosen, want.row_ids.len());
+            }
+        }
+    }
 }
 
 impl Default for ExchangeStats {
@@ -38,6 +69,9 @@ impl Default for ExchangeStats {
             wait_us_total: zero(),
             retries: zero(),
             frames: zero(),
+            chosen: Vec::new(),
+            link_us: zero(),
+            num_experts: 0,
         }
     }
 }

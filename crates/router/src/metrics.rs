@@ -55,6 +55,7 @@ struct Gauges {
     epoch: Gauge,
     ready: Gauge,
     store_available: Gauge,
+    survives_one_loss: Gauge,
 }
 
 /// Values of the gauges at one moment.
@@ -71,6 +72,7 @@ pub(crate) struct Reading {
     pub(crate) epoch: u64,
     pub(crate) ready: bool,
     pub(crate) store_available: bool,
+    pub(crate) survives_one_loss: bool,
 }
 
 /// A door that requests come through.
@@ -219,6 +221,11 @@ impl Metrics {
     }
 
     fn register_own(&mut self) {
+        self.registry.register(
+            "tramontane_survives_one_loss",
+            "1 when any one worker may be lost",
+            self.gauges.survives_one_loss.clone(),
+        );
         let own = self.registry.sub_registry_with_prefix("tramontane_router");
         own.register(
             "requests",
@@ -342,6 +349,9 @@ impl Metrics {
         gauges
             .store_available
             .set(i64::from(reading.store_available));
+        gauges
+            .survives_one_loss
+            .set(i64::from(reading.survives_one_loss));
         shared::render(&self.registry)
     }
 

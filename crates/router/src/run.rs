@@ -10,7 +10,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
-    Planner, PlannerStatus, Store, run_elected, watch_intent, watch_members, watch_placements,
+    Planner, PlannerStatus, Store, run_elected, survives_one_loss, watch_intent, watch_members,
+    watch_placements,
 };
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
@@ -151,6 +152,10 @@ impl App {
             epoch: placements.published_epoch().0,
             ready: self.ready.check().is_ok(),
             store_available: !members.stale && !placements.stale,
+            survives_one_loss: placements
+                .published
+                .as_ref()
+                .is_some_and(|p| survives_one_loss(&members, p)),
         })
     }
 }

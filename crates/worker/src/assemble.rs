@@ -71,7 +71,8 @@ pub(crate) async fn build(
         };
         let experts = roles.experts.then(|| {
             let (inner, format) = (backend.experts(), backend.row_format());
-            Arc::new(KeptExperts::new(inner, geometry.clone(), format))
+            let weights = config.weights;
+            Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights))
         });
         Ok(Halves {
             backend,

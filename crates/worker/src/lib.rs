@@ -15,6 +15,7 @@ mod expert_keeper;
 mod follower;
 mod generate_service;
 mod host_socket;
+mod measure;
 mod metrics;
 mod peers;
 mod registration;

@@ -2,17 +2,20 @@
 //! once a second, except for a change of state.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tramontane_compute::Backend;
 use tramontane_coordination::registry::RECORD_SCHEMA;
-use tramontane_coordination::{ModelFacts, Registration, WorkerLoad, WorkerRecord, WorkerState};
+use tramontane_coordination::{
+    Measured, ModelFacts, Registration, WorkerLoad, WorkerRecord, WorkerState,
+};
 use tramontane_model::Checkpoint;
 use tramontane_types::{Epoch, WorkerId};
 
 use crate::WorkerConfig;
+use crate::measure::Meter;
 use crate::state::Node;
 
 /// How often the gauges of a record are refreshed.
@@ -57,12 +60,14 @@ pub(crate) fn record(
         started_ms: u64::try_from(since_1970.as_millis()).unwrap_or_default(),
         version: tramontane_runtime::build_info::VERSION.to_owned(),
         load: WorkerLoad::default(),
+        measured: Measured::default(),
     }
 }
 
 /// Keeps state and gauges of the record in step with the worker until `stop`.
 pub(crate) async fn refresh(node: Arc<Node>, registration: Registration, stop: CancellationToken) {
     let mut state = node.state.subscribe();
+    let mut meter = Meter::default();
     let mut ticks = interval(LOAD_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -74,10 +79,14 @@ pub(crate) async fn refresh(node: Arc<Node>, registration: Registration, stop: C
             () = stop.cancelled() => return,
         }
         let state = *state.borrow_and_update();
+        let measured = meter.look(&node, Instant::now());
         // Together: a record that says "draining" has gauges that were read after the last new sequence.
         registration.update(|record| {
             record.state = state;
             record.load = node.load();
+            if let Some(measured) = measured {
+                record.measured = record.measured.settle(measured);
+            }
         });
     }
 }

@@ -155,8 +155,9 @@ fn router_metrics(source: &str) -> BTreeSet<String> {
         Some(prefix) => format!("{prefix}_{name}"),
         None => name.to_owned(),
     });
+    let whole = after_each(source, "self.registry.register(\"").map(str::to_owned);
     let vllm = after_each(source, "\"vllm:").map(|name| format!("vllm:{name}"));
-    own.chain(vllm).collect()
+    own.chain(whole).chain(vllm).collect()
 }
 
 /// Names that a worker registers, likewise.

@@ -3,6 +3,7 @@
 
 mod events;
 mod placement;
+mod plan;
 mod status;
 mod top;
 mod wait;

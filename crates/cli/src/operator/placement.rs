@@ -6,7 +6,7 @@ use tramontane_proto::v1;
 use tramontane_types::Placement;
 
 use super::wait::{Look, Progress, wait};
-use super::{Admin, SEE_STATUS, connect, refused, status};
+use super::{Admin, SEE_STATUS, connect, plan, refused, status};
 use crate::args::{ApplyArgs, PlacementCommand, ReadArgs};
 use crate::exit::{Exit, refusal};
 use crate::output;
@@ -16,6 +16,8 @@ pub(crate) async fn placement(command: PlacementCommand) -> anyhow::Result<()> {
     match command {
         PlacementCommand::Show(args) => show(&args).await,
         PlacementCommand::Apply(args) => apply(&args).await,
+        PlacementCommand::Plan(args) => plan::plan(&args).await,
+        PlacementCommand::Rebalance(args) => plan::rebalance(&args).await,
     }
 }
 

@@ -106,6 +106,9 @@ pub(super) fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "kv_pages_free": worker.kv_pages_free,
         "started": events::time_text(worker.started_ms),
         "version": worker.version,
+        "essential": worker.essential,
+        "segment_ns": worker.segment_ns,
+        "link_us": worker.link_us,
     })
 }
 

@@ -5,9 +5,10 @@ use std::cmp::Ordering;
 
 use tramontane_types::{ExpertId, LayerId, Placement, SliceHolders, WorkerId};
 
+use super::even::even_out;
 use super::flow::Table;
 use super::quota::{quotas, shares};
-use super::{BalanceError, Plan, summary, usable_current};
+use super::{BalanceError, Plan, hot, summary, usable_current};
 
 /// `[num_layers][layer_slices][num_workers]`: 1 where the worker holds the slice. Slices of a layer
 /// are ordered by expert, then segment.
@@ -22,7 +23,8 @@ pub(super) fn place(plan: &Plan<'_>) -> Result<Placement, BalanceError> {
     let replicas = plan.input.policy.replicas.get().min(num_workers);
     let offered: usize = plan.capacity.iter().sum();
     let total = offered.min(plan.copy_slices() * replicas);
-    let weights: Vec<f64> = plan.workers.iter().map(|w| weight(w)).collect();
+    let weights = plan.weights();
+    let hot = hot::wanted(plan, plan.now);
     let shares = shares(&weights, &plan.capacity, total);
 
     let mut held = held_now(plan);
@@ -44,12 +46,29 @@ pub(super) fn place(plan: &Plan<'_>) -> Result<Placement, BalanceError> {
             (&loads, &weights),
         )
         .ok_or_else(|| inconsistent(layer))?;
+        if plan.input.expert_load.is_some() {
+            let loads = copy_loads(plan, layer, &loads, (&held[layer], &hot));
+            even_out(&mut held[layer], &loads, &weights);
+        }
     }
-    Ok(build(plan, &held, &weights))
+    let mut placement = build(plan, &held, &weights);
+    hot::add(&mut placement, plan, &hot, (&weights, plan.now));
+    Ok(placement)
 }
 
-fn weight(worker: &super::WorkerShare) -> f64 {
-    worker.capacity_segments as f64 * f64::from(worker.speed)
+/// Work of one copy of each slice of a layer, once hot experts have their further copies.
+fn copy_loads(
+    plan: &Plan<'_>,
+    layer: usize,
+    loads: &[f64],
+    (held, hot): (&[Vec<usize>], &[usize]),
+) -> Vec<f64> {
+    let copies = |slice: usize| {
+        let expert = layer * plan.input.num_experts + slice / plan.cut.len();
+        held[slice].iter().sum::<usize>() + hot[expert]
+    };
+    let load = |(slice, load): (usize, &f64)| load / copies(slice).max(1) as f64;
+    loads.iter().enumerate().map(load).collect()
 }
 
 fn inconsistent(layer: usize) -> BalanceError {

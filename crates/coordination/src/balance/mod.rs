@@ -2,11 +2,15 @@
 //! a store or chance, and equal inputs give equal placements.
 //!
 //! In order: choose how finely experts are cut, give every worker a number of slices in proportion to
-//! what it offers, spread that number over the layers, choose slices, and choose preferred holders.
+//! what it offers, spread that number over the layers, choose slices, even out loads, choose preferred
+//! holders, and copy hot experts into memory that is left.
 //! Every step starts from what the workers already hold and changes as little as it can.
 
 mod assign;
+mod even;
 mod flow;
+mod hot;
+pub mod predict;
 mod quota;
 mod summary;
 
@@ -14,6 +18,8 @@ use std::num::NonZeroUsize;
 
 use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, SegmentRange, WorkerId};
 
+pub use hot::{HOT_COPIES_MAX, HOT_LOAD, HOT_MEMORY_PARTS, WARM_LOAD};
+pub use predict::{Costs, predict};
 pub use summary::{Summary, WorkerSummary, summarise};
 
 /// Most workers of one placement: holders are named by a `u16`.
@@ -52,8 +58,9 @@ pub struct WorkerShare {
     pub id: WorkerId,
     /// Expert segments that fit into its memory.
     pub capacity_segments: u64,
-    /// How fast it is for its capacity, 1 being usual: its share is in proportion to the product.
-    pub speed: f32,
+    /// How fast it is, in any unit: shares are in proportion to it, within capacity. Who has none among
+    /// others that do is taken for the median; where nobody has one, shares are in proportion to capacity.
+    pub speed: Option<f32>,
 }
 
 /// What the operator wants of a placement.
@@ -115,6 +122,8 @@ struct Plan<'a> {
     cut: Vec<SegmentRange>,
     /// Slices that fit on each worker, at most one copy of the model.
     capacity: Vec<usize>,
+    /// The placement in force, with copies of hot experts that `input.current` leaves out.
+    now: Option<&'a Placement>,
 }
 
 /// A valid placement of one copy or more: proportional to what workers offer, spread inside each
@@ -124,6 +133,12 @@ struct Plan<'a> {
 /// See [`BalanceError`].
 pub fn balance(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
     check(input)?;
+    let now = usable_current(input);
+    let bare = hot::without_hot_copies(input);
+    let input = &BalanceInput {
+        current: bare.as_ref().or(input.current),
+        ..input.clone()
+    };
     let mut workers: Vec<&WorkerShare> = input.workers.iter().collect();
     workers.retain(|worker| worker.capacity_segments > 0);
     workers.sort_by(|a, b| a.id.cmp(&b.id));
@@ -132,7 +147,7 @@ pub fn balance(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
     }
     let mut refused = BalanceError::NoWorkers;
     for slices in cuts(input, workers.len()) {
-        let plan = Plan::new(input, workers.clone(), slices);
+        let plan = Plan::new(input, now, workers.clone(), slices);
         match plan.check_capacity() {
             Ok(()) => return assign::place(&plan),
             Err(error) => refused = error,
@@ -142,7 +157,12 @@ pub fn balance(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(input: &'a BalanceInput<'a>, workers: Vec<&'a WorkerShare>, slices: u8) -> Self {
+    fn new(
+        input: &'a BalanceInput<'a>,
+        now: Option<&'a Placement>,
+        workers: Vec<&'a WorkerShare>,
+        slices: u8,
+    ) -> Self {
         let cut = cut(input.num_segments, slices);
         // Uneven cuts are counted as if all slices were of the largest size.
         let largest = u64::from(input.num_segments.div_ceil(slices));
@@ -156,7 +176,22 @@ impl<'a> Plan<'a> {
             input,
             workers,
             cut,
+            now,
         }
+    }
+
+    /// What shares are in proportion to.
+    fn weights(&self) -> Vec<f64> {
+        let measured = || self.workers.iter().filter_map(|w| w.speed.map(f64::from));
+        let Some(usual) = predict::median(measured()) else {
+            return self
+                .workers
+                .iter()
+                .map(|w| w.capacity_segments as f64)
+                .collect();
+        };
+        let speed = |w: &&WorkerShare| w.speed.map_or(usual, f64::from);
+        self.workers.iter().map(speed).collect()
     }
 
     /// Slices in each layer.
@@ -272,12 +307,9 @@ fn check(input: &BalanceInput<'_>) -> Result<(), BalanceError> {
     if let Some(twice) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
         return refuse("worker id", twice[0].to_string(), "each worker once");
     }
-    if let Some(worker) = input
-        .workers
-        .iter()
-        .find(|w| !(w.speed > 0.0 && w.speed.is_finite()))
-    {
-        return refuse("speed", worker.speed.to_string(), "a positive number");
+    let mut speeds = input.workers.iter().filter_map(|worker| worker.speed);
+    if let Some(speed) = speeds.find(|speed| !(*speed > 0.0 && speed.is_finite())) {
+        return refuse("speed", speed.to_string(), "a positive number");
     }
     let Some(load) = &input.expert_load else {
         return Ok(());

@@ -10,7 +10,7 @@ fn share(id: usize, capacity_segments: u64) -> WorkerShare {
     WorkerShare {
         id: WorkerId::new(&format!("w{id:03}")),
         capacity_segments,
-        speed: 1.0,
+        speed: None,
     }
 }
 
@@ -187,7 +187,8 @@ fn used_experts_are_spread_over_workers() {
 #[test]
 fn a_faster_worker_gets_more() {
     let mut input = input(&[4000; 2], (4, 8, 8));
-    input.workers[1].speed = 3.0;
+    input.workers[0].speed = Some(1.0);
+    input.workers[1].speed = Some(3.0);
     let summary = check_placement(&input, &balance(&input).unwrap());
     assert_eq!(segments(&summary), [64, 192]);
 }
@@ -207,6 +208,92 @@ fn a_ninth_worker_cuts_experts_and_leaving_does_not_join_them_again() {
     let summary = check_placement(&back, &balance(&back).unwrap());
     assert_eq!(summary.slices_per_expert, 2);
     assert!(summary.moved_segments <= 28, "{}", summary.moved_segments);
+}
+
+/// Who holds the only slice of each expert, as digits.
+fn holders(placement: &Placement) -> Vec<String> {
+    let digit = |h: &u16| placement.workers[usize::from(*h)].as_str()[3..].to_owned();
+    let of = |slices: &Vec<tramontane_types::SliceHolders>| {
+        slices[0].holders.iter().map(digit).collect()
+    };
+    placement.experts.iter().map(of).collect()
+}
+
+#[test]
+fn speed_decides_within_capacity_and_the_unmeasured_are_taken_for_usual() {
+    // Twice as fast and little memory: full, and the others share the rest by speed.
+    let mut input = input(&[64, 4000, 4000, 4000], (4, 8, 8));
+    for (worker, speed) in [(0, 8.0), (1, 1.0), (2, 2.0)] {
+        input.workers[worker].speed = Some(speed);
+    }
+    let summary = check_placement(&input, &balance(&input).unwrap());
+    assert_eq!(segments(&summary), [64, 40, 80, 72]);
+}
+
+#[test]
+fn a_hot_expert_gets_copies_where_memory_is_left_and_keeps_them_while_warm() {
+    let mut input = input(&[64; 3], (1, 8, 8));
+    input.expert_load = Some(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]);
+    let first = balance(&input).unwrap();
+    first.validate().unwrap();
+    // 4.5 times the mean: three copies would be right, a quarter of the model's memory is two more.
+    let copies: Vec<usize> = holders(&first).iter().map(String::len).collect();
+    assert_eq!(copies, [1, 1, 1, 1, 1, 1, 1, 3]);
+    // Cooler than what copies it, hotter than what drops one of them: nothing changes.
+    input.current = Some(&first);
+    input.expert_load = Some(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.5]);
+    assert_eq!(holders(&balance(&input).unwrap()), holders(&first));
+    input.expert_load = Some(vec![1.0; 8]);
+    let cool = balance(&input).unwrap();
+    assert!(holders(&cool).iter().all(|h| h.len() == 1));
+    assert_eq!(summarise(&cool, Some(&first), 8).moved_segments, 0);
+    // No memory beyond one copy: no further copies.
+    input.current = None;
+    input.expert_load = Some(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]);
+    input.workers = vec![share(0, 24), share(1, 24), share(2, 16)];
+    assert!(
+        holders(&balance(&input).unwrap())
+            .iter()
+            .all(|h| h.len() == 1)
+    );
+}
+
+#[test]
+fn a_hot_copy_takes_the_place_of_a_lost_holder() {
+    let mut input = input(&[64; 3], (1, 8, 8));
+    input.expert_load = Some(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]);
+    let before = balance(&input).unwrap();
+    let first = usize::from(before.experts[7][0].holders[0]);
+    input.workers.remove(first);
+    input.current = Some(&before);
+    let after = balance(&input).unwrap();
+    let hot = |p: &Placement| p.experts[7][0].holders.len();
+    assert_eq!((hot(&before), hot(&after)), (3, 2));
+    let held = summarise(&before, None, 8).workers[first].segments;
+    let moved = summarise(&after, Some(&before), 8).moved_segments;
+    assert_eq!(moved, held - 8, "the hot expert is there already");
+}
+
+#[test]
+fn loads_are_evened_out_by_swaps_and_what_is_even_stays() {
+    let even = input(&[1000; 2], (1, 4, 8));
+    let old = balance(&even).unwrap();
+    let mine: Vec<usize> = (0..4).filter(|&e| holders(&old)[e] == "0").collect();
+    let mut skewed = even.clone();
+    let mut loads = vec![1.0; 4];
+    for expert in mine {
+        loads[expert] = 1.8;
+    }
+    skewed.current = Some(&old);
+    skewed.expert_load = Some(loads);
+    let new = balance(&skewed).unwrap();
+    assert_eq!(
+        summarise(&new, Some(&old), 8).moved_segments,
+        16,
+        "one swap"
+    );
+    skewed.current = Some(&new);
+    assert_eq!(holders(&balance(&skewed).unwrap()), holders(&new));
 }
 
 fn shapes() -> impl Strategy<Value = (usize, usize, u8)> {
@@ -265,6 +352,45 @@ proptest! {
                 prop_assert!(off <= slice * (1.0 + capacities.len() as f64 * 0.25), "{} off", off);
             }
         }
+    }
+
+    #[test]
+    fn measured_placements_are_valid_stable_and_move_only_what_they_must(
+        (capacities, shape) in cluster(),
+        speeds in prop::collection::vec(prop::option::of(1.0_f32..9.0), 10),
+        loads in prop::collection::vec(0.0_f32..1.0, 48),
+        hot in 0_usize..48,
+        replicas in 1_usize..3,
+    ) {
+        let mut input = with_replicas(input(&capacities, shape), replicas);
+        for (worker, speed) in input.workers.iter_mut().zip(speeds) {
+            worker.speed = speed;
+        }
+        let mut loads = loads[..shape.0 * shape.1].to_vec();
+        loads[hot % (shape.0 * shape.1)] += 20.0;
+        input.expert_load = Some(loads);
+        let placement = balance(&input).unwrap();
+        let summary = summarise(&placement, None, shape.2);
+        placement.validate().unwrap();
+        for (slice, holders) in placement.iter() {
+            let distinct: BTreeSet<_> = holders.iter().collect();
+            prop_assert_eq!(distinct.len(), holders.len(), "{} twice on one worker", slice);
+            prop_assert!(holders.len() <= replicas + HOT_COPIES_MAX);
+        }
+        for worker in &summary.workers {
+            let offered = input.workers.iter().find(|w| w.id == worker.id).unwrap();
+            prop_assert!(worker.segments <= offered.capacity_segments);
+        }
+        let copy = (shape.0 * shape.1) as u64 * u64::from(shape.2);
+        let hot_most = copy.div_ceil(HOT_MEMORY_PARTS as u64) + u64::from(shape.2);
+        prop_assert!(summary.total_segments <= copy * replicas as u64 + hot_most);
+        input.current = Some(&placement);
+        let again = balance(&input).unwrap();
+        prop_assert_eq!(&again, &placement, "not stable");
+        // Without loads nothing is loaded anew, hot copies are only dropped.
+        input.expert_load = None;
+        let bare = balance(&input).unwrap();
+        prop_assert_eq!(summarise(&bare, Some(&placement), shape.2).moved_segments, 0);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, WorkerId};
 
-use super::same_holders;
+use super::figures::Figures;
+use super::{same_holders, worth};
 use crate::Error;
 use crate::balance::{
     BalanceError, BalanceInput, PLACEMENT_WORKERS_MAX, PlacementPolicy, Summary, WorkerShare,
@@ -60,6 +61,10 @@ pub struct Intent {
     pub slices_per_expert: Option<u8>,
     /// Workers that get no slices.
     pub cordoned: BTreeSet<WorkerId>,
+    /// The epoch that is to be planned again for load and speed now, however little there is to gain.
+    /// Done once a later one is published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<Epoch>,
 }
 
 impl Intent {
@@ -109,12 +114,16 @@ pub struct PlannerView<'a> {
     pub config: &'a PlannerConfig,
     /// How long the workers have been the same.
     pub settled_for: Duration,
+    /// How long the published placement has been seen to be the same.
+    pub published_for: Duration,
     /// How long the pending placement has been the same.
     pub pending_for: Duration,
     /// For how long holders of the published placement have not held all that they should.
     pub behind_for: &'a BTreeMap<WorkerId, Duration>,
     /// Workers that did not load a placement in time.
     pub late: &'a BTreeSet<WorkerId>,
+    /// What was measured.
+    pub figures: &'a Figures,
 }
 
 /// What to do next.
@@ -144,6 +153,16 @@ pub enum PlannerAction {
 pub enum WaitReason {
     /// The placement fits.
     Idle,
+    /// Another placement would suit loads and speeds better, but not by enough to move for.
+    NotWorthIt {
+        /// By how much layers would be faster.
+        gain_percent: u8,
+    },
+    /// Another placement would suit loads and speeds better, but this one is too young.
+    Rested {
+        /// By how much layers would be faster.
+        gain_percent: u8,
+    },
     /// The store is out of sight.
     StoreAway,
     /// Too few workers for a first placement.
@@ -291,6 +310,9 @@ impl PlannerView<'_> {
         if self.published.is_some_and(|p| same_holders(p, &placement)) {
             return wait(WaitReason::Idle, None);
         }
+        if let Some(reason) = self.holds_back(&placement, group) {
+            return reason;
+        }
         let left = self.config.settle_time.saturating_sub(self.settled_for);
         if !left.is_zero() {
             return wait(WaitReason::Settling, Some(left));
@@ -298,9 +320,40 @@ impl PlannerView<'_> {
         PlannerAction::Propose(Arc::new(placement))
     }
 
+    /// Why a plan that differs for load and speed alone is not proposed now.
+    fn holds_back(&self, plan: &Placement, group: Option<&Group>) -> Option<PlannerAction> {
+        let (published, group) = (self.published?, group?);
+        let candidates = self.candidates(group);
+        if self.intent.rebalance == Some(published.epoch)
+            || !self.figures.know(&candidates, &group.model)
+        {
+            return None;
+        }
+        let replicas = self.policy().replicas;
+        if worth::is_needed(published, plan, (&candidates, replicas.get())) {
+            return None;
+        }
+        let costs = self.figures.costs(self.members, &group.model);
+        let gain = worth::gain(published, plan, &costs);
+        let gain_percent = (gain * 100.0).clamp(0.0, 100.0) as u8;
+        if gain <= worth::REBALANCE_GAIN {
+            return Some(wait(WaitReason::NotWorthIt { gain_percent }, None));
+        }
+        let left = worth::REBALANCE_EVERY.saturating_sub(self.published_for);
+        (!left.is_zero()).then(|| wait(WaitReason::Rested { gain_percent }, Some(left)))
+    }
+
+    pub(super) fn policy(&self) -> PlacementPolicy {
+        let cut = self.intent.slices_per_expert;
+        PlacementPolicy {
+            replicas: self.intent.replicas.unwrap_or(self.config.replicas),
+            slices_per_expert: cut.or(self.config.slices_per_expert),
+        }
+    }
+
     /// The best placement on the workers that there are, moving little from the published one, or
     /// from the pending one where there is none.
-    fn plan(&self, group: Option<&Group>) -> Result<Placement, WaitReason> {
+    pub(super) fn plan(&self, group: Option<&Group>) -> Result<Placement, WaitReason> {
         let candidates = group
             .map(|group| self.candidates(group))
             .unwrap_or_default();
@@ -311,21 +364,15 @@ impl PlannerView<'_> {
         let share = |record: &&WorkerRecord| WorkerShare {
             id: record.id.clone(),
             capacity_segments: record.capacity_segments(),
-            speed: 1.0,
+            speed: self.figures.speed(&record.id),
         };
         let input = BalanceInput {
             workers: candidates.iter().map(share).collect(),
             num_layers: group.model.num_layers,
             num_experts: group.model.num_experts,
             num_segments: group.model.num_segments,
-            expert_load: None,
-            policy: PlacementPolicy {
-                replicas: self.intent.replicas.unwrap_or(self.config.replicas),
-                slices_per_expert: self
-                    .intent
-                    .slices_per_expert
-                    .or(self.config.slices_per_expert),
-            },
+            expert_load: self.figures.load(&group.model),
+            policy: self.policy(),
             current: self.published.or(self.pending),
             epoch: self.next_epoch(),
             numeric_class: group.numeric_class.clone(),
@@ -358,7 +405,7 @@ impl PlannerView<'_> {
     }
 
     /// The published group as long as it has workers, otherwise the one with most memory.
-    fn group(&self) -> Option<Group> {
+    pub(super) fn group(&self) -> Option<Group> {
         let mut offers: BTreeMap<Group, u64> = BTreeMap::new();
         for worker in self.members.workers.values() {
             let group = group_of(worker);
@@ -387,7 +434,7 @@ impl PlannerView<'_> {
         })
     }
 
-    fn candidates(&self, group: &Group) -> Vec<&WorkerRecord> {
+    pub(super) fn candidates(&self, group: &Group) -> Vec<&WorkerRecord> {
         let workers = self.members.workers.values().map(|worker| &**worker);
         workers
             .filter(|worker| self.is_candidate(&worker.id, group))
@@ -447,36 +494,4 @@ fn is_of(placement: &Placement, group: &Group) -> bool {
         && placement.model == group.model.fingerprint
         && placement.num_layers == group.model.num_layers
         && placement.num_experts == group.model.num_experts
-}
-
-impl std::fmt::Display for PlannerAction {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let list = |ids: &[WorkerId]| {
-            let ids: Vec<&str> = ids.iter().map(WorkerId::as_str).collect();
-            ids.join(" ")
-        };
-        match self {
-            Self::Wait { reason, .. } => match reason {
-                WaitReason::Idle => write!(f, "placement fits"),
-                WaitReason::StoreAway => write!(f, "store away, membership is frozen"),
-                WaitReason::TooFewWorkers { have, need } => {
-                    write!(f, "{have} of {need} workers are there")
-                }
-                WaitReason::Settling => write!(f, "waiting for membership to settle"),
-                WaitReason::Loading { epoch, workers } => {
-                    write!(f, "epoch {epoch} loads on {}", list(workers))
-                }
-                WaitReason::NoPlacement(Shortage {
-                    error,
-                    needed_bytes,
-                    offered_bytes,
-                }) => write!(f, "{error} ({needed_bytes} bytes of {offered_bytes})"),
-            },
-            Self::Propose(placement) => write!(f, "proposing epoch {}", placement.epoch),
-            Self::Publish => write!(f, "publishing"),
-            Self::DropPending => write!(f, "removing a pending placement that is published"),
-            Self::Restore => write!(f, "writing the lost placement again"),
-            Self::Late(workers) => write!(f, "planning without {}", list(workers)),
-        }
-    }
 }

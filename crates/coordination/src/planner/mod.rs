@@ -6,6 +6,10 @@
 //! module only looks, asks and writes.
 
 mod decide;
+mod explore;
+mod figures;
+mod words;
+mod worth;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,6 +25,9 @@ pub use decide::{
     Group, Intent, LOAD_TIMEOUT, PlannerAction, PlannerConfig, PlannerStatus, PlannerView,
     REPLICAS_MAX, SETTLE_TIME, Shortage, WaitReason, decide,
 };
+pub use explore::{Candidate, PlanReport, PlanWish, Promise, explore};
+pub use figures::Figures;
+pub use worth::{PLAN_TOKENS, REBALANCE_EVERY, REBALANCE_GAIN};
 
 use crate::Error;
 use crate::backoff::Backoff;
@@ -61,6 +68,8 @@ struct Memory {
     /// Ids and states that the last plan would have been made from, and since when they are so.
     candidates: Vec<(WorkerId, u64)>,
     changed: Instant,
+    /// The published epoch and since when it has been seen.
+    published: (Epoch, Instant),
     /// The pending epoch and since when it has been seen.
     pending: (Epoch, Instant),
     /// Workers that did not load in time, with the incarnation that did not and the epoch.
@@ -69,6 +78,8 @@ struct Memory {
     /// Starting again does not reset it: a worker that keeps crashing must not be waited for.
     behind: BTreeMap<WorkerId, (Epoch, Instant)>,
     intent: Intent,
+    /// Measured figures as they count.
+    figures: Figures,
 }
 
 impl Planner {
@@ -120,10 +131,12 @@ impl Planner {
         let mut memory = Memory {
             candidates: Vec::new(),
             changed: now,
+            published: (Epoch(0), now),
             pending: (Epoch(0), now),
             late: BTreeMap::new(),
             behind: BTreeMap::new(),
             intent: Intent::default(),
+            figures: Figures::default(),
         };
         let from = self.store.list(keys::INTENT).await?.revision;
         let mut intents = self.store.watch(keys::INTENT, from.next());
@@ -170,9 +183,11 @@ impl Planner {
             intent: &seen.intent,
             config: &self.config,
             settled_for: now.duration_since(memory.changed),
+            published_for: now.duration_since(memory.published.1),
             pending_for: now.duration_since(memory.pending.1),
             behind_for: &behind_for.collect(),
             late: &late,
+            figures: &memory.figures,
         });
         self.show(status, &members);
         match action {
@@ -365,6 +380,11 @@ impl Memory {
             self.pending = (pending, now);
         }
         let published = seen.published.as_ref().map(|s| &*s.placement);
+        let epoch = published.map_or(Epoch(0), |p| p.epoch);
+        if epoch != self.published.0 {
+            self.published = (epoch, now);
+        }
+        self.figures = self.figures.follow(members);
         self.notice_behind(members, published, now);
         // A late worker is forgiven when it is a new process or has caught up.
         self.late.retain(|id, (incarnation, missed)| {

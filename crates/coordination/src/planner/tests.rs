@@ -1,5 +1,7 @@
 //! The planner: decisions by scenario, and the whole loop with workers that load at once.
 
+mod measured;
+
 use std::num::NonZeroUsize;
 
 use tokio::time::timeout;
@@ -7,7 +9,7 @@ use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::registry::record_for_tests as record;
-use crate::registry::{Registration, WorkerRecord, WorkerState};
+use crate::registry::{ExpertLoad, Registration, WorkerRecord, WorkerState};
 use crate::{FaultStore, MemoryStore, watch_members, watch_placements};
 
 const LONG: Duration = Duration::from_secs(900);
@@ -21,6 +23,13 @@ fn worker(text: &str) -> WorkerRecord {
         match fact.split_once('=') {
             Some(("loaded", epoch)) => worker.loaded = Epoch(epoch.parse().unwrap()),
             Some(("class", class)) => worker.numeric_class = class.to_owned(),
+            Some(("ns", ns)) => worker.measured.segment_ns = Some(ns.parse().unwrap()),
+            Some(("hot", n)) => {
+                // The first expert of each layer, in times of the others.
+                let n: f64 = n.parse().unwrap();
+                let counts = [n, 1.0, 1.0, 1.0, n, 1.0, 1.0, 1.0].map(|n| n * 1000.0);
+                worker.measured.expert_load = ExpertLoad::of(&counts, 4, 2);
+            }
             Some(("segments", n)) => worker.capacity_bytes = n.parse::<u64>().unwrap() * 1000,
             None if fact == "draining" => worker.state = WorkerState::Draining,
             _ => panic!("unknown fact {fact}"),
@@ -38,6 +47,8 @@ struct Scenario {
     intent: Intent,
     config: PlannerConfig,
     settled: Duration,
+    published_for: Duration,
+    figures: Figures,
     pending_for: Duration,
     behind_for: BTreeMap<WorkerId, Duration>,
     late: std::collections::BTreeSet<WorkerId>,
@@ -48,6 +59,7 @@ impl Scenario {
     fn of(workers: &[&str]) -> Self {
         Self {
             settled: SETTLE_TIME,
+            published_for: REBALANCE_EVERY,
             ..Self::default()
         }
         .with(workers)
@@ -60,11 +72,12 @@ impl Scenario {
             synced: true,
             ..Members::default()
         };
+        self.figures = self.figures.follow(&self.members);
         self
     }
 
-    fn decide(&self) -> (PlannerAction, PlannerStatus) {
-        decide(&PlannerView {
+    fn view(&self) -> PlannerView<'_> {
+        PlannerView {
             members: &self.members,
             published: self.published.as_ref(),
             known: self.known.as_ref().or(self.published.as_ref()),
@@ -72,10 +85,16 @@ impl Scenario {
             intent: &self.intent,
             config: &self.config,
             settled_for: self.settled,
+            published_for: self.published_for,
             pending_for: self.pending_for,
             behind_for: &self.behind_for,
             late: &self.late,
-        })
+            figures: &self.figures,
+        }
+    }
+
+    fn decide(&self) -> (PlannerAction, PlannerStatus) {
+        decide(&self.view())
     }
 
     fn says(&self) -> String {

@@ -1,11 +1,16 @@
 //! Who is in the cluster: worker records, kept by their workers and watched by everybody else.
 //! Never evicts anybody because the store is away.
 
+mod measured;
 mod members;
 mod record;
 mod registration;
 mod removal;
 
+pub use measured::{
+    ExpertLoad, LINK_US_MAX, LOAD_EXPERTS_MAX, Measured, NOTICEABLE, ROWS_MAX, SEGMENT_NS_MAX,
+    noticeably_apart, settled,
+};
 pub use members::{Members, REJOIN_GRACE, watch_members};
 pub use record::{
     HostSocket, MODEL_DIMENSION_MAX, ModelFacts, RECORD_BYTES_MAX, RECORD_SCHEMA,

@@ -4,13 +4,14 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
 
+use super::measured::Measured;
 use crate::Error;
 use crate::backoff::random;
 use crate::store::{Entry, check_key, keys};
 
 /// Version of the record's JSON. Readers skip other versions; new optional fields do not change it.
 pub const RECORD_SCHEMA: u32 = 1;
-/// Largest record; a real one has about 600 bytes.
+/// Largest record; a real one has about 600 bytes, and one per expert of the model.
 pub const RECORD_BYTES_MAX: usize = 16 * 1024;
 /// Longest text field.
 pub const RECORD_TEXT_BYTES_MAX: usize = 512;
@@ -52,6 +53,9 @@ pub struct WorkerRecord {
     /// How busy it is.
     #[serde(default)]
     pub load: WorkerLoad,
+    /// What it has measured of itself.
+    #[serde(default)]
+    pub measured: Measured,
 }
 
 /// A Unix socket for expert calls.
@@ -192,7 +196,7 @@ impl WorkerRecord {
         if self.roles.experts && self.segment_bytes == 0 {
             return refuse("segments of 0 bytes".to_owned());
         }
-        Ok(())
+        self.measured.validate(model).or_else(refuse)
     }
 
     pub(super) fn encode(&self) -> Result<Bytes, Error> {
@@ -231,6 +235,7 @@ fn check_size(what: String, size: usize) -> Result<(), Error> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::super::measured::ExpertLoad;
     use super::*;
     use crate::store::Revision;
 
@@ -263,6 +268,7 @@ pub(crate) mod tests {
             started_ms: 1,
             version: "0.1.0".to_owned(),
             load: WorkerLoad::default(),
+            measured: Measured::default(),
         }
     }
 
@@ -282,12 +288,17 @@ pub(crate) mod tests {
         let stored = entry(&record, |value| value["new_field"] = "later version".into());
         assert_eq!(WorkerRecord::decode(&stored).unwrap(), record);
         assert_eq!(record.capacity_segments(), 64);
+        // A program of before has measured nothing.
+        let older = entry(&record, |value| {
+            value.as_object_mut().unwrap().remove("measured").unwrap();
+        });
+        assert_eq!(WorkerRecord::decode(&older).unwrap(), record);
     }
 
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);
-        let edits: [(&str, Edit); 10] = [
+        let edits: [(&str, Edit); 16] = [
             ("path", |v| v["socket"]["path"] = "p".repeat(600).into()),
             ("schema", |v| v["schema"] = 2.into()),
             ("another id", |v| v["id"] = "b".into()),
@@ -298,9 +309,26 @@ pub(crate) mod tests {
             ("segments", |v| v["model"]["num_segments"] = 9.into()),
             ("no bytes", |v| v["segment_bytes"] = 0.into()),
             ("state", |v| v["state"] = "flying".into()),
+            ("speed", |v| v["measured"]["segment_ns"] = 0.into()),
+            ("negative", |v| v["measured"]["segment_ns"] = (-1).into()),
+            ("link", |v| v["measured"]["link_us"] = u64::MAX.into()),
+            ("rows", |v| v["measured"]["expert_load"]["rows"] = 0.into()),
+            ("top k", |v| {
+                v["measured"]["expert_load"]["top_k"] = 5.into();
+            }),
+            ("levels", |v| {
+                v["measured"]["expert_load"]["levels"] = "GGGGGGG\u{e9}".into();
+            }),
         ];
+        let mut measured = record("a");
+        measured.measured = Measured {
+            segment_ns: Some(1),
+            link_us: Some(1),
+            expert_load: ExpertLoad::of(&[9.0; 8], 4, 2),
+        };
+        assert!(WorkerRecord::decode(&entry(&measured, |_| {})).is_ok());
         for (name, edit) in edits {
-            let stored = entry(&record("a"), edit);
+            let stored = entry(&measured, edit);
             assert!(WorkerRecord::decode(&stored).is_err(), "{name}");
         }
         let mut huge = entry(&record("a"), |_| {});

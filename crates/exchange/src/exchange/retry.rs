@@ -44,20 +44,20 @@ impl ExpertExchange {
     }
 
     /// A worker has answered: it lives, and that is how long it takes.
-    pub(super) fn note_answer(&mut self, call: &OpenCall, now: Instant) {
+    pub(super) fn note_answer(&mut self, call: &OpenCall) {
         self.health.answered(&call.worker);
-        let took = now.saturating_duration_since(call.sent_at);
-        self.patience.answered(&call.worker, call.outputs_len, took);
+        self.patience
+            .answered(&call.worker, call.outputs_len, call.trip);
     }
 
     /// Looks who of those that were too late has answered after all.
-    pub(super) fn note_late_answers(&mut self, now: Instant) {
+    pub(super) fn note_late_answers(&mut self) {
         if self.left.is_empty() {
             return;
         }
         let mut left = std::mem::take(&mut self.left);
         for call in left.iter_mut().flat_map(Left::answered) {
-            self.note_answer(&call, now);
+            self.note_answer(&call);
         }
         left.retain(|left| !left.is_empty());
         self.left = left;

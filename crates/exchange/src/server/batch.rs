@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tramontane_compute::ExpertJob;
 use tramontane_types::LayerId;
 
-use super::{Shared, WAIT_ROWS_MAX, Waiting};
+use super::{ExpertServerHandle, Shared, WAIT_ROWS_MAX, Waiting};
 use crate::call::outputs_of;
 use crate::exchange::borrow;
 use crate::failure::{Failure, panic_text};
@@ -15,6 +15,9 @@ use crate::merge::{len_of, merge, split};
 use crate::rhythm::Caller;
 use crate::stats::add;
 use crate::{ExpertCall, Refusal, Reply};
+
+/// Most rows per segment of a batch whose time is that of reading the weights.
+const SPEED_ROWS_MAX: usize = 8;
 
 /// Takes the calls of `layer` in order of arrival, up to `rows_max` rows but at least one call.
 pub(super) fn take_layer(
@@ -44,6 +47,17 @@ pub(super) fn take_layer(
 pub(super) struct Scratch {
     rows: Vec<u8>,
     out: Vec<f32>,
+    /// Segments of each expert that a batch reads.
+    masks: Vec<u8>,
+}
+
+impl ExpertServerHandle {
+    /// Nanoseconds that one segment takes in a batch of few rows, where reading the weights is most of the
+    /// work; `None` before the first such batch.
+    #[must_use]
+    pub fn segment_ns(&self) -> Option<u64> {
+        self.shared.counters.segment_ns.get()
+    }
 }
 
 impl Shared {
@@ -66,7 +80,7 @@ impl Shared {
         let begin = Instant::now();
         match self.compute_caught(&calls, scratch) {
             Ok(outputs) => {
-                self.note_batch(&batch, begin);
+                self.note_batch(&batch, begin, scratch);
                 for (waiting, outputs) in batch.into_iter().zip(outputs) {
                     self.answer(waiting, outputs);
                 }
@@ -85,7 +99,7 @@ impl Shared {
         }
     }
 
-    fn note_batch(&self, batch: &[Waiting], begin: Instant) {
+    fn note_batch(&self, batch: &[Waiting], begin: Instant, scratch: &mut Scratch) {
         if batch
             .iter()
             .any(|waiting| waiting.caller != Some(Caller::OWN))
@@ -93,6 +107,7 @@ impl Shared {
             add(&self.counters.batches, 1);
         }
         let now = Instant::now();
+        self.note_speed(batch, now - begin, &mut scratch.masks);
         let mut queue = self.queue.lock();
         let rows: usize = batch.iter().map(|waiting| waiting.call.num_rows).sum();
         if rows <= WAIT_ROWS_MAX {
@@ -100,6 +115,28 @@ impl Shared {
         }
         for caller in batch.iter().filter_map(|waiting| waiting.caller) {
             queue.rhythm.answered(caller, now);
+        }
+    }
+
+    /// Counts what a batch of few rows took for each segment that it read. Long batches say how fast
+    /// products are, which is another figure.
+    fn note_speed(&self, batch: &[Waiting], took: Duration, masks: &mut Vec<u8>) {
+        let real = (1_u16 << self.config.geometry.num_segments()) - 1;
+        masks.clear();
+        masks.resize(self.config.geometry.num_experts, 0);
+        let mut num_products = 0;
+        for job in batch.iter().flat_map(|waiting| &waiting.call.jobs) {
+            let mask = u16::from(job.range.mask()) & real;
+            num_products += job.row_ids.len() * mask.count_ones() as usize;
+            if let Some(read) = masks.get_mut(usize::from(job.expert.0)) {
+                *read |= mask as u8;
+            }
+        }
+        // What several calls ask for is read once.
+        let num_read: usize = masks.iter().map(|m| m.count_ones() as usize).sum();
+        if num_read > 0 && num_products <= num_read * SPEED_ROWS_MAX {
+            let ns = took.as_nanos() as f64 / num_read as f64;
+            self.counters.segment_ns.note(ns.max(1.0));
         }
     }
 

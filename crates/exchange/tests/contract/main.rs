@@ -553,3 +553,37 @@ fn shutdown_computes_what_waits_and_drop_refuses_it() {
         assert_eq!(second.is_ok(), drain, "{second:?}");
     }
 }
+
+#[test]
+fn choices_speed_and_links_are_measured() {
+    for kind in BOTH {
+        let cluster = Cluster::start(kind, 3, &geometry(8 * 32));
+        cluster.place(1, |expert, _| vec![(expert % 3) as u16]);
+        let mut exchange = cluster.exchange("w0");
+        let stats = exchange.stats();
+        let mut chosen = vec![0; cluster.geometry.num_experts];
+        for seed in 0..70 {
+            let routed = Random(seed).routed(2, &cluster.geometry);
+            for expert in &routed.topk_ids {
+                chosen[usize::from(expert.0)] += 1;
+            }
+            run(&mut exchange, LAYER, &routed, cluster.geometry.hidden).unwrap();
+        }
+        let counted: Vec<u64> = stats
+            .chosen
+            .iter()
+            .map(|n| n.load(Ordering::Relaxed))
+            .collect();
+        let of_layer = usize::from(LAYER.0) * chosen.len();
+        assert_eq!(counted[of_layer..of_layer + chosen.len()], chosen);
+        assert_eq!(counted.iter().sum::<u64>(), chosen.iter().sum::<u64>());
+        let link_us = stats.link_us.load(Ordering::Relaxed);
+        assert!((1..5_000_000).contains(&link_us), "{kind:?}: {link_us}");
+        let server = cluster.workers[1].server.as_ref().unwrap().handle();
+        let segment_ns = server.segment_ns().unwrap();
+        assert!((1..1_000_000_000).contains(&segment_ns), "{segment_ns}");
+        // The first worker has no calls of others and computes its own without the server.
+        let server = cluster.workers[0].server.as_ref().unwrap().handle();
+        assert_eq!(server.segment_ns(), None);
+    }
+}

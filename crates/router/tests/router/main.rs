@@ -33,9 +33,11 @@ use tonic::{Request, Response, Status};
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
 use tonic_types::StatusExt as _;
+use tramontane_coordination::planner;
 use tramontane_coordination::registry::RECORD_SCHEMA;
 use tramontane_coordination::{
-    MemoryStore, ModelFacts, Roles, Store, WorkerLoad, WorkerRecord, WorkerState, watch_placements,
+    Measured, MemoryStore, ModelFacts, Roles, Store, WorkerLoad, WorkerRecord, WorkerState,
+    watch_placements,
 };
 use tramontane_proto::v1;
 use tramontane_proto::v1::admin_client::AdminClient;
@@ -259,6 +261,7 @@ fn record(id: &str, address: String) -> WorkerRecord {
         started_ms: 1,
         version: "0".to_owned(),
         load: WorkerLoad::default(),
+        measured: Measured::default(),
     }
 }
 
@@ -1601,6 +1604,99 @@ async fn a_drill_goes_to_its_worker_and_a_refusal_comes_back_as_it_is() {
         assert_eq!(unknown.code(), tonic::Code::NotFound);
         assert!(unknown.message().contains("w9"), "{unknown}");
     }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn operators_plan_before_they_move_and_know_whom_they_need() {
+    let config = RouterConfig {
+        slices_per_expert: Some(8),
+        ..config()
+    };
+    let scene = Scene::start(config, vec![storyteller(), storyteller()]).await;
+    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let workers = admin
+        .list_workers(v1::ListWorkersRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .workers;
+    assert_eq!([true, false], [workers[0].essential, workers[1].essential]);
+
+    let plan = admin
+        .plan_placement(v1::PlanPlacementRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!((plan.candidates.len(), plan.proposes), (8, true));
+    let chosen = &plan.candidates[plan.chosen as usize];
+    assert_eq!((chosen.slices_per_expert, chosen.replicas), (8, 1));
+    assert_eq!(
+        chosen.moved_bytes,
+        3 << 10,
+        "w0 keeps one more than half of the expert"
+    );
+    assert!(plan.now.unwrap().layer_us > chosen.layer_us);
+    assert!(
+        plan.why.iter().any(|line| line.contains("by memory")),
+        "{:?}",
+        plan.why
+    );
+    let safe = plan.candidates.iter().find(|c| c.replicas == 2).unwrap();
+    assert!(safe.survives_one_loss && !chosen.survives_one_loss);
+    let too_many = v1::PlanPlacementRequest {
+        replicas: 0,
+        slices_per_expert: 9,
+    };
+    let refused = admin.plan_placement(too_many).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+
+    let mut rebalance = async |dry_run| {
+        let request = v1::RebalanceRequest { dry_run };
+        admin.rebalance(request).await.unwrap().into_inner()
+    };
+    assert_eq!(rebalance(true).await.replaces_epoch, 1);
+    assert_eq!(scene.store.get("intent").await.unwrap(), None);
+    assert_eq!(rebalance(false).await.moved_bytes, 3 << 10);
+    let (intent, _) = planner::intent(&*scene.store).await.unwrap();
+    assert_eq!(intent.rebalance, Some(Epoch(1)));
+
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_second_ready_holder_of_everything_makes_the_cluster_safe() {
+    let scene = Scene::start(config(), vec![storyteller(), storyteller()]).await;
+    let gauge = async |value: u8| {
+        let metrics = scene.get("/metrics").await.text().await.unwrap();
+        metrics.contains(&format!("\ntramontane_survives_one_loss {value}\n"))
+    };
+    assert!(gauge(0).await, "only w0 holds the expert");
+    let both = Placement {
+        epoch: Epoch(2),
+        numeric_class: "cpu-q8".to_owned(),
+        model: "f".to_owned(),
+        num_layers: 1,
+        num_experts: 1,
+        workers: vec![WorkerId::new("w0"), WorkerId::new("w1")],
+        experts: vec![vec![SliceHolders {
+            range: SegmentRange::WHOLE,
+            holders: vec![0, 1],
+        }]],
+    };
+    put(&*scene.store, "placement", &both).await;
+    for id in ["w0", "w1"] {
+        let entry = scene
+            .store
+            .get(&format!("workers/{id}"))
+            .await
+            .unwrap()
+            .unwrap();
+        let mut record = WorkerRecord::decode(&entry).unwrap();
+        record.loaded = Epoch(2);
+        put(&*scene.store, &record.key(), &record).await;
+    }
+    until("any one may be lost", async || gauge(1).await).await;
     scene.end().await;
 }
 

@@ -37,6 +37,7 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
         backend.experts(),
         geometry.clone(),
         backend.row_format(),
+        WeightFormat::Q8,
     ));
     let each = |index: usize| ExpertSlice {
         layer: LayerId((index / geometry.num_experts) as u16),

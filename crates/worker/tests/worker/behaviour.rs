@@ -18,7 +18,7 @@ use tramontane_types::SamplingParams;
 use tramontane_worker::{RoleSet, WorkerConfig};
 
 use crate::cluster::{
-    Carrier, Cluster, POSITIONS, Said, VOCAB, config, eventually, prompt, request, split,
+    Carrier, Cluster, EXPERTS, POSITIONS, Said, VOCAB, config, eventually, prompt, request, split,
 };
 
 fn params(max_tokens: u32) -> SamplingParams {
@@ -93,6 +93,43 @@ async fn a_worker_alone_joins_gets_its_slices_and_serves() {
         health(&cluster, "a").await == "SERVING"
     })
     .await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_worker_measures_reaches_its_record() {
+    let mut cluster = Cluster::new(Carrier::Grpc);
+    cluster.start(q8("a")).await;
+    cluster.start(q8("b")).await;
+    cluster.publish(&["a", "b"], split(2)).await;
+    let speed = async |id: &str| cluster.record(id).await?.measured.segment_ns;
+    eventually(
+        "the checks of loaded slices say how fast they are",
+        async || speed("a").await.is_some() && speed("b").await.is_some(),
+    )
+    .await;
+    // More rows than chance needs: two of four experts for each.
+    let requests: Vec<_> = (0..4)
+        .map(|n| request(&format!("r{n}"), prompt(n, 100), &params(4)))
+        .collect();
+    cluster.generate_all("a", &requests).await;
+    eventually("loads are published", async || {
+        let record = cluster.record("a").await;
+        record.is_some_and(|record| record.measured.expert_load.is_some())
+    })
+    .await;
+    let measured = cluster.record("a").await.unwrap().measured;
+    let load = measured.expert_load.unwrap();
+    assert_eq!((load.top_k, load.levels.len()), (2, 2 * EXPERTS));
+    assert!((128..=512).contains(&load.rows), "{} rows", load.rows);
+    for layer in load.relative().collect::<Vec<_>>().chunks(EXPERTS) {
+        let sum: f64 = layer.iter().sum();
+        assert!((sum - EXPERTS as f64).abs() < 1.0, "{layer:?}");
+    }
+    assert!(measured.link_us.is_some(), "b was asked");
+    // Nobody asked b for anything to route.
+    let idle = cluster.record("b").await.unwrap().measured;
+    assert_eq!((idle.expert_load, idle.link_us), (None, None));
     cluster.stop().await;
 }
 

@@ -4,6 +4,7 @@
 mod drill;
 mod events;
 mod intent;
+mod plan;
 mod status;
 mod workers;
 
@@ -118,6 +119,22 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::GetDrillReportResponse>, Status> {
         let id = request.into_inner().worker_id;
         drill::report(&self.app, &id).await.map(Response::new)
+    }
+
+    async fn plan_placement(
+        &self,
+        request: Request<v1::PlanPlacementRequest>,
+    ) -> Result<Response<v1::PlanPlacementResponse>, Status> {
+        let planned = plan::plan_placement(&self.app, request.into_inner());
+        planned.await.map(Response::new)
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::RebalanceResponse>, Status> {
+        let asked = plan::rebalance(&self.app, request.into_inner());
+        asked.await.map(Response::new)
     }
 
     async fn list_events(

@@ -1,13 +1,13 @@
 //! How the cluster is, in one answer, and its placement. Reads only what the watches last showed.
 
 use tonic::Status;
-use tramontane_coordination::{Intent, Members, Placements, WorkerState};
+use tramontane_coordination::{Intent, Members, Placements, WorkerState, survives_one_loss};
 use tramontane_proto::v1;
 use tramontane_runtime::build_info;
 use tramontane_types::{Placement, WorkerId};
 
 use super::{count, not_found, refusal};
-use crate::cluster::{attention_workers, is_of_the_group};
+use crate::cluster::is_of_the_group;
 use crate::error::ApiError;
 use crate::run::App;
 
@@ -40,7 +40,7 @@ pub(super) fn cluster_status(app: &App) -> v1::ClusterStatusResponse {
         store_available: members.synced && !members.stale && !placements.stale,
         reason: ready.err().unwrap_or_default(),
         version: build_info::VERSION.to_owned(),
-        survives_one_loss: survives_one_loss(&members, &placements, &seen.intent),
+        survives_one_loss: published.is_some_and(|p| survives_one_loss(&members, p)),
         plans: plan.is_here,
         planner_doing: plan.doing,
         shortage: plan.shortage,
@@ -103,13 +103,6 @@ impl Plan {
             settled: fulfilled && placements.pending.is_none(),
         }
     }
-}
-
-/// Whether every slice has a second holder, and sequences a second worker.
-fn survives_one_loss(members: &Members, placements: &Placements, intent: &Intent) -> bool {
-    let attention = attention_workers(members, placements, intent).count();
-    let (replicas_min, _) = replicas(placements.published.as_deref());
-    attention > 1 && replicas_min > 1
 }
 
 /// Fewest and most holders of any slice.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tonic::Status;
 use tramontane_coordination::{
-    Intent, Members, Placements, WorkerRecord, WorkerState, remove_worker,
+    Intent, Members, Placements, WorkerRecord, WorkerState, essential_workers, remove_worker,
 };
 use tramontane_proto::v1;
 use tramontane_types::{Placement, WorkerId};
@@ -25,10 +25,13 @@ const PROBE_MAX: Duration = Duration::from_secs(3);
 pub(super) fn list(app: &App) -> v1::ListWorkersResponse {
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let seen = app.cluster.intent();
-    let workers = members
-        .workers
-        .values()
-        .map(|record| summary(record, &members, &placements, &seen.intent));
+    let published = placements.published.as_deref();
+    let essential = published.map(|p| essential_workers(&members, p));
+    let essential = essential.unwrap_or_default();
+    let workers = members.workers.values().map(|record| v1::WorkerSummary {
+        essential: essential.contains(&record.id),
+        ..summary(record, &members, &placements, &seen.intent)
+    });
     v1::ListWorkersResponse {
         workers: workers.collect(),
     }
@@ -173,6 +176,9 @@ fn summary(
         sequences_waiting: record.load.waiting,
         kv_pages_free: record.load.kv_pages_free,
         version: record.version.clone(),
+        essential: false,
+        segment_ns: record.measured.segment_ns.unwrap_or(0),
+        link_us: record.measured.link_us.unwrap_or(0),
         cordoned: intent.cordoned.contains(id),
         unconfirmed: members.unconfirmed.contains(id),
         started_ms: record.started_ms,

@@ -1,0 +1,156 @@
+//! Whether the cluster could lose any one worker, and whom it could not. Never counts on a worker that is
+//! leaving or has not loaded.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tramontane_types::{Placement, SEGMENTS_PER_EXPERT, WorkerId};
+
+use crate::registry::{Members, WorkerRecord, WorkerState};
+
+/// Whether losing any one worker leaves every slice on a ready worker, an attention worker that is ready,
+/// and memory for a copy of the model on those who stay.
+#[must_use]
+pub fn survives_one_loss(members: &Members, published: &Placement) -> bool {
+    let is_of = |worker: &&Arc<WorkerRecord>| {
+        worker.numeric_class == published.numeric_class
+            && worker.model.fingerprint == published.model
+    };
+    let of_group = || members.workers.values().filter(is_of);
+    let attends = |w: &&Arc<WorkerRecord>| w.roles.attention && w.state == WorkerState::Ready;
+    let held = published.iter().all(|(_, holders)| {
+        let ready = holders
+            .iter()
+            .filter(|&&h| is_ready_holder(members, published, h));
+        ready.count() > 1
+    });
+    if !held || of_group().filter(attends).count() < 2 {
+        return false;
+    }
+    let counted = of_group().filter(|w| w.roles.experts && w.state.is_staying());
+    let segments: Vec<u64> = counted.map(|w| w.capacity_segments()).collect();
+    let num_segments = of_group().map(|w| w.model.num_segments).max().unwrap_or(0);
+    leaves_room(&segments, published, num_segments)
+}
+
+/// Whether a copy of the model fits on workers that offer `segments` without any one of them, in slices
+/// as they are cut now.
+pub(crate) fn leaves_room(segments: &[u64], placement: &Placement, num_segments: u8) -> bool {
+    let real = |begin: u8, end: u8| u64::from(end.min(num_segments).saturating_sub(begin));
+    let lengths = placement
+        .iter()
+        .map(|(slice, _)| real(slice.range.begin(), slice.range.end()));
+    let longest = lengths
+        .max()
+        .unwrap_or(u64::from(SEGMENTS_PER_EXPERT))
+        .max(1);
+    let slices: Vec<u64> = segments.iter().map(|segments| segments / longest).collect();
+    let all = slices.iter().fold(0_u64, |sum, n| sum.saturating_add(*n));
+    let largest = slices.iter().copied().max().unwrap_or(0);
+    all.saturating_sub(largest) >= placement.iter().count() as u64
+}
+
+/// Workers that alone hold some slice: losing one of them stops the model.
+#[must_use]
+pub fn essential_workers(members: &Members, published: &Placement) -> BTreeSet<WorkerId> {
+    let mut essential = BTreeSet::new();
+    for (_, holders) in published.iter() {
+        let mut ready = holders
+            .iter()
+            .filter(|&&h| is_ready_holder(members, published, h));
+        if let (Some(&only), None) = (ready.next(), ready.next()) {
+            essential.extend(published.worker(only).cloned());
+        }
+    }
+    essential
+}
+
+fn is_ready_holder(members: &Members, published: &Placement, holder: u16) -> bool {
+    let worker = published
+        .worker(holder)
+        .and_then(|id| members.workers.get(id));
+    worker.is_some_and(|w| w.state == WorkerState::Ready && w.loaded >= published.epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use tramontane_types::{Epoch, SegmentRange, SliceHolders};
+
+    use super::*;
+    use crate::registry::record_for_tests as record;
+
+    /// One layer of experts that these holders of a, b and c hold whole.
+    fn placement(experts: &[&[u16]]) -> Placement {
+        let slice = |holders: &&[u16]| {
+            vec![SliceHolders {
+                range: SegmentRange::WHOLE,
+                holders: holders.to_vec(),
+            }]
+        };
+        Placement {
+            epoch: Epoch(3),
+            numeric_class: "cpu-q8".to_owned(),
+            model: "f1".to_owned(),
+            num_layers: 1,
+            num_experts: experts.len(),
+            workers: ["a", "b", "c"].map(WorkerId::new).to_vec(),
+            experts: experts.iter().map(slice).collect(),
+        }
+    }
+
+    /// a, b and c, ready, with memory for two experts each.
+    fn members(edit: impl Fn(&mut WorkerRecord)) -> Members {
+        let worker = |id| {
+            let mut worker = record(id);
+            worker.state = WorkerState::Ready;
+            worker.loaded = Epoch(3);
+            worker.capacity_bytes = 16_000;
+            edit(&mut worker);
+            (worker.id.clone(), Arc::new(worker))
+        };
+        Members {
+            workers: ["a", "b", "c"].map(worker).into(),
+            synced: true,
+            ..Members::default()
+        }
+    }
+
+    #[test]
+    fn a_second_ready_holder_a_second_attention_worker_and_room_make_it_safe() {
+        let replicated = placement(&[&[0, 1], &[1, 2], &[2, 0], &[0, 1]]);
+        let survives = |edit: fn(&mut WorkerRecord)| survives_one_loss(&members(edit), &replicated);
+        assert!(survives(|_| {}));
+        let single = placement(&[&[0, 1], &[1, 2], &[2], &[0, 1]]);
+        assert!(!survives_one_loss(&members(|_| {}), &single));
+        assert!(!survives(|w| if w.id.as_str() == "c" {
+            w.state = WorkerState::Draining;
+        }));
+        assert!(!survives(|w| if w.id.as_str() == "c" {
+            w.loaded = Epoch(2);
+        }));
+        assert!(!survives(|w| w.roles.attention = w.id.as_str() == "a"));
+        assert!(survives(|w| w.roles.attention = w.id.as_str() != "a"));
+        // Four experts do not fit on two workers with room for one and a half.
+        assert!(!survives(|w| w.capacity_bytes = 12_000));
+        // The largest one is the one that must not be needed.
+        assert!(!survives(|w| if w.id.as_str() != "a" {
+            w.capacity_bytes = 8_000;
+        }));
+    }
+
+    #[test]
+    fn who_holds_a_slice_alone_is_essential() {
+        let ids = |set: BTreeSet<WorkerId>| -> Vec<String> {
+            set.iter().map(ToString::to_string).collect()
+        };
+        let placement = placement(&[&[0, 1], &[1, 2], &[2]]);
+        assert_eq!(ids(essential_workers(&members(|_| {}), &placement)), ["c"]);
+        // b holds two slices with others; one of these leaves.
+        let leaving = members(|w| {
+            if w.id.as_str() == "a" {
+                w.state = WorkerState::Leaving;
+            }
+        });
+        assert_eq!(ids(essential_workers(&leaving, &placement)), ["b", "c"]);
+    }
+}
