@@ -17,6 +17,8 @@ pub mod registry;
 pub mod slices;
 pub mod store;
 
+#[doc(hidden)]
+pub use backoff::seed_this_thread;
 pub use balance::{BalanceError, BalanceInput, PlacementPolicy, WorkerShare, balance};
 pub use election::run_elected;
 pub use error::Error;

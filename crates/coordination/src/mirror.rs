@@ -67,6 +67,7 @@ pub(crate) async fn mirror(
         }
     };
     tokio::select! {
+        biased;
         () = work => {}
         () = stop.cancelled() => {}
     }
@@ -89,6 +90,7 @@ async fn follow(
             }
         };
         let event = tokio::select! {
+            biased;
             event = watch.next() => event,
             () = wait => {
                 view.publish();

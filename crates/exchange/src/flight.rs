@@ -1,6 +1,6 @@
 //! One layer under way: what is open, what is answered, what has no home. Decides nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,9 +28,9 @@ pub struct Ticket {
     pub(crate) local: Vec<Job>,
     /// Jobs that nobody could be asked for.
     pub(crate) homeless: Vec<Job>,
-    pub(crate) open: HashMap<u64, OpenCall>,
+    pub(crate) open: BTreeMap<u64, OpenCall>,
     /// Calls that somebody else was asked for too; their answers may still come.
-    given_up: HashMap<u64, OpenCall>,
+    given_up: BTreeMap<u64, OpenCall>,
     pub(crate) answers: Vec<Answer>,
     pub(crate) last_refusal: Option<(WorkerId, Refusal)>,
     /// Calls that got no answer in time; every one doubles the patience with the next.
@@ -76,8 +76,8 @@ impl Ticket {
             rows,
             local: Vec::new(),
             homeless: Vec::new(),
-            open: HashMap::new(),
-            given_up: HashMap::new(),
+            open: BTreeMap::new(),
+            given_up: BTreeMap::new(),
             answers: Vec::new(),
             last_refusal: None,
             num_silent: 0,
@@ -103,12 +103,26 @@ impl Ticket {
         ReplySender::new(move |answer| inbox.put(id, answer))
     }
 
-    /// The next arrival at `seat`, or `None` when `until` has passed without one. A good reply to a call that was
-    /// given up answers in place of the call that replaced it, if that one is still open; a refusal of
-    /// such a call is ignored.
+    /// The next arrival at `seat`, or `None` when `until` has passed without one.
     pub(crate) fn next_arrival(&mut self, until: Instant, seat: &mut Seat<'_>) -> Option<Arrival> {
+        let inbox = Arc::clone(&self.inbox);
+        self.sort(&mut || seat.wait(until, &mut || inbox.take()))
+    }
+
+    /// The next arrival that is there already.
+    pub(crate) fn next_arrived(&mut self) -> Option<Arrival> {
+        let inbox = Arc::clone(&self.inbox);
+        self.sort(&mut || inbox.take())
+    }
+
+    /// The first thing of use among what `take` gives. A good reply to a call that was given up answers in
+    /// place of the call that replaced it, if that one is still open; a refusal of such a call is ignored.
+    fn sort(
+        &mut self,
+        take: &mut dyn FnMut() -> Option<(u64, Result<Reply, Refusal>)>,
+    ) -> Option<Arrival> {
         loop {
-            let (id, answer) = seat.wait(until, &mut || self.inbox.take())?;
+            let (id, answer) = take()?;
             if let Some(call) = self.open.remove(&id) {
                 return Some(Arrival::Answer(call, answer));
             }

@@ -26,6 +26,7 @@ mod rhythm;
 pub mod server;
 pub mod stats;
 pub mod transport;
+pub mod turns;
 mod validate;
 
 pub use call::{ExpertCall, Job, Refusal, Reply, ReplySender};

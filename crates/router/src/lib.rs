@@ -18,7 +18,10 @@ mod request;
 mod routes;
 mod run;
 mod sequence;
+#[doc(hidden)]
+pub mod simulation;
 mod text;
+mod worker_link;
 mod worker_pool;
 
 pub use config::{PolicyKind, RouterConfig};

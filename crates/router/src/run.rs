@@ -19,6 +19,7 @@ use crate::error::{ApiError, ErrorKind};
 use crate::journal::Journal;
 use crate::metrics::{Metrics, Reading};
 use crate::sequence::Patience;
+use crate::worker_link::{Connect, GrpcConnect};
 use crate::worker_pool::WorkerPool;
 use crate::{Error, RouterConfig, grpc, http_server, routes};
 
@@ -215,30 +216,15 @@ fn app(
     ready: Readiness,
     doors: &Doors,
 ) -> Arc<App> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
-    let dispatcher = Dispatcher {
-        pool: Arc::new(WorkerPool::new(cluster.clone(), config.policy)),
-        admission: Admission::new(
-            config.sequences_max,
-            config.queue_max,
-            config.queue_wait,
-            doors.refuse.clone(),
-        ),
-        journal: Journal::default(),
-        metrics: Arc::clone(&metrics),
-        tokenizer: Arc::clone(&tokenizer),
-        patience: Patience {
-            attempts_max: config.attempts_max,
-            failover_wait: config.failover_wait,
-            silence_max: config.stream_silence_max,
-        },
-        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
-        prepare_wait: config.queue_wait,
-        client_stall_max: config.client_stall_max,
-        tasks: TaskTracker::new(),
-        abort: doors.abort.clone(),
-    };
+    let dispatcher = dispatcher(
+        &config,
+        cluster.clone(),
+        Arc::clone(&tokenizer),
+        Arc::clone(&metrics),
+        doors,
+        Arc::new(GrpcConnect),
+    );
     let started = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
@@ -256,6 +242,40 @@ fn app(
         ready,
         started,
     })
+}
+
+/// What runs sequences.
+pub(crate) fn dispatcher(
+    config: &RouterConfig,
+    cluster: ClusterView,
+    tokenizer: Arc<Tokenizer>,
+    metrics: Arc<Metrics>,
+    doors: &Doors,
+    connect: Arc<dyn Connect>,
+) -> Dispatcher {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Dispatcher {
+        pool: Arc::new(WorkerPool::new(cluster, config.policy, connect)),
+        admission: Admission::new(
+            config.sequences_max,
+            config.queue_max,
+            config.queue_wait,
+            doors.refuse.clone(),
+        ),
+        journal: Journal::default(),
+        metrics,
+        tokenizer,
+        patience: Patience {
+            attempts_max: config.attempts_max,
+            failover_wait: config.failover_wait,
+            silence_max: config.stream_silence_max,
+        },
+        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
+        prepare_wait: config.queue_wait,
+        client_stall_max: config.client_stall_max,
+        tasks: TaskTracker::new(),
+        abort: doors.abort.clone(),
+    }
 }
 
 /// What runs beside the servers, from before the first request to after the last.

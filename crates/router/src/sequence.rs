@@ -1,11 +1,13 @@
 //! One sequence's life on the workers: start, follow, and when a worker is lost go on elsewhere from the
 //! journal. Dropping it aborts it on its worker.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 use tramontane_proto::{finish_reason_from_wire, v1};
 use tramontane_types::{FinishReason, TokenOutput, WorkerId};
@@ -16,6 +18,7 @@ use crate::journal::Entry;
 use crate::metrics::{LossReason, Metrics};
 use crate::policy::PromptBlocks;
 use crate::text::{AnswerText, TextEnd};
+use crate::worker_link::SequenceEvents;
 use crate::worker_pool::{PoolWorker, WorkerPool};
 
 /// First pause before asking the same worker again; doubles.
@@ -79,10 +82,15 @@ pub(crate) struct State {
 }
 
 /// The open stream of a worker.
-#[derive(Debug)]
 struct Run {
-    events: Streaming<v1::SequenceEvent>,
+    events: SequenceEvents,
     _occupied: Counted,
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").finish_non_exhaustive()
+    }
 }
 
 /// A worker that cannot go on.
@@ -120,13 +128,13 @@ impl Sequence {
                 self.go_on().await?;
                 continue;
             };
-            let event = match timeout(self.patience.silence_max, run.events.message()).await {
-                Ok(Ok(Some(event))) => event,
-                Ok(Ok(None)) => {
+            let event = match timeout(self.patience.silence_max, run.events.next()).await {
+                Ok(Some(Ok(event))) => event,
+                Ok(None) => {
                     self.lose_run(Loss::Gone(LossReason::Broken))?;
                     continue;
                 }
-                Ok(Err(status)) => {
+                Ok(Some(Err(status))) => {
                     self.lose_run(classify(&status))?;
                     continue;
                 }
@@ -331,6 +339,7 @@ impl Sequence {
             let doublings = self.state.failures.saturating_sub(1).min(8);
             let pause = (RETRY_PAUSE * 2_u32.pow(doublings)).min(RETRY_PAUSE_MAX);
             tokio::select! {
+                biased;
                 _ = timeout_at(deadline, cluster.changed()) => {}
                 () = sleep(pause) => self.state.excluded.clear(),
             }
@@ -339,15 +348,14 @@ impl Sequence {
 
     async fn open(&mut self, worker: &Arc<PoolWorker>) -> Result<Run, Loss> {
         let occupied = worker.occupy();
-        let mut client = worker.client.clone();
         // A worker answers between two steps, and a step of a big model is long; pings find dead workers.
-        let generate = client.generate(self.entry.next_request());
+        let generate = worker.link.generate(self.entry.next_request());
         let answer = timeout(self.patience.silence_max, generate).await;
         match answer {
             Ok(Ok(events)) => {
                 self.entry.move_to(worker.id.clone());
                 Ok(Run {
-                    events: events.into_inner(),
+                    events,
                     _occupied: occupied,
                 })
             }

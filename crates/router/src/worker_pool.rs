@@ -4,34 +4,22 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
-use tonic::transport::{Channel, Endpoint};
 use tramontane_coordination::{Members, WorkerRecord};
-use tramontane_proto::v1::worker_client::WorkerClient;
 use tramontane_types::{TokenId, WorkerId};
 
 use crate::admission::Counted;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::config::PolicyKind;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
-
-/// Longest wait for a connection to a worker.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection is asked for a sign of life this often, so that a paused machine is noticed soon.
-const PING_INTERVAL: Duration = Duration::from_millis(500);
-/// Longest wait for the sign of life: a live worker whose cores are throttled or busy is late by a second
-/// or two, and every sequence on it would be computed anew elsewhere.
-const PING_TIMEOUT: Duration = Duration::from_secs(3);
-/// Token events are small: a window of this size never stops a stream.
-const WINDOW_BYTES: u32 = 1024 * 1024;
+use crate::worker_link::{Connect, WorkerLink};
 
 /// One attention worker.
 #[derive(Debug)]
 pub(crate) struct PoolWorker {
     pub(crate) id: WorkerId,
-    pub(crate) client: WorkerClient<Channel>,
+    pub(crate) link: Arc<dyn WorkerLink>,
     address: String,
     incarnation: u64,
     in_flight: Arc<AtomicUsize>,
@@ -54,6 +42,7 @@ pub(crate) struct WorkerPool {
 
 #[derive(Debug)]
 struct Inner {
+    connect: Arc<dyn Connect>,
     policy: Box<dyn Policy>,
     workers: HashMap<WorkerId, Arc<PoolWorker>>,
     /// The members that `workers` was made from.
@@ -61,8 +50,9 @@ struct Inner {
 }
 
 impl WorkerPool {
-    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind) -> Self {
+    pub(crate) fn new(cluster: ClusterView, kind: PolicyKind, connect: Arc<dyn Connect>) -> Self {
         let inner = Inner {
+            connect,
             policy: policy(kind),
             workers: HashMap::new(),
             known: Arc::default(),
@@ -138,11 +128,11 @@ impl Inner {
             if !record.roles.attention || self.workers.contains_key(id) {
                 continue;
             }
-            match connect(&record.address) {
-                Ok(client) => {
+            match self.connect.connect(&record.address) {
+                Ok(link) => {
                     let worker = PoolWorker {
                         id: id.clone(),
-                        client,
+                        link,
                         address: record.address.clone(),
                         incarnation: record.incarnation,
                         in_flight: Arc::default(),
@@ -155,17 +145,4 @@ impl Inner {
             }
         }
     }
-}
-
-/// A client that connects when first used, and again when the connection is lost.
-pub(crate) fn connect(address: &str) -> Result<WorkerClient<Channel>, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES);
-    Ok(WorkerClient::new(endpoint.connect_lazy()))
 }

@@ -1,15 +1,16 @@
 //! The expert slices of this worker: checks what is loaded, and knows when retired ones were last asked
 //! for. Never decides which slices to hold.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use parking_lot::Mutex;
 use tramontane_compute::{ExpertJob, ExpertWeights, Experts, RowFormat, quant};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
+
+use crate::following::Retired;
 
 /// A slice that computes something that is no number, or not the same twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,30 +31,17 @@ pub(crate) struct KeptExperts {
     any_retired: AtomicBool,
 }
 
-/// Slices that no placement asks of this worker any more.
-#[derive(Debug)]
-struct Retired {
-    /// Segments per expert.
-    masks: HashMap<(LayerId, ExpertId), u8>,
-    /// When one of them was last asked for, or when they changed.
-    last_used: Instant,
-}
-
 impl KeptExperts {
     pub(crate) fn new(
         inner: Arc<dyn Experts>,
         geometry: ModelGeometry,
         row_format: RowFormat,
     ) -> Self {
-        let retired = Retired {
-            masks: HashMap::new(),
-            last_used: Instant::now(),
-        };
         Self {
             inner,
             geometry,
             row_format,
-            retired: Mutex::new(retired),
+            retired: Mutex::new(Retired::new(Instant::now())),
             any_retired: AtomicBool::new(false),
         }
     }
@@ -169,34 +157,19 @@ impl KeptExperts {
         slices
     }
 
-    /// Notes which slices are not asked for any more; says when one of them was last used.
-    pub(crate) fn retire(&self, slices: &[ExpertSlice]) -> Option<Instant> {
-        let mut masks: HashMap<_, u8> = HashMap::new();
-        for slice in slices {
-            *masks.entry((slice.layer, slice.expert)).or_default() |= slice.range.mask();
-        }
+    /// Notes which slices are not asked for any more; says when to drop them if nobody asks before.
+    pub(crate) fn retire(&self, slices: &[ExpertSlice], grace: Duration) -> Option<Instant> {
         let mut retired = self.retired.lock();
-        if retired.masks != masks {
-            retired.masks = masks;
-            retired.last_used = Instant::now();
-        }
+        retired.set(slices, Instant::now());
         self.any_retired
-            .store(!retired.masks.is_empty(), Ordering::Release);
-        (!retired.masks.is_empty()).then_some(retired.last_used)
+            .store(!retired.is_empty(), Ordering::Release);
+        retired.drop_at(grace)
     }
 
     fn note_use(&self, layer: LayerId, jobs: &[ExpertJob<'_>]) {
-        let mut retired = self.retired.lock();
-        let asked = |job: &ExpertJob<'_>| {
-            let mask = retired
-                .masks
-                .get(&(layer, job.expert))
-                .copied()
-                .unwrap_or(0);
-            mask & job.range.mask() != 0
-        };
-        if jobs.iter().any(asked) {
-            retired.last_used = Instant::now();
+        let (mut retired, now) = (self.retired.lock(), Instant::now());
+        for job in jobs {
+            retired.used(layer, job.expert, job.range, now);
         }
     }
 }

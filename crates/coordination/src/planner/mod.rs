@@ -108,6 +108,7 @@ impl Planner {
             }
         };
         tokio::select! {
+            biased;
             () = work => {}
             () = leadership.cancelled() => {}
         }
@@ -141,6 +142,7 @@ impl Planner {
             detail: detail.to_owned(),
         };
         tokio::select! {
+            biased;
             changed = self.members.changed() => changed.map_err(|_| ended("members ended")),
             changed = self.placements.changed() => changed.map_err(|_| ended("placements ended")),
             event = intents.next() => match event {

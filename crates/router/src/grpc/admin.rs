@@ -15,7 +15,7 @@ use super::status::{not_found, status};
 use crate::cluster::attention_workers;
 use crate::error::ApiError;
 use crate::run::App;
-use crate::worker_pool::connect;
+use crate::worker_link::client;
 
 /// Longest wait for a worker to say that it drains.
 const DRAIN_ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -119,7 +119,7 @@ impl Admin for AdminService {
             )))
         };
         let mut worker =
-            connect(&record.address).map_err(|error| unreachable(error.to_string()))?;
+            client(&record.address).map_err(|error| unreachable(error.to_string()))?;
         match timeout(DRAIN_ANSWER_MAX, worker.drain(v1::DrainRequest {})).await {
             Ok(Ok(_)) => {
                 tracing::info!(worker = %id, "worker asked to drain");
