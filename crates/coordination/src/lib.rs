@@ -11,6 +11,8 @@ pub mod etcd;
 pub mod fault;
 pub mod memory;
 mod mirror;
+#[doc(hidden)]
+pub mod mutation;
 pub mod placement_store;
 pub mod planner;
 pub mod registry;

@@ -21,6 +21,8 @@ mod host;
 pub mod limits;
 mod local;
 mod merge;
+#[doc(hidden)]
+pub mod mutation;
 pub mod plan;
 mod rhythm;
 pub mod server;

@@ -19,7 +19,7 @@ use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::run::{Doors, dispatcher};
 
 pub use crate::worker_link::{
-    Connect, GrpcLink, PING_INTERVAL, PING_TIMEOUT, SequenceEvents, WorkerLink, endpoint,
+    Connect, GrpcConnect, GrpcLink, PING_INTERVAL, PING_TIMEOUT, SequenceEvents, WorkerLink, endpoint,
 };
 
 /// The part of a router that runs sequences.

@@ -4,13 +4,16 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use tramontane_coordination::mutation::{Mutation, is_on};
 use tramontane_coordination::{Members, Placements, slices_to_drop, slices_to_load};
 use tramontane_types::{Epoch, ExpertId, ExpertSlice, LayerId, Placement, SegmentRange, WorkerId};
 
 /// Whether a worker that serves on `serving` goes over to `published`: never back to an older epoch.
 #[must_use]
 pub fn supersedes(serving: Option<Epoch>, published: Epoch) -> bool {
-    serving.is_none_or(|serving| published > serving)
+    serving.is_none_or(|serving| {
+        published > serving || (published != serving && is_on(Mutation::EpochCheckOff))
+    })
 }
 
 /// What a worker says and loads next.
@@ -107,6 +110,7 @@ impl Retired {
     /// When to drop them if nobody asks before; `None` when nothing is retired.
     #[must_use]
     pub fn drop_at(&self, grace: Duration) -> Option<Instant> {
+        let grace = if is_on(Mutation::NoDropGrace) { Duration::ZERO } else { grace };
         (!self.masks.is_empty()).then(|| self.last_used + grace)
     }
 }
