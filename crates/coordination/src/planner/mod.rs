@@ -6,6 +6,7 @@
 //! module only looks, asks and writes.
 
 mod decide;
+mod loss;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -166,7 +167,7 @@ impl Planner {
         let published = seen.published.as_ref().map(|s| &*s.placement);
         let (action, status) = decide(&PlannerView {
             members: &members,
-            published: published.filter(|p| p.epoch >= known.published_epoch()),
+            published,
             known: known.published.as_deref(),
             pending: seen.pending.as_ref().map(|s| &*s.placement),
             intent: &seen.intent,
