@@ -300,7 +300,11 @@ impl ExpertExchange {
         Ok(Some(wake))
     }
 
-    pub(crate) fn on_arrival(&mut self, ticket: &mut Ticket, arrival: Arrival) -> Result<(), Error> {
+    pub(crate) fn on_arrival(
+        &mut self,
+        ticket: &mut Ticket,
+        arrival: Arrival,
+    ) -> Result<(), Error> {
         match arrival {
             Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
             Arrival::Needless(worker) => self.health.answered(&worker),

@@ -42,11 +42,7 @@ impl ExpertExchange {
     }
 
     /// Calls `add` once with everything that was answered.
-    pub fn contribute<T>(
-        &self,
-        awaited: &Awaited,
-        add: impl FnOnce(&Contributions<'_>) -> T,
-    ) -> T {
+    pub fn contribute<T>(&self, awaited: &Awaited, add: impl FnOnce(&Contributions<'_>) -> T) -> T {
         let Ticket {
             routing, answers, ..
         } = &awaited.ticket;

@@ -19,7 +19,8 @@ use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::run::{Doors, dispatcher};
 
 pub use crate::worker_link::{
-    Connect, GrpcConnect, GrpcLink, PING_INTERVAL, PING_TIMEOUT, SequenceEvents, WorkerLink, endpoint,
+    Connect, GrpcConnect, GrpcLink, PING_INTERVAL, PING_TIMEOUT, SequenceEvents, WorkerLink,
+    endpoint,
 };
 
 /// The part of a router that runs sequences.
@@ -123,7 +124,9 @@ impl RouterCore {
             stop: StopDecoder::new(&[]).map_err(|_| ApiError::internal())?,
             n: 1,
         };
-        Ok(Generation(self.dispatcher.start(request, request_id).await?))
+        Ok(Generation(
+            self.dispatcher.start(request, request_id).await?,
+        ))
     }
 
     /// What must be zero when nothing runs.

@@ -109,8 +109,12 @@ impl Check {
         self.0.lock().counts
     }
 
-    /// A placement was written as the published one. Epochs only grow; one that the store had lost may be
-    /// written again.
+    /// The store has lost its data: whoever writes first may not know what was published before.
+    pub fn wiped(&self) {
+        self.0.lock().published = Epoch(0);
+    }
+
+    /// A placement was written as the published one. Epochs only grow.
     pub fn published(&self, by: Life, value: &Bytes) {
         let Ok(placement) = serde_json::from_slice::<Placement>(value) else {
             self.violated(format_args!("{} published what is no placement", by.node));
@@ -118,9 +122,15 @@ impl Check {
         };
         let (epoch, before) = (placement.epoch, self.0.lock().published);
         let workers: Vec<&str> = placement.workers.iter().map(|w| w.as_str()).collect();
-        self.note(format_args!("{} publishes epoch {epoch} on {workers:?}", by.node));
-        if epoch < before {
-            self.violated(format_args!("{} published epoch {epoch} after {before}", by.node));
+        self.note(format_args!(
+            "{} publishes epoch {epoch} on {workers:?}",
+            by.node
+        ));
+        if epoch <= before {
+            self.violated(format_args!(
+                "{} published epoch {epoch} after {before}",
+                by.node
+            ));
         }
         let mut state = self.0.lock();
         state.counts.publishes += 1;
@@ -139,7 +149,10 @@ impl Check {
         let before = self.0.lock().served.insert(life, epoch);
         self.note(format_args!("{} serves on epoch {epoch}", life.node));
         if let Some(before) = before.filter(|&before| before >= epoch) {
-            self.violated(format_args!("{} went from epoch {before} to {epoch}", life.node));
+            self.violated(format_args!(
+                "{} went from epoch {before} to {epoch}",
+                life.node
+            ));
         }
     }
 
@@ -154,7 +167,11 @@ impl Check {
     pub fn take(&self) -> (u64, Vec<String>, Vec<String>) {
         let mut state = self.0.lock();
         let violations = std::mem::take(&mut state.violations);
-        (state.hash, violations, state.trace.take().unwrap_or_default())
+        (
+            state.hash,
+            violations,
+            state.trace.take().unwrap_or_default(),
+        )
     }
 }
 

@@ -14,7 +14,7 @@ use crate::router::SimRouter;
 use crate::world::REQUEST_MAX;
 
 /// Tokens that end an answer.
-const STOP_IDS: [TokenId; 5] = [30, 31, 32, 33, 34];
+const STOP_IDS: [TokenId; 2] = [30, 31];
 
 /// What a client asks for.
 #[derive(Clone, Debug)]
@@ -42,10 +42,12 @@ impl Ask {
     /// A request by chance.
     #[must_use]
     pub fn by_chance(id: String, rng: &mut Rng, may_abandon: bool) -> Self {
-        let prompt = (0..rng.range(1, 90)).map(|_| rng.range(20, 220) as TokenId).collect();
+        let prompt = (0..rng.range(1, 90))
+            .map(|_| rng.range(20, 220) as TokenId)
+            .collect();
         let sampling = SamplingParams {
             seed: rng.next(),
-            max_tokens: rng.range(1, 60) as u32,
+            max_tokens: rng.range(1, 120) as u32,
             stop_ids: STOP_IDS.to_vec(),
             ..SamplingParams::default()
         };
@@ -66,7 +68,10 @@ impl Ask {
             Ok(Ok(end)) => end,
             Ok(Err(failure)) => self.failed(&failure, &router, &check),
             Err(_elapsed) => {
-                check.violated(format_args!("{} did not end within {REQUEST_MAX:?}", self.id));
+                check.violated(format_args!(
+                    "{} did not end within {REQUEST_MAX:?}",
+                    self.id
+                ));
                 End::Failed
             }
         };
@@ -86,18 +91,31 @@ impl Ask {
             return End::Abandoned;
         }
         if failure.is_internal {
-            check.violated(format_args!("{} ended with an internal error: {message}", self.id));
+            check.violated(format_args!(
+                "{} ended with an internal error: {message}",
+                self.id
+            ));
         }
         End::Failed
     }
 
     async fn read(&self, router: &SimRouter, check: &Check) -> Result<End, Failure> {
         let sampling = self.sampling.clone();
-        let mut answer = router.core.generate(&self.id, &self.prompt, sampling).await?;
+        let mut answer = router
+            .core
+            .generate(&self.id, &self.prompt, sampling)
+            .await?;
         let begin = Prefix::new(self.sampling.seed);
-        let mut prefix = self.prompt.iter().fold(begin, |prefix, &id| prefix.with(id));
+        let mut prefix = self
+            .prompt
+            .iter()
+            .fold(begin, |prefix, &id| prefix.with(id));
         let (mut got, mut finish) = (Vec::new(), None);
-        while let Some(News { tokens, finish: end }) = answer.next().await? {
+        while let Some(News {
+            tokens,
+            finish: end,
+        }) = answer.next().await?
+        {
             for token in tokens {
                 self.check_token(token.id, got.len(), prefix, finish, check);
                 prefix = prefix.with(token.id);
@@ -106,7 +124,10 @@ impl Ask {
             }
             if let Some(end) = end {
                 if let Some(before) = finish {
-                    check.violated(format_args!("{} ended as {before:?}, then as {end:?}", self.id));
+                    check.violated(format_args!(
+                        "{} ended as {before:?}, then as {end:?}",
+                        self.id
+                    ));
                 }
                 finish = Some(end);
             }
@@ -133,7 +154,9 @@ impl Ask {
         }
         if id != expected {
             let request = &self.id;
-            check.violated(format_args!("{request} token {index} is {id}, expected {expected}"));
+            check.violated(format_args!(
+                "{request} token {index} is {id}, expected {expected}"
+            ));
         }
     }
 
@@ -147,7 +170,9 @@ impl Ask {
         };
         if !is_right {
             let (request, count) = (&self.id, got.len());
-            check.violated(format_args!("{request} ended as {finish:?} after {count} tokens"));
+            check.violated(format_args!(
+                "{request} ended as {finish:?} after {count} tokens"
+            ));
         }
     }
 }

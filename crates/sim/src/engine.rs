@@ -59,7 +59,9 @@ impl Running {
 
     fn say(&self, kind: Kind) {
         // The channel has room for every event of a sequence; a reader that is gone is noticed at the next step.
-        let _ = self.events.try_send(Ok(v1::SequenceEvent { kind: Some(kind) }));
+        let _ = self
+            .events
+            .try_send(Ok(v1::SequenceEvent { kind: Some(kind) }));
     }
 
     /// Takes the next token; whether the sequence ends with it.
@@ -71,7 +73,9 @@ impl Running {
             logprob: None,
             top_logprobs: Vec::new(),
         };
-        self.say(Kind::Tokens(v1::SampledTokens { tokens: vec![token] }));
+        self.say(Kind::Tokens(v1::SampledTokens {
+            tokens: vec![token],
+        }));
         self.prefix = self.prefix.with(id);
         self.next_index += 1;
         let reason = if self.stop_ids.contains(&id) {
@@ -105,7 +109,10 @@ impl SimWorker {
         let cancelled = Arc::new(AtomicBool::new(false));
         let begin = Prefix::new(sampling.seed);
         self.sequences.lock().push(Running {
-            prefix: request.prompt_ids.iter().fold(begin, |prefix, &id| prefix.with(id)),
+            prefix: request
+                .prompt_ids
+                .iter()
+                .fold(begin, |prefix, &id| prefix.with(id)),
             next_index: request.num_resumed,
             max_tokens: sampling.max_tokens,
             stop_ids: sampling.stop_ids,
@@ -130,7 +137,9 @@ impl SimWorker {
         });
         let jobs: Vec<ExpertJob<'_>> = borrowed.collect();
         let mut out = Vec::new();
-        let computed = self.held.compute(call.layer, &call.rows, call.num_rows, &jobs, &mut out);
+        let computed = self
+            .held
+            .compute(call.layer, &call.rows, call.num_rows, &jobs, &mut out);
         let epoch = self.serving.load().as_ref().map_or(Epoch(0), |p| p.epoch);
         let check = &self.shared.check;
         if computed.is_err() {
@@ -154,7 +163,12 @@ impl SimWorker {
         let mut config = ExchangeConfig::new(self.id.clone(), geometry(), RowFormat::F32);
         config.clock = || Instant::now().into_std();
         let held: Arc<dyn Experts> = Arc::clone(&self.held) as _;
-        ExpertExchange::new(config, Some(held), Arc::clone(&self.serving), Arc::new(transport))
+        ExpertExchange::new(
+            config,
+            Some(held),
+            Arc::clone(&self.serving),
+            Arc::new(transport),
+        )
     }
 
     /// Steps whatever runs, for ever.
@@ -189,18 +203,24 @@ impl SimWorker {
     /// The rows that stepped are the first sequences: new ones are added behind them.
     fn end_step(&self, outputs: &[u64]) {
         let mut step = outputs.iter();
-        self.sequences.lock().retain_mut(|sequence| match step.next() {
-            Some(&outputs) => !sequence.sample(outputs),
-            None => true,
-        });
+        self.sequences
+            .lock()
+            .retain_mut(|sequence| match step.next() {
+                Some(&outputs) => !sequence.sample(outputs),
+                None => true,
+            });
     }
 
     fn fail_step(&self, num_rows: usize, error: &tramontane_exchange::Error) {
-        self.shared.check.note(format_args!("{} could not step: {error}", self.id));
+        self.shared
+            .check
+            .note(format_args!("{} could not step: {error}", self.id));
         let mut sequences = self.sequences.lock();
         let num_rows = num_rows.min(sequences.len());
         for sequence in sequences.drain(..num_rows) {
-            let _ = sequence.events.try_send(Err(Status::unavailable("step did not work")));
+            let _ = sequence
+                .events
+                .try_send(Err(Status::unavailable("step did not work")));
         }
     }
 
@@ -225,7 +245,9 @@ impl SimWorker {
             let added = exchange.contribute(&awaited, |all| add_expert_sums(&mut residual, 1, all));
             if let Err(error) = added {
                 let me = &self.id;
-                self.shared.check.violated(format_args!("{me} cannot combine layer {layer}: {error}"));
+                self.shared
+                    .check
+                    .violated(format_args!("{me} cannot combine layer {layer}: {error}"));
             }
             for (outputs, sum) in outputs.iter_mut().zip(residual) {
                 *outputs = fold(*outputs, sum as u64);

@@ -30,7 +30,11 @@ impl Default for Held {
 impl Held {
     /// Has loaded a slice.
     pub fn hold(&self, slice: ExpertSlice) {
-        *self.masks.lock().entry((slice.layer, slice.expert)).or_default() |= slice.range.mask();
+        *self
+            .masks
+            .lock()
+            .entry((slice.layer, slice.expert))
+            .or_default() |= slice.range.mask();
     }
 
     /// What is held, as single segments.
@@ -40,7 +44,11 @@ impl Held {
         for (&(layer, expert), &mask) in &*self.masks.lock() {
             for begin in (0..SEGMENTS_PER_EXPERT).filter(|s| mask >> s & 1 == 1) {
                 if let Ok(range) = SegmentRange::new(begin, begin + 1) {
-                    slices.push(ExpertSlice { layer, expert, range });
+                    slices.push(ExpertSlice {
+                        layer,
+                        expert,
+                        range,
+                    });
                 }
             }
         }
@@ -68,7 +76,11 @@ impl Experts for Held {
     }
 
     fn held(&self, layer: LayerId, expert: ExpertId) -> u8 {
-        self.masks.lock().get(&(layer, expert)).copied().unwrap_or(0)
+        self.masks
+            .lock()
+            .get(&(layer, expert))
+            .copied()
+            .unwrap_or(0)
     }
 
     fn compute(
@@ -84,7 +96,11 @@ impl Experts for Held {
         for job in jobs {
             self.retired.lock().used(layer, job.expert, job.range, now);
             let (expert, range) = (job.expert, job.range);
-            let slice = ExpertSlice { layer, expert, range };
+            let slice = ExpertSlice {
+                layer,
+                expert,
+                range,
+            };
             if !self.has(slice) {
                 return Err(Error::NotHeld { slice });
             }

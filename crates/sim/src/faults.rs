@@ -229,7 +229,13 @@ impl Plan {
                 at += rng.range(50, 800);
                 for &other in nodes.iter().filter(|&&other| other != node) {
                     let pairs = [(node, other), (other, node)];
-                    let fault = |(a, b)| if clogs { Fault::Clog(a, b) } else { Fault::Unclog(a, b) };
+                    let fault = |(a, b)| {
+                        if clogs {
+                            Fault::Clog(a, b)
+                        } else {
+                            Fault::Unclog(a, b)
+                        }
+                    };
                     self.faults.extend(pairs.map(|pair| (at, fault(pair))));
                 }
             }

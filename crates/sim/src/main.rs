@@ -32,17 +32,27 @@ fn main() -> Result<ExitCode, tramontane_tokenizer::Error> {
     let bad = if let Some(seed) = args.seed {
         let outcome = run_seed(seed, args.trace, &tokenizer);
         outcome.trace.iter().for_each(|line| println!("{line}"));
-        println!("seed {seed} hash {:016x} {:?}", outcome.hash, outcome.counts);
+        println!(
+            "seed {seed} hash {:016x} {:?}",
+            outcome.hash, outcome.counts
+        );
         Some(outcome).filter(|outcome| !outcome.violations.is_empty())
     } else {
         let totals = run_seeds(args.from..args.from + args.count, !args.all, &tokenizer);
         let per_second = totals.seeds as f64 / totals.took.as_secs_f64();
-        println!("{} seeds, {per_second:.0} per second, {:?}", totals.seeds, totals.took);
+        println!(
+            "{} seeds, {per_second:.0} per second, {:?}",
+            totals.seeds, totals.took
+        );
         println!("virtual time {:?}, {:?}", totals.lasted, totals.counts);
         totals.first_bad
     };
-    let Some(bad) = bad else { return Ok(ExitCode::SUCCESS) };
+    let Some(bad) = bad else {
+        return Ok(ExitCode::SUCCESS);
+    };
     println!("seed {} violates:", bad.seed);
-    bad.violations.iter().for_each(|violation| println!("  {violation}"));
+    bad.violations
+        .iter()
+        .for_each(|violation| println!("  {violation}"));
     Ok(ExitCode::FAILURE)
 }

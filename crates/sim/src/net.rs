@@ -226,7 +226,8 @@ impl Net {
     /// Waits until a connection would break: the other is dead, or has not been reached for `patience`.
     pub async fn broken(&self, me: Node, peer: Life, patience: Duration) {
         loop {
-            self.until(|net| !net.is_alive(peer) || !net.talks(me, peer.node)).await;
+            self.until(|net| !net.is_alive(peer) || !net.talks(me, peer.node))
+                .await;
             if !self.is_alive(peer) && self.passes(peer.node, me) {
                 return;
             }

@@ -73,7 +73,13 @@ impl SimRouter {
             shared: shared.clone(),
             me: life,
         };
-        let core = RouterCore::new(config, tokenizer, members, placements.clone(), Arc::new(connect));
+        let core = RouterCore::new(
+            config,
+            tokenizer,
+            members,
+            placements.clone(),
+            Arc::new(connect),
+        );
         Arc::new(Self {
             life,
             core,
@@ -126,7 +132,9 @@ struct SimLink {
 #[async_trait]
 impl WorkerLink for SimLink {
     async fn generate(&self, request: GenerateSequenceRequest) -> Result<SequenceEvents, Status> {
-        let to = self.to.ok_or_else(|| Status::unavailable("no such worker"))?;
+        let to = self
+            .to
+            .ok_or_else(|| Status::unavailable("no such worker"))?;
         let (shared, me) = (&self.shared, self.me.node);
         if request.num_resumed > 0 {
             shared.check.count(|counts| counts.replays += 1);
@@ -139,7 +147,8 @@ impl WorkerLink for SimLink {
             Ok::<_, Status>((worker.life, opened))
         };
         let opened = timeout(PATIENCE, opening).await;
-        let (life, opened) = opened.unwrap_or_else(|_| Err(Status::unavailable("no sign of life")))?;
+        let (life, opened) =
+            opened.unwrap_or_else(|_| Err(Status::unavailable("no sign of life")))?;
         shared.check.note(format_args!(
             "{} opens {} on {to} at token {}: {}",
             self.me.node,
@@ -172,7 +181,9 @@ struct Reader {
 
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reader").field("worker", &self.worker).finish_non_exhaustive()
+        f.debug_struct("Reader")
+            .field("worker", &self.worker)
+            .finish_non_exhaustive()
     }
 }
 
@@ -208,7 +219,9 @@ impl Reader {
 
     /// Tells the worker, which goes on until it hears of it.
     fn abort(&mut self) {
-        let Some(opened) = self.opened.take() else { return };
+        let Some(opened) = self.opened.take() else {
+            return;
+        };
         let (shared, me, to) = (self.shared.clone(), self.me.node, self.worker.node);
         let sent = shared.sent.clone();
         sent.spawn(async move {

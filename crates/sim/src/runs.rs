@@ -81,7 +81,10 @@ impl Totals {
         all.faults += one.faults;
         self.seeds += 1;
         self.lasted += outcome.lasted;
-        let is_first = self.first_bad.as_ref().is_none_or(|bad| outcome.seed < bad.seed);
+        let is_first = self
+            .first_bad
+            .as_ref()
+            .is_none_or(|bad| outcome.seed < bad.seed);
         if !outcome.violations.is_empty() && is_first {
             self.first_bad = Some(outcome);
         }

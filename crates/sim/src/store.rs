@@ -74,6 +74,7 @@ impl Server {
             data.memory = MemoryStore::new();
             data.generation += 1;
         }
+        self.check.wiped();
         self.changed.send_modify(|count| *count += 1);
     }
 
@@ -106,7 +107,9 @@ pub struct Client {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("me", &self.me).finish_non_exhaustive()
+        f.debug_struct("Client")
+            .field("me", &self.me)
+            .finish_non_exhaustive()
     }
 }
 
@@ -116,7 +119,12 @@ impl Client {
     /// The store as `me` reaches it.
     #[must_use]
     pub const fn new(server: Server, net: Net, me: Life, sent: TaskTracker) -> Self {
-        Self { server, net, me, sent }
+        Self {
+            server,
+            net,
+            me,
+            sent,
+        }
     }
 
     /// Tries until it works, fails for good, or the deadline of the call is near.
@@ -131,7 +139,8 @@ impl Client {
             if !self.net.is_alive(self.me) {
                 return Err(away(operation, "this process is dead"));
             }
-            let answer = timeout(ATTEMPT_TIMEOUT, self.attempt(operation, run.clone(), again)).await;
+            let answer =
+                timeout(ATTEMPT_TIMEOUT, self.attempt(operation, run.clone(), again)).await;
             let error = match answer {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) if !error.is_retryable() => return Err(error),
@@ -166,7 +175,8 @@ impl Client {
             // Nobody may wait any more.
             let _ = tell.send(answer);
         });
-        told.await.unwrap_or_else(|_| Err(away(operation, "answer lost")))
+        told.await
+            .unwrap_or_else(|_| Err(away(operation, "answer lost")))
     }
 }
 
@@ -208,7 +218,12 @@ impl Store for Client {
         self.call("list", run).await
     }
 
-    async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<Revision, Error> {
+    async fn put(
+        &self,
+        key: &str,
+        value: Bytes,
+        lease: Option<LeaseId>,
+    ) -> Result<Revision, Error> {
         let key = key.to_owned();
         let run = move |memory: MemoryStore, generation, _| -> Answer<_> {
             let (key, value) = (key.clone(), value.clone());
@@ -232,7 +247,9 @@ impl Store for Client {
             let (key, value, check) = (key.clone(), value.clone(), check.clone());
             Box::pin(async move {
                 let lease = inner_or_error(lease, generation)?;
-                let outcome = memory.compare_and_swap(&key, expected, value.clone(), lease).await?;
+                let outcome = memory
+                    .compare_and_swap(&key, expected, value.clone(), lease)
+                    .await?;
                 match outcome {
                     CasOutcome::Swapped(_) if key == keys::PLACEMENT => check.published(me, &value),
                     // An earlier attempt without an answer may have written: our own value is no conflict.
@@ -372,7 +389,10 @@ impl Watcher {
         let mut changed = client.server.changed.subscribe();
         let reached = async {
             loop {
-                client.net.until(|net| net.talks(client.me.node, STORE)).await;
+                client
+                    .net
+                    .until(|net| net.talks(client.me.node, STORE))
+                    .await;
                 if let Some(open) = client.server.open() {
                     return open;
                 }

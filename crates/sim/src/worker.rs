@@ -123,17 +123,23 @@ impl SimWorker {
         let registration =
             Registration::start(Arc::clone(&store), record, LEASE_TTL, tasks, stop());
         let Ok(registration) = registration else {
-            shared.check.violated(format_args!("the record of {} was refused", worker.id));
+            shared
+                .check
+                .violated(format_args!("the record of {} was refused", worker.id));
             return worker;
         };
         let members = watch_members(Arc::clone(&store), tasks, stop());
         let placements = watch_placements(store, tasks, stop());
-        tasks.spawn(Arc::clone(&worker).while_alive(Arc::clone(&worker).refresh(registration.clone())));
+        tasks.spawn(
+            Arc::clone(&worker).while_alive(Arc::clone(&worker).refresh(registration.clone())),
+        );
         tasks.spawn(Arc::clone(&worker).while_alive(Arc::clone(&worker).watch_freshness()));
         let follow = Arc::clone(&worker).follow(placements.clone(), registration);
         tasks.spawn(Arc::clone(&worker).while_alive(follow));
         tasks.spawn(Arc::clone(&worker).while_alive(Arc::clone(&worker).run_engine()));
-        tasks.spawn(Arc::clone(&worker).while_alive(Arc::clone(&worker).drained(members, placements)));
+        tasks.spawn(
+            Arc::clone(&worker).while_alive(Arc::clone(&worker).drained(members, placements)),
+        );
         worker
     }
 
@@ -185,14 +191,19 @@ impl SimWorker {
 
     /// Asks it to leave.
     pub fn drain(&self) {
-        self.advance(&[WorkerState::Joining, WorkerState::Ready], WorkerState::Draining);
+        self.advance(
+            &[WorkerState::Joining, WorkerState::Ready],
+            WorkerState::Draining,
+        );
     }
 
     fn advance(&self, from: &[WorkerState], to: WorkerState) {
         self.state.send_if_modified(|state| {
             let is_next = from.contains(state) && *state != to;
             if is_next {
-                self.shared.check.note(format_args!("{} is {to:?}", self.id));
+                self.shared
+                    .check
+                    .note(format_args!("{} is {to:?}", self.id));
                 *state = to;
             }
             is_next
@@ -226,16 +237,20 @@ impl SimWorker {
     async fn watch_freshness(self: Arc<Self>) {
         let (net, node) = (&self.shared.net, self.life.node);
         loop {
-            net.until(|net| net.is_up(STORE) && net.talks(node, STORE)).await;
+            net.until(|net| net.is_up(STORE) && net.talks(node, STORE))
+                .await;
             *self.fresh_since.lock() = Some(Instant::now());
-            net.until(|net| !net.is_up(STORE) || !net.talks(node, STORE)).await;
+            net.until(|net| !net.is_up(STORE) || !net.talks(node, STORE))
+                .await;
             *self.fresh_since.lock() = None;
         }
     }
 
     /// Whether its view of the placements is the newest there is.
     fn is_fresh(&self) -> bool {
-        self.fresh_since.lock().is_some_and(|since| since.elapsed() >= FRESH)
+        self.fresh_since
+            .lock()
+            .is_some_and(|since| since.elapsed() >= FRESH)
     }
 
     /// As the worker's follower: serve, load, say so, drop.
@@ -302,12 +317,19 @@ impl SimWorker {
         }
         let mut missing = next.missing;
         missing.truncate(LOAD_BATCH);
-        let segments: u64 = missing.iter().map(|slice| u64::from(slice.range.len())).sum();
+        let segments: u64 = missing
+            .iter()
+            .map(|slice| u64::from(slice.range.len()))
+            .sum();
         let takes = Duration::from_millis(segments * self.build.load_ms);
         (!missing.is_empty()).then(|| (Instant::now() + takes, missing))
     }
 
-    fn retire(&self, published: Option<&Placement>, pending: Option<&Placement>) -> Option<Instant> {
+    fn retire(
+        &self,
+        published: Option<&Placement>,
+        pending: Option<&Placement>,
+    ) -> Option<Instant> {
         let unwanted = unwanted(&self.id, published, pending, &self.held.slices());
         let mut retired = self.held.retired.lock();
         retired.set(&unwanted, Instant::now().into_std());
@@ -359,7 +381,11 @@ impl SimWorker {
         placements: watch::Receiver<Arc<Placements>>,
     ) {
         let mut state = self.state.subscribe();
-        if state.wait_for(|state| *state == WorkerState::Draining).await.is_err() {
+        if state
+            .wait_for(|state| *state == WorkerState::Draining)
+            .await
+            .is_err()
+        {
             return;
         }
         let not_needed = async {
@@ -383,7 +409,9 @@ impl SimWorker {
             }
         };
         let in_time = timeout(DRAIN_MAX, not_needed).await.is_ok();
-        self.shared.check.note(format_args!("{} has drained, in time: {in_time}", self.id));
+        self.shared
+            .check
+            .note(format_args!("{} has drained, in time: {in_time}", self.id));
         self.advance(&[WorkerState::Draining], WorkerState::Leaving);
         let leaving = Arc::clone(&self);
         // Not a task of ours: it ends them.

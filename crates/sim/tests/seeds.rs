@@ -10,7 +10,10 @@ fn no_seed_violates_anything() {
     let tokenizer = tokenizer().unwrap();
     let totals = run_seeds(0..SEEDS, true, &tokenizer);
     let per_second = totals.seeds as f64 / totals.took.as_secs_f64();
-    println!("{} seeds, {per_second:.0} per second, {:?}", totals.seeds, totals.counts);
+    println!(
+        "{} seeds, {per_second:.0} per second, {:?}",
+        totals.seeds, totals.counts
+    );
     if let Some(bad) = totals.first_bad {
         let again = run_seed(bad.seed, true, &tokenizer);
         let seed = bad.seed;
@@ -23,9 +26,18 @@ fn no_seed_violates_anything() {
     assert_eq!(totals.seeds, SEEDS);
     // The runs did what they are for.
     let counts = totals.counts;
-    assert!(counts.finished > SEEDS && counts.tokens > SEEDS * 10, "{counts:?}");
-    assert!(counts.replays > SEEDS / 10 && counts.stale > 0, "{counts:?}");
-    assert!(counts.faults > SEEDS && counts.drops > SEEDS / 10, "{counts:?}");
+    assert!(
+        counts.finished > SEEDS && counts.tokens > SEEDS * 10,
+        "{counts:?}"
+    );
+    assert!(
+        counts.replays > SEEDS / 10 && counts.stale > 0,
+        "{counts:?}"
+    );
+    assert!(
+        counts.faults > SEEDS && counts.drops > SEEDS / 10,
+        "{counts:?}"
+    );
 }
 
 #[test]
@@ -39,7 +51,11 @@ fn a_seed_repeats_itself() {
             run.join().unwrap()
         });
         assert_eq!(one.trace, other.trace, "seed {seed}");
-        assert_eq!((one.hash, one.counts), (other.hash, other.counts), "seed {seed}");
+        assert_eq!(
+            (one.hash, one.counts),
+            (other.hash, other.counts),
+            "seed {seed}"
+        );
         assert!(one.trace.len() > 20, "seed {seed}");
     }
 }

@@ -213,7 +213,12 @@ impl Follower {
         let Some(half) = &self.node.experts else {
             return Vec::new();
         };
-        unwanted(&self.node.id, published, pending, &half.store.packed_slices())
+        unwanted(
+            &self.node.id,
+            published,
+            pending,
+            &half.store.packed_slices(),
+        )
     }
 
     /// Begins to watch whether unwanted slices are used; says when to drop them.

@@ -110,7 +110,11 @@ impl Retired {
     /// When to drop them if nobody asks before; `None` when nothing is retired.
     #[must_use]
     pub fn drop_at(&self, grace: Duration) -> Option<Instant> {
-        let grace = if is_on(Mutation::NoDropGrace) { Duration::ZERO } else { grace };
+        let grace = if is_on(Mutation::NoDropGrace) {
+            Duration::ZERO
+        } else {
+            grace
+        };
         (!self.masks.is_empty()).then(|| self.last_used + grace)
     }
 }

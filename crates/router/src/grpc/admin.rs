@@ -118,8 +118,7 @@ impl Admin for AdminService {
                 record.address
             )))
         };
-        let mut worker =
-            client(&record.address).map_err(|error| unreachable(error.to_string()))?;
+        let mut worker = client(&record.address).map_err(|error| unreachable(error.to_string()))?;
         match timeout(DRAIN_ANSWER_MAX, worker.drain(v1::DrainRequest {})).await {
             Ok(Ok(_)) => {
                 tracing::info!(worker = %id, "worker asked to drain");
