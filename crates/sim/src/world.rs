@@ -36,14 +36,17 @@ const READY_MAX: Duration = Duration::from_secs(30);
 /// A healed cluster is at rest within this: members that an outage has hidden, leases, loads and running
 /// layers all have their own limits below it.
 const SETTLE_MAX: Duration = Duration::from_secs(120);
-/// A cluster that looks at rest may be about to plan with newcomers: it is at rest after this.
-const SETTLED: Duration = Duration::from_secs(6);
+/// A cluster that looks at rest may be about to plan with newcomers: it is at rest after an election, the
+/// time that membership must rest, and some pauses.
+const SETTLED: Duration = Duration::from_secs(12);
 /// A cluster at rest stays so for this long.
-const REST: Duration = Duration::from_secs(12);
+const REST: Duration = Duration::from_secs(8);
 /// Requests at the end each finish within this.
 const FINAL_MAX: Duration = Duration::from_secs(30);
 /// What was given up is forgotten within this.
 const FORGET: Duration = Duration::from_secs(6);
+/// Faults that have a request just before them.
+const ASKS_BY_FAULT: usize = 8;
 /// Segments of all experts.
 const SEGMENTS: u64 = (crate::model::NUM_LAYERS * crate::model::NUM_EXPERTS * 8) as u64;
 
@@ -229,9 +232,14 @@ impl World {
         let begin = Instant::now();
         let faults = std::mem::take(&mut self.plan.faults);
         let mut events: Vec<(u64, Option<Fault>)> = Vec::new();
-        let num_asks = self.rng.range(4, 9);
-        for _ in 0..num_asks {
-            events.push((self.rng.range(0, self.plan.faults_ms.min(45_000)), None));
+        for _ in 0..self.rng.range(1, 4) {
+            events.push((self.rng.range(0, self.plan.faults_ms), None));
+        }
+        // Most requests run when something happens to them.
+        for &(at, _) in faults.iter().take(ASKS_BY_FAULT) {
+            if self.rng.chance(75) {
+                events.push((at.saturating_sub(self.rng.range(1, 1500)), None));
+            }
         }
         events.extend(faults.into_iter().map(|(at, fault)| (at, Some(fault))));
         events.sort_by_key(|(at, _)| *at);
