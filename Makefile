@@ -32,7 +32,7 @@ serve: release $(if $(filter smol,$(MODEL)),models/smol/config.json)
 	  $(if $(filter demo,$(MODEL)),,--model $(if $(filter smol,$(MODEL)),models/smol,$(MODEL))) $(SERVE_FLAGS)
 
 release: check-rust $(PROTOX)
-	cargo build --release --locked --bin tramontane
+	cargo build --release --locked -p tramontane --bin tramontane
 
 test: lint unit doc system
 
@@ -44,6 +44,8 @@ lint: check-rust $(PROTOX)
 unit: check-rust $(PROTOX) packages $(VENV)/installed
 	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
 	  cargo test --workspace --locked
+	# Deliberately broken builds: each must be noticed. A package of its own, so that no other test is built broken.
+	cargo test -p tramontane-sim --features mutations --test mutations --locked -- --nocapture
 
 doc: check-rust $(PROTOX)
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

@@ -54,6 +54,7 @@ pub async fn run_elected<F, Fut>(
     let mut backoff = Backoff::new(CAMPAIGN_PAUSE_MIN, CAMPAIGN_PAUSE_MAX);
     while !stop.is_cancelled() {
         let won = tokio::select! {
+            biased;
             won = campaign(&*store, id, ttl) => won,
             () = stop.cancelled() => return,
         };
@@ -67,6 +68,7 @@ pub async fn run_elected<F, Fut>(
             Err(error) => tracing::warn!(id, %error, "election did not work, trying again"),
         }
         tokio::select! {
+            biased;
             () = sleep(backoff.pause()) => {}
             () = stop.cancelled() => return,
         }
@@ -152,6 +154,7 @@ impl Term {
         let token = stop.child_token();
         let mut work = std::pin::pin!(lead(token.clone()));
         let returned = tokio::select! {
+            biased;
             () = &mut work => true,
             () = self.keep(store) => false,
             () = stop.cancelled() => false,

@@ -13,6 +13,8 @@ mod intent_watch;
 pub mod loss;
 pub mod memory;
 mod mirror;
+#[doc(hidden)]
+pub mod mutation;
 pub mod placement_store;
 pub mod planner;
 pub mod registry;
@@ -20,6 +22,8 @@ pub mod remember;
 pub mod slices;
 pub mod store;
 
+#[doc(hidden)]
+pub use backoff::seed_this_thread;
 pub use balance::{BalanceError, BalanceInput, PlacementPolicy, WorkerShare, balance};
 pub use election::run_elected;
 pub use error::Error;

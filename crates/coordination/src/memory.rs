@@ -372,6 +372,7 @@ impl Watcher {
         };
         // The sender lives in `self.store`, so `changed` never reports a closed channel.
         tokio::select! {
+            biased;
             _changed = self.newest.changed() => {}
             () = lease => {}
         }

@@ -76,6 +76,7 @@ pub(crate) async fn mirror(
         }
     };
     tokio::select! {
+        biased;
         () = work => {}
         () = stop.cancelled() => {}
     }
@@ -98,6 +99,7 @@ async fn follow(
             }
         };
         let event = tokio::select! {
+            biased;
             event = watch.next() => event,
             () = wait => {
                 view.publish();

@@ -77,12 +77,14 @@ pub struct ExchangeConfig {
     pub layer_deadline: Duration,
     /// How long a call may take before another holder is asked, see [`CALL_TIMEOUT`].
     pub call_timeout: Duration,
+    /// Tells the time; a simulation has its own.
+    pub clock: fn() -> Instant,
 }
 
 impl ExchangeConfig {
     /// The configuration with default times.
     #[must_use]
-    pub const fn new(me: WorkerId, geometry: ModelGeometry, row_format: RowFormat) -> Self {
+    pub fn new(me: WorkerId, geometry: ModelGeometry, row_format: RowFormat) -> Self {
         let (layer_deadline, call_timeout) = (LAYER_DEADLINE, CALL_TIMEOUT);
         Self {
             me,
@@ -90,6 +92,7 @@ impl ExchangeConfig {
             row_format,
             layer_deadline,
             call_timeout,
+            clock: Instant::now,
         }
     }
 }
@@ -97,7 +100,7 @@ impl ExchangeConfig {
 /// The exchange over a [`Transport`].
 #[derive(Debug)]
 pub struct ExpertExchange {
-    config: ExchangeConfig,
+    pub(crate) config: ExchangeConfig,
     limits: CallLimits,
     local: Option<Arc<dyn Experts>>,
     placement: Arc<ArcSwapOption<Placement>>,
@@ -231,7 +234,7 @@ impl ExpertExchange {
     }
 
     /// Computes what is ours, or queues it beside the calls of others.
-    fn compute_local(&self, ticket: &mut Ticket, epoch: Epoch) -> Result<(), Error> {
+    pub(crate) fn compute_local(&self, ticket: &mut Ticket, epoch: Epoch) -> Result<(), Error> {
         let Some(server) = self.server.as_ref().filter(|_| !ticket.local.is_empty()) else {
             return self.compute_here(ticket);
         };
@@ -243,7 +246,7 @@ impl ExpertExchange {
             rows: ticket.rows.clone(),
             jobs: jobs.clone(),
         };
-        let now = Instant::now();
+        let now = self.now();
         let reply = ticket.open_call(OpenCall {
             worker: self.config.me.clone(),
             outputs_len: answers::outputs_len(&self.config.geometry, &jobs),
@@ -279,41 +282,74 @@ impl ExpertExchange {
 
     /// Waits until every job is answered, asking elsewhere when a call is refused, lost or late.
     fn wait(&mut self, ticket: &mut Ticket) -> Result<(), Error> {
-        let begin = Instant::now();
+        let begin = self.now();
         let (desk, server) = (Arc::clone(&self.desk), self.server.clone());
         let mut seat = desk.sit(server.as_ref().map(ExpertServerHandle::shared));
-        let deadline = begin + self.config.layer_deadline;
         let mut now = begin;
-        while !ticket.is_complete() {
-            if now >= deadline {
-                return Err(ticket.deadline(now - begin));
-            }
-            let mut wake = ticket
-                .next_check()
-                .map_or(deadline, |check| check.min(deadline));
-            if !ticket.homeless.is_empty() {
-                wake = wake.min(now + HOMELESS_PAUSE);
-            }
+        while let Some(mut wake) = self.wake(ticket, begin, now)? {
             // One wait, then everything else that is there already.
             while let Some(arrival) = ticket.next_arrival(wake, &mut seat) {
                 wake = now;
-                match arrival {
-                    Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
-                    Arrival::Needless(call) => self.note_answer(&call),
-                }
+                self.on_arrival(ticket, arrival)?;
             }
-            now = Instant::now();
-            self.give_up_overdue(ticket, now);
-            let homeless = std::mem::take(&mut ticket.homeless);
-            if !homeless.is_empty() {
-                let epoch = self.plan_and_send(ticket, &homeless, now);
-                self.compute_local(ticket, epoch)?;
-            }
-            if !ticket.homeless.is_empty() {
-                self.stats.set_stuck();
-            }
+            now = self.now();
+            self.ask_elsewhere(ticket, now)?;
         }
         Ok(())
+    }
+
+    /// When to look again at a layer that is waited for since `begin`; `None` when all is answered.
+    pub(crate) fn wake(
+        &self,
+        ticket: &Ticket,
+        begin: Instant,
+        now: Instant,
+    ) -> Result<Option<Instant>, Error> {
+        if ticket.is_complete() {
+            return Ok(None);
+        }
+        let deadline = begin + self.config.layer_deadline;
+        if now >= deadline {
+            return Err(ticket.deadline(now - begin));
+        }
+        let mut wake = ticket
+            .next_check()
+            .map_or(deadline, |check| check.min(deadline));
+        if !ticket.homeless.is_empty() {
+            wake = wake.min(now + HOMELESS_PAUSE);
+        }
+        Ok(Some(wake))
+    }
+
+    pub(crate) fn on_arrival(
+        &mut self,
+        ticket: &mut Ticket,
+        arrival: Arrival,
+    ) -> Result<(), Error> {
+        match arrival {
+            Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
+            Arrival::Needless(call) => self.note_answer(&call),
+        }
+        Ok(())
+    }
+
+    /// Gives up what is late, and plans again what has no home.
+    pub(crate) fn ask_elsewhere(&mut self, ticket: &mut Ticket, now: Instant) -> Result<(), Error> {
+        self.give_up_overdue(ticket, now);
+        let homeless = std::mem::take(&mut ticket.homeless);
+        if homeless.is_empty() {
+            return Ok(());
+        }
+        let epoch = self.plan_and_send(ticket, &homeless, now);
+        self.compute_local(ticket, epoch)?;
+        if !ticket.homeless.is_empty() {
+            self.stats.set_stuck();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        (self.config.clock)()
     }
 
     fn on_answer(
@@ -389,12 +425,18 @@ impl Exchange for ExpertExchange {
         self.stats.count_chosen(layer, &wants);
         // Whoever sits there leaves while we plan.
         self.desk.engine_comes();
-        let now = Instant::now();
+        let now = self.now();
         self.note_late_answers();
         let routing = Routing::new(routed, self.config.geometry.top_k);
         let rows = Bytes::copy_from_slice(&routed.rows);
         let desk = Arc::clone(&self.desk);
-        let mut ticket = Ticket::new(layer, routed.num_rows, rows, routing, desk);
+        let mut ticket = Ticket::new(
+            layer,
+            routed.num_rows,
+            rows,
+            routing,
+            (desk, self.config.clock),
+        );
         self.turn = self.turn.wrapping_add(1);
         ticket.epoch = self.plan_and_send(&mut ticket, &wants, now);
         Ok(ticket)

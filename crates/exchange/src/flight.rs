@@ -1,6 +1,6 @@
 //! One layer under way: what is open, what is answered, what has no home. Decides nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use tramontane_types::{Epoch, ExpertSlice, LayerId, WorkerId};
 
 use crate::answers::{Answer, Routing};
 use crate::desk::Seat;
+use crate::mutation::late_answers_count;
 use crate::{Desk, Error, Job, Refusal, Reply, ReplySender};
 
 /// A dispatched layer. Hand it to [`Exchange::combine`](crate::Exchange::combine); dropped instead, its
@@ -28,9 +29,9 @@ pub struct Ticket {
     pub(crate) local: Vec<Job>,
     /// Jobs that nobody could be asked for.
     pub(crate) homeless: Vec<Job>,
-    pub(crate) open: HashMap<u64, OpenCall>,
+    pub(crate) open: BTreeMap<u64, OpenCall>,
     /// Calls that somebody else was asked for too; their answers may still come.
-    given_up: HashMap<u64, OpenCall>,
+    given_up: BTreeMap<u64, OpenCall>,
     pub(crate) answers: Vec<Answer>,
     pub(crate) last_refusal: Option<(WorkerId, Refusal)>,
     /// Calls that got no answer in time; every one doubles the patience with the next.
@@ -47,7 +48,6 @@ pub(crate) struct OpenCall {
     pub(crate) jobs: Vec<Job>,
     /// Bytes that a reply must have.
     pub(crate) outputs_len: usize,
-    pub(crate) sent_at: Instant,
     /// When to look for somebody else.
     pub(crate) check_at: Instant,
     pub(crate) sent_at: Instant,
@@ -70,7 +70,7 @@ impl Ticket {
         num_rows: usize,
         rows: Bytes,
         routing: Routing,
-        desk: Arc<Desk>,
+        (desk, clock): (Arc<Desk>, fn() -> Instant),
     ) -> Self {
         Self {
             layer,
@@ -80,14 +80,15 @@ impl Ticket {
             rows,
             local: Vec::new(),
             homeless: Vec::new(),
-            open: HashMap::new(),
-            given_up: HashMap::new(),
+            open: BTreeMap::new(),
+            given_up: BTreeMap::new(),
             answers: Vec::new(),
             last_refusal: None,
             num_silent: 0,
             next_call: 0,
             inbox: Arc::new(Inbox {
                 desk,
+                clock,
                 answers: Mutex::default(),
             }),
         }
@@ -107,12 +108,23 @@ impl Ticket {
         ReplySender::new(move |answer| inbox.put(id, answer))
     }
 
-    /// The next arrival at `seat`, or `None` when `until` has passed without one. A good reply to a call that was
-    /// given up answers in place of the call that replaced it, if that one is still open; a refusal of
-    /// such a call is ignored.
+    /// The next arrival at `seat`, or `None` when `until` has passed without one.
     pub(crate) fn next_arrival(&mut self, until: Instant, seat: &mut Seat<'_>) -> Option<Arrival> {
+        let inbox = Arc::clone(&self.inbox);
+        self.sort(&mut || seat.wait(until, &mut || inbox.take()))
+    }
+
+    /// The next arrival that is there already.
+    pub(crate) fn next_arrived(&mut self) -> Option<Arrival> {
+        let inbox = Arc::clone(&self.inbox);
+        self.sort(&mut || inbox.take())
+    }
+
+    /// The first thing of use among what `take` gives. A good reply to a call that was given up answers in
+    /// place of the call that replaced it, if that one is still open; a refusal of such a call is ignored.
+    fn sort(&mut self, take: &mut dyn FnMut() -> Option<Arrived>) -> Option<Arrival> {
         loop {
-            let (id, at, answer) = seat.wait(until, &mut || self.inbox.take())?;
+            let (id, at, answer) = take()?;
             if let Some(mut call) = self.open.remove(&id) {
                 call.trip = at.saturating_duration_since(call.sent_at);
                 return Some(Arrival::Answer(call, answer));
@@ -124,7 +136,7 @@ impl Ticket {
             if !matches!(&answer, Ok(reply) if reply.outputs.len() == call.outputs_len) {
                 continue;
             }
-            if !self.drop_replacement(&call.jobs) {
+            if !self.drop_replacement(&call.jobs) && !late_answers_count() {
                 return Some(Arrival::Needless(call));
             }
             return Some(Arrival::Answer(call, answer));
@@ -223,7 +235,7 @@ impl Ticket {
 #[derive(Debug)]
 pub(crate) struct Left {
     inbox: Arc<Inbox>,
-    calls: HashMap<u64, OpenCall>,
+    calls: BTreeMap<u64, OpenCall>,
 }
 
 impl Left {
@@ -251,6 +263,7 @@ impl Left {
 struct Inbox {
     /// Where the engine waits.
     desk: Arc<Desk>,
+    clock: fn() -> Instant,
     answers: Mutex<VecDeque<Arrived>>,
 }
 
@@ -261,7 +274,7 @@ impl Inbox {
     fn put(&self, call: u64, answer: Result<Reply, Refusal>) {
         self.answers
             .lock()
-            .push_back((call, Instant::now(), answer));
+            .push_back((call, (self.clock)(), answer));
         self.desk.ring();
     }
 

@@ -23,12 +23,15 @@ pub mod limits;
 mod local;
 mod merge;
 mod meters;
+#[doc(hidden)]
+pub mod mutation;
 mod patience;
 pub mod plan;
 mod rhythm;
 pub mod server;
 pub mod stats;
 pub mod transport;
+pub mod turns;
 mod validate;
 
 pub use call::{ExpertCall, Job, Refusal, Reply, ReplySender};

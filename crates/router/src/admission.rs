@@ -112,6 +112,7 @@ impl Admission {
             Arc::clone(&self.places).acquire_many_owned(places),
         );
         let acquired = tokio::select! {
+            biased;
             acquired = acquired => acquired,
             () = self.stopping.cancelled() => return Err(stopping()),
         };

@@ -32,6 +32,7 @@ impl ClusterView {
     pub(crate) async fn changed(&mut self) {
         let (members, placements) = (&mut self.members, &mut self.placements);
         tokio::select! {
+            biased;
             Ok(()) = members.changed() => {}
             Ok(()) = placements.changed() => {}
             Ok(()) = self.intent.changed() => {}

@@ -318,6 +318,7 @@ impl Running {
     async fn follow(mut self, reader: mpsc::Sender<Told>, stall_max: Duration) {
         loop {
             let next = tokio::select! {
+                biased;
                 next = self.next() => next,
                 () = reader.closed() => return,
             };
@@ -329,6 +330,7 @@ impl Running {
             let usage = self.usage;
             let telling = timeout(stall_max, reader.send(Told { delta, usage }));
             let told = tokio::select! {
+                biased;
                 told = telling => told,
                 // The reader sees from the token why nothing more comes.
                 () = self.abort.cancelled(), if !self.failed => return,
@@ -349,9 +351,11 @@ impl Running {
         if self.failed {
             return None;
         }
+        // The stop signal first: answers that never pause must not hide it.
         let next = tokio::select! {
-            next = self.streams.next() => next?,
+            biased;
             () = self.abort.cancelled() => Err(stopping()),
+            next = self.streams.next() => next?,
         };
         match &next {
             Ok(delta) => self.note(delta),

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tramontane_coordination::mutation::{Mutation, is_on};
 use tramontane_proto::v1;
 use tramontane_types::{SamplingParams, TokenId, WorkerId};
 
@@ -97,7 +98,8 @@ impl Entry {
         self.sent += 1;
         let mut prompt_ids = Vec::with_capacity(self.prompt.len() + self.sampled.len());
         prompt_ids.extend_from_slice(&self.prompt);
-        prompt_ids.extend_from_slice(&self.sampled);
+        let left_out = usize::from(is_on(Mutation::JournalOffByOne)).min(self.sampled.len());
+        prompt_ids.extend_from_slice(&self.sampled[left_out..]);
         v1::GenerateSequenceRequest {
             request_id: format!("{}.{}", self.request_id, self.sent),
             prompt_ids,

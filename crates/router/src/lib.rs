@@ -25,7 +25,10 @@ mod routes;
 mod run;
 pub mod scaler;
 mod sequence;
+#[doc(hidden)]
+pub mod simulation;
 mod text;
+mod worker_link;
 mod worker_pool;
 
 pub use config::{PolicyKind, RouterConfig};

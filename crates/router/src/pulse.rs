@@ -2,16 +2,17 @@
 //! be long, but its process answers meanwhile, and says whether its step waits in vain for the experts of
 //! others. Never says that a worker is dead because this process stood still.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
-use tramontane_proto::v1::{self, worker_client::WorkerClient};
 use tramontane_types::WorkerId;
+
+use crate::worker_link::WorkerLink;
 
 /// How often a worker is asked.
 const PULSE_EVERY: Duration = Duration::from_millis(200);
@@ -32,10 +33,10 @@ pub(crate) struct Pulse {
 }
 
 impl Pulse {
-    /// Asks through `client` until dropped or `stop`, as a task of `tasks`.
+    /// Asks through `link` until dropped or `stop`, as a task of `tasks`.
     pub(crate) fn start(
         worker: WorkerId,
-        client: WorkerClient<Channel>,
+        link: Arc<dyn WorkerLink>,
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
@@ -44,7 +45,7 @@ impl Pulse {
         let stopped = stop.clone();
         tasks.spawn(async move {
             stopped
-                .run_until_cancelled(follow(worker, client, sender))
+                .run_until_cancelled(follow(worker, link, sender))
                 .await
         });
         Self {
@@ -81,12 +82,12 @@ impl Pulse {
     }
 }
 
-async fn follow(worker: WorkerId, mut client: WorkerClient<Channel>, alive: watch::Sender<bool>) {
+async fn follow(worker: WorkerId, link: Arc<dyn WorkerLink>, alive: watch::Sender<bool>) {
     loop {
         let asked = Instant::now();
-        let answer = timeout(PULSE_MAX, client.status(v1::WorkerStatusRequest {})).await;
+        let answer = timeout(PULSE_MAX, link.status()).await;
         let is_alive = match answer {
-            Ok(Ok(status)) => status.into_inner().stuck_ms < STUCK_MAX.as_millis() as u64,
+            Ok(Ok(status)) => status.stuck_ms < STUCK_MAX.as_millis() as u64,
             Ok(Err(status)) => is_its_own(&status),
             Err(_elapsed) if asked.elapsed() > PULSE_MAX + OWN_DELAY_MAX => continue,
             Err(_elapsed) => false,

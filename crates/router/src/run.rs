@@ -26,6 +26,7 @@ use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
+use crate::worker_link::GrpcConnect;
 use crate::worker_pool::{PulseTasks, WorkerPool};
 use crate::{Error, RouterConfig, grpc, http_server, routes};
 
@@ -295,36 +296,20 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         planning,
         pulses,
     } = followed;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let metrics = Arc::new(Metrics::new(&model.id));
-    let dispatcher = Arc::new(Dispatcher {
-        pool: Arc::new(WorkerPool::new(
-            cluster.clone(),
-            config.policy,
-            Arc::clone(&events),
-            pulses,
-        )),
-        admission: Admission::new(
-            config.sequences_max,
-            config.queue_max,
-            config.queue_wait,
-            doors.refuse.clone(),
-        ),
-        journal: Journal::default(),
-        kept: KeptAnswers::new(config.keep_limits()),
-        metrics: Arc::clone(&metrics),
-        tokenizer: Arc::clone(&tokenizer),
-        patience: Patience {
-            attempts_max: config.attempts_max,
-            failover_wait: config.failover_wait,
-            silence_max: config.stream_silence_max,
-        },
-        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
-        prepare_wait: config.queue_wait,
-        client_stall_max: config.client_stall_max,
-        tasks: TaskTracker::new(),
-        abort: doors.abort.clone(),
-    });
+    let pool = WorkerPool::new(
+        cluster.clone(),
+        config.policy,
+        Arc::clone(&events),
+        (Arc::new(GrpcConnect), pulses),
+    );
+    let dispatcher = Arc::new(dispatcher(
+        &config,
+        pool,
+        Arc::clone(&tokenizer),
+        Arc::clone(&metrics),
+        doors,
+    ));
     Arc::new(App {
         body_room: Arc::new(Semaphore::new(
             BODIES_MAX * config.body_bytes_max.div_ceil(1024),
@@ -348,6 +333,40 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
 pub(crate) fn unix_seconds() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default().as_secs()
+}
+
+/// What runs sequences.
+pub(crate) fn dispatcher(
+    config: &RouterConfig,
+    pool: WorkerPool,
+    tokenizer: Arc<Tokenizer>,
+    metrics: Arc<Metrics>,
+    doors: &Doors,
+) -> Dispatcher {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Dispatcher {
+        pool: Arc::new(pool),
+        admission: Admission::new(
+            config.sequences_max,
+            config.queue_max,
+            config.queue_wait,
+            doors.refuse.clone(),
+        ),
+        journal: Journal::default(),
+        kept: KeptAnswers::new(config.keep_limits()),
+        metrics,
+        tokenizer,
+        patience: Patience {
+            attempts_max: config.attempts_max,
+            failover_wait: config.failover_wait,
+            silence_max: config.stream_silence_max,
+        },
+        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
+        prepare_wait: config.queue_wait,
+        client_stall_max: config.client_stall_max,
+        tasks: TaskTracker::new(),
+        abort: doors.abort.clone(),
+    }
 }
 
 /// What runs beside the servers, from before the first request to after the last.

@@ -1,11 +1,13 @@
 //! One sequence's life on the workers: start, follow, and when a worker is lost go on elsewhere from the
 //! journal. Dropping it aborts it on its worker.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 use tramontane_proto::{finish_reason_from_wire, v1};
 use tramontane_types::{FinishReason, TokenOutput, WorkerId};
@@ -16,6 +18,7 @@ use crate::journal::Entry;
 use crate::metrics::{LossReason, Metrics};
 use crate::policy::PromptBlocks;
 use crate::text::{AnswerText, TextEnd};
+use crate::worker_link::SequenceEvents;
 use crate::worker_pool::{PoolWorker, WorkerPool};
 
 /// First pause before asking the same worker again; doubles.
@@ -105,11 +108,16 @@ pub(crate) struct State {
 }
 
 /// The open stream of a worker.
-#[derive(Debug)]
 struct Run {
     worker: Arc<PoolWorker>,
-    events: Streaming<v1::SequenceEvent>,
+    events: SequenceEvents,
     _occupied: Counted,
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").finish_non_exhaustive()
+    }
 }
 
 /// A worker that cannot go on.
@@ -148,7 +156,9 @@ impl Sequence {
                 continue;
             };
             let worker = Arc::clone(&run.worker);
+            // What was said before the silence counts.
             let event = tokio::select! {
+                biased;
                 event = next_event(&mut run.events, self.patience.silence_max) => event,
                 () = self.pool.deserted(&worker) => Err(Loss::Gone(LossReason::Silent)),
             };
@@ -351,6 +361,7 @@ impl Sequence {
             let doublings = self.state.failures.saturating_sub(1).min(8);
             let pause = (RETRY_PAUSE * 2_u32.pow(doublings)).min(RETRY_PAUSE_MAX);
             tokio::select! {
+                biased;
                 _ = timeout_at(deadline, cluster.changed()) => {}
                 () = sleep(pause) => self.state.excluded.clear(),
             }
@@ -359,10 +370,10 @@ impl Sequence {
 
     async fn open(&mut self, worker: &Arc<PoolWorker>) -> Result<Run, Loss> {
         let occupied = worker.occupy();
-        let mut client = worker.client.clone();
         // A worker answers between two steps, and a step of a big model is long; its pulse says whether it lives.
-        let generate = client.generate(self.entry.next_request());
+        let generate = worker.link.generate(self.entry.next_request());
         let answer = tokio::select! {
+            biased;
             answer = timeout(self.patience.silence_max, generate) => answer,
             () = self.pool.deserted(worker) => return Err(Loss::Gone(LossReason::Silent)),
         };
@@ -371,7 +382,7 @@ impl Sequence {
                 self.entry.move_to(worker.id.clone());
                 Ok(Run {
                     worker: Arc::clone(worker),
-                    events: events.into_inner(),
+                    events,
                     _occupied: occupied,
                 })
             }
@@ -383,13 +394,13 @@ impl Sequence {
 
 /// The next event of a worker, which may say nothing for `silence_max`.
 async fn next_event(
-    events: &mut Streaming<v1::SequenceEvent>,
+    events: &mut SequenceEvents,
     silence_max: Duration,
 ) -> Result<v1::SequenceEvent, Loss> {
-    match timeout(silence_max, events.message()).await {
-        Ok(Ok(Some(event))) => Ok(event),
-        Ok(Ok(None)) => Err(Loss::Gone(LossReason::Broken)),
-        Ok(Err(status)) => Err(classify(&status)),
+    match timeout(silence_max, events.next()).await {
+        Ok(Some(Ok(event))) => Ok(event),
+        Ok(None) => Err(Loss::Gone(LossReason::Broken)),
+        Ok(Some(Err(status))) => Err(classify(&status)),
         Err(_elapsed) => Err(Loss::Gone(LossReason::Silent)),
     }
 }

@@ -10,9 +10,7 @@ use parking_lot::Mutex;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::{Channel, Endpoint};
 use tramontane_coordination::{Members, WorkerRecord};
-use tramontane_proto::v1::worker_client::WorkerClient;
 use tramontane_types::{TokenId, WorkerId};
 
 use crate::admission::Counted;
@@ -21,24 +19,16 @@ use crate::config::PolicyKind;
 use crate::events::EventLog;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
 use crate::pulse::Pulse;
+use crate::worker_link::{Connect, WorkerLink};
 
-/// Longest wait for a connection to a worker.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection is pinged this often.
-const PING_INTERVAL: Duration = Duration::from_millis(500);
-/// Longest wait for the answer to a ping. Only for connections that lead nowhere any more: sequences have
-/// left a worker without [`Pulse`] long before, if there was another.
-const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a sequence on a silent worker looks whether another one lives.
 const LOOK_AROUND: Duration = Duration::from_millis(200);
-/// Token events are small: a window of this size never stops a stream.
-const WINDOW_BYTES: u32 = 1024 * 1024;
 
 /// One attention worker.
 #[derive(Debug)]
 pub(crate) struct PoolWorker {
     pub(crate) id: WorkerId,
-    pub(crate) client: WorkerClient<Channel>,
+    pub(crate) link: Arc<dyn WorkerLink>,
     address: String,
     incarnation: u64,
     in_flight: Arc<AtomicUsize>,
@@ -70,6 +60,7 @@ pub(crate) struct PulseTasks {
 
 #[derive(Debug)]
 struct Inner {
+    connect: Arc<dyn Connect>,
     policy: Box<dyn Policy>,
     workers: HashMap<WorkerId, Arc<PoolWorker>>,
     /// The members that `workers` was made from.
@@ -82,9 +73,10 @@ impl WorkerPool {
         cluster: ClusterView,
         kind: PolicyKind,
         events: Arc<EventLog>,
-        pulses: PulseTasks,
+        (connect, pulses): (Arc<dyn Connect>, PulseTasks),
     ) -> Self {
         let inner = Inner {
+            connect,
             pulses,
             policy: policy(kind),
             workers: HashMap::new(),
@@ -192,13 +184,13 @@ impl Inner {
             if !record.roles.attention || self.workers.contains_key(id) {
                 continue;
             }
-            match connect(&record.address) {
-                Ok(client) => {
+            match self.connect.connect(&record.address) {
+                Ok(link) => {
                     let PulseTasks { tasks, stop } = &self.pulses;
                     let worker = PoolWorker {
                         id: id.clone(),
-                        pulse: Pulse::start(id.clone(), client.clone(), tasks, stop),
-                        client,
+                        pulse: Pulse::start(id.clone(), Arc::clone(&link), tasks, stop),
+                        link,
                         address: record.address.clone(),
                         incarnation: record.incarnation,
                         in_flight: Arc::default(),
@@ -211,17 +203,4 @@ impl Inner {
             }
         }
     }
-}
-
-/// A client that connects when first used, and again when the connection is lost.
-pub(crate) fn connect(address: &str) -> Result<WorkerClient<Channel>, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES);
-    Ok(WorkerClient::new(endpoint.connect_lazy()))
 }

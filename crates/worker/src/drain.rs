@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tramontane_coordination::{Members, Placements, WorkerState};
 
+use crate::following::{Need, need};
 use crate::state::Node;
 
 /// How often a worker that waits for its replacement looks whether its experts were asked.
@@ -15,18 +16,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Nobody may have asked our experts for this long before we go, once no placement names us: time for
 /// every caller to see the newest placement.
-const QUIET: Duration = Duration::from_secs(2);
-
-/// Who may ask our experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
-    /// Nobody runs sequences, or will.
-    Nobody,
-    /// Only a caller that has not seen the newest placement.
-    Unlikely,
-    /// A placement names us.
-    Likely,
-}
+pub(crate) const QUIET: Duration = Duration::from_secs(2);
 
 /// What a drain looks at.
 #[derive(Debug)]
@@ -85,21 +75,7 @@ impl Drain {
     }
 
     fn need(&self) -> Need {
-        let me = &self.node.id;
         let placements = self.placements.borrow().clone();
-        let members = self.members.borrow().clone();
-        let mut named = placements.published.iter().chain(&placements.pending);
-        let named = named.any(|placement| placement.workers.contains(me));
-        let mut callers = false;
-        for other in members.workers.values().filter(|record| record.id != *me) {
-            let is_busy = other.load.running + other.load.waiting > 0;
-            let is_staying = other.state.is_staying();
-            callers |= other.roles.attention && (is_busy || is_staying);
-        }
-        match (callers, named) {
-            (false, _) => Need::Nobody,
-            (true, false) => Need::Unlikely,
-            (true, true) => Need::Likely,
-        }
+        need(&self.node.id, &placements, &self.members.borrow())
     }
 }

@@ -1,10 +1,9 @@
 //! The expert slices of this worker: checks what is loaded, and knows when retired ones were last asked
 //! for. Never decides which slices to hold.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::bf16;
 use parking_lot::Mutex;
@@ -13,6 +12,8 @@ use tramontane_compute::{
     Backend, ExpertJob, ExpertWeights, Experts, RowFormat, WeightFormat, quant,
 };
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
+
+use crate::following::Retired;
 
 /// One slice in so many is compared with the reference, the first included: as many as are loaded before a
 /// worker looks at the placements again. One segment of Mixtral 8x7B costs it 90 MB and some tenths of a second.
@@ -42,15 +43,6 @@ pub(crate) struct KeptExperts {
     any_retired: AtomicBool,
 }
 
-/// Slices that no placement asks of this worker any more.
-#[derive(Debug)]
-struct Retired {
-    /// Segments per expert.
-    masks: HashMap<(LayerId, ExpertId), u8>,
-    /// When one of them was last asked for, or when they changed.
-    last_used: Instant,
-}
-
 impl KeptExperts {
     pub(crate) fn new(
         inner: Arc<dyn Experts>,
@@ -58,10 +50,6 @@ impl KeptExperts {
         row_format: RowFormat,
         weights: WeightFormat,
     ) -> Self {
-        let retired = Retired {
-            masks: HashMap::new(),
-            last_used: Instant::now(),
-        };
         Self {
             inner,
             geometry,
@@ -69,7 +57,7 @@ impl KeptExperts {
             weights,
             num_loaded: AtomicUsize::new(0),
             probed_ns: AtomicU64::new(0),
-            retired: Mutex::new(retired),
+            retired: Mutex::new(Retired::new(Instant::now())),
             any_retired: AtomicBool::new(false),
         }
     }
@@ -237,34 +225,19 @@ impl KeptExperts {
         slices
     }
 
-    /// Notes which slices are not asked for any more; says when one of them was last used.
-    pub(crate) fn retire(&self, slices: &[ExpertSlice]) -> Option<Instant> {
-        let mut masks: HashMap<_, u8> = HashMap::new();
-        for slice in slices {
-            *masks.entry((slice.layer, slice.expert)).or_default() |= slice.range.mask();
-        }
+    /// Notes which slices are not asked for any more; says when to drop them if nobody asks before.
+    pub(crate) fn retire(&self, slices: &[ExpertSlice], grace: Duration) -> Option<Instant> {
         let mut retired = self.retired.lock();
-        if retired.masks != masks {
-            retired.masks = masks;
-            retired.last_used = Instant::now();
-        }
+        retired.set(slices, Instant::now());
         self.any_retired
-            .store(!retired.masks.is_empty(), Ordering::Release);
-        (!retired.masks.is_empty()).then_some(retired.last_used)
+            .store(!retired.is_empty(), Ordering::Release);
+        retired.drop_at(grace)
     }
 
     fn note_use(&self, layer: LayerId, jobs: &[ExpertJob<'_>]) {
-        let mut retired = self.retired.lock();
-        let asked = |job: &ExpertJob<'_>| {
-            let mask = retired
-                .masks
-                .get(&(layer, job.expert))
-                .copied()
-                .unwrap_or(0);
-            mask & job.range.mask() != 0
-        };
-        if jobs.iter().any(asked) {
-            retired.last_used = Instant::now();
+        let (mut retired, now) = (self.retired.lock(), Instant::now());
+        for job in jobs {
+            retired.used(layer, job.expert, job.range, now);
         }
     }
 }

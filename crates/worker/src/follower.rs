@@ -14,12 +14,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_coordination::{
-    Placements, Registration, WorkerState, slices_to_drop, slices_to_load,
-};
+use tramontane_coordination::{Placements, Registration, WorkerState};
 use tramontane_model::{Checkpoint, load_slices};
 use tramontane_types::{Epoch, ExpertSlice, Placement};
 
+use crate::following::{next_load, supersedes, unwanted};
 use crate::state::Node;
 
 /// Slices that are loaded before the placements are looked at again.
@@ -110,11 +109,9 @@ impl Follower {
     /// Serves on a newer placement from now on. A slice of ours that is not loaded yet is refused as
     /// stale, and asked of another holder.
     fn serve_on(&self, published: Option<&Arc<Placement>>) {
-        let Some(placement) = published else { return };
         let known = self.serving.load().as_ref().map(|p| p.epoch);
-        if known.is_some_and(|known| known >= placement.epoch) {
-            return;
-        }
+        let newer = published.filter(|published| supersedes(known, published.epoch));
+        let Some(placement) = newer else { return };
         tracing::info!(worker = %self.node.id, epoch = placement.epoch.0, "serving on a new placement");
         self.serving.store(Some(Arc::clone(placement)));
         self.node.epoch.store(placement.epoch.0, Ordering::Release);
@@ -127,27 +124,16 @@ impl Follower {
         pending: Option<&Placement>,
         stop: &CancellationToken,
     ) -> Option<Loading> {
-        for placement in [published, pending].into_iter().flatten() {
-            let missing = self.missing(placement);
-            if !missing.is_empty() {
-                return self.start_loading(missing, stop.clone());
-            }
-            let is_published = published.is_some_and(|p| p.epoch == placement.epoch);
-            self.acknowledge(placement.epoch, is_published);
+        let experts = self.node.experts.as_ref();
+        let held = experts.map(|half| half.store.held_slices());
+        let next = next_load(&self.node.id, published, pending, held.as_deref());
+        for (epoch, is_published) in next.complete {
+            self.acknowledge(epoch, is_published);
         }
-        None
-    }
-
-    fn missing(&self, placement: &Placement) -> Vec<ExpertSlice> {
-        let Some(half) = &self.node.experts else {
-            return Vec::new();
-        };
-        slices_to_load(
-            &self.node.id,
-            Some(placement),
-            None,
-            &half.store.held_slices(),
-        )
+        if next.missing.is_empty() {
+            return None;
+        }
+        self.start_loading(next.missing, stop.clone())
     }
 
     fn acknowledge(&self, epoch: Epoch, is_published: bool) {
@@ -224,10 +210,10 @@ impl Follower {
         published: Option<&Placement>,
         pending: Option<&Placement>,
     ) -> Vec<ExpertSlice> {
-        let (Some(half), true) = (&self.node.experts, published.is_some()) else {
+        let Some(half) = &self.node.experts else {
             return Vec::new();
         };
-        slices_to_drop(
+        unwanted(
             &self.node.id,
             published,
             pending,
@@ -243,8 +229,8 @@ impl Follower {
     ) -> Option<Instant> {
         let unwanted = self.unwanted(published, pending);
         let half = self.node.experts.as_ref()?;
-        let last_used = half.store.retire(&unwanted)?;
-        Some(Instant::from_std(last_used) + self.drop_grace)
+        let drop_at = half.store.retire(&unwanted, self.drop_grace)?;
+        Some(Instant::from_std(drop_at))
     }
 
     /// Drops the unwanted slices if nobody has asked for one of them during the grace.

@@ -13,6 +13,8 @@ pub mod engine_thread;
 mod error;
 mod expert_keeper;
 mod follower;
+#[doc(hidden)]
+pub mod following;
 mod generate_service;
 mod host_socket;
 mod measure;

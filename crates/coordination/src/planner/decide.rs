@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, WorkerId};
 
 use super::figures::Figures;
+use super::outdated::is_sane;
 use super::{same_holders, worth};
 use crate::Error;
 use crate::balance::{
     BalanceError, BalanceInput, PLACEMENT_WORKERS_MAX, PlacementPolicy, Summary, WorkerShare,
     balance, summarise,
 };
+use crate::mutation::{Mutation, is_on};
 use crate::registry::{Members, ModelFacts, WorkerRecord};
 
 /// How long membership must rest before a plan includes newcomers: workers often come together.
@@ -220,7 +222,7 @@ pub fn decide(view: &PlannerView<'_>) -> (PlannerAction, PlannerStatus) {
     (action, status)
 }
 
-fn wait(reason: WaitReason, again_in: Option<Duration>) -> PlannerAction {
+pub(super) fn wait(reason: WaitReason, again_in: Option<Duration>) -> PlannerAction {
     PlannerAction::Wait { reason, again_in }
 }
 
@@ -229,8 +231,9 @@ impl PlannerView<'_> {
         if self.members.stale || !self.members.synced {
             return wait(WaitReason::StoreAway, None);
         }
-        if self.published.is_none() && self.known.is_some() {
-            return PlannerAction::Restore;
+        let lost = |known: &&Placement| self.pending.is_none_or(|p| p.epoch <= known.epoch);
+        if let (None, Some(known)) = (self.published, self.known.filter(lost)) {
+            return self.after_loss(known, group);
         }
         let Some(pending) = self.pending else {
             return self.without_pending(group);
@@ -307,7 +310,8 @@ impl PlannerView<'_> {
             Ok(placement) => placement,
             Err(reason) => return wait(reason, None),
         };
-        if self.published.is_some_and(|p| same_holders(p, &placement)) {
+        let fits = |p: &Placement| same_holders(p, &placement) && !self.is_outdated(p);
+        if self.published.is_some_and(fits) {
             return wait(WaitReason::Idle, None);
         }
         if let Some(reason) = self.holds_back(&placement, group) {
@@ -373,7 +377,7 @@ impl PlannerView<'_> {
             num_segments: group.model.num_segments,
             expert_load: self.figures.load(&group.model),
             policy: self.policy(),
-            current: self.published.or(self.pending),
+            current: self.published.or(self.pending).or(self.known),
             epoch: self.next_epoch(),
             numeric_class: group.numeric_class.clone(),
             model: group.model.fingerprint.clone(),
@@ -397,11 +401,11 @@ impl PlannerView<'_> {
     fn next_epoch(&self) -> Epoch {
         let placements = [self.published, self.known, self.pending];
         let placed = placements.iter().flatten().map(|p| p.epoch);
-        let loaded = self.members.workers.values().map(|worker| worker.loaded);
-        // A hostile record must not use the epochs up.
-        let sane = |epoch: &Epoch| epoch.0 < u64::MAX / 2;
-        let highest = placed.chain(loaded).filter(sane).max();
-        highest.unwrap_or(Epoch(0)).next()
+        let highest = placed.filter(is_sane).max().unwrap_or(Epoch(0));
+        if is_on(Mutation::EpochCheckOff) {
+            return highest.next();
+        }
+        highest.max(self.newest_loaded()).next()
     }
 
     /// The published group as long as it has workers, otherwise the one with most memory.

@@ -8,6 +8,7 @@
 mod decide;
 mod explore;
 mod figures;
+mod outdated;
 mod words;
 mod worth;
 
@@ -119,6 +120,7 @@ impl Planner {
             }
         };
         tokio::select! {
+            biased;
             () = work => {}
             () = leadership.cancelled() => {}
         }
@@ -154,6 +156,7 @@ impl Planner {
             detail: detail.to_owned(),
         };
         tokio::select! {
+            biased;
             changed = self.members.changed() => changed.map_err(|_| ended("members ended")),
             changed = self.placements.changed() => changed.map_err(|_| ended("placements ended")),
             event = intents.next() => match event {
@@ -177,7 +180,7 @@ impl Planner {
         let published = seen.published.as_ref().map(|s| &*s.placement);
         let (action, status) = decide(&PlannerView {
             members: &members,
-            published: published.filter(|p| p.epoch >= known.published_epoch()),
+            published,
             known: known.published.as_deref(),
             pending: seen.pending.as_ref().map(|s| &*s.placement),
             intent: &seen.intent,

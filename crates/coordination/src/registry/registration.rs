@@ -131,6 +131,7 @@ impl Keeper {
             }
         };
         tokio::select! {
+            biased;
             () = work => {}
             () = stop.cancelled() => {}
         }
@@ -203,6 +204,7 @@ impl Keeper {
         ticks.tick().await;
         loop {
             let kept = tokio::select! {
+                biased;
                 _at = ticks.tick() => self.keep(&mut held).await,
                 changed = self.changes.changed() => match changed {
                     Ok(()) => self.refresh(&mut held).await,

@@ -20,7 +20,7 @@ impl ExpertExchange {
         call: OpenCall,
         why: Refusal,
     ) -> Result<(), Error> {
-        let now = Instant::now();
+        let now = self.now();
         tracing::debug!(layer = ticket.layer.0, worker = %call.worker, %why, "expert call refused");
         add(&self.stats.retries, 1);
         self.health.refused(&call.worker, now);

@@ -15,7 +15,7 @@ use super::{count, not_found, refusal, store_refused};
 use crate::error::ApiError;
 use crate::run::App;
 use crate::scaler::{ScaleError, WORKERS_MAX};
-use crate::worker_pool::connect;
+use crate::worker_link::client;
 
 /// Longest wait for a worker to say that it drains.
 const DRAIN_ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -49,7 +49,7 @@ pub(super) async fn drain(app: &App, id: &str) -> Result<v1::DrainWorkerResponse
             record.address
         )))
     };
-    let mut worker = connect(&record.address).map_err(|error| unreachable(error.to_string()))?;
+    let mut worker = client(&record.address).map_err(|error| unreachable(error.to_string()))?;
     match timeout(DRAIN_ANSWER_MAX, worker.drain(v1::DrainRequest {})).await {
         Ok(Ok(_)) => {
             tracing::info!(worker = %id, "worker asked to drain");
@@ -133,7 +133,7 @@ pub(super) async fn scale(app: &App, wanted: u32) -> Result<v1::ScaleWorkersResp
 
 /// Whether the process of a worker answers.
 async fn is_alive(record: &WorkerRecord) -> bool {
-    let Ok(mut worker) = connect(&record.address) else {
+    let Ok(mut worker) = client(&record.address) else {
         return false;
     };
     let status = worker.status(v1::WorkerStatusRequest {});

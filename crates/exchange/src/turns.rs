@@ -1,0 +1,51 @@
+//! A layer waited for in turns, by a caller that owns the clock and must not block: a simulation. The
+//! decisions are those of [`Exchange::combine`](crate::Exchange::combine). Never waits.
+
+use std::time::Instant;
+
+use tramontane_compute::Contributions;
+
+use crate::{Error, ExpertExchange, Ticket, answers};
+
+/// A dispatched layer whose answers are awaited.
+#[derive(Debug)]
+pub struct Awaited {
+    ticket: Ticket,
+    begin: Instant,
+}
+
+impl ExpertExchange {
+    /// Computes the local jobs of a dispatched layer and begins to wait for the others.
+    ///
+    /// # Errors
+    /// What the backend refuses.
+    pub fn await_in_turns(&self, mut ticket: Ticket) -> Result<Awaited, Error> {
+        let epoch = ticket.epoch;
+        self.compute_local(&mut ticket, epoch)?;
+        let begin = (self.config.clock)();
+        Ok(Awaited { ticket, begin })
+    }
+
+    /// Takes the answers that are there and asks elsewhere where it must. Says when to look again if no
+    /// answer comes before; `None` when all is answered.
+    ///
+    /// # Errors
+    /// As [`Exchange::combine`](crate::Exchange::combine).
+    pub fn turn(&mut self, awaited: &mut Awaited) -> Result<Option<Instant>, Error> {
+        let Awaited { ticket, begin } = awaited;
+        while let Some(arrival) = ticket.next_arrived() {
+            self.on_arrival(ticket, arrival)?;
+        }
+        let now = (self.config.clock)();
+        self.ask_elsewhere(ticket, now)?;
+        self.wake(ticket, *begin, now)
+    }
+
+    /// Calls `add` once with everything that was answered.
+    pub fn contribute<T>(&self, awaited: &Awaited, add: impl FnOnce(&Contributions<'_>) -> T) -> T {
+        let Ticket {
+            routing, answers, ..
+        } = &awaited.ticket;
+        answers::contribute(&self.config.geometry, routing, answers, add)
+    }
+}

@@ -1,0 +1,250 @@
+//! What goes wrong in a run, and when: decided by the seed before the run begins.
+
+use std::fmt;
+
+use crate::net::{Node, STORE};
+use crate::rng::Rng;
+
+/// Longest time of faults in the profile of many faults, in milliseconds.
+pub const CHAOS_MS: u64 = 15_000;
+/// Time between two episodes of the profile of single faults: long enough for the cluster to rest.
+const EPISODE_MS: u64 = 40_000;
+/// Episodes of the profile of single faults.
+const EPISODES: u64 = 2;
+
+/// One thing that goes wrong, or is put right again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A process dies and loses its state.
+    Kill(Node),
+    /// A process starts anew, if it is dead.
+    Start(Node),
+    /// A process hangs.
+    Pause(Node),
+    /// It goes on.
+    Resume(Node),
+    /// Messages from the first to the second are held back.
+    Clog(Node, Node),
+    /// They are let go.
+    Unclog(Node, Node),
+    /// The store is away.
+    StoreDown,
+    /// The store is back.
+    StoreUp,
+    /// The store loses its data.
+    Wipe,
+    /// The store forgets its history.
+    Compact,
+    /// A worker is asked to leave.
+    Drain(Node),
+    /// A worker shall get no slices.
+    Cordon(Node),
+    /// It may get slices again.
+    Uncordon(Node),
+    /// Workers that hold each slice.
+    Replicas(usize),
+    /// Largest delay of messages in milliseconds, and calls of a hundred that come twice.
+    Weather(u64, u64),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kill(node) => write!(f, "kill {node}"),
+            Self::Start(node) => write!(f, "start {node}"),
+            Self::Pause(node) => write!(f, "pause {node}"),
+            Self::Resume(node) => write!(f, "resume {node}"),
+            Self::Clog(a, b) => write!(f, "clog {a} -> {b}"),
+            Self::Unclog(a, b) => write!(f, "unclog {a} -> {b}"),
+            Self::StoreDown => write!(f, "store down"),
+            Self::StoreUp => write!(f, "store up"),
+            Self::Wipe => write!(f, "store wiped"),
+            Self::Compact => write!(f, "store compacted"),
+            Self::Drain(node) => write!(f, "drain {node}"),
+            Self::Cordon(node) => write!(f, "cordon {node}"),
+            Self::Uncordon(node) => write!(f, "uncordon {node}"),
+            Self::Replicas(count) => write!(f, "{count} replicas"),
+            Self::Weather(delay, twice) => write!(f, "delay {delay} ms, {twice} % twice"),
+        }
+    }
+}
+
+/// What a run is like.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// One fault at a time, with rest between them: then no request may fail.
+    pub is_gentle: bool,
+    /// Routers at the start.
+    pub num_routers: usize,
+    /// Workers at the start.
+    pub num_workers: usize,
+    /// Workers that may ever be.
+    pub workers_max: usize,
+    /// Workers that hold each slice.
+    pub replicas: usize,
+    /// When what goes wrong, ascending, in milliseconds.
+    pub faults: Vec<(u64, Fault)>,
+    /// Length of the time of faults.
+    pub faults_ms: u64,
+}
+
+impl Plan {
+    /// The plan of a seed.
+    #[must_use]
+    pub fn of(seed: u64) -> Self {
+        let mut rng = Rng::new(seed, 1);
+        if seed % 4 == 0 {
+            return Self::gentle(&mut rng);
+        }
+        let num_workers = rng.range(2, 6) as usize;
+        let mut plan = Self {
+            is_gentle: false,
+            num_routers: rng.range(1, 3) as usize,
+            num_workers,
+            workers_max: num_workers + rng.range(0, 2) as usize,
+            replicas: rng.range(1, 3) as usize,
+            faults: Vec::new(),
+            faults_ms: CHAOS_MS,
+        };
+        for _ in 0..rng.range(2, 7) {
+            let at = rng.range(0, CHAOS_MS - 2000);
+            let until = at + rng.range(100, CHAOS_MS);
+            let fault = plan.any(&mut rng);
+            plan.add(at, until, &fault, &mut rng);
+        }
+        if rng.chance(25) {
+            plan.swizzle(&mut rng);
+        }
+        plan.sort();
+        plan
+    }
+
+    fn gentle(rng: &mut Rng) -> Self {
+        let num_workers = rng.range(3, 6) as usize;
+        let mut plan = Self {
+            is_gentle: true,
+            num_routers: rng.range(1, 3) as usize,
+            num_workers,
+            workers_max: num_workers + 1,
+            replicas: 2,
+            faults: Vec::new(),
+            faults_ms: EPISODES * EPISODE_MS,
+        };
+        for episode in 0..EPISODES {
+            let at = episode * EPISODE_MS + rng.range(500, 2500);
+            let until = at + rng.range(200, 9000);
+            let fault = plan.any_gentle(rng);
+            plan.add(at, until, &fault, rng);
+        }
+        plan.sort();
+        plan
+    }
+
+    fn sort(&mut self) {
+        let end = self.faults_ms;
+        self.faults.retain(|(at, _)| *at < end);
+        self.faults.sort_by_key(|(at, _)| *at);
+    }
+
+    fn worker(&self, rng: &mut Rng) -> Node {
+        Node::worker(rng.range(0, self.num_workers as u64) as usize)
+    }
+
+    fn router(&self, rng: &mut Rng) -> Node {
+        Node::router(rng.range(0, self.num_routers as u64) as usize)
+    }
+
+    fn process(&self, rng: &mut Rng) -> Node {
+        if rng.chance(30) {
+            return self.router(rng);
+        }
+        self.worker(rng)
+    }
+
+    fn any(&self, rng: &mut Rng) -> Vec<Fault> {
+        let (one, other) = (self.process(rng), self.process(rng));
+        match rng.range(0, 17) {
+            0..3 => vec![Fault::Kill(one)],
+            3..5 => vec![Fault::Pause(one)],
+            5 => both(one, other),
+            6 => vec![Fault::Clog(one, other)],
+            7 => both(one, STORE),
+            8 => vec![Fault::Clog(STORE, one)],
+            9 => vec![Fault::StoreDown],
+            10 | 11 => vec![Fault::StoreDown, Fault::Wipe],
+            12 => vec![Fault::Compact],
+            13 => vec![Fault::Drain(self.worker(rng))],
+            14 => vec![Fault::Cordon(self.worker(rng))],
+            15 => vec![Fault::Replicas(rng.range(1, 4) as usize)],
+            _ if self.workers_max > self.num_workers => {
+                vec![Fault::Start(Node::worker(self.num_workers))]
+            }
+            _ => vec![Fault::Weather(rng.range(20, 900), rng.range(0, 30))],
+        }
+    }
+
+    fn any_gentle(&self, rng: &mut Rng) -> Vec<Fault> {
+        let (one, router) = (self.worker(rng), self.router(rng));
+        match rng.range(0, 12) {
+            0..3 => vec![Fault::Kill(one)],
+            3 => vec![Fault::Pause(one)],
+            4 => both(one, self.worker(rng)),
+            5 => both(one, STORE),
+            6 => both(router, STORE),
+            7 => both(router, one),
+            8 => vec![Fault::StoreDown],
+            9 => vec![Fault::StoreDown, Fault::Wipe],
+            10 => vec![Fault::Drain(one)],
+            _ => vec![Fault::Start(Node::worker(self.num_workers))],
+        }
+    }
+
+    /// Adds faults and, later, what puts them right.
+    fn add(&mut self, at: u64, until: u64, faults: &[Fault], rng: &mut Rng) {
+        for &fault in faults {
+            self.faults.push((at, fault));
+            let undo = match fault {
+                Fault::Kill(node) | Fault::Drain(node) => Fault::Start(node),
+                Fault::Pause(node) => Fault::Resume(node),
+                Fault::Clog(a, b) => Fault::Unclog(a, b),
+                Fault::StoreDown => Fault::StoreUp,
+                Fault::Cordon(node) => Fault::Uncordon(node),
+                Fault::Replicas(_) => Fault::Replicas(rng.range(1, 3) as usize),
+                Fault::Weather(..) => Fault::Weather(3, 0),
+                _ => continue,
+            };
+            self.faults.push((until, undo));
+        }
+    }
+
+    /// Clogs a part of the processes one after the other, and unclogs them in another order.
+    fn swizzle(&mut self, rng: &mut Rng) {
+        let mut nodes: Vec<Node> = (0..self.num_workers).map(Node::worker).collect();
+        nodes.extend((0..self.num_routers).map(Node::router));
+        nodes.push(STORE);
+        let chosen: Vec<Node> = nodes.iter().copied().filter(|_| rng.chance(50)).collect();
+        let mut at = rng.range(0, CHAOS_MS / 3);
+        let mut go = |order: &[Node], clogs: bool, rng: &mut Rng| {
+            for &node in order {
+                at += rng.range(50, 800);
+                for &other in nodes.iter().filter(|&&other| other != node) {
+                    let pairs = [(node, other), (other, node)];
+                    let fault = |(a, b)| {
+                        if clogs {
+                            Fault::Clog(a, b)
+                        } else {
+                            Fault::Unclog(a, b)
+                        }
+                    };
+                    self.faults.extend(pairs.map(|pair| (at, fault(pair))));
+                }
+            }
+        };
+        go(&rng.shuffled(&chosen), true, rng);
+        go(&rng.shuffled(&chosen), false, rng);
+    }
+}
+
+fn both(a: Node, b: Node) -> Vec<Fault> {
+    vec![Fault::Clog(a, b), Fault::Clog(b, a)]
+}
