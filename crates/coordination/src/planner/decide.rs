@@ -328,9 +328,7 @@ impl PlannerView<'_> {
     fn holds_back(&self, plan: &Placement, group: Option<&Group>) -> Option<PlannerAction> {
         let (published, group) = (self.published?, group?);
         let candidates = self.candidates(group);
-        if self.intent.rebalance == Some(published.epoch)
-            || !self.figures.know(&candidates, &group.model)
-        {
+        if !self.figures.know(&candidates, &group.model) {
             return None;
         }
         let replicas = self.policy().replicas;
@@ -340,8 +338,14 @@ impl PlannerView<'_> {
         let costs = self.figures.costs(self.members, &group.model);
         let gain = worth::gain(published, plan, &costs);
         let gain_percent = (gain * 100.0).clamp(0.0, 100.0) as u8;
-        if gain <= worth::REBALANCE_GAIN {
+        // Who asks for it gets the smallest gain, and at once, but no loss.
+        let is_asked = self.intent.rebalance == Some(published.epoch);
+        let least = if is_asked { 0.0 } else { worth::REBALANCE_GAIN };
+        if gain <= least {
             return Some(wait(WaitReason::NotWorthIt { gain_percent }, None));
+        }
+        if is_asked {
+            return None;
         }
         let left = worth::REBALANCE_EVERY.saturating_sub(self.published_for);
         (!left.is_zero()).then(|| wait(WaitReason::Rested { gain_percent }, Some(left)))

@@ -87,6 +87,13 @@ fn a_hot_expert_is_copied_and_a_rebalance_that_is_asked_for_does_not_wait() {
     // Done: the wish was about the epoch of before.
     scenario.published = Some(plan);
     assert_eq!(scenario.says(), "placement fits");
+    // The smallest gain is enough for who asks.
+    let mut near = Scenario::of(&["a", "b"]);
+    near.intent.slices_per_expert = Some(8);
+    let mut near = near.publish().with(&["a:ns=100000", "b:ns=108000"]);
+    assert_eq!(near.says(), "placement fits, another would be 0 % faster");
+    near.intent.rebalance = near.published.as_ref().map(|p| p.epoch);
+    assert_eq!(near.says(), "proposing epoch 2");
     // Cool again: further copies are more to read, and dropping them loads nothing.
     let mut cool = scenario.with(&["a:hot=1", "b:hot=1", "c:hot=1"]);
     assert!(cool.says().contains("too young"), "{}", cool.says());
