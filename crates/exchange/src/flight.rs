@@ -47,7 +47,6 @@ pub(crate) struct OpenCall {
     pub(crate) jobs: Vec<Job>,
     /// Bytes that a reply must have.
     pub(crate) outputs_len: usize,
-    pub(crate) sent_at: Instant,
     /// When to look for somebody else.
     pub(crate) check_at: Instant,
     pub(crate) sent_at: Instant,
