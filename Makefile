@@ -21,7 +21,7 @@ export PROTOC := $(abspath $(PROTOX))
 # With it, tests that need an etcd fail without one instead of saying so and passing.
 export TRAMONTANE_TEST_REQUIRE_ETCD := 1
 
-.PHONY: help serve test tools lint unit system doc chaos nftables bench bench-cpu release fmt golden smol clean check-rust packages
+.PHONY: help serve test tools lint unit system doc chaos fault-tools bench bench-cpu release fmt golden smol clean check-rust packages
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -59,12 +59,13 @@ system: check-rust $(PROTOX) packages $(VENV)/installed models/smol/config.json
 	$(PYTHON) -m pytest -q tests/system
 
 # In namespaces of its own: faults hit nobody else, and nothing is left behind.
-chaos: release packages nftables $(VENV)/installed
+chaos: release packages fault-tools $(VENV)/installed
 	@$(CHAOS) $(PYTHON) -m pytest tests/chaos $(CHAOS_FLAGS)
 
-nftables:
-	@command -v nft >/dev/null || { \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nftables >/dev/null; }
+# Of Debian: packet filters, and a library that shifts a process's clock.
+fault-tools:
+	@command -v nft >/dev/null && [ -n "$$(find /usr/lib -name libfaketime.so.1)" ] || { \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nftables libfaketime >/dev/null; }
 
 bench: check-rust $(PROTOX)
 	cargo bench -p tramontane-compute-cpu

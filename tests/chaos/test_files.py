@@ -1,0 +1,109 @@
+"""Broken checkpoints, full caches and jumping clocks while sixteen streams run (F14, F15, F20)."""
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+from cluster import BINARY, OPS, ROOT, metrics, wait_until
+
+DEMO = ROOT / "models" / "demo"
+
+
+def flip_a_byte(model):
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    weights.write_bytes(data)
+
+
+def truncate(model):
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+
+
+def other_shape(model):
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"num_local_experts": 8', '"num_local_experts": 7'))
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, other_shape])
+def test_f14_corrupt_checkpoint(chaos, cluster, tmp_path, damage):
+    """A worker whose files are damaged never serves, and says what is wrong."""
+    model = tmp_path / "demo"
+    shutil.copytree(DEMO, model)
+    subprocess.run([BINARY, "model", "verify", model, "--write-manifest"], check=True, capture_output=True)
+    damage(model)
+    with chaos.row("F14", f"a worker joins with a damaged checkpoint: {damage.__name__.replace('_', ' ')}", streams=8) as row:
+        broken = cluster.add_worker("worker-broken", "--model", model)
+        row.expected_exits.add(broken.name)
+        code = broken.popen.wait(60)
+        said = broken.log().strip().splitlines()[-1:]
+        row.injected(code not in (0, None) and f"exit {code}")
+        assert said and "panicked" not in broken.log(), broken.log(2000)
+        assert "worker-broken" not in cluster.listed()
+        row.load.wait_answers(8)
+        del cluster.workers["worker-broken"]
+        broken.host.remove()
+
+
+def test_f15_kv_cache_full(chaos, cluster):
+    """Pages for a fraction of what runs: sequences are preempted and computed again, none fails."""
+    victim = cluster.workers["worker-2"]
+    restart(cluster, victim, {"TRAMONTANE_WORKER__NUM_PAGES": "34"})
+    others = [cluster.workers[name] for name in ("worker-0", "worker-1")]
+    for other in others:
+        restart(cluster, other, {"TRAMONTANE_WORKER__NUM_PAGES": "34"})
+    try:
+        with chaos.row("F15", "KV cache of 34 pages a worker for 32 streams", streams=32) as row:
+            preempted = lambda: sum(metrics(w.host, OPS).get("tramontane_preemptions_total", 0) for w in cluster.workers.values())
+            row.load.wait_answers(64)
+            row.injected(preempted() and f"{preempted():.0f} preemptions")
+    finally:
+        for worker in cluster.workers.values():
+            restart(cluster, worker, {})
+
+
+def test_f20_clock_jumps(chaos, cluster, tmp_path):
+    """The wall clock of a worker and a router jumps by two hours, forth and back, while they run."""
+    offset = tmp_path / "offset"
+    offset.write_text("+0")
+    library = next(pathlib.Path("/usr/lib").rglob("libfaketime.so.1"), None)
+    assert library, "libfaketime is not installed; `make chaos` installs it"
+    env = {
+        "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    victims = [cluster.workers["worker-1"], cluster.routers[1]]
+    for victim in victims:
+        restart(cluster, victim, env)
+    try:
+        with chaos.row("F20", "the wall clock of a worker and a router jumps by +2 h, -2 h") as row:
+            for jump in ("+2h", "-2h", "+0"):
+                offset.write_text(jump)
+                row.load.wait_answers(24)
+                row.injected(wait_until(lambda: shifted(victims[0], jump), 30, f"the worker's clock shows {jump}"))
+            row.proofs.append("times in the logs shifted")
+            assert all(worker.state == "ready" for worker in cluster.listed().values())
+    finally:
+        for victim in victims:
+            restart(cluster, victim, {})
+
+
+def shifted(process, jump):
+    """Whether the process's clock is off by `jump`, as another process with the same library sees it."""
+    shown = subprocess.run(["date", "+%s"], env=process.env, capture_output=True, text=True, check=True).stdout
+    real = subprocess.run(["date", "+%s"], capture_output=True, text=True, check=True).stdout
+    hours = round((int(shown) - int(real)) / 3600)
+    return hours == {"+2h": 2, "-2h": -2, "+0": 0}[jump]
+
+
+def restart(cluster, process, env):
+    """Ends a process as an operator would, and starts it in another environment."""
+    assert process.stop() == 0, process.log(2000)
+    base = getattr(process, "base_env", process.env)
+    process.base_env = base
+    process.env = {**base, **env}
+    process.start()
+    cluster.wait_settled()

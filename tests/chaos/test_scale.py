@@ -1,0 +1,65 @@
+"""The group grows and shrinks under load; workers die at random, many times."""
+
+import random
+import signal
+import time
+
+from cluster import wait_until
+
+
+def test_scale_two_to_five_to_two(chaos, cluster):
+    extra = []
+    with chaos.row("scale", "3 to 6 to 3 workers under load") as row:
+        row.began = time.monotonic()
+        for number in (6, 7, 8):
+            extra.append(cluster.add_worker(f"worker-{number}"))
+        newcomers = {worker.name for worker in extra}
+        holds = lambda: newcomers <= {w.id for w in cluster.listed().values() if w.segments}
+        wait_until(holds, 120, "newcomers hold experts", every=0.2)
+        cluster.wait_settled(120)
+        row.load.wait_answers(32)
+        for worker in extra:
+            worker.signal(signal.SIGTERM)
+            assert worker.popen.wait(120) == 0
+            row.expected_exits.add(worker.name)
+            row.load.wait_answers(8)
+        for worker in extra:
+            del cluster.workers[worker.name]
+            worker.host.remove()
+        cluster.wait_settled(120)
+        row.injected("6 ready, then exit 0 of three", row.began)
+
+
+def test_soak_random_kills(chaos, cluster, request):
+    """Kill, stop or cut off a random worker, again and again; memory of those that stay must not grow."""
+    kills = request.config.getoption("--kills")
+    chance = random.Random(4)
+    grown = {}
+    with chaos.row("soak", f"{kills} random kills, stops and partitions in a row") as row:
+        for number in range(kills):
+            victim = chance.choice(list(cluster.workers.values()))
+            how = chance.choice(["kill", "kill", "stop", "cut"])
+            row.load.wait_streaming(seconds=60)
+            if how == "kill":
+                at = victim.kill()
+                row.expected_exits.add(victim.name)
+                row.injected(victim.popen.returncode == -signal.SIGKILL, at)
+                row.load.wait_answers(4)
+                victim.start()
+                row.expected_exits.discard(victim.name)
+            elif how == "stop":
+                row.injected(True, victim.pause())
+                row.load.wait_answers(4)
+                victim.resume()
+            else:
+                with victim.host.filter() as fault:
+                    began = time.monotonic()
+                    row.load.wait_answers(4)
+                    wait_until(fault.hits, 5, "the filter hits something")
+                    row.injected(True, began)
+            cluster.wait_settled(120)
+            for router in cluster.routers:
+                grown.setdefault(router.name, []).append(router.rss() >> 20)
+        row.proofs.append("each proved; routers' MiB first, middle, last: " + "; ".join(
+            f"{name} {sizes[0]}, {sizes[len(sizes) // 2]}, {sizes[-1]}" for name, sizes in grown.items()
+        ))
