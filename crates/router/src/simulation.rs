@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tramontane_coordination::{Members, Placements};
 use tramontane_tokenizer::{StopDecoder, Tokenizer};
 use tramontane_types::{FinishReason, SamplingParams, TokenId, TokenOutput};
@@ -93,9 +94,10 @@ impl RouterCore {
         placements: watch::Receiver<Arc<Placements>>,
         connect: Arc<dyn Connect>,
     ) -> Self {
+        let tasks = TaskTracker::new();
         let cluster = ClusterView {
-            members,
-            placements,
+            members: quietly(members, &tasks),
+            placements: quietly(placements, &tasks),
         };
         let metrics = Arc::new(Metrics::new("simulated"));
         let doors = Doors::default();
@@ -147,6 +149,24 @@ impl RouterCore {
         let abort: &CancellationToken = &self.dispatcher.abort;
         abort.cancel();
     }
+}
+
+/// The same view, of which nobody who waits for it is told: tokio wakes several who do in an order by
+/// chance. They look again after their own pauses.
+fn quietly<T: Clone + Send + Sync + 'static>(
+    mut view: watch::Receiver<T>,
+    tasks: &TaskTracker,
+) -> watch::Receiver<T> {
+    let (sender, quiet) = watch::channel(view.borrow_and_update().clone());
+    tasks.spawn(async move {
+        while view.changed().await.is_ok() && !sender.is_closed() {
+            sender.send_if_modified(|known| {
+                known.clone_from(&view.borrow_and_update());
+                false
+            });
+        }
+    });
+    quiet
 }
 
 impl Generation {
