@@ -11,7 +11,7 @@ use tramontane_compute::{Contributions, ExpertJob, Experts, RoutedRows, RowForma
 use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, WorkerId};
 
 use crate::answers::{self, Answer, Routing};
-use crate::flight::{Arrival, OpenCall, Ticket};
+use crate::flight::{OpenCall, Ticket};
 use crate::health::Health;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
@@ -101,7 +101,7 @@ pub struct ExpertExchange {
     desk: Arc<Desk>,
     /// The server in front of `local`, which joins our calls with those of others.
     server: Option<ExpertServerHandle>,
-    health: Health,
+    pub(crate) health: Health,
     stats: Arc<ExchangeStats>,
     turn: usize,
 }
@@ -300,18 +300,6 @@ impl ExpertExchange {
         Ok(Some(wake))
     }
 
-    pub(crate) fn on_arrival(
-        &mut self,
-        ticket: &mut Ticket,
-        arrival: Arrival,
-    ) -> Result<(), Error> {
-        match arrival {
-            Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
-            Arrival::Needless(worker) => self.health.answered(&worker),
-        }
-        Ok(())
-    }
-
     /// Gives up what is late, and plans again what has no home.
     pub(crate) fn ask_elsewhere(&mut self, ticket: &mut Ticket, now: Instant) -> Result<(), Error> {
         self.give_up_overdue(ticket, now);
@@ -323,11 +311,7 @@ impl ExpertExchange {
         self.compute_local(ticket, epoch)
     }
 
-    fn now(&self) -> Instant {
-        (self.config.clock)()
-    }
-
-    fn on_answer(
+    pub(crate) fn on_answer(
         &mut self,
         ticket: &mut Ticket,
         call: OpenCall,
