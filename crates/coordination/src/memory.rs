@@ -4,6 +4,7 @@
 //! next lease would end. Time is tokio's, so tests with a paused clock work.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::{Instant, sleep_until};
 
 use crate::Error;
@@ -32,8 +34,8 @@ pub struct MemoryStore {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The newest revision, for watches to wait on.
-    newest: watch::Sender<Revision>,
+    /// Something was written. Wakes watches in the order in which they wait.
+    written: Notify,
 }
 
 #[derive(Debug)]
@@ -41,6 +43,8 @@ struct State {
     revision: Revision,
     entries: BTreeMap<String, Stored>,
     leases: BTreeMap<LeaseId, Lease>,
+    /// No lease ends for now.
+    leases_held: bool,
     lease_last: i64,
     /// Ascending by revision.
     history: VecDeque<WatchEvent>,
@@ -76,6 +80,7 @@ impl MemoryStore {
             revision,
             entries: BTreeMap::new(),
             leases: BTreeMap::new(),
+            leases_held: false,
             lease_last: 0,
             history: VecDeque::new(),
             oldest: Revision(1),
@@ -83,7 +88,7 @@ impl MemoryStore {
         Self {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
-                newest: watch::Sender::new(revision),
+                written: Notify::new(),
             }),
         }
     }
@@ -97,18 +102,29 @@ impl MemoryStore {
         });
     }
 
+    /// While held no lease ends, and then all begin anew: as in an etcd without a leader until it has one.
+    pub fn hold_leases(&self, held: bool) {
+        let mut state = self.shared.state.lock();
+        state.leases_held = held;
+        let now = Instant::now();
+        for lease in state.leases.values_mut() {
+            lease.ends = now + lease.ttl;
+        }
+    }
+
     /// Runs `change` on a state without ended leases, and wakes the watches if it changed anything.
     fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.shared.state.lock();
-        state.end_leases(Instant::now());
+        let before = state.revision;
+        if !state.leases_held {
+            state.end_leases(Instant::now());
+        }
         let result = change(&mut state);
-        let newest = state.revision;
+        let grew = state.revision > before;
         drop(state);
-        self.shared.newest.send_if_modified(|known| {
-            let grew = newest > *known;
-            *known = newest.max(*known);
-            grew
-        });
+        if grew {
+            self.shared.written.notify_waiters();
+        }
         result
     }
 }
@@ -276,7 +292,6 @@ impl Store for MemoryStore {
         }
         let watcher = Watcher {
             store: self.clone(),
-            newest: self.shared.newest.subscribe(),
             prefix: prefix.to_owned(),
             from,
             ready: VecDeque::new(),
@@ -325,7 +340,6 @@ pub(crate) fn check_list(prefix: &str, size: usize) -> Result<(), Error> {
 
 struct Watcher {
     store: MemoryStore,
-    newest: watch::Receiver<Revision>,
     prefix: String,
     from: Revision,
     ready: VecDeque<WatchEvent>,
@@ -341,10 +355,14 @@ impl Watcher {
             if self.ended {
                 return None;
             }
-            self.newest.mark_unchanged();
+            let shared = Arc::clone(&self.store.shared);
+            let mut written = pin!(shared.written.notified());
+            // What is written from here on wakes us.
+            written.as_mut().enable();
             let looked = self.store.with(|state| {
                 let events = state.events(&self.prefix, self.from)?;
-                let lease_ends = state.leases.values().map(|lease| lease.ends).min();
+                let leases = state.leases.values().filter(|_| !state.leases_held);
+                let lease_ends = leases.map(|lease| lease.ends).min();
                 Ok((events, state.revision.next(), lease_ends))
             });
             let (events, next, lease_ends) = match looked {
@@ -357,24 +375,23 @@ impl Watcher {
             self.from = self.from.max(next);
             self.ready = events;
             if self.ready.is_empty() {
-                self.wait(lease_ends).await;
+                wait(written, lease_ends).await;
             }
         }
     }
+}
 
-    /// Until something is written or a lease may have ended.
-    async fn wait(&mut self, lease_ends: Option<Instant>) {
-        let lease = async {
-            match lease_ends {
-                Some(ends) => sleep_until(ends).await,
-                None => std::future::pending().await,
-            }
-        };
-        // The sender lives in `self.store`, so `changed` never reports a closed channel.
-        tokio::select! {
-            biased;
-            _changed = self.newest.changed() => {}
-            () = lease => {}
+/// Until something is written or a lease may have ended.
+async fn wait(written: Pin<&mut Notified<'_>>, lease_ends: Option<Instant>) {
+    let lease = async {
+        match lease_ends {
+            Some(ends) => sleep_until(ends).await,
+            None => std::future::pending().await,
         }
+    };
+    tokio::select! {
+        biased;
+        () = written => {}
+        () = lease => {}
     }
 }

@@ -15,7 +15,7 @@ use tramontane_compute::{Contributions, ExpertJob, Experts, RoutedRows, RowForma
 use tramontane_types::{Epoch, ExpertId, LayerId, ModelGeometry, Placement, WorkerId};
 
 use crate::answers::{self, Answer, Routing};
-use crate::flight::{Arrival, Left, OpenCall, Ticket};
+use crate::flight::{Left, OpenCall, Ticket};
 use crate::health::Health;
 use crate::meters::Links;
 use crate::patience::Patience;
@@ -108,7 +108,7 @@ pub struct ExpertExchange {
     desk: Arc<Desk>,
     /// The server in front of `local`, which joins our calls with those of others.
     server: Option<ExpertServerHandle>,
-    health: Health,
+    pub(crate) health: Health,
     patience: Patience,
     /// Of layers that are complete, the oldest first.
     left: VecDeque<Left>,
@@ -321,18 +321,6 @@ impl ExpertExchange {
         Ok(Some(wake))
     }
 
-    pub(crate) fn on_arrival(
-        &mut self,
-        ticket: &mut Ticket,
-        arrival: Arrival,
-    ) -> Result<(), Error> {
-        match arrival {
-            Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
-            Arrival::Needless(call) => self.note_answer(&call),
-        }
-        Ok(())
-    }
-
     /// Gives up what is late, and plans again what has no home.
     pub(crate) fn ask_elsewhere(&mut self, ticket: &mut Ticket, now: Instant) -> Result<(), Error> {
         self.give_up_overdue(ticket, now);
@@ -348,11 +336,7 @@ impl ExpertExchange {
         Ok(())
     }
 
-    pub(crate) fn now(&self) -> Instant {
-        (self.config.clock)()
-    }
-
-    fn on_answer(
+    pub(crate) fn on_answer(
         &mut self,
         ticket: &mut Ticket,
         call: OpenCall,

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tramontane_compute::Contributions;
 
+use crate::flight::Arrival;
 use crate::{Error, ExpertExchange, Ticket, answers};
 
 /// A dispatched layer whose answers are awaited.
@@ -22,7 +23,7 @@ impl ExpertExchange {
     pub fn await_in_turns(&self, mut ticket: Ticket) -> Result<Awaited, Error> {
         let epoch = ticket.epoch;
         self.compute_local(&mut ticket, epoch)?;
-        let begin = (self.config.clock)();
+        let begin = self.now();
         Ok(Awaited { ticket, begin })
     }
 
@@ -36,7 +37,7 @@ impl ExpertExchange {
         while let Some(arrival) = ticket.next_arrived() {
             self.on_arrival(ticket, arrival)?;
         }
-        let now = (self.config.clock)();
+        let now = self.now();
         self.ask_elsewhere(ticket, now)?;
         self.wake(ticket, *begin, now)
     }
@@ -47,5 +48,21 @@ impl ExpertExchange {
             routing, answers, ..
         } = &awaited.ticket;
         answers::contribute(&self.config.geometry, routing, answers, add)
+    }
+
+    pub(crate) fn on_arrival(
+        &mut self,
+        ticket: &mut Ticket,
+        arrival: Arrival,
+    ) -> Result<(), Error> {
+        match arrival {
+            Arrival::Answer(call, answer) => self.on_answer(ticket, call, answer)?,
+            Arrival::Needless(call) => self.note_answer(&call),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        (self.config.clock)()
     }
 }

@@ -3,9 +3,10 @@
 //! others. Never says that a worker is dead because this process stood still.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -28,7 +29,7 @@ const OWN_DELAY_MAX: Duration = Duration::from_millis(100);
 /// Whether one worker could serve; dropped, nobody asks for them any more.
 #[derive(Debug)]
 pub(crate) struct Pulse {
-    alive: watch::Receiver<bool>,
+    signs: Arc<Signs>,
     _stop: DropGuard,
 }
 
@@ -40,26 +41,26 @@ impl Pulse {
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
-        let (sender, alive) = watch::channel(true);
-        let stop = stop.child_token();
+        let signs = Arc::new(Signs::default());
+        let (stop, seen) = (stop.child_token(), Arc::clone(&signs));
         let stopped = stop.clone();
         tasks.spawn(async move {
             stopped
-                .run_until_cancelled(follow(worker, link, sender))
+                .run_until_cancelled(follow(worker, link, seen))
                 .await
         });
         Self {
-            alive,
+            signs,
             _stop: stop.drop_guard(),
         }
     }
 
     /// Whether it answered lately; so it is before it was first asked.
     pub(crate) fn is_alive(&self) -> bool {
-        *self.alive.borrow()
+        !self.signs.gone.load(Ordering::Relaxed)
     }
 
-    /// Waits until it is no longer alive; for ever when nobody asks any more.
+    /// Waits until it is no longer alive.
     pub(crate) async fn stops(&self) {
         self.becomes(false).await;
     }
@@ -70,19 +71,24 @@ impl Pulse {
     }
 
     async fn becomes(&self, alive: bool) {
-        if self
-            .alive
-            .clone()
-            .wait_for(|now| *now == alive)
-            .await
-            .is_err()
-        {
-            std::future::pending::<()>().await;
+        loop {
+            let changed = self.signs.changed.notified();
+            if self.is_alive() == alive {
+                return;
+            }
+            changed.await;
         }
     }
 }
 
-async fn follow(worker: WorkerId, link: Arc<dyn WorkerLink>, alive: watch::Sender<bool>) {
+/// What is known; whoever waits is told in the order in which they came.
+#[derive(Debug, Default)]
+struct Signs {
+    gone: AtomicBool,
+    changed: Notify,
+}
+
+async fn follow(worker: WorkerId, link: Arc<dyn WorkerLink>, signs: Arc<Signs>) {
     loop {
         let asked = Instant::now();
         let answer = timeout(PULSE_MAX, link.status()).await;
@@ -92,14 +98,10 @@ async fn follow(worker: WorkerId, link: Arc<dyn WorkerLink>, alive: watch::Sende
             Err(_elapsed) if asked.elapsed() > PULSE_MAX + OWN_DELAY_MAX => continue,
             Err(_elapsed) => false,
         };
-        alive.send_if_modified(|was| {
-            let changed = *was != is_alive;
-            if changed {
-                tracing::info!(%worker, is_alive, "sign of life");
-            }
-            *was = is_alive;
-            changed
-        });
+        if signs.gone.swap(!is_alive, Ordering::Relaxed) == is_alive {
+            tracing::info!(%worker, is_alive, "sign of life");
+            signs.changed.notify_waiters();
+        }
         sleep_until(asked + PULSE_EVERY).await;
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tramontane_coordination::{Members, Placements, SeenIntent};
 use tramontane_tokenizer::{StopDecoder, Tokenizer};
 use tramontane_types::{FinishReason, SamplingParams, TokenId, TokenOutput};
@@ -98,10 +99,11 @@ impl RouterCore {
         intent: watch::Receiver<Arc<SeenIntent>>,
         connect: Arc<dyn Connect>,
     ) -> Self {
+        let tasks = TaskTracker::new();
         let cluster = ClusterView {
-            members,
-            placements,
-            intent,
+            members: quietly(members, &tasks),
+            placements: quietly(placements, &tasks),
+            intent: quietly(intent, &tasks),
         };
         let metrics = Arc::new(Metrics::new("simulated"));
         let (doors, pulses, events) = (Doors::default(), PulseTasks::default(), Arc::default());
@@ -161,6 +163,24 @@ impl RouterCore {
         abort.cancel();
         self.pulse_stop.cancel();
     }
+}
+
+/// The same view, of which nobody who waits for it is told: tokio wakes several who do in an order by
+/// chance. They look again after their own pauses.
+fn quietly<T: Clone + Send + Sync + 'static>(
+    mut view: watch::Receiver<T>,
+    tasks: &TaskTracker,
+) -> watch::Receiver<T> {
+    let (sender, quiet) = watch::channel(view.borrow_and_update().clone());
+    tasks.spawn(async move {
+        while view.changed().await.is_ok() && !sender.is_closed() {
+            sender.send_if_modified(|known| {
+                known.clone_from(&view.borrow_and_update());
+                false
+            });
+        }
+    });
+    quiet
 }
 
 impl Generation {

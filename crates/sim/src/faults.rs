@@ -93,7 +93,7 @@ impl Plan {
     #[must_use]
     pub fn of(seed: u64) -> Self {
         let mut rng = Rng::new(seed, 1);
-        if seed % 4 == 0 {
+        if seed.is_multiple_of(4) {
             return Self::gentle(&mut rng);
         }
         let num_workers = rng.range(2, 6) as usize;

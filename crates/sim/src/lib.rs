@@ -20,5 +20,5 @@ pub mod store;
 pub mod worker;
 pub mod world;
 
-pub use runs::{Totals, run_seeds, tokenizer};
+pub use runs::{Totals, run_seeds, run_seeds_with, tokenizer};
 pub use world::{Outcome, run_seed};

@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::rng::Rng;
@@ -63,8 +64,8 @@ pub struct Net(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     state: Mutex<State>,
-    /// Counts changes of what can be reached.
-    changed: watch::Sender<u64>,
+    /// What can be reached has changed. Wakes in the order in which others wait.
+    changed: Notify,
 }
 
 #[derive(Debug)]
@@ -96,13 +97,13 @@ impl Net {
         };
         Self(Arc::new(Inner {
             state: Mutex::new(state),
-            changed: watch::Sender::new(0),
+            changed: Notify::new(),
         }))
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let result = change(&mut self.0.state.lock());
-        self.0.changed.send_modify(|count| *count += 1);
+        self.0.changed.notify_waiters();
         result
     }
 
@@ -215,11 +216,13 @@ impl Net {
         if is_so(self) {
             return;
         }
-        let mut changed = self.0.changed.subscribe();
-        while !is_so(self) {
-            if changed.changed().await.is_err() {
+        loop {
+            let mut changed = pin!(self.0.changed.notified());
+            changed.as_mut().enable();
+            if is_so(self) {
                 return;
             }
+            changed.await;
         }
     }
 

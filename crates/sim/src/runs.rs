@@ -42,10 +42,22 @@ pub fn run_seeds(
     stop_at_bad: bool,
     tokenizer: &Arc<Tokenizer>,
 ) -> Totals {
+    run_seeds_with(|| {}, seeds, stop_at_bad, tokenizer)
+}
+
+/// As [`run_seeds`], on threads that have done `prepare` first. `first_bad` is the first of all seeds.
+#[must_use]
+pub fn run_seeds_with(
+    prepare: impl Fn() + Sync,
+    seeds: std::ops::Range<u64>,
+    stop_at_bad: bool,
+    tokenizer: &Arc<Tokenizer>,
+) -> Totals {
     let begin = Instant::now();
     let (next, is_bad) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
     let totals = Mutex::new(Totals::default());
     let work = || {
+        prepare();
         while !(stop_at_bad && is_bad.load(Ordering::Relaxed)) {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= seeds.end {

@@ -2,7 +2,7 @@
 //! data and the watches are those of [`MemoryStore`]. Never loses a write that was answered, but for a wipe.
 
 use std::fmt;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::etcd::watch::WATCH_BLIND_MAX;
@@ -32,8 +32,8 @@ const LEASES_PER_STORE: i64 = 1_000_000;
 #[derive(Clone, Debug)]
 pub struct Server {
     state: Arc<Mutex<Data>>,
-    /// Counts starts, stops and wipes.
-    changed: watch::Sender<u64>,
+    /// It started, stopped or was wiped.
+    changed: Arc<Notify>,
     check: Check,
 }
 
@@ -56,15 +56,20 @@ impl Server {
         };
         Self {
             state: Arc::new(Mutex::new(data)),
-            changed: watch::Sender::new(0),
+            changed: Arc::default(),
             check,
         }
     }
 
     /// Takes it away or gives it back.
     pub fn set_up(&self, is_up: bool) {
-        self.state.lock().is_up = is_up;
-        self.changed.send_modify(|count| *count += 1);
+        {
+            let mut data = self.state.lock();
+            data.is_up = is_up;
+            // As etcd: whoever leads after an outage gives every lease its full time.
+            data.memory.hold_leases(!is_up);
+        }
+        self.changed.notify_waiters();
     }
 
     /// All data is gone.
@@ -72,10 +77,11 @@ impl Server {
         {
             let mut data = self.state.lock();
             data.memory = MemoryStore::new();
+            data.memory.hold_leases(!data.is_up);
             data.generation += 1;
         }
         self.check.wiped();
-        self.changed.send_modify(|count| *count += 1);
+        self.changed.notify_waiters();
     }
 
     /// Forgets its history.
@@ -348,6 +354,9 @@ impl Watcher {
             return None;
         }
         loop {
+            let server = Arc::clone(&self.client.server.changed);
+            let mut changed = pin!(server.notified());
+            changed.as_mut().enable();
             // Something may have happened while nobody looked.
             let now = self.client.server.open().map(|(_, generation)| generation);
             if now.is_none() || now != self.generation {
@@ -361,11 +370,10 @@ impl Watcher {
             }
             let watch = self.open.as_mut()?;
             let (net, me) = (&self.client.net, self.client.me.node);
-            let mut changed = self.client.server.changed.subscribe();
             let clogged = net.until(|net| !net.talks(me, STORE));
             let event = tokio::select! {
                 biased;
-                _changed = changed.changed() => None,
+                () = changed => None,
                 () = clogged => None,
                 event = watch.next() => event,
             };
@@ -386,9 +394,10 @@ impl Watcher {
 
     async fn reopen(&mut self) -> Result<(), Error> {
         let client = &self.client;
-        let mut changed = client.server.changed.subscribe();
         let reached = async {
             loop {
+                let mut changed = pin!(client.server.changed.notified());
+                changed.as_mut().enable();
                 client
                     .net
                     .until(|net| net.talks(client.me.node, STORE))
@@ -396,9 +405,7 @@ impl Watcher {
                 if let Some(open) = client.server.open() {
                     return open;
                 }
-                if changed.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
+                changed.await;
             }
         };
         let reached = timeout(WATCH_BLIND_MAX, reached).await;

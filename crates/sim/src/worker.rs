@@ -91,6 +91,7 @@ pub struct SimWorker {
     pub sequences: Mutex<Vec<Running>>,
     /// Something for the engine came.
     pub woken: Arc<Notify>,
+    asked_to_leave: Notify,
     /// Expert calls that it was asked.
     pub calls: AtomicU64,
     /// Since when it has reached the store without a break.
@@ -112,6 +113,7 @@ impl SimWorker {
             serving: Arc::default(),
             sequences: Mutex::default(),
             woken: Arc::default(),
+            asked_to_leave: Notify::new(),
             calls: AtomicU64::new(0),
             fresh_since: Mutex::new(None),
             stop: CancellationToken::new(),
@@ -192,10 +194,9 @@ impl SimWorker {
 
     /// Asks it to leave.
     pub fn drain(&self) {
-        self.advance(
-            &[WorkerState::Joining, WorkerState::Ready],
-            WorkerState::Draining,
-        );
+        let before = [WorkerState::Joining, WorkerState::Ready];
+        self.advance(&before, WorkerState::Draining);
+        self.asked_to_leave.notify_one();
     }
 
     fn advance(&self, from: &[WorkerState], to: WorkerState) {
@@ -381,14 +382,7 @@ impl SimWorker {
         members: watch::Receiver<Arc<Members>>,
         placements: watch::Receiver<Arc<Placements>>,
     ) {
-        let mut state = self.state.subscribe();
-        if state
-            .wait_for(|state| *state == WorkerState::Draining)
-            .await
-            .is_err()
-        {
-            return;
-        }
+        self.asked_to_leave.notified().await;
         let not_needed = async {
             while !self.sequences.lock().is_empty() {
                 sleep(LOOK_EVERY).await;

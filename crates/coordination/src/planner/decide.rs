@@ -405,7 +405,10 @@ impl PlannerView<'_> {
     fn next_epoch(&self) -> Epoch {
         let placements = [self.published, self.known, self.pending];
         let placed = placements.iter().flatten().map(|p| p.epoch);
-        let highest = placed.filter(is_sane).max().unwrap_or(Epoch(0));
+        let highest = placed
+            .filter(|&epoch| is_sane(epoch))
+            .max()
+            .unwrap_or(Epoch(0));
         if is_on(Mutation::EpochCheckOff) {
             return highest.next();
         }

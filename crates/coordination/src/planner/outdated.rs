@@ -26,7 +26,10 @@ impl PlannerView<'_> {
     /// The newest epoch that a worker has loaded.
     pub(super) fn newest_loaded(&self) -> Epoch {
         let loaded = self.members.workers.values().map(|worker| worker.loaded);
-        loaded.filter(is_sane).max().unwrap_or(Epoch(0))
+        loaded
+            .filter(|&epoch| is_sane(epoch))
+            .max()
+            .unwrap_or(Epoch(0))
     }
 
     /// Whether somebody has seen a newer placement than the published one: then the store was emptied, and
@@ -39,6 +42,6 @@ impl PlannerView<'_> {
 }
 
 /// A hostile record must not use the epochs up.
-pub(super) const fn is_sane(epoch: &Epoch) -> bool {
+pub(super) const fn is_sane(epoch: Epoch) -> bool {
     epoch.0 < u64::MAX / 2
 }

@@ -44,7 +44,7 @@ impl ExpertExchange {
     }
 
     /// A worker has answered: it lives, and that is how long it takes.
-    pub(super) fn note_answer(&mut self, call: &OpenCall) {
+    pub(crate) fn note_answer(&mut self, call: &OpenCall) {
         self.health.answered(&call.worker);
         self.patience
             .answered(&call.worker, call.outputs_len, call.trip);

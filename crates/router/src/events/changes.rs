@@ -280,7 +280,7 @@ mod tests {
     use std::num::NonZeroUsize;
 
     use tramontane_coordination::registry::RECORD_SCHEMA;
-    use tramontane_coordination::{ModelFacts, Roles, WorkerLoad};
+    use tramontane_coordination::{Measured, ModelFacts, Roles, WorkerLoad};
     use tramontane_types::{SegmentRange, SliceHolders};
 
     use super::*;
@@ -311,6 +311,7 @@ mod tests {
             started_ms: 1,
             version: "0".to_owned(),
             load: WorkerLoad::default(),
+            measured: Measured::default(),
         }
     }
 

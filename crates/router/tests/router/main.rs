@@ -1409,9 +1409,7 @@ async fn an_operator_changes_and_clears_what_is_wanted_of_the_placement() {
         assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{number}");
         assert!(refused.message().contains(number), "{}", refused.message());
     }
-    let (stored, _) = tramontane_coordination::planner::intent(&*scene.store)
-        .await
-        .unwrap();
+    let (stored, _) = planner::intent(&*scene.store).await.unwrap();
     assert_eq!((stored.replicas, stored.slices_per_expert), (None, Some(4)));
     scene.end().await;
 }
