@@ -5,16 +5,13 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, WorkerId};
+use tramontane_types::{Epoch, Placement, WorkerId};
 
 use super::figures::Figures;
 use super::outdated::is_sane;
-use super::{same_holders, worth};
-use crate::Error;
+use super::{Intent, same_holders, worth};
 use crate::balance::{
-    BalanceError, BalanceInput, PLACEMENT_WORKERS_MAX, PlacementPolicy, Summary, WorkerShare,
-    balance, summarise,
+    BalanceError, BalanceInput, PlacementPolicy, Summary, WorkerShare, balance, summarise,
 };
 use crate::mutation::{Mutation, is_on};
 use crate::registry::{Members, ModelFacts, WorkerRecord};
@@ -23,8 +20,6 @@ use crate::registry::{Members, ModelFacts, WorkerRecord};
 pub const SETTLE_TIME: Duration = Duration::from_secs(3);
 /// How long a worker may load before it is planned out: a large model from a slow disk.
 pub const LOAD_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-/// Most replicas that an operator may ask for.
-pub const REPLICAS_MAX: usize = 64;
 
 /// What the planner goes by.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,43 +45,6 @@ impl Default for PlannerConfig {
             settle_time: SETTLE_TIME,
             load_timeout: LOAD_TIMEOUT,
         }
-    }
-}
-
-/// What the operator wants; the value of the key `intent`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Intent {
-    /// Workers that hold each slice; `None` leaves it to the configuration.
-    pub replicas: Option<NonZeroUsize>,
-    /// Slices per expert; `None` leaves it to `balance`.
-    pub slices_per_expert: Option<u8>,
-    /// Workers that get no slices.
-    pub cordoned: BTreeSet<WorkerId>,
-    /// The epoch that is to be planned again for load and speed now, however little there is to gain.
-    /// Done once a later one is published.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rebalance: Option<Epoch>,
-}
-
-impl Intent {
-    /// Checks every field against its limit.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with the field, its value and the rule.
-    pub fn validate(&self) -> Result<(), Error> {
-        let refuse = |detail: String| Err(Error::invalid("intent", detail));
-        if let Some(replicas) = self.replicas.filter(|r| r.get() > REPLICAS_MAX) {
-            return refuse(format!("{replicas} replicas, at most {REPLICAS_MAX}"));
-        }
-        let slices = self.slices_per_expert;
-        if let Some(slices) = slices.filter(|s| !(1..=SEGMENTS_PER_EXPERT).contains(s)) {
-            return refuse(format!("{slices} slices per expert, 1 to 8 expected"));
-        }
-        if self.cordoned.len() > PLACEMENT_WORKERS_MAX {
-            return refuse(format!("{} cordoned workers", self.cordoned.len()));
-        }
-        Ok(())
     }
 }
 

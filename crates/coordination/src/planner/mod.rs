@@ -9,6 +9,7 @@ mod decide;
 mod explore;
 mod figures;
 mod outdated;
+mod wish;
 mod words;
 mod worth;
 
@@ -23,11 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tramontane_types::{Epoch, Placement, WorkerId};
 
 pub use decide::{
-    Group, Intent, LOAD_TIMEOUT, PlannerAction, PlannerConfig, PlannerStatus, PlannerView,
-    REPLICAS_MAX, SETTLE_TIME, Shortage, WaitReason, decide,
+    Group, LOAD_TIMEOUT, PlannerAction, PlannerConfig, PlannerStatus, PlannerView, SETTLE_TIME,
+    Shortage, WaitReason, decide,
 };
 pub use explore::{Candidate, PlanReport, PlanWish, Promise, explore};
 pub use figures::Figures;
+pub use wish::{Intent, REPLICAS_MAX};
 pub use worth::{PLAN_TOKENS, REBALANCE_EVERY, REBALANCE_GAIN};
 
 use crate::Error;

@@ -1,0 +1,50 @@
+//! What the operator wants of the placement, as it stands in the store. Decides nothing.
+
+use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
+
+use serde::{Deserialize, Serialize};
+use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
+
+use crate::Error;
+use crate::balance::PLACEMENT_WORKERS_MAX;
+
+/// Most replicas that an operator may ask for.
+pub const REPLICAS_MAX: usize = 64;
+
+/// What the operator wants; the value of the key `intent`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Intent {
+    /// Workers that hold each slice; `None` leaves it to the configuration.
+    pub replicas: Option<NonZeroUsize>,
+    /// Slices per expert; `None` leaves it to `balance`.
+    pub slices_per_expert: Option<u8>,
+    /// Workers that get no slices.
+    pub cordoned: BTreeSet<WorkerId>,
+    /// The epoch that is to be planned again for load and speed now, however little there is to gain.
+    /// Done once a later one is published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<Epoch>,
+}
+
+impl Intent {
+    /// Checks every field against its limit.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the field, its value and the rule.
+    pub fn validate(&self) -> Result<(), Error> {
+        let refuse = |detail: String| Err(Error::invalid("intent", detail));
+        if let Some(replicas) = self.replicas.filter(|r| r.get() > REPLICAS_MAX) {
+            return refuse(format!("{replicas} replicas, at most {REPLICAS_MAX}"));
+        }
+        let slices = self.slices_per_expert;
+        if let Some(slices) = slices.filter(|s| !(1..=SEGMENTS_PER_EXPERT).contains(s)) {
+            return refuse(format!("{slices} slices per expert, 1 to 8 expected"));
+        }
+        if self.cordoned.len() > PLACEMENT_WORKERS_MAX {
+            return refuse(format!("{} cordoned workers", self.cordoned.len()));
+        }
+        Ok(())
+    }
+}
