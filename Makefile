@@ -47,8 +47,8 @@ lint: check-rust $(PROTOX)
 unit: check-rust $(PROTOX) packages $(VENV)/installed
 	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
 	  cargo test --workspace --locked
-	# Deliberately broken builds: each must be noticed. A package of its own, so that no other test is built broken.
-	cargo test -p tramontane-sim --features mutations --test mutations --locked -- --nocapture
+	# Deliberate defects: each must be noticed. The whole workspace, so that no dependency is compiled anew for it.
+	cargo test --workspace --features tramontane-sim/mutations --test mutations --locked -- --nocapture
 
 doc: check-rust $(PROTOX)
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

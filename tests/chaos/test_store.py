@@ -87,7 +87,9 @@ def test_f11_etcd_away(chaos, cluster, wiped, request):
 
 def test_f11_worker_killed_while_etcd_is_away(chaos, cluster):
     victim = cluster.workers["worker-2"]
-    with chaos.row("F11b", "SIGKILL of a worker while etcd is away, restarted while it is away") as row:
+    of_victim = lambda record: record.router == 1
+    name = "SIGKILL of a worker and a router while etcd is away, both started again without it"
+    with chaos.row("F11b", name, may_fail=of_victim) as row:
         for member in cluster.etcd.members:
             member.kill()
             row.expected_exits.add(member.name)
@@ -102,6 +104,12 @@ def test_f11_worker_killed_while_etcd_is_away(chaos, cluster):
         # It goes by what it wrote down before it died.
         segments = lambda: has_segments(victim)
         wait_until(segments, 30, "the worker loads its experts without etcd", every=0.1)
+        row.load.wait_answers(16)
+        # So does a router.
+        router = cluster.routers[1]
+        router.kill()
+        router.start()
+        wait_until(lambda: (status := cluster.status(1)) and status.ready, 30, "the router serves without etcd", every=0.1)
         row.load.wait_answers(16)
         for member in cluster.etcd.members:
             member.start()

@@ -33,6 +33,27 @@ def test_f1_worker_killed_mid_decode(chaos, cluster):
             bring_back(row, cluster, victim)
 
 
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_f1_worker_with_experts_only(chaos, cluster, how):
+    """It has no streams: what is lost are calls, and those go to the other holders."""
+    cluster.roles["experts-0"] = "experts"
+    victim = cluster.add_worker("experts-0")
+    wait_until(lambda: "experts-0" in {w.id for w in cluster.listed().values() if w.segments}, 60, "it holds experts", every=0.1)
+    cluster.wait_settled()
+    with chaos.row("F1b", f"{how} of a worker that has experts only") as row:
+        if how == "SIGKILL":
+            row.injected("exit by SIGKILL", victim.kill())
+        else:
+            row.injected("state T", victim.pause())
+        row.expected_exits.add(victim.name)
+        row.load.wait_answers(32)
+        victim.kill()
+        wait_until(lambda: "experts-0" not in cluster.listed(), 30, "its lease ends")
+        del cluster.workers["experts-0"]
+        victim.host.remove()
+        cluster.wait_settled()
+
+
 def test_f2_worker_killed_mid_prefill(chaos, cluster):
     with chaos.row("F2a", "SIGKILL of a worker mid-prefill", specs_of=["long", "greedy-2", "greedy-5"]) as row:
         for victim in itertools.islice(cluster.workers.values(), 2):

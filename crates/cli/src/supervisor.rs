@@ -171,8 +171,17 @@ impl Supervisor {
         let free = (0..=u16::MAX).filter(|index| !self.running.contains_key(index));
         let free: Vec<u16> = free.take(wanted.saturating_sub(from)).collect();
         for index in free {
-            let id = self.start_worker(index).await.map_err(failed)?;
-            begun.started.push(id);
+            match self.start_worker(index).await {
+                Ok(id) => begun.started.push(id),
+                Err(error) if begun.started.is_empty() && begun.draining.is_empty() => {
+                    return Err(failed(error));
+                }
+                // What was begun goes on, and the answer says how much that is.
+                Err(error) => {
+                    output::note(&format!("no further worker starts: {error:#}"));
+                    break;
+                }
+            }
         }
         Ok(begun)
     }

@@ -48,7 +48,7 @@ pub(crate) async fn mirror(
         loop {
             let error = match store.list(prefix).await {
                 Ok(listing) => {
-                    remembered.clear();
+                    remembered = None;
                     view.replace(listing.entries);
                     view.set_stale(false);
                     view.publish();
@@ -62,12 +62,12 @@ pub(crate) async fn mirror(
                 tracing::info!(prefix, %error, "watch fell behind, listing again");
             } else {
                 tracing::warn!(prefix, %error, "store out of sight, keeping the last view");
-                if !remembered.is_empty() {
+                if let Some(entries) = remembered.take() {
                     tracing::warn!(
                         prefix,
                         "going by what was known before this process started"
                     );
-                    view.replace(std::mem::take(&mut remembered));
+                    view.replace(entries);
                 }
                 view.set_stale(true);
                 view.publish();

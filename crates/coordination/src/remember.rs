@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tramontane_types::Epoch;
 
 use crate::Error;
 use crate::store::{
@@ -24,8 +25,8 @@ use crate::store::{
     WatchEvent, keys,
 };
 
-/// What is remembered: what everybody serves on.
-const PREFIXES: [&str; 2] = [keys::WORKERS, keys::PLACEMENT];
+/// What is remembered: what everybody serves on, and what nobody may forget of the operator's wishes.
+const PREFIXES: [&str; 3] = [keys::WORKERS, keys::PLACEMENT, keys::INTENT];
 /// Shortest time between two writes: workers refresh their records every few seconds.
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
 /// Largest file that is read: entries of the largest size for a large cluster.
@@ -66,6 +67,10 @@ impl RememberingStore {
     ) -> Self {
         let mut seen: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for (key, value) in read(&path) {
+            // Whoever wrote one prefix down had seen them all; some were empty.
+            for prefix in PREFIXES {
+                seen.entry(prefix).or_default();
+            }
             if let Some(prefix) = prefix_of(&key) {
                 seen.entry(prefix).or_default().insert(key, value);
             }
@@ -90,11 +95,19 @@ impl Known {
             return;
         };
         let values = entries.iter().map(|e| (e.key.clone(), e.value.clone()));
-        let values: BTreeMap<_, _> = values.collect();
+        let mut values: BTreeMap<_, _> = values.collect();
         let mut seen = self.seen.lock();
-        if !is_less(prefix, seen.get(prefix), &values) {
-            seen.insert(prefix, values);
+        let known = seen
+            .get(prefix)
+            .and_then(|known| known.get(keys::PLACEMENT));
+        if let Some(known) = known.filter(|_| prefix == keys::PLACEMENT) {
+            let listed = values.get(keys::PLACEMENT);
+            if listed.is_none_or(|listed| is_older(listed, known)) {
+                values.insert(keys::PLACEMENT.to_owned(), known.clone());
+            }
         }
+        seen.insert(prefix, values);
+        drop(seen);
         self.changes.send_replace(());
     }
 
@@ -105,6 +118,14 @@ impl Known {
         let mut seen = self.seen.lock();
         let values = seen.entry(prefix).or_default();
         match event {
+            WatchEvent::Put(entry)
+                if entry.key == keys::PLACEMENT
+                    && values
+                        .get(keys::PLACEMENT)
+                        .is_some_and(|known| is_older(&entry.value, known)) =>
+            {
+                None
+            }
             WatchEvent::Put(entry) => values.insert(entry.key.clone(), entry.value.clone()),
             // Who serves on it does not let go of it either.
             WatchEvent::Delete { key, .. } if key == keys::PLACEMENT => None,
@@ -127,14 +148,19 @@ impl Known {
     }
 }
 
-/// Whether a store that was emptied would make us forget what we serve on.
-fn is_less(
-    prefix: &str,
-    known: Option<&BTreeMap<String, Bytes>>,
-    listed: &BTreeMap<String, Bytes>,
-) -> bool {
-    let has_placement = |values: &BTreeMap<String, Bytes>| values.contains_key(keys::PLACEMENT);
-    prefix == keys::PLACEMENT && known.is_some_and(has_placement) && !has_placement(listed)
+/// Whether a placement is older than the one that is known: a store that was emptied may hold such a one,
+/// and nobody serves on it.
+fn is_older(placement: &Bytes, known: &Bytes) -> bool {
+    #[derive(Deserialize)]
+    struct Dated {
+        epoch: Epoch,
+    }
+    let epoch = |value: &Bytes| serde_json::from_slice::<Dated>(value).map(|dated| dated.epoch);
+    match (epoch(placement), epoch(known)) {
+        (Ok(placement), Ok(known)) => placement < known,
+        // What cannot be read is not served on either.
+        (placement, known) => placement.is_err() && known.is_ok(),
+    }
 }
 
 #[async_trait]
@@ -149,7 +175,7 @@ impl Store for RememberingStore {
         Ok(listing)
     }
 
-    fn remembered(&self, prefix: &str) -> Vec<Entry> {
+    fn remembered(&self, prefix: &str) -> Option<Vec<Entry>> {
         let seen = self.known.seen.lock();
         let entry = |(key, value): (&String, &Bytes)| Entry {
             key: key.clone(),
@@ -158,7 +184,6 @@ impl Store for RememberingStore {
         };
         seen.get(prefix)
             .map(|values| values.iter().map(entry).collect())
-            .unwrap_or_default()
     }
 
     async fn put(
@@ -269,15 +294,16 @@ fn read(path: &Path) -> Vec<(String, Bytes)> {
 
 #[cfg(test)]
 mod tests {
-    use tramontane_types::Epoch;
-
     use super::*;
     use crate::placement_store::tests::placement;
-    use crate::{FaultStore, MemoryStore, PlacementStore, Placements, watch_placements};
+    use crate::{
+        FaultStore, MemoryStore, PlacementStore, Placements, watch_intent, watch_placements,
+    };
 
     /// One process: a remembering store over `store`, and its view of the placements.
     struct Process {
         placements: watch::Receiver<Arc<Placements>>,
+        intent: watch::Receiver<Arc<crate::SeenIntent>>,
         stop: CancellationToken,
     }
 
@@ -286,8 +312,14 @@ mod tests {
             let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
             let inner: Arc<dyn Store> = Arc::new(store.clone());
             let store = RememberingStore::new(inner, path.to_owned(), &tasks, stop.clone());
-            let placements = watch_placements(Arc::new(store), &tasks, stop.clone());
-            Self { placements, stop }
+            let store: Arc<dyn Store> = Arc::new(store);
+            let placements = watch_placements(Arc::clone(&store), &tasks, stop.clone());
+            let intent = watch_intent(store, &tasks, stop.clone());
+            Self {
+                placements,
+                intent,
+                stop,
+            }
         }
 
         async fn sees(&mut self, what: impl FnMut(&Arc<Placements>) -> bool) {
@@ -326,10 +358,17 @@ mod tests {
         store.set_up(false);
         let mut second = Process::start(&store, &path);
         second.sees(|p| epoch_2(p) && p.stale && p.synced).await;
+        let is_known = |seen: &Arc<crate::SeenIntent>| seen.synced;
+        second.intent.wait_for(is_known).await.unwrap();
         // A store that was emptied makes nobody forget what is served on, now or in the next life.
         memory.delete(keys::PLACEMENT).await.unwrap();
         store.set_up(true);
         second.sees(|p| epoch_2(p) && !p.stale).await;
+        let older = serde_json::to_vec(&placement(1)).unwrap();
+        memory
+            .put(keys::PLACEMENT, older.into(), None)
+            .await
+            .unwrap();
         memory.put("placement-x", "{}".into(), None).await.unwrap();
         written(&path, "placement-x").await;
         store.set_up(false);

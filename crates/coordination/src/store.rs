@@ -141,9 +141,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Every entry whose key begins with `prefix`, at one revision.
     async fn list(&self, prefix: &str) -> Result<Listing, Error>;
 
-    /// What was known below `prefix` before this process started, for when the store is away.
-    fn remembered(&self, _prefix: &str) -> Vec<Entry> {
-        Vec::new()
+    /// What was known below `prefix` before this process started, for when the store is away; `None` when
+    /// nothing was.
+    fn remembered(&self, _prefix: &str) -> Option<Vec<Entry>> {
+        None
     }
 
     /// Writes without looking. Bound to `lease` when given, otherwise kept for ever.

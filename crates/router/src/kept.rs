@@ -168,10 +168,12 @@ fn forget_oldest(tapes: &mut HashMap<KeyDigest, Arc<Tape>>) -> bool {
 impl Tape {
     /// A reader from the very beginning, while that is there.
     fn read_from_start(tape: &Arc<Self>) -> Option<Reader> {
-        let state = tape.state.lock();
+        let mut state = tape.state.lock();
         let is_there = !state.closed && state.num_forgotten == 0;
+        // Under the same lock: whoever closes the tape sees the reader, or the reader sees it closed.
+        state.num_readers += usize::from(is_there);
         drop(state);
-        is_there.then(|| Reader::new(tape))
+        is_there.then(|| Reader::counted(tape))
     }
 
     /// Whether the answer began, or why not; `None` while nobody knows.
@@ -328,12 +330,17 @@ pub(crate) struct Reader {
 
 impl Reader {
     fn new(tape: &Arc<Tape>) -> Self {
+        tape.state.lock().num_readers += 1;
+        Self::counted(tape)
+    }
+
+    /// A reader that is counted already.
+    fn counted(tape: &Arc<Tape>) -> Self {
         let reader = Self {
             tape: Arc::clone(tape),
             changed: tape.changed.subscribe(),
             num_read: 0,
         };
-        tape.state.lock().num_readers += 1;
         tape.changed.send_replace(());
         reader
     }

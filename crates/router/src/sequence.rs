@@ -28,6 +28,10 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A sequence that was moved this often without a new token ends: something in it kills workers.
 const MOVES_MAX: u32 = 16;
 
+/// Workers without a sign of life that a sequence leaves before it has a new token; from then on it waits like
+/// everybody: where all lack the same experts, going round in circles helps nobody.
+const DESERTIONS_MAX: u32 = 2;
+
 /// The reason in a worker's status for a sequence that no worker can continue.
 const SEQUENCE_FAILED: &str = "SEQUENCE_FAILED";
 
@@ -102,6 +106,8 @@ pub(crate) struct State {
     excluded: Vec<WorkerId>,
     failures: u32,
     moves: u32,
+    /// Workers left since the last new token because they showed no sign of life.
+    desertions: u32,
     /// Since when there is no worker.
     lost_at: Option<Instant>,
     finished: bool,
@@ -128,6 +134,8 @@ enum Loss {
     Failed,
     /// This worker has no room.
     Busy,
+    /// This worker shows no sign of life, and another one does.
+    Deserted,
     /// This worker is gone, going, silent or confused.
     Gone(LossReason),
 }
@@ -160,7 +168,9 @@ impl Sequence {
             let event = tokio::select! {
                 biased;
                 event = next_event(&mut run.events, self.patience.silence_max) => event,
-                () = self.pool.deserted(&worker) => Err(Loss::Gone(LossReason::Silent)),
+                () = self.pool.deserted(&worker), if self.state.desertions < DESERTIONS_MAX => {
+                    Err(Loss::Deserted)
+                }
             };
             match event.and_then(|event| self.take(event)) {
                 Ok(Some(delta)) => return Ok(Some(delta)),
@@ -203,6 +213,7 @@ impl Sequence {
             self.entry.record(token.id);
             self.state.failures = 0;
             self.state.moves = 0;
+            self.state.desertions = 0;
             self.state.excluded.clear();
             let added = self.text.push(token.id);
             delta.text.push_str(&added.text);
@@ -298,6 +309,16 @@ impl Sequence {
                 self.metrics.lost(LossReason::Refused);
                 ApiError::unavailable("no worker takes the request over")
             }
+            // Nothing has failed; it only costs time to leave too soon.
+            Loss::Deserted => {
+                tracing::info!(request = self.entry.request_id(), %worker, "no sign of life, going on elsewhere");
+                self.metrics.lost(LossReason::Silent);
+                self.pool.sequence_moved(&worker);
+                self.state.desertions += 1;
+                self.state.lost_at.get_or_insert_with(Instant::now);
+                self.state.excluded.push(worker);
+                return Ok(());
+            }
             Loss::Busy => {
                 self.metrics.lost(LossReason::Busy);
                 ApiError::new(ErrorKind::QueueFull, "all workers are full")
@@ -375,7 +396,9 @@ impl Sequence {
         let answer = tokio::select! {
             biased;
             answer = timeout(self.patience.silence_max, generate) => answer,
-            () = self.pool.deserted(worker) => return Err(Loss::Gone(LossReason::Silent)),
+            () = self.pool.deserted(worker), if self.state.desertions < DESERTIONS_MAX => {
+                return Err(Loss::Deserted);
+            }
         };
         match answer {
             Ok(Ok(events)) => {

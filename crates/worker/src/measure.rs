@@ -4,6 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use tramontane_coordination::registry::{LINK_US_MAX, SEGMENT_NS_MAX};
 use tramontane_coordination::{ExpertLoad, Measured};
 
 use crate::state::Node;
@@ -44,9 +45,11 @@ impl Meter {
         let measured = Measured {
             segment_ns: half
                 .and_then(|half| half.server.segment_ns())
-                .or_else(probed),
+                .or_else(probed)
+                // A pause in the middle of a call is no speed; a record with it would be refused.
+                .map(|ns| ns.clamp(1, SEGMENT_NS_MAX)),
             link_us: link
-                .map(|us| us.load(Ordering::Relaxed))
+                .map(|us| us.load(Ordering::Relaxed).min(LINK_US_MAX))
                 .filter(|us| *us > 0),
             expert_load: self.load(node),
         };

@@ -272,7 +272,9 @@ impl PlannerView<'_> {
         if self.published.is_some_and(fits) {
             return wait(WaitReason::Idle, None);
         }
-        if let Some(reason) = self.holds_back(&placement, group) {
+        let is_outdated = self.published.is_some_and(|p| self.is_outdated(p));
+        let reason = self.holds_back(&placement, group);
+        if let Some(reason) = reason.filter(|_| !is_outdated) {
             return reason;
         }
         let left = self.config.settle_time.saturating_sub(self.settled_for);
@@ -430,15 +432,17 @@ impl PlannerView<'_> {
             } => Some(shortage.clone()),
             _ => None,
         };
-        let is_idle = matches!(
+        let is_at_rest = matches!(
             action,
             PlannerAction::Wait {
-                reason: WaitReason::Idle,
+                reason: WaitReason::Idle
+                    | WaitReason::NotWorthIt { .. }
+                    | WaitReason::Rested { .. },
                 ..
             }
         );
         PlannerStatus {
-            fulfilled: is_idle.then(|| self.intent.clone()),
+            fulfilled: is_at_rest.then(|| self.intent.clone()),
             doing: action.to_string(),
             shortage,
             incompatible: workers.map(|worker| worker.id.clone()).collect(),
