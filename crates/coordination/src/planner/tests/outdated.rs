@@ -22,6 +22,6 @@ fn an_older_placement_is_not_restored_and_does_not_stay() {
     scenario = scenario.with(&["a:loaded=10", "b"]).publish();
     assert_eq!(scenario.says(), "placement fits");
     // Measured figures hold a plan back only when it is a matter of speed.
-    scenario = scenario.with(&["a:loaded=20:ns=100000", "b:loaded=10:ns=104000"]);
+    scenario = scenario.with(&["a:loaded=20,ns=100000", "b:loaded=10,ns=104000"]);
     assert_eq!(scenario.proposes().0.epoch, Epoch(21));
 }
