@@ -116,6 +116,20 @@ class Row:
             if router.alive():
                 yield router.host, HTTP, "tramontane_router_worker_losses_total"
 
+    def busiest(self):
+        """The worker that runs most sequences: its loss is noticed by somebody."""
+        running = {}
+
+        def look():
+            for worker in self.cluster.workers.values():
+                # One that was started just now does not answer yet.
+                with contextlib.suppress(OSError):
+                    running[worker.name] = metrics(worker.host, OPS).get("tramontane_sequences_running", 0)
+            return max(running.values(), default=0) >= 2
+
+        wait_until(look, 30, "a worker runs sequences")
+        return self.cluster.workers[max(running, key=running.get)]
+
     def wait_noticed(self, since, before, seconds=10):
         """Waits until a router has moved a sequence because of the fault."""
         wait_until(lambda: self.losses() > before, seconds, "a router notices the loss", every=0.02)
