@@ -100,11 +100,8 @@ impl Known {
         let known = seen
             .get(prefix)
             .and_then(|known| known.get(keys::PLACEMENT));
-        if let Some(known) = known.filter(|_| prefix == keys::PLACEMENT) {
-            let listed = values.get(keys::PLACEMENT);
-            if listed.is_none_or(|listed| is_older(listed, known)) {
-                values.insert(keys::PLACEMENT.to_owned(), known.clone());
-            }
+        if let Some(known) = known.filter(|known| stays(known, values.get(keys::PLACEMENT))) {
+            values.insert(keys::PLACEMENT.to_owned(), known.clone());
         }
         seen.insert(prefix, values);
         drop(seen);
@@ -117,19 +114,16 @@ impl Known {
         };
         let mut seen = self.seen.lock();
         let values = seen.entry(prefix).or_default();
-        match event {
-            WatchEvent::Put(entry)
-                if entry.key == keys::PLACEMENT
-                    && values
-                        .get(keys::PLACEMENT)
-                        .is_some_and(|known| is_older(&entry.value, known)) =>
-            {
-                None
-            }
-            WatchEvent::Put(entry) => values.insert(entry.key.clone(), entry.value.clone()),
-            // Who serves on it does not let go of it either.
-            WatchEvent::Delete { key, .. } if key == keys::PLACEMENT => None,
-            WatchEvent::Delete { key, .. } => values.remove(key),
+        let (key, new) = match event {
+            WatchEvent::Put(entry) => (&entry.key, Some(&entry.value)),
+            WatchEvent::Delete { key, .. } => (key, None),
+        };
+        if key == keys::PLACEMENT && values.get(key).is_some_and(|known| stays(known, new)) {
+            return;
+        }
+        match new {
+            Some(value) => values.insert(key.clone(), value.clone()),
+            None => values.remove(key),
         };
         drop(seen);
         self.changes.send_replace(());
@@ -148,18 +142,18 @@ impl Known {
     }
 }
 
-/// Whether a placement is older than the one that is known: a store that was emptied may hold such a one,
-/// and nobody serves on it.
-fn is_older(placement: &Bytes, known: &Bytes) -> bool {
+/// Whether the known placement is kept in place of `new`: who serves on it lets go neither because a store
+/// was emptied, nor because it then held an older one, or one that cannot be read.
+fn stays(known: &Bytes, new: Option<&Bytes>) -> bool {
     #[derive(Deserialize)]
     struct Dated {
         epoch: Epoch,
     }
     let epoch = |value: &Bytes| serde_json::from_slice::<Dated>(value).map(|dated| dated.epoch);
-    match (epoch(placement), epoch(known)) {
-        (Ok(placement), Ok(known)) => placement < known,
-        // What cannot be read is not served on either.
-        (placement, known) => placement.is_err() && known.is_ok(),
+    let Some(new) = new else { return true };
+    match (epoch(new), epoch(known)) {
+        (Ok(new), Ok(known)) => new < known,
+        (new, known) => new.is_err() && known.is_ok(),
     }
 }
 

@@ -272,9 +272,7 @@ impl PlannerView<'_> {
         if self.published.is_some_and(fits) {
             return wait(WaitReason::Idle, None);
         }
-        let is_outdated = self.published.is_some_and(|p| self.is_outdated(p));
-        let reason = self.holds_back(&placement, group);
-        if let Some(reason) = reason.filter(|_| !is_outdated) {
+        if let Some(reason) = self.holds_back(&placement, group) {
             return reason;
         }
         let left = self.config.settle_time.saturating_sub(self.settled_for);
@@ -287,6 +285,9 @@ impl PlannerView<'_> {
     /// Why a plan that differs for load and speed alone is not proposed now.
     fn holds_back(&self, plan: &Placement, group: Option<&Group>) -> Option<PlannerAction> {
         let (published, group) = (self.published?, group?);
+        if self.is_outdated(published) {
+            return None;
+        }
         let candidates = self.candidates(group);
         if !self.figures.know(&candidates, &group.model) {
             return None;
