@@ -194,6 +194,7 @@ impl RouterConfig {
             bytes_max: self.kept_bytes_max,
             keep: self.keep_answers,
             grace: self.orphan_grace,
+            stall: self.client_stall_max,
         }
     }
 

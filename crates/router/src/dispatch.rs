@@ -137,11 +137,16 @@ impl Dispatcher {
             is_whole = making => is_whole,
             () = recorder.abandoned() => false,
         };
-        if is_whole {
-            tokio::select! {
-                () = recorder.keep() => {}
-                () = self.abort.cancelled() => {}
+        let kept = async {
+            if is_whole {
+                recorder.keep().await;
+            } else {
+                recorder.part().await;
             }
+        };
+        tokio::select! {
+            () = kept => {}
+            () = self.abort.cancelled() => {}
         }
     }
 

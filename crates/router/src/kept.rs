@@ -39,6 +39,8 @@ pub(crate) struct KeepLimits {
     pub(crate) keep: Duration,
     /// An answer that nobody reads is made for this long.
     pub(crate) grace: Duration,
+    /// Who leaves what there is to read for this long does not count as a reader.
+    pub(crate) stall: Duration,
 }
 
 /// All kept answers of this router.
@@ -81,7 +83,52 @@ struct TapeState {
     whole_since: Option<Instant>,
     /// Nothing more will come, and nobody may begin to read.
     closed: bool,
-    num_readers: usize,
+    readers: Vec<Progress>,
+    next_reader: u64,
+}
+
+/// How far one reader is.
+#[derive(Debug)]
+struct Progress {
+    reader: u64,
+    num_read: usize,
+    /// When it last read, or last had nothing to read.
+    active_at: Instant,
+}
+
+impl TapeState {
+    fn num_told(&self) -> usize {
+        self.num_forgotten + self.told.len()
+    }
+
+    /// Whether some reader waits for what is to come, or has read lately.
+    fn is_read(&self, stall: Duration) -> bool {
+        let is_over = self.closed || self.whole_since.is_some();
+        self.readers.iter().any(|reader| {
+            let waits = !is_over && reader.num_read >= self.num_told();
+            waits || reader.active_at.elapsed() < stall
+        })
+    }
+
+    fn push(&mut self, told: Told) {
+        let (end, now) = (self.num_told(), Instant::now());
+        for reader in self.readers.iter_mut().filter(|r| r.num_read >= end) {
+            reader.active_at = now;
+        }
+        self.bytes += told.size();
+        self.told.push_back(told);
+    }
+
+    fn admit_reader(&mut self) -> u64 {
+        let reader = self.next_reader;
+        self.next_reader += 1;
+        self.readers.push(Progress {
+            reader,
+            num_read: 0,
+            active_at: Instant::now(),
+        });
+        reader
+    }
 }
 
 impl KeptAnswers {
@@ -123,7 +170,7 @@ impl KeptAnswers {
         }
         // An answer whose beginning is forgotten is made again: it comes out the same.
         tapes.remove(&key);
-        if tapes.len() >= self.limits.answers_max && !forget_oldest(&mut tapes) {
+        if tapes.len() >= self.limits.answers_max && !self.forget_oldest(&mut tapes) {
             let max = self.limits.answers_max;
             let message = format!("{max} requests with an idempotency-key run already");
             return Err(ApiError::unavailable(message));
@@ -144,25 +191,26 @@ impl KeptAnswers {
         };
         Ok(Found::Nothing(recorder, reader))
     }
-}
 
-/// Forgets the answer that has been whole for the longest time and is not read, if there is one.
-fn forget_oldest(tapes: &mut HashMap<KeyDigest, Arc<Tape>>) -> bool {
-    let mut oldest: Option<(Instant, KeyDigest)> = None;
-    for (key, tape) in tapes.iter() {
-        let state = tape.state.lock();
-        let Some(since) = state.whole_since.filter(|_| state.num_readers == 0) else {
-            continue;
-        };
-        if oldest.is_none_or(|(other, _)| since < other) {
-            oldest = Some((since, *key));
+    /// Forgets the answer that has been whole for the longest time and is not read, if there is one.
+    fn forget_oldest(&self, tapes: &mut HashMap<KeyDigest, Arc<Tape>>) -> bool {
+        let mut oldest: Option<(Instant, KeyDigest)> = None;
+        for (key, tape) in tapes.iter() {
+            let state = tape.state.lock();
+            let is_read = state.is_read(self.limits.stall);
+            let Some(since) = state.whole_since.filter(|_| !is_read) else {
+                continue;
+            };
+            if oldest.is_none_or(|(other, _)| since < other) {
+                oldest = Some((since, *key));
+            }
         }
+        let Some(tape) = oldest.and_then(|(_, key)| tapes.remove(&key)) else {
+            return false;
+        };
+        tape.forget();
+        true
     }
-    let Some(tape) = oldest.and_then(|(_, key)| tapes.remove(&key)) else {
-        return false;
-    };
-    tape.forget();
-    true
 }
 
 impl Tape {
@@ -171,9 +219,9 @@ impl Tape {
         let mut state = tape.state.lock();
         let is_there = !state.closed && state.num_forgotten == 0;
         // Under the same lock: whoever closes the tape sees the reader, or the reader sees it closed.
-        state.num_readers += usize::from(is_there);
+        let number = is_there.then(|| state.admit_reader())?;
         drop(state);
-        is_there.then(|| Reader::counted(tape))
+        Some(Reader::admitted(tape, number))
     }
 
     /// Whether the answer began, or why not; `None` while nobody knows.
@@ -183,13 +231,19 @@ impl Tape {
         state.began.clone().or(stopped)
     }
 
-    /// What was told at `index`: `None` while it may come, `Some(None)` when it cannot.
-    fn told(&self, index: usize) -> Option<Option<Told>> {
-        let state = self.state.lock();
-        let Some(index) = index.checked_sub(state.num_forgotten) else {
+    /// Reads what comes next for `reader`: `None` while it may come, `Some(None)` when it cannot.
+    fn read(&self, reader: u64) -> Option<Option<Told>> {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let progress = state.readers.iter_mut().find(|r| r.reader == reader)?;
+        let Some(index) = progress.num_read.checked_sub(state.num_forgotten) else {
             return Some(None);
         };
         let told = state.told.get(index).cloned();
+        if told.is_some() {
+            progress.num_read += 1;
+            progress.active_at = Instant::now();
+        }
         let is_over = state.closed || state.whole_since.is_some();
         (told.is_some() || is_over).then_some(told)
     }
@@ -249,13 +303,12 @@ impl Recorder {
         let bytes_max = self.kept.limits.bytes_max;
         bytes.fetch_add(size, Ordering::Relaxed);
         while self.kept.num_bytes() > bytes_max {
-            if !forget_oldest(&mut self.kept.tapes.lock()) {
+            if !self.kept.forget_oldest(&mut self.kept.tapes.lock()) {
                 break;
             }
         }
         let mut state = self.tape.state.lock();
-        state.bytes += size;
-        state.told.push_back(told);
+        state.push(told);
         while state.told.len() > DELTAS_MIN
             && (state.told.len() > DELTAS_MAX
                 || state.bytes > ANSWER_BYTES_MAX
@@ -270,30 +323,63 @@ impl Recorder {
         self.tape.changed.send_replace(());
     }
 
-    /// Keeps the whole answer for its time, if its beginning is still there.
+    /// Keeps the whole answer for its time, if its beginning is still there, and longer for those who read it.
     pub(crate) async fn keep(self) {
-        if !self.tape.end() {
-            return;
+        if self.tape.end() {
+            tokio::select! {
+                () = sleep(self.kept.limits.keep) => {}
+                () = self.until(|state| state.closed) => {}
+            }
         }
-        tokio::select! {
-            () = sleep(self.kept.limits.keep) => {}
-            () = self.until(|state| state.closed) => {}
+        self.part().await;
+    }
+
+    /// Leaves what there is to those who read it.
+    pub(crate) async fn part(self) {
+        self.leave();
+        self.unread().await;
+        self.tape.forget();
+    }
+
+    /// Returns when nobody has read for the grace time, or all who read have stalled: what is kept for them is
+    /// forgotten. Nobody can begin to read after that.
+    pub(crate) async fn abandoned(&self) {
+        loop {
+            self.unread().await;
+            let is_read = tokio::select! {
+                () = sleep(self.kept.limits.grace) => false,
+                () = self.until(|state| state.is_read(self.kept.limits.stall)) => true,
+            };
+            let mut state = self.tape.state.lock();
+            if !is_read && !state.is_read(self.kept.limits.stall) {
+                state.closed = true;
+                drop(state);
+                return self.tape.forget();
+            }
         }
     }
 
-    /// Returns when nobody has read for the grace time. Nobody can begin to read after that.
-    pub(crate) async fn abandoned(&self) {
-        loop {
-            self.until(|state| state.num_readers == 0).await;
-            let is_read = tokio::select! {
-                () = sleep(self.kept.limits.grace) => false,
-                () = self.until(|state| state.num_readers > 0) => true,
-            };
-            let mut state = self.tape.state.lock();
-            if !is_read && state.num_readers == 0 {
-                state.closed = true;
-                return;
+    /// Returns when nobody reads: there are no readers, or what there is to read has waited too long for them.
+    async fn unread(&self) {
+        let stall = self.kept.limits.stall;
+        let mut changed = self.tape.changed.subscribe();
+        while self.tape.state.lock().is_read(stall) {
+            tokio::select! {
+                () = sleep(stall) => {}
+                changed = changed.changed() => if changed.is_err() { return },
             }
+        }
+    }
+
+    /// Takes the answer out of those that are found.
+    fn leave(&self) {
+        self.tape.close();
+        let mut tapes = self.kept.tapes.lock();
+        let is_ours = tapes
+            .get(&self.key)
+            .is_some_and(|tape| Arc::ptr_eq(tape, &self.tape));
+        if is_ours {
+            tapes.remove(&self.key);
         }
     }
 
@@ -309,14 +395,7 @@ impl Recorder {
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        self.tape.close();
-        let mut tapes = self.kept.tapes.lock();
-        let is_ours = tapes
-            .get(&self.key)
-            .is_some_and(|tape| Arc::ptr_eq(tape, &self.tape));
-        if is_ours {
-            tapes.remove(&self.key);
-        }
+        self.leave();
     }
 }
 
@@ -324,22 +403,21 @@ impl Drop for Recorder {
 #[derive(Debug)]
 pub(crate) struct Reader {
     tape: Arc<Tape>,
+    number: u64,
     changed: watch::Receiver<()>,
-    num_read: usize,
 }
 
 impl Reader {
     fn new(tape: &Arc<Tape>) -> Self {
-        tape.state.lock().num_readers += 1;
-        Self::counted(tape)
+        let number = tape.state.lock().admit_reader();
+        Self::admitted(tape, number)
     }
 
-    /// A reader that is counted already.
-    fn counted(tape: &Arc<Tape>) -> Self {
+    fn admitted(tape: &Arc<Tape>, number: u64) -> Self {
         let reader = Self {
             tape: Arc::clone(tape),
+            number,
             changed: tape.changed.subscribe(),
-            num_read: 0,
         };
         tape.changed.send_replace(());
         reader
@@ -368,12 +446,8 @@ impl Reader {
     pub(crate) async fn next(&mut self) -> Option<Told> {
         loop {
             self.changed.borrow_and_update();
-            match self.tape.told(self.num_read) {
-                Some(Some(told)) => {
-                    self.num_read += 1;
-                    return Some(told);
-                }
-                Some(None) => return None,
+            match self.tape.read(self.number) {
+                Some(told) => return told,
                 None => self.changed.changed().await.ok()?,
             }
         }
@@ -382,7 +456,9 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.tape.state.lock().num_readers -= 1;
+        let mut state = self.tape.state.lock();
+        state.readers.retain(|reader| reader.reader != self.number);
+        drop(state);
         self.tape.changed.send_replace(());
     }
 }

@@ -16,6 +16,7 @@ const LIMITS: KeepLimits = KeepLimits {
     bytes_max: 1 << 20,
     keep: Duration::from_secs(60),
     grace: Duration::from_secs(10),
+    stall: Duration::from_secs(30),
 };
 
 fn key(n: u8) -> KeyDigest {
@@ -165,4 +166,47 @@ async fn memory_is_bounded_and_what_lost_its_beginning_is_not_given_out() {
     assert!(reader.next().await.is_none(), "a reader that lags is told");
     begin(&kept, 2);
     recorder.keep().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_never_reads_holds_neither_memory_nor_a_place_beyond_the_stall() {
+    let kept = kept(LIMITS);
+    let (recorder, mut stalled) = begin(&kept, 1);
+    recorder.push(told("a"));
+    let begin_of_stall = Instant::now();
+    recorder.abandoned().await;
+    assert_eq!(begin_of_stall.elapsed(), LIMITS.stall + LIMITS.grace);
+    assert_eq!(kept.num_bytes(), 0);
+    recorder.part().await;
+    assert_eq!(kept.num_answers(), 0);
+    assert!(stalled.next().await.is_none(), "it is told when it wakes");
+
+    // A whole answer: it is kept for its time and not a moment longer for the sleeper.
+    let (recorder, _stalled) = begin(&kept, 2);
+    recorder.push(told("b"));
+    let begin_of_keep = Instant::now();
+    recorder.keep().await;
+    assert_eq!(begin_of_keep.elapsed(), LIMITS.keep);
+    assert_eq!((kept.num_answers(), kept.num_bytes()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_reader_that_reads_is_enough_and_reads_to_the_end() {
+    let kept = kept(LIMITS);
+    let (recorder, _stalled) = begin(&kept, 1);
+    let mut slow = join(&kept, 1);
+    for _ in 0..10 {
+        recorder.push(told("a"));
+    }
+    let mut keeping = Box::pin(recorder.keep());
+    let mut read = String::new();
+    for _ in 0..10 {
+        let pause = tokio::time::timeout(LIMITS.stall / 2, &mut keeping).await;
+        assert!(pause.is_err(), "kept for {read:?}");
+        read.push_str(&slow.next().await.unwrap().delta.unwrap().text);
+    }
+    assert_eq!(read, "a".repeat(10));
+    assert!(slow.next().await.is_none());
+    keeping.await;
+    assert_eq!(kept.num_bytes(), 0);
 }
