@@ -75,7 +75,7 @@ pub struct ExchangeConfig {
     pub row_format: RowFormat,
     /// How long a step waits for one layer, see [`LAYER_DEADLINE`].
     pub layer_deadline: Duration,
-    /// How long a call may take before another holder is asked, see [`CALL_TIMEOUT`].
+    /// How long a call of few rows to a stranger may take before another holder is asked, see [`CALL_TIMEOUT`].
     pub call_timeout: Duration,
     /// Tells the time; a simulation has its own.
     pub clock: fn() -> Instant,
@@ -213,14 +213,15 @@ impl ExpertExchange {
         add(&self.stats.bytes_sent, rows.len());
         let outputs_len = answers::outputs_len(&self.config.geometry, &frame.jobs);
         let doublings = ticket.num_silent.min(PATIENCE_MAX);
-        let patience = self.patience.with(worker, outputs_len) * (1 << doublings);
+        let bounds = self.patience.bounds(worker, num_rows, outputs_len);
         let open = OpenCall {
             worker: worker.clone(),
             outputs_len,
             jobs: frame.jobs,
             sent_at: now,
             trip: Duration::ZERO,
-            check_at: now + patience,
+            check_at: now + bounds.late * (1 << doublings),
+            silent_at: now + bounds.silent * (1 << doublings),
         };
         let reply = ticket.open_call(open);
         let call = ExpertCall {
@@ -254,6 +255,7 @@ impl ExpertExchange {
             sent_at: now,
             // Nobody is asked in our place before we have refused.
             check_at: now + self.config.layer_deadline,
+            silent_at: now + self.config.layer_deadline,
             trip: Duration::ZERO,
         });
         server.submit_own(call, reply);

@@ -50,9 +50,18 @@ pub(crate) struct OpenCall {
     pub(crate) outputs_len: usize,
     /// When to look for somebody else.
     pub(crate) check_at: Instant,
+    /// From then on nobody believes that an answer comes.
+    pub(crate) silent_at: Instant,
     pub(crate) sent_at: Instant,
     /// Time until its answer arrived, which may be long before the engine looks; 0 as long as it has not.
     pub(crate) trip: Duration,
+}
+
+impl OpenCall {
+    /// Whether nobody believes any more that an answer comes.
+    pub(crate) fn is_silent(&self, now: Instant) -> bool {
+        now >= self.silent_at
+    }
 }
 
 /// What came from a worker.

@@ -89,7 +89,7 @@ impl ExchangeStats {
         }
     }
 
-    /// Nobody could be asked for a job of the running layer. A call on its way to a worker that may not be
+    /// Nobody could be asked for a job of the running layer, or who was asked is silent. A call on its way to a worker that may not be
     /// there changes nothing about that.
     pub(crate) fn set_stuck(&self) {
         if self.stuck_since.load(Ordering::Relaxed) == 0 {

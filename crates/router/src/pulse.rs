@@ -21,8 +21,8 @@ const PULSE_EVERY: Duration = Duration::from_millis(200);
 /// and one that only waits for its core is not: the kernel lets it run several times in this time.
 const PULSE_MAX: Duration = Duration::from_millis(700);
 /// A worker whose step has lacked experts for this long has lost touch with their holders, which others
-/// may have not. Several times what an ordinary retry takes.
-const STUCK_MAX: Duration = Duration::from_secs(2);
+/// may have not. Counts from when a call is silent, or nobody could be asked, not from its beginning.
+const STUCK_MAX: Duration = Duration::from_secs(1);
 /// When our own timer is late by this, it was us who stood still.
 const OWN_DELAY_MAX: Duration = Duration::from_millis(100);
 

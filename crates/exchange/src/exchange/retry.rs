@@ -65,18 +65,17 @@ impl ExpertExchange {
 
     /// Calls that take too long are sent to another holder, if there is one for all their jobs.
     pub(super) fn give_up_overdue(&mut self, ticket: &mut Ticket, now: Instant) {
-        let (layer, timeout) = (ticket.layer, self.config.call_timeout);
-        let is_silent = |call: &OpenCall| now.duration_since(call.sent_at) >= timeout;
+        let layer = ticket.layer;
         let overdue = ticket.take_overdue(now, OVERDUE_PAUSE, |call| {
             let others =
                 |worker: &WorkerId| worker != &call.worker && self.health.usable(worker, now);
             self.has_home(layer, &call.jobs, &others)
-                && (is_silent(call) || self.patience.may_hedge())
+                && (call.is_silent(now) || self.patience.may_hedge())
         });
         for call in overdue {
             let waited = now.duration_since(call.sent_at);
             add(&self.stats.retries, 1);
-            if is_silent(&call) {
+            if call.is_silent(now) {
                 tracing::warn!(layer = layer.0, worker = %call.worker, ?waited, "no answer to an expert call, asking another holder");
                 self.health.silent(&call.worker, now);
             } else {
@@ -87,6 +86,9 @@ impl ExpertExchange {
             let silence = Refusal::Lost("no answer in time".to_owned());
             ticket.last_refusal = Some((call.worker, silence));
             ticket.homeless.extend(call.jobs);
+        }
+        if ticket.open.values().any(|call| call.is_silent(now)) {
+            self.stats.set_stuck();
         }
     }
 
