@@ -58,6 +58,8 @@ def test_soak_random_kills(chaos, cluster, request):
                     wait_until(fault.hits, 5, "the filter hits something")
                     row.injected(True, began)
             cluster.wait_settled(120)
+            # The next fault waits for those whom this one holds up: a stall is that of one fault.
+            row.load.wait_flowing()
             for router in cluster.routers:
                 grown.setdefault(router.name, []).append(router.rss() >> 20)
         row.proofs.append("each proved; routers' MiB first, middle, last: " + "; ".join(
