@@ -55,6 +55,31 @@ def test_f1_worker_with_experts_only(chaos, cluster, how):
         cluster.wait_settled()
 
 
+def test_f1_worker_with_the_only_copy(chaos, cluster):
+    """Nobody else holds its experts: survivors load them, and the steps that need them wait."""
+    def copies(count):
+        request = cluster.protos.admin.SetIntentRequest(replicas=count)
+        cluster.admin().SetIntent(request, timeout=10)
+
+    def is_placed(count):
+        status = cluster.status()
+        return status.pending_epoch == 0 and status.replicas_min == count
+
+    copies(1)
+    wait_until(lambda: is_placed(1), 60, "a placement with one copy", every=0.1)
+    try:
+        with chaos.row("F1c", "SIGKILL of a worker that holds the only copy of its experts") as row:
+            victim = row.busiest()
+            kill(row, victim)
+            row.load.wait_answers(16)
+            victim.start()
+            row.expected_exits.discard(victim.name)
+    finally:
+        copies(2)
+        wait_until(lambda: is_placed(2), 60, "a placement with two copies", every=0.1)
+    cluster.wait_settled()
+
+
 def test_f2_worker_killed_mid_prefill(chaos, cluster):
     with chaos.row("F2a", "SIGKILL of a worker mid-prefill", specs_of=["long", "greedy-2", "greedy-5"]) as row:
         for victim in itertools.islice(cluster.workers.values(), 2):

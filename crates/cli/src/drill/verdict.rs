@@ -144,7 +144,7 @@ impl Verdict {
 
     pub(super) fn print(&self, format: Format) -> anyhow::Result<()> {
         if format != Format::Table {
-            return output::json(self);
+            return output::data(format, self);
         }
         let run = |when: &str, requests: &Requests| {
             let counts = [
