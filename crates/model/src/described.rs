@@ -137,7 +137,12 @@ impl Checkpoint {
                 tensor: part.tensor.to_owned(),
                 what: format!(
                     "{} pieces of {} bytes, {} apart from byte {} on, are not {} bytes of a file of {}",
-                    part.count, part.piece, part.stride, part.begin, out.len(), shard.len
+                    part.count,
+                    part.piece,
+                    part.stride,
+                    part.begin,
+                    out.len(),
+                    shard.len
                 ),
             });
         }

@@ -99,7 +99,13 @@ impl Shard {
             }));
         };
         let instead_of = failed.as_ref();
-        elsewhere.read(&Part { instead_of, ..*part }, out)
+        elsewhere.read(
+            &Part {
+                instead_of,
+                ..*part
+            },
+            out,
+        )
     }
 }
 

@@ -67,14 +67,20 @@ impl<'a> Part<'a> {
     /// One behind the last byte in the file; `None` when nobody can count so far.
     #[must_use]
     pub fn end(&self) -> Option<u64> {
-        let last = (self.count as u64).checked_sub(1)?.checked_mul(self.stride)?;
+        let last = (self.count as u64)
+            .checked_sub(1)?
+            .checked_mul(self.stride)?;
         self.begin.checked_add(last)?.checked_add(self.piece as u64)
     }
 
     /// The same bytes in the same order, as parts of at most `bytes_max` (which is not 0) each.
     pub fn cut(self, bytes_max: usize) -> impl Iterator<Item = Part<'a>> {
         let mut done = 0; // bytes
-        let all = if self.is_empty() { 0 } else { self.piece * self.count };
+        let all = if self.is_empty() {
+            0
+        } else {
+            self.piece * self.count
+        };
         std::iter::from_fn(move || {
             if done >= all {
                 return None;

@@ -78,7 +78,11 @@ fn assert_same_attention(ours: &Checkpoint, theirs: &Checkpoint) {
     assert_same(&ours.embed, &theirs.embed);
     assert_same(&ours.lm_head, &theirs.lm_head);
     for (ours, theirs) in ours.layers.iter().zip(&theirs.layers) {
-        for (ours, theirs) in [(&ours.q, &theirs.q), (&ours.k, &theirs.k), (&ours.o, &theirs.o)] {
+        for (ours, theirs) in [
+            (&ours.q, &theirs.q),
+            (&ours.k, &theirs.k),
+            (&ours.o, &theirs.o),
+        ] {
             assert_same(ours, theirs);
         }
         assert_same(&ours.gate.unwrap(), &theirs.gate.unwrap());
@@ -92,7 +96,10 @@ fn without_files_everything_comes_from_who_has_them() {
     let here = opened_from(&other, None);
     assert_eq!(here.fingerprint(), other.checkpoint.fingerprint());
     assert_eq!(here.files_here(), (0, 3));
-    assert_eq!(here.weight_format().unwrap(), other.checkpoint.weight_format().unwrap());
+    assert_eq!(
+        here.weight_format().unwrap(),
+        other.checkpoint.weight_format().unwrap()
+    );
     assert_same_attention(&here, &other.checkpoint);
     let whole = SegmentRange::WHOLE;
     for expert in (0..4).map(ExpertId) {
@@ -115,7 +122,9 @@ fn a_slice_is_read_and_nothing_else_of_its_expert() {
     let other = Other::new(open(folder.path()));
     let here = opened_from(&other, None);
     let place = (LayerId(0), ExpertId(2));
-    let whole = other.checkpoint.expert_weights(place.0, place.1, SegmentRange::WHOLE);
+    let whole = other
+        .checkpoint
+        .expert_weights(place.0, place.1, SegmentRange::WHOLE);
     let whole = whole.unwrap();
     let g = here.geometry();
     other.take_bytes();
@@ -136,7 +145,10 @@ fn a_slice_is_read_and_nothing_else_of_its_expert() {
                 (part.weights().w1, whole.weights().w1),
                 (part.weights().w3, whole.weights().w3),
             ] {
-                assert_eq!(values(&ours, row, 0, g.hidden), values(&theirs, row, 0, g.hidden));
+                assert_eq!(
+                    values(&ours, row, 0, g.hidden),
+                    values(&theirs, row, 0, g.hidden)
+                );
             }
         }
         for row in 0..g.hidden {
@@ -149,7 +161,11 @@ fn a_slice_is_read_and_nothing_else_of_its_expert() {
 #[test]
 fn files_that_are_here_and_the_same_are_read_here() {
     let (folder, partial) = (written(), written());
-    let shard = |n: u8| partial.path().join(format!("model-0000{n}-of-00003.safetensors"));
+    let shard = |n: u8| {
+        partial
+            .path()
+            .join(format!("model-0000{n}-of-00003.safetensors"))
+    };
     fs::remove_file(shard(1)).unwrap();
     // Of the same length, with other numbers.
     let mut changed = fs::read(shard(2)).unwrap();
@@ -172,7 +188,12 @@ fn a_file_that_is_cut_off_or_gone_while_it_is_used_is_read_elsewhere() {
     for file in fs::read_dir(ours.path()).unwrap() {
         let path = file.unwrap().path();
         if path.extension().is_some_and(|e| e == "safetensors") {
-            fs::File::options().write(true).open(path).unwrap().set_len(100).unwrap();
+            fs::File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_len(100)
+                .unwrap();
         }
     }
     let error = alone.attention_weights().unwrap_err();
@@ -193,7 +214,10 @@ fn a_description_that_does_not_fit_is_refused() {
         format!("{error}")
     };
     let cases: [(fn(&mut Description), &str); 8] = [
-        (|d| d.fingerprint = "00".repeat(8), "expected 0000000000000000"),
+        (
+            |d| d.fingerprint = "00".repeat(8),
+            "expected 0000000000000000",
+        ),
         (|d| d.config = "{}".to_owned(), "config.json"),
         (|d| d.sliding_window = Some(8), "fingerprint is"),
         (|d| d.files.clear(), "0 files"),
