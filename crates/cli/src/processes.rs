@@ -83,7 +83,6 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         .map_err(|e| misuse(format!("worker.{e}")))?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
     let shutdown = Shutdown::new();
-    shutdown.trigger_on_signals().context("signal handlers")?;
     let store = store(&settings.etcd, &config.id, &shutdown)?;
     let opened = open_worker_model(&args, &config, &store, &shutdown).await?;
     let Some((checkpoint, model_name)) = opened else {
@@ -120,8 +119,12 @@ async fn open_worker_model(
     shutdown: &Shutdown,
 ) -> anyhow::Result<Option<(Arc<Checkpoint>, String)>> {
     if !args.model_from_peers {
-        return open_model(&args.model).map(Some);
+        let opened = open_model(&args.model)?;
+        // Until here a signal ends the process: reading every byte of a checkpoint takes its time.
+        shutdown.trigger_on_signals().context("signal handlers")?;
+        return Ok(Some(opened));
     }
+    shutdown.trigger_on_signals().context("signal handlers")?;
     let model = args.model.model.as_deref();
     let directory = model.map(|path| match path.is_file() {
         true => path.parent().unwrap_or(path),

@@ -165,12 +165,14 @@ fn check_limits(description: &Description) -> Result<(), Error> {
         let what = format!("has {config} bytes, expected at most {CONFIG_BYTES_MAX}");
         return Err(wrong("config.json", what));
     }
+    let mut room = HEADER_BYTES_MAX as u64;
     for file in &description.files {
-        let (header, max) = (file.header_bytes, file.bytes.min(HEADER_BYTES_MAX as u64));
+        let (header, max) = (file.header_bytes, file.bytes.min(room));
         if !is_plain_name(&file.name) || header > max {
             let what = format!("with a header of {header} bytes is no weight file, at most {max}");
             return Err(wrong(&file.name, what));
         }
+        room -= header;
     }
     Ok(())
 }

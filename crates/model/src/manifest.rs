@@ -26,7 +26,7 @@ const READ_BYTES: usize = 1 << 20;
 pub(crate) fn digest(shard: &Shard) -> Result<String, Error> {
     let mut hash = Sha256::new();
     let mut bytes = vec![0; READ_BYTES];
-    for part in Part::whole(&shard.name, "all of it", 0, shard.len).cut(READ_BYTES) {
+    for part in Part::whole(&shard.name, "all of it", 0, shard.len).cut(READ_BYTES, 1) {
         // `cut` makes no part longer.
         let bytes = &mut bytes[..part.piece * part.count];
         shard.read(&part, bytes, None)?;

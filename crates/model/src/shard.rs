@@ -7,7 +7,8 @@ use crate::source::{Here, Part, Source};
 use crate::tensors::{self, Entry};
 use crate::{Error, gguf};
 
-/// Longest header of any file: the vocabularies that GGUF files carry, many times over.
+/// Longest header of any file, and of all files that are described: the vocabularies that GGUF files carry, many
+/// times over.
 pub(crate) const HEADER_BYTES_MAX: usize = 512 << 20;
 /// What is read of a GGUF file first, as nothing says how long its header is.
 const HEADER_BYTES_FIRST: usize = 4 << 20;

@@ -73,8 +73,9 @@ impl<'a> Part<'a> {
         self.begin.checked_add(last)?.checked_add(self.piece as u64)
     }
 
-    /// The same bytes in the same order, as parts of at most `bytes_max` (which is not 0) each.
-    pub fn cut(self, bytes_max: usize) -> impl Iterator<Item = Part<'a>> {
+    /// The same bytes in the same order, as parts of at most `bytes_max` in `pieces_max` pieces (none of which
+    /// is 0) each.
+    pub fn cut(self, bytes_max: usize, pieces_max: usize) -> impl Iterator<Item = Part<'a>> {
         let mut done = 0; // bytes
         let all = if self.is_empty() {
             0
@@ -87,7 +88,7 @@ impl<'a> Part<'a> {
             }
             let (index, inside) = (done / self.piece, done % self.piece);
             let begin = self.begin + index as u64 * self.stride + inside as u64;
-            let whole_pieces = bytes_max / self.piece;
+            let whole_pieces = (bytes_max / self.piece).min(pieces_max);
             let (piece, count) = if inside > 0 || whole_pieces == 0 {
                 ((self.piece - inside).min(bytes_max), 1)
             } else {
@@ -184,13 +185,16 @@ mod tests {
         assert_eq!((part.len(), part.end()), (Some(15), Some(21)));
         assert_eq!(read(&part), "cdefgjklmnqrstu");
         for bytes_max in 1..17 {
-            let cut: Vec<Part<'_>> = part.cut(bytes_max).collect();
-            assert!(cut.iter().all(|p| p.len().unwrap() <= bytes_max));
-            let joined: String = cut.iter().map(read).collect();
-            assert_eq!(joined, read(&part), "cut at {bytes_max}");
+            for pieces_max in 1..4 {
+                let cut: Vec<Part<'_>> = part.cut(bytes_max, pieces_max).collect();
+                let fits = |p: &Part<'_>| p.len().unwrap() <= bytes_max && p.count <= pieces_max;
+                assert!(cut.iter().all(fits));
+                let joined: String = cut.iter().map(read).collect();
+                assert_eq!(joined, read(&part), "cut at {bytes_max}");
+            }
         }
-        assert_eq!(part.cut(10).count(), 2);
-        assert_eq!(Part::whole("x", "t", 2, 0).cut(4).count(), 0);
+        assert_eq!(part.cut(10, 9).count(), 2);
+        assert_eq!(Part::whole("x", "t", 2, 0).cut(4, 9).count(), 0);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tramontane_compute::Backend;
 use tramontane_coordination::{
-    Members, Placements, Registration, SeenIntent, Store, WorkerRecord, watch_intent,
+    Members, Placements, Registration, Roles, SeenIntent, Store, WorkerRecord, watch_intent,
     watch_members, watch_placements,
 };
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
@@ -86,6 +86,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     config.validate()?;
     let (life, drain) = (Life::default(), CancellationToken::new());
+    let _ended = life.ended.clone().drop_guard();
     let (setter, readiness) = Readiness::starting("loading");
     let ops = LateOps::default();
     if let Some(listener) = parts.ops.take() {
@@ -119,8 +120,10 @@ pub async fn run(
         weights: &weights,
     };
     let worker = plan.assemble();
-    if roles.attention {
-        worker.slot.put(worker.maker.make(&worker.node).await?);
+    let begun = worker.begin(roles, &shutdown).await;
+    if !matches!(begun, Ok(true)) {
+        worker.leave(life, &exchange).await;
+        return begun.map(|_stopped| ());
     }
     let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
     record.socket = bound.as_ref().and_then(BoundSocket::record);
@@ -317,6 +320,19 @@ impl Life {
 }
 
 impl Worker {
+    /// Makes the attention half if that is to begin with; false when the worker is to stop meanwhile.
+    async fn begin(&self, roles: Roles, shutdown: &Shutdown) -> Result<bool, Error> {
+        if !roles.attention {
+            return Ok(true);
+        }
+        let made = self.maker.make(&self.node);
+        let Some(made) = shutdown.token.run_until_cancelled(made).await else {
+            return Ok(false);
+        };
+        self.slot.put(made?);
+        Ok(true)
+    }
+
     /// Listens for workers of the same host, where others may be other processes. Without a socket they
     /// come over TCP: slower, but no reason not to serve.
     fn listen_on_host(

@@ -1,7 +1,7 @@
 //! Bytes of weight files from other workers: one peer after the other until one gives them whole. Never takes
 //! what its digest does not fit, never asks for ever.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -20,16 +20,16 @@ use tramontane_model::{Description, Error, Part, Source};
 use tramontane_proto::v1::{self, weights_chunk::Kind, weights_client::WeightsClient};
 use tramontane_types::WorkerId;
 
-use super::{FETCHES_MAX, RANGE_BYTES_MAX, WeightStats, from_wire};
+use super::{FETCHES_MAX, RANGE_BYTES_MAX, RANGE_PIECES_MAX, WeightStats, from_wire};
 
 /// A peer that says nothing for this long is left: longer than it may have a request wait for its turn.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Longest time for one range, waiting for busy peers included.
 const RANGE_TIME_MAX: Duration = Duration::from_secs(300);
 /// Answers to one range that come to nothing before it is given up.
-const ATTEMPTS_MAX: usize = 8;
+pub(super) const ATTEMPTS_MAX: usize = 6;
 /// Pause before all peers are asked again.
-const ROUND_PAUSE: Duration = Duration::from_millis(500);
+const ROUND_PAUSE: Duration = Duration::from_millis(250);
 /// A peer that failed is asked after the others for this long.
 const REST: Duration = Duration::from_secs(10);
 /// Largest description: `config.json` and 4096 files.
@@ -108,8 +108,11 @@ impl From<Status> for Failure {
 pub(crate) enum NotGiven {
     #[error("no other worker with model {model} is listed")]
     Nobody { model: String },
-    #[error("no worker gave it; {}", failures.join("; "))]
-    Failed { failures: Vec<String> },
+    #[error("no worker gave it; {}", shown(failures))]
+    Failed {
+        /// What peers said, and how often.
+        failures: BTreeMap<String, usize>,
+    },
     #[error("every worker that has it was busy for {RANGE_TIME_MAX:?}")]
     Busy,
     #[error("this worker is stopping")]
@@ -136,6 +139,11 @@ impl PeerWeights {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn asker(&self) -> v1::WeightsAsker {
+        self.asker.clone()
+    }
+
     /// What somebody who has the model says of it.
     pub(crate) async fn describe(&self) -> Result<Description, NotGiven> {
         let ask = async |peer: &Peer| {
@@ -155,8 +163,8 @@ impl PeerWeights {
         &self,
         mut ask: impl AsyncFnMut(&Peer) -> Result<T, Failure>,
     ) -> Result<T, NotGiven> {
-        let (deadline, mut failures) = (Instant::now() + RANGE_TIME_MAX, Vec::new());
-        let mut rounds_without_peers = 0;
+        let (deadline, mut failures) = (Instant::now() + RANGE_TIME_MAX, BTreeMap::new());
+        let (mut attempts, mut rounds_without_peers) = (0, 0);
         loop {
             let peers = self.peers();
             if peers.is_empty() {
@@ -173,8 +181,10 @@ impl PeerWeights {
                 }
                 self.stats.failed.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(peer = %peer.id, error = %failure, "weights not given, asking the next");
-                failures.push(format!("{} at {}: {failure}", peer.id, peer.address));
-                if failures.len() >= ATTEMPTS_MAX {
+                let said = format!("{} at {}: {failure}", peer.id, peer.address);
+                *failures.entry(said).or_default() += 1;
+                attempts += 1;
+                if attempts >= ATTEMPTS_MAX {
                     return Err(NotGiven::Failed { failures });
                 }
             }
@@ -271,7 +281,7 @@ impl PeerWeights {
             begin: range.begin,
             piece_bytes: range.piece as u64,
             stride: range.stride,
-            // In range: a range has at most `RANGE_BYTES_MAX` pieces.
+            // In range: at most `RANGE_PIECES_MAX`.
             pieces: range.count as u32,
         };
         let mut client = self.client(peer)?;
@@ -328,7 +338,7 @@ impl Source for PeerWeights {
             );
         }
         let mut rest = out;
-        for range in part.cut(RANGE_BYTES_MAX) {
+        for range in part.cut(RANGE_BYTES_MAX, RANGE_PIECES_MAX) {
             let (now, later) = rest.split_at_mut(range.piece * range.count);
             let fetched = self.runtime.block_on(async {
                 let fetched = self.stop.run_until_cancelled(self.fetch(&range, now));
@@ -343,6 +353,14 @@ impl Source for PeerWeights {
         }
         Ok(())
     }
+}
+
+fn shown(failures: &BTreeMap<String, usize>) -> String {
+    let times = |(said, count): (&String, &usize)| match count {
+        1 => said.clone(),
+        count => format!("{said} ({count} times)"),
+    };
+    failures.iter().map(times).collect::<Vec<_>>().join("; ")
 }
 
 fn hex(bytes: &[u8]) -> String {

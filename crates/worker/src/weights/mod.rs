@@ -19,6 +19,8 @@ pub(crate) use service::{WeightsService, WeightsServing};
 
 /// Bytes of one request, with a digest of their own: what is asked again when a peer dies meanwhile.
 pub(crate) const RANGE_BYTES_MAX: usize = 16 << 20;
+/// Pieces of one request: each is a read of its own.
+pub(crate) const RANGE_PIECES_MAX: usize = 16 << 10;
 /// Bytes of one message.
 pub(crate) const CHUNK_BYTES_MAX: usize = 256 << 10;
 /// Requests that one worker answers at once.
@@ -85,7 +87,10 @@ fn from_wire(description: v1::CheckpointDescription) -> Option<Description> {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod wire_tests {
     use super::*;
 
     #[test]

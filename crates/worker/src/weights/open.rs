@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
@@ -74,22 +74,24 @@ async fn look(
     placements: watch::Receiver<Arc<Placements>>,
     ended: CancellationToken,
 ) -> Result<(Checkpoint, String), Error> {
-    let mut attempts = 0;
+    let (mut attempts, mut noted) = (0, None);
     loop {
         let seen = (
             members.borrow_and_update().clone(),
             placements.borrow().clone(),
         );
         let Some(found) = choose(wish, &seen.0, &seen.1) else {
-            let changed = timeout(WAIT_NOTE, members.changed()).await;
-            if changed.is_err() {
-                let (worker, model) = (&wish.id, &wish.name);
+            let now = Instant::now();
+            if noted.is_none_or(|noted| now - noted >= WAIT_NOTE) {
+                noted = Some(now);
+                let (worker, model) = (&wish.id, wish.name.as_deref());
                 tracing::info!(
                     worker,
                     model,
-                    "no other worker with the model is listed, waiting"
+                    "no other worker has the model, waiting for one"
                 );
             }
+            let _changed_or_time = timeout(WAIT_NOTE, members.changed()).await;
             continue;
         };
         let opened = open(wish, &found, members.clone(), ended.clone()).await;

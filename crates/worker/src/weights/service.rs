@@ -22,7 +22,8 @@ use tramontane_types::WorkerId;
 
 use super::pace::Pace;
 use super::{
-    CHUNK_BYTES_MAX, RANGE_BYTES_MAX, TRANSFERS_MAX, TRANSFERS_WAITING_MAX, WeightStats, to_wire,
+    CHUNK_BYTES_MAX, RANGE_BYTES_MAX, RANGE_PIECES_MAX, TRANSFERS_MAX, TRANSFERS_WAITING_MAX,
+    WeightStats, to_wire,
 };
 use crate::config::NAME_BYTES_MAX;
 
@@ -63,7 +64,8 @@ type ChunkStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> +
 type Chunks = mpsc::Sender<Result<v1::WeightsChunk, Status>>;
 
 /// The places of a transfer, and of a request that waits for one.
-struct Place {
+#[derive(Debug)]
+pub(super) struct Place {
     _transfer: OwnedSemaphorePermit,
     _queue: OwnedSemaphorePermit,
 }
@@ -105,7 +107,12 @@ impl WeightsService {
         Ok(())
     }
 
-    async fn take_place(&self) -> Result<Place, Status> {
+    #[cfg(test)]
+    pub(super) fn has_room(&self) -> bool {
+        self.queue.available_permits() > 0
+    }
+
+    pub(super) async fn take_place(&self) -> Result<Place, Status> {
         let busy = || Status::resource_exhausted(format!("{TRANSFERS_MAX} transfers run already"));
         let queue = Arc::clone(&self.queue).try_acquire_owned();
         let queue = queue.map_err(|_full| busy())?;
@@ -122,7 +129,11 @@ impl WeightsService {
     /// Sends a range and its digest.
     async fn transfer(self, range: Range, chunks: Chunks, _place: Place) {
         let mut hash = Sha256::new();
-        let parts: Vec<Piece> = range.part().cut(CHUNK_BYTES_MAX).map(Piece::from).collect();
+        let parts: Vec<Piece> = range
+            .part()
+            .cut(CHUNK_BYTES_MAX, RANGE_PIECES_MAX)
+            .map(Piece::from)
+            .collect();
         for piece in parts {
             self.pace.wait(piece.len * piece.count).await;
             let (range, checkpoint) = (range.clone(), Arc::clone(&self.serving.checkpoint));
@@ -220,11 +231,12 @@ impl Range {
     fn new(request: v1::ReadWeightsRequest) -> Result<Self, Status> {
         let bytes = request.piece_bytes.checked_mul(u64::from(request.pieces));
         let in_range = bytes.filter(|n| (1..=RANGE_BYTES_MAX as u64).contains(n));
-        if in_range.is_none() || request.stride < request.piece_bytes {
+        let is_cut_up = request.pieces as usize > RANGE_PIECES_MAX;
+        if in_range.is_none() || is_cut_up || request.stride < request.piece_bytes {
             let (pieces, len, stride) = (request.pieces, request.piece_bytes, request.stride);
             return Err(Status::invalid_argument(format!(
-                "{pieces} pieces of {len} bytes, {stride} apart: expected 1 to {RANGE_BYTES_MAX} bytes in \
-                 pieces that do not overlap"
+                "{pieces} pieces of {len} bytes, {stride} apart: expected 1 to {RANGE_BYTES_MAX} bytes in at \
+                 most {RANGE_PIECES_MAX} pieces that do not overlap"
             )));
         }
         Ok(Self {
