@@ -2,7 +2,9 @@
 
 import pathlib
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 from cluster import BINARY, OPS, ROOT, metrics, wait_until
@@ -46,6 +48,47 @@ def test_f14_corrupt_checkpoint(chaos, cluster, tmp_path, damage):
         row.load.wait_answers(8)
         del cluster.workers["worker-broken"]
         broken.host.remove()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_f14_weights_from_peers(chaos, cluster, killed):
+    """A worker that has no files takes its weights from others; whoever gives them may die meanwhile."""
+    # Slow enough that a transfer can be met in the middle.
+    for worker in cluster.workers.values():
+        restart(cluster, worker, {"TRAMONTANE_WORKER__WEIGHTS_RATE": str(1 << 20)})
+    cluster.roles["worker-new"] = "attention,experts"
+    sent = lambda worker: metrics(worker.host, OPS).get("tramontane_weights_bytes_sent_total", 0)
+    fault = "the peer that gives them is killed by SIGKILL" if killed else "none of them is lost"
+    try:
+        with chaos.row("F14b", f"a worker without files takes its weights from others; {fault}") as row:
+            row.began = time.monotonic()
+            old = list(cluster.workers.values())
+            newcomer = cluster.add_worker("worker-new", "--model-from-peers")
+            victim = wait_until(lambda: next((w for w in old if sent(w) > 1 << 18), None), 60, "weights are on their way")
+            if killed:
+                assert "worker-new" not in cluster.listed(), "it had its weights already"
+                at = victim.kill()
+                row.expected_exits.add(victim.name)
+                row.injected(victim.popen.returncode == -signal.SIGKILL and "exit by SIGKILL", at)
+            holds = lambda: cluster.listed().get("worker-new") and cluster.listed()["worker-new"].segments
+            wait_until(holds, 180, "worker-new holds experts", every=0.2)
+            if killed:
+                victim.start()
+                row.expected_exits.discard(victim.name)
+            cluster.wait_settled(180)
+            page = metrics(newcomer.host, OPS)
+            taken, failed = (page[f"tramontane_weights_{name}_total"] for name in ("bytes_received", "requests_failed"))
+            assert (failed > 0) == killed, newcomer.log(4000)
+            row.injected(taken > 4 << 20 and f"{taken / (1 << 20):.0f} MiB taken")
+            row.load.wait_answers(32)
+            row.expected_exits.add(newcomer.name)
+            assert newcomer.stop() == 0
+            del cluster.workers["worker-new"]
+            newcomer.host.remove()
+            cluster.wait_settled(120)
+    finally:
+        for worker in cluster.workers.values():
+            restart(cluster, worker, {})
 
 
 def test_f15_kv_cache_full(chaos, cluster):

@@ -1,10 +1,11 @@
 """The group grows and shrinks under load; workers die at random, many times."""
 
+import json
 import random
 import signal
 import time
 
-from cluster import wait_until
+from cluster import OPS, metrics, wait_until
 
 
 def test_scale_two_to_five_to_two(chaos, cluster):
@@ -65,3 +66,38 @@ def test_soak_random_kills(chaos, cluster, request):
         row.proofs.append("each proved; routers' MiB first, middle, last: " + "; ".join(
             f"{name} {sizes[0]}, {sizes[len(sizes) // 2]}, {sizes[-1]}" for name, sizes in grown.items()
         ))
+
+
+def set_roles(cluster, name, *roles):
+    """Asks for roles, and waits until the worker has them and the placement fits."""
+    request = cluster.protos.admin.SetWorkerRolesRequest(worker_id=name, roles=roles)
+    cluster.admin().SetWorkerRoles(request, timeout=30)
+    wait_until(lambda: set(cluster.listed()[name].roles) == set(roles), 150, f"{name} does {roles}", every=0.1)
+    cluster.wait_settled(120)
+
+
+def test_roles_change_under_load(chaos, cluster):
+    """A worker gives attention up and takes it on again, another one its experts; nobody is started again."""
+    started = {name: worker.starts for name, worker in cluster.workers.items()}
+    with chaos.row("roles", "roles of two workers change and change back under load") as row:
+        row.began = time.monotonic()
+        set_roles(cluster, "worker-0", "experts")
+        page = metrics(cluster.workers["worker-0"].host, OPS)
+        freed = "tramontane_kv_pages" not in page and page["tramontane_expert_segments"] > 0
+        row.injected(freed and "cache freed, experts kept")
+        row.load.wait_answers(16)
+        set_roles(cluster, "worker-1", "attention")
+        row.injected("worker-1" not in placed(cluster) and "no expert on the other")
+        row.load.wait_answers(16)
+        set_roles(cluster, "worker-0", "attention", "experts")
+        set_roles(cluster, "worker-1", "attention", "experts")
+        row.load.wait_answers(16)
+        serves = lambda: metrics(cluster.workers["worker-0"].host, OPS).get("tramontane_tokens_sampled_total", 0) > 0
+        row.injected(wait_until(serves, 60, "worker-0 samples tokens again") and "it samples again")
+    assert started == {name: worker.starts for name, worker in cluster.workers.items()}
+
+
+def placed(cluster):
+    """Workers that the published placement names."""
+    answer = cluster.admin().GetPlacement(cluster.protos.admin.GetPlacementRequest(), timeout=5)
+    return json.loads(answer.placement_json)["workers"]

@@ -55,13 +55,14 @@ class Cluster:
             BINARY, "router", "--etcd", etcd, "--cluster", name, "--host", "127.0.0.1",
             "--http-port", self.http, "--grpc-port", self.grpc, "--min-workers", "3", *router_flags,
         ])
-        self.workers = {}
+        self.workers, self.ops = {}, {}
 
-    def start_worker(self, name, *flags):
+    def start_worker(self, name, *flags, env=None):
+        self.ops[name] = free_port()
         self.workers[name] = Process(name, [
             BINARY, "worker", "--etcd", self.etcd, "--cluster", self.name, "--id", name, "--threads", "1",
-            "--host", "127.0.0.1", "--grpc-port", free_port(), "--ops-port", free_port(), *flags,
-        ])
+            "--host", "127.0.0.1", "--grpc-port", free_port(), "--ops-port", self.ops[name], *flags,
+        ], env)
 
     def list_workers(self):
         done = run("workers", "list", "--output", "json", "--router", f"127.0.0.1:{self.grpc}", check=False)

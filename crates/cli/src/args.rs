@@ -105,6 +105,19 @@ pub(crate) enum WorkersCommand {
         #[command(flatten)]
         change: ChangeArgs,
     },
+    /// Change what a worker does while it runs: attention, experts or both
+    SetRoles {
+        /// Id of the worker
+        worker: String,
+        /// What it is to do, with a comma between two
+        #[arg(value_delimiter = ',', required = true, value_parser = ["attention", "experts"])]
+        roles: Vec<String>,
+        /// Also when no other worker has a role that it gives up
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        change: ChangeArgs,
+    },
     /// Take a worker that is gone out of the cluster's records
     Remove {
         /// Id of the worker
@@ -404,6 +417,10 @@ pub(crate) struct WorkerArgs {
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) etcd: EtcdArgs,
+    /// Take the model from other workers of the cluster; files of --model that are the same are used where
+    /// they are there
+    #[arg(long, conflicts_with = "sliding_window")]
+    pub(crate) model_from_peers: bool,
     /// Unique name of this worker; the host name when absent
     #[arg(long)]
     pub(crate) id: Option<String>,
@@ -512,6 +529,12 @@ mod tests {
             ("worker --threads 0", ErrorKind::ValueValidation),
             ("workers scale 0", ErrorKind::ValueValidation),
             ("workers scale 65", ErrorKind::ValueValidation),
+            ("workers set-roles w", ErrorKind::MissingRequiredArgument),
+            ("workers set-roles w cooking", ErrorKind::InvalidValue),
+            (
+                "worker --model-from-peers --sliding-window 8",
+                ErrorKind::ArgumentConflict,
+            ),
             ("workers drain w --timeout soon", ErrorKind::ValueValidation),
             ("placement apply", ErrorKind::MissingRequiredArgument),
             ("placement apply --slices 9", ErrorKind::ValueValidation),
@@ -523,6 +546,8 @@ mod tests {
         for line in [
             "serve --model-name a --threads 1",
             "worker --threads 64",
+            "worker --model-from-peers --model some/where",
+            "workers set-roles w attention,experts --wait --force",
             "workers scale 64 --wait --timeout 90s",
             "placement apply --replicas default",
             "placement apply --replicas 2 --slices 8 --dry-run",

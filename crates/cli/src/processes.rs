@@ -1,6 +1,7 @@
 //! `tramontane router` and `tramontane worker`: one process each, coordinated by etcd.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,9 +9,12 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use toml::Value;
 use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
+use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
-use tramontane_worker::{ExchangeKind, ProcessKind, WorkerParts};
+use tramontane_worker::{
+    ExchangeKind, PeerModel, ProcessKind, WorkerConfig, WorkerParts, open_from_peers,
+};
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
 use crate::model::{open_model, open_tokenizer, progress_bar};
@@ -78,12 +82,16 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
-    let (checkpoint, model_name) = open_model(&args.model)?;
+    let shutdown = Shutdown::new();
+    let store = store(&settings.etcd, &config.id, &shutdown)?;
+    let opened = open_worker_model(&args, &config, &store, &shutdown).await?;
+    let Some((checkpoint, model_name)) = opened else {
+        shutdown.finish(FINISH_MAX).await;
+        return Ok(());
+    };
     if !has_weights {
         config.weights = checkpoint.weight_format()?;
     }
-    let shutdown = Shutdown::new();
-    let store = store(&settings.etcd, &config.id, &shutdown)?;
     let parts = WorkerParts {
         store,
         checkpoint,
@@ -97,11 +105,40 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         exchange: ExchangeKind::Grpc,
         process: ProcessKind::Own,
     };
-    shutdown.trigger_on_signals().context("signal handlers")?;
     tramontane_worker::run(config, parts, shutdown.clone()).await?;
     shutdown.trigger();
     shutdown.finish(FINISH_MAX).await;
     Ok(())
+}
+
+/// The model of this machine, or of other workers; `None` when the worker was stopped before there was one.
+async fn open_worker_model(
+    args: &WorkerArgs,
+    config: &WorkerConfig,
+    store: &Arc<dyn Store>,
+    shutdown: &Shutdown,
+) -> anyhow::Result<Option<(Arc<Checkpoint>, String)>> {
+    if !args.model_from_peers {
+        let opened = open_model(&args.model)?;
+        // Until here a signal ends the process: reading every byte of a checkpoint takes its time.
+        shutdown.trigger_on_signals().context("signal handlers")?;
+        return Ok(Some(opened));
+    }
+    shutdown.trigger_on_signals().context("signal handlers")?;
+    let model = args.model.model.as_deref();
+    let directory = model.map(|path| match path.is_file() {
+        true => path.parent().unwrap_or(path),
+        false => path,
+    });
+    let wish = PeerModel {
+        store: Arc::clone(store),
+        cluster: config.cluster.clone(),
+        id: config.id.clone(),
+        name: args.model.model_name.clone(),
+        directory: directory.map(Path::to_owned),
+    };
+    let opened = open_from_peers(wish, shutdown.token.clone()).await?;
+    Ok(opened.map(|(checkpoint, name)| (Arc::new(checkpoint), name)))
 }
 
 fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {

@@ -1,4 +1,4 @@
-//! A borrowed view of a checkpoint tensor in host memory (usually a memory map); owns nothing.
+//! A borrowed view of a checkpoint tensor in host memory (usually just read from a file); owns nothing.
 
 use half::{bf16, f16};
 
@@ -152,8 +152,8 @@ impl<'a> HostTensor<'a> {
 
     /// Converts columns `[col_begin, col_begin + out.len())` of row `row` to f32.
     ///
-    /// Reads only those bytes (of block types: the blocks of 32 that they touch), so a memory-mapped tensor
-    /// is paged in no further. What lies outside the tensor becomes zero (the padding of odd shapes).
+    /// Reads only those bytes (of block types: the whole blocks that they touch), so that of a tensor that is to
+    /// be packed in part only that part is read from its file. What lies outside the tensor becomes zero (the padding of odd shapes).
     pub fn read_row(&self, row: usize, col_begin: usize, out: &mut [f32]) {
         let num_read = if row < self.rows {
             self.cols.saturating_sub(col_begin).min(out.len())

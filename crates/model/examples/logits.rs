@@ -173,8 +173,8 @@ impl Driver {
             max_rows: options.window.get(),
             kv_format: options.kv,
         };
-        let weights = checkpoint.attention_weights()?;
-        let attention = rounded_attention(&weights, options, |weights| {
+        let bytes = checkpoint.attention_weights()?;
+        let attention = rounded_attention(&bytes.weights(), options, |weights| {
             Ok(backend.attention(weights, sizes)?)
         })?;
         let experts = backend.experts();
@@ -305,7 +305,8 @@ fn load_experts(checkpoint: &Checkpoint, experts: &dyn Experts, rounding: Roundi
         return Ok(load_slices(checkpoint, experts, &slices, &|_, _| {})?);
     }
     for slice in slices {
-        let plain = checkpoint.expert_weights(slice.layer, slice.expert)?;
+        let bytes = checkpoint.expert_weights(slice.layer, slice.expert, slice.range)?;
+        let plain = bytes.weights();
         let [w1, w2, w3] = [plain.w1, plain.w2, plain.w3].map(|tensor| rounding.apply(&tensor));
         let weights = ExpertWeights {
             w1: with_bytes(&plain.w1, &w1),

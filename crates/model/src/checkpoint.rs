@@ -1,43 +1,49 @@
-//! A checkpoint: configuration and tensors, memory-mapped, checked against each other before use.
+//! A checkpoint: configuration and the places of all tensors, checked against each other before use. Holds no
+//! weights: they are read when they are to be packed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
-use tramontane_compute::{
-    AttentionLayerWeights, AttentionWeights, DType, ExpertWeights, HostTensor, RowOrder,
-    WeightFormat,
-};
+use tramontane_compute::{DType, WeightFormat};
 use tramontane_types::{ExpertId, LayerId, ModelGeometry};
 
 use crate::config::CONFIG_BYTES_MAX;
 use crate::fingerprint::fingerprint;
 use crate::names::{Global, InExpert, InLayer, Naming};
-use crate::shard::{Bytes, Shard};
-use crate::tensors::read_header;
+use crate::shard::{Form, Shard};
+use crate::source::Source;
+use crate::tensors::Entry;
 use crate::{Error, ModelConfig, demo, gguf, manifest};
 
 /// Largest `model.safetensors.index.json`.
 const INDEX_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Most shards.
-const SHARDS_MAX: usize = 4096;
+pub(crate) const SHARDS_MAX: usize = 4096;
 
 /// Configuration and tensors of one model.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     config: ModelConfig,
+    /// `config.json`; of a GGUF file what was read of its metadata.
+    config_text: String,
     origin: Origin,
-    shards: Vec<Shard>,
+    shards: Arc<[Shard]>,
     /// Tensor name to shard.
     shard_of: BTreeMap<String, usize>,
     fingerprint: String,
+    /// Who is asked for what cannot be read here.
+    elsewhere: Option<Arc<dyn Source>>,
 }
 
 /// Where a checkpoint lies.
-#[derive(Debug)]
-enum Origin {
+#[derive(Clone, Debug)]
+pub(crate) enum Origin {
+    /// With somebody else, at least in part.
+    Elsewhere(Form),
     /// In this program.
     Embedded,
     /// Directory of `config.json` and safetensors.
@@ -77,11 +83,17 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path, overrides: Overrides) -> Result<Self, Error> {
-        let gguf::files::Opened { config, shards } = gguf::files::open(path)?;
+        let shards = gguf::files::open(path)?;
         manifest::check(&manifest::path_of_file(path), &shards)?;
-        let text = format!("{config:?}");
-        let origin = Origin::Gguf(path.to_owned());
-        Self::assemble(config, &text, origin, shards, overrides)
+        let config = gguf::files::check(&shards)?;
+        Self::assemble(Parts {
+            config_text: format!("{config:?}"),
+            config,
+            origin: Origin::Gguf(path.to_owned()),
+            shards,
+            overrides,
+            elsewhere: None,
+        })
     }
 
     fn open_directory(directory: &Path, overrides: Overrides) -> Result<Self, Error> {
@@ -110,8 +122,14 @@ impl Checkpoint {
             shards.push(open_shard(directory, "model.safetensors")?);
         }
         manifest::check(&directory.join(manifest::FILE), &shards)?;
-        let origin = Origin::Directory(directory.to_owned());
-        Self::assemble(config, &config_text, origin, shards, overrides)
+        Self::assemble(Parts {
+            config,
+            config_text,
+            origin: Origin::Directory(directory.to_owned()),
+            shards,
+            overrides,
+            elsewhere: None,
+        })
     }
 
     /// The demo model that is built into the binary. Touches no disk.
@@ -120,24 +138,26 @@ impl Checkpoint {
     /// Never for the demo that was built in; its checks are those of any other checkpoint.
     pub fn from_embedded() -> Result<Self, Error> {
         let config = ModelConfig::parse(demo::CONFIG)?;
-        let name = "model.safetensors".to_owned();
-        let tensors = read_header(&name, demo::WEIGHTS)?;
-        let shards = vec![Shard {
-            name,
-            bytes: Bytes::Embedded(demo::WEIGHTS),
-            tensors,
-        }];
-        let overrides = Overrides::default();
-        Self::assemble(config, demo::CONFIG, Origin::Embedded, shards, overrides)
+        Self::assemble(Parts {
+            config,
+            config_text: demo::CONFIG.to_owned(),
+            origin: Origin::Embedded,
+            shards: vec![Shard::embedded("model.safetensors", demo::WEIGHTS)?],
+            overrides: Overrides::default(),
+            elsewhere: None,
+        })
     }
 
-    fn assemble(
-        mut config: ModelConfig,
-        config_text: &str,
-        origin: Origin,
-        shards: Vec<Shard>,
-        overrides: Overrides,
-    ) -> Result<Self, Error> {
+    /// Checks the parts against each other.
+    pub(crate) fn assemble(parts: Parts) -> Result<Self, Error> {
+        let Parts {
+            mut config,
+            config_text,
+            origin,
+            shards,
+            overrides,
+            elsewhere,
+        } = parts;
         if let Some(window) = overrides.sliding_window {
             config.geometry.sliding_window = window;
         }
@@ -154,25 +174,76 @@ impl Checkpoint {
                 }
             }
         }
-        let fingerprint = fingerprint(config_text, &config, &shards);
+        let fingerprint = fingerprint(&config_text, &config, &shards, elsewhere.as_deref())?;
         let checkpoint = Self {
             config,
+            config_text,
             origin,
-            shards,
+            shards: shards.into(),
             shard_of,
             fingerprint,
+            elsewhere,
         };
         checkpoint.check_shapes()?;
         Ok(checkpoint)
     }
 
+    /// The same checkpoint; what cannot be read here is asked of `elsewhere`.
+    #[must_use]
+    pub fn backed_by(&self, elsewhere: Arc<dyn Source>) -> Self {
+        Self {
+            elsewhere: Some(elsewhere),
+            ..self.clone()
+        }
+    }
+
     /// Every tensor that the configuration asks for must be there with its shape.
     fn check_shapes(&self) -> Result<(), Error> {
-        self.attention_weights()?;
+        let (g, names) = (self.geometry(), self.naming());
+        let (q_rows, kv_rows) = (g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
+        let mut wanted = vec![
+            (InLayer::InputNorm, vec![g.hidden]),
+            (InLayer::Q, vec![q_rows, g.hidden]),
+            (InLayer::K, vec![kv_rows, g.hidden]),
+            (InLayer::V, vec![kv_rows, g.hidden]),
+            (InLayer::O, vec![g.hidden, q_rows]),
+            (InLayer::PostNorm, vec![g.hidden]),
+        ];
+        // A Mixtral of one expert has a gate that decides nothing.
+        if g.has_gate() {
+            wanted.push((InLayer::Gate, vec![g.num_experts, g.hidden]));
+        }
+        for layer in 0..g.num_layers {
+            for (tensor, shape) in &wanted {
+                self.check_shape(&names.in_layer(layer, *tensor), shape)?;
+            }
+        }
+        let table = [g.vocab, g.hidden];
+        self.check_shape(names.global(Global::Embed), &table)?;
+        if !self.config.tie_word_embeddings {
+            self.check_shape(names.global(Global::LmHead), &table)?;
+        }
+        self.check_shape(names.global(Global::Norm), &[g.hidden])?;
         for (layer, expert) in self.expert_places() {
-            self.expert_weights(layer, expert)?;
+            let [w1, w2, w3] = self.expert_names(layer, expert)?;
+            self.check_shape(&w1, &[g.ff, g.hidden])?;
+            self.check_shape(&w2, &[g.hidden, g.ff])?;
+            self.check_shape(&w3, &[g.ff, g.hidden])?;
         }
         Ok(())
+    }
+
+    fn check_shape(&self, name: &str, expected: &[usize]) -> Result<(), Error> {
+        let (shard, entry) = self.find(name)?;
+        if entry.shape == expected {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            file: shard.name.clone(),
+            tensor: name.to_owned(),
+            expected: expected.to_vec(),
+            got: entry.shape.clone(),
+        })
     }
 
     /// Every expert of every layer.
@@ -186,11 +257,27 @@ impl Checkpoint {
         (0..layers).flat_map(of_layer)
     }
 
-    fn naming(&self) -> Naming {
-        match self.origin {
-            Origin::Embedded | Origin::Directory(_) => Naming::HuggingFace,
-            Origin::Gguf(_) => Naming::Gguf,
+    pub(crate) fn naming(&self) -> Naming {
+        match self.form() {
+            Form::Safetensors => Naming::HuggingFace,
+            Form::Gguf => Naming::Gguf,
         }
+    }
+
+    pub(crate) fn form(&self) -> Form {
+        match &self.origin {
+            Origin::Embedded | Origin::Directory(_) => Form::Safetensors,
+            Origin::Gguf(_) => Form::Gguf,
+            Origin::Elsewhere(form) => *form,
+        }
+    }
+
+    pub(crate) fn config_text(&self) -> &str {
+        &self.config_text
+    }
+
+    pub(crate) fn elsewhere(&self) -> Option<&dyn Source> {
+        self.elsewhere.as_deref()
     }
 
     /// The model's shape.
@@ -206,11 +293,11 @@ impl Checkpoint {
     }
 
     /// Where the manifest of its files lies, if there is one: `tramontane.sha256` in a directory, `NAME.sha256`
-    /// beside a GGUF file; `None` for the embedded demo.
+    /// beside a GGUF file; `None` for the embedded demo, and for what others hold.
     #[must_use]
     pub fn manifest_path(&self) -> Option<PathBuf> {
         match &self.origin {
-            Origin::Embedded => None,
+            Origin::Embedded | Origin::Elsewhere(_) => None,
             Origin::Directory(directory) => Some(directory.join(manifest::FILE)),
             Origin::Gguf(path) => Some(manifest::path_of_file(path)),
         }
@@ -219,12 +306,12 @@ impl Checkpoint {
     /// What a GGUF file says beside its tensors, its tokenizer among it; `None` for safetensors.
     ///
     /// # Errors
-    /// When the file was changed since it was opened.
+    /// Never after the checkpoint was opened.
     pub fn metadata(&self) -> Result<Option<gguf::Metadata<'_>>, Error> {
         let (Naming::Gguf, Some(first)) = (self.naming(), self.shards.first()) else {
             return Ok(None);
         };
-        let header = gguf::Header::read(&first.name, first.bytes.get())?;
+        let header = gguf::Header::read(&first.name, &first.header)?;
         Ok(Some(header.metadata))
     }
 
@@ -237,11 +324,11 @@ impl Checkpoint {
     pub fn weight_format(&self) -> Result<WeightFormat, Error> {
         let (mut q8, mut q4, mut all) = (0, 0, 0);
         for place in self.expert_places() {
-            let ExpertWeights { w1, w2, w3 } = self.expert_weights(place.0, place.1)?;
-            for tensor in [w1, w2, w3] {
-                let numbers = tensor.rows as u64 * tensor.cols as u64;
+            for name in self.expert_names(place.0, place.1)? {
+                let (_, entry) = self.find(&name)?;
+                let numbers = entry.shape.iter().fold(1, |n, d| n * *d as u64);
                 all += numbers;
-                match tensor.dtype {
+                match entry.dtype {
                     DType::Q4_0 | DType::Q4_1 | DType::Q4K => q4 += numbers,
                     DType::Q8_0 | DType::Q5_0 | DType::Q5_1 | DType::Q5K | DType::Q6K => {
                         q8 += numbers;
@@ -269,66 +356,12 @@ impl Checkpoint {
         &self.shards
     }
 
-    /// Everything but the experts.
-    ///
-    /// # Errors
-    /// When a tensor is missing or has another shape.
-    pub fn attention_weights(&self) -> Result<AttentionWeights<'_>, Error> {
-        let g = self.geometry();
-        let (q_rows, kv_rows) = (g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
-        let names = self.naming();
-        let pairs = match names {
-            Naming::HuggingFace => RowOrder::Plain,
-            Naming::Gguf => RowOrder::RotaryPairs {
-                head_dim: g.head_dim,
-            },
-        };
-        let mut layers = Vec::with_capacity(g.num_layers);
-        for layer in 0..g.num_layers {
-            let name = |tensor| names.in_layer(layer, tensor);
-            let rotary = |tensor, rows| -> Result<HostTensor<'_>, Error> {
-                let order = pairs;
-                let tensor = self.matrix(&name(tensor), rows, g.hidden)?;
-                Ok(HostTensor { order, ..tensor })
-            };
-            // A Mixtral of one expert has a gate that decides nothing.
-            let gate = match g.has_gate() {
-                true => Some(self.matrix(&name(InLayer::Gate), g.num_experts, g.hidden)?),
-                false => None,
-            };
-            layers.push(AttentionLayerWeights {
-                input_norm: self.vector(&name(InLayer::InputNorm), g.hidden)?,
-                q: rotary(InLayer::Q, q_rows)?,
-                k: rotary(InLayer::K, kv_rows)?,
-                v: self.matrix(&name(InLayer::V), kv_rows, g.hidden)?,
-                o: self.matrix(&name(InLayer::O), g.hidden, q_rows)?,
-                post_norm: self.vector(&name(InLayer::PostNorm), g.hidden)?,
-                gate,
-            });
-        }
-        let embed = self.matrix(names.global(Global::Embed), g.vocab, g.hidden)?;
-        let lm_head = match self.config.tie_word_embeddings {
-            true => embed,
-            false => self.matrix(names.global(Global::LmHead), g.vocab, g.hidden)?,
-        };
-        let norm = self.vector(names.global(Global::Norm), g.hidden)?;
-        Ok(AttentionWeights {
-            embed,
-            layers,
-            norm,
-            lm_head,
-        })
-    }
-
-    /// The matrices of one expert; of the feed-forward block for expert 0 of a dense model.
-    ///
-    /// # Errors
-    /// When the expert does not exist, or a tensor is missing or has another shape.
-    pub fn expert_weights(
+    /// What w1, w2 and w3 of an expert are called.
+    pub(crate) fn expert_names(
         &self,
         layer: LayerId,
         expert: ExpertId,
-    ) -> Result<ExpertWeights<'_>, Error> {
+    ) -> Result<[String; 3], Error> {
         let g = self.geometry();
         for (what, limit, got) in [
             ("layer", g.num_layers, usize::from(layer.0)),
@@ -338,36 +371,16 @@ impl Checkpoint {
                 return Err(Error::OutOfRange { what, limit, got });
             }
         }
-        let matrix = |tensor, rows, cols| {
-            let architecture = self.config.architecture;
-            let name = self
-                .naming()
-                .in_expert(architecture, (layer, expert), tensor);
-            self.matrix(&name, rows, cols)
-        };
-        Ok(ExpertWeights {
-            w1: matrix(InExpert::W1, g.ff, g.hidden)?,
-            w2: matrix(InExpert::W2, g.hidden, g.ff)?,
-            w3: matrix(InExpert::W3, g.ff, g.hidden)?,
-        })
+        let (names, architecture) = (self.naming(), self.config.architecture);
+        let name = |tensor| names.in_expert(architecture, (layer, expert), tensor);
+        Ok([InExpert::W1, InExpert::W2, InExpert::W3].map(name))
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<HostTensor<'_>, Error> {
-        self.tensor(name, &[len], (1, len))
-    }
-
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<HostTensor<'_>, Error> {
-        self.tensor(name, &[rows, cols], (rows, cols))
-    }
-
-    /// A tensor of shape `expected`, seen as a matrix.
-    fn tensor(
-        &self,
-        name: &str,
-        expected: &[usize],
-        (rows, cols): (usize, usize),
-    ) -> Result<HostTensor<'_>, Error> {
-        let missing = || Error::Missing {
+    /// Where a tensor lies.
+    pub(crate) fn find(&self, name: &str) -> Result<(&Shard, &Entry), Error> {
+        let shard = self.shard_of.get(name).and_then(|&s| self.shards.get(s));
+        let entry = shard.and_then(|shard| shard.tensors.get(name));
+        shard.zip(entry).ok_or_else(|| Error::Missing {
             tensor: name.to_owned(),
             files: self
                 .shards
@@ -375,41 +388,22 @@ impl Checkpoint {
                 .map(|s| s.name.as_str())
                 .collect::<Vec<_>>()
                 .join(", "),
-        };
-        let shard = self
-            .shard_of
-            .get(name)
-            .and_then(|&s| self.shards.get(s))
-            .ok_or_else(missing)?;
-        let entry = shard.tensors.get(name).ok_or_else(missing)?;
-        if entry.shape != expected {
-            return Err(Error::Shape {
-                file: shard.name.clone(),
-                tensor: name.to_owned(),
-                expected: expected.to_vec(),
-                got: entry.shape.clone(),
-            });
-        }
-        // In range: every offset was compared with the file's length.
-        let data = shard.bytes.get().get(entry.begin..entry.end);
-        Ok(HostTensor {
-            dtype: entry.dtype,
-            rows,
-            cols,
-            order: RowOrder::Plain,
-            data: data.ok_or_else(missing)?,
         })
     }
 }
 
+/// What a checkpoint is made of.
+pub(crate) struct Parts {
+    pub(crate) config: ModelConfig,
+    pub(crate) config_text: String,
+    pub(crate) origin: Origin,
+    pub(crate) shards: Vec<Shard>,
+    pub(crate) overrides: Overrides,
+    pub(crate) elsewhere: Option<Arc<dyn Source>>,
+}
+
 fn open_shard(directory: &Path, name: &str) -> Result<Shard, Error> {
-    let bytes = Bytes::map(&directory.join(name))?;
-    let tensors = read_header(name, bytes.get())?;
-    Ok(Shard {
-        name: name.to_owned(),
-        bytes,
-        tensors,
-    })
+    Shard::open(Form::Safetensors, &directory.join(name), name)
 }
 
 /// Shard file to the tensors that the index places there.
@@ -445,7 +439,7 @@ fn shards_of_index(text: &str) -> Result<BTreeMap<String, Vec<String>>, Error> {
 }
 
 /// A name without directories: an index cannot point elsewhere.
-fn is_plain_name(name: &str) -> bool {
+pub(crate) fn is_plain_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     matches!(
         (parts.next(), parts.next()),

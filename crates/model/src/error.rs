@@ -21,6 +21,47 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// A file ends too early.
+    #[error("{file}: is truncated: {what} at byte {begin} has {len} bytes, {got} follow")]
+    Truncated {
+        /// The file.
+        file: String,
+        /// What was read.
+        what: String,
+        /// Where it begins.
+        begin: usize,
+        /// Its length.
+        len: u64,
+        /// What is there of it.
+        got: usize,
+    },
+    /// A file is not here, and nobody was named who has it.
+    #[error("{file}: tensor {tensor}: the file is not here, and nobody else is to be asked for it")]
+    NotHere {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
+    /// Whoever was asked for the bytes did not give them.
+    #[error("{file}: tensor {tensor}")]
+    Elsewhere {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// Who was asked, and what each said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A model that was described is another one.
+    #[error("fingerprint is {got}, expected {expected} by its description")]
+    Fingerprint {
+        /// By its description.
+        expected: String,
+        /// By its bytes.
+        got: String,
+    },
     /// A field of `config.json` breaks its rule.
     #[error("config.json: {field} must be {rule}, got {got}")]
     Config {

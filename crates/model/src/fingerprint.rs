@@ -2,8 +2,9 @@
 
 use sha2::{Digest as _, Sha256};
 
-use crate::ModelConfig;
 use crate::shard::Shard;
+use crate::source::{Part, Source};
+use crate::{Error, ModelConfig};
 
 /// Places of each file that the fingerprint samples.
 const SAMPLES: usize = 4;
@@ -11,26 +12,42 @@ const SAMPLES: usize = 4;
 const SAMPLE_BYTES: usize = 4096;
 
 /// Configuration, places of all tensors, sizes and samples of each file.
-pub(crate) fn fingerprint(config_text: &str, config: &ModelConfig, shards: &[Shard]) -> String {
+pub(crate) fn fingerprint(
+    config_text: &str,
+    config: &ModelConfig,
+    shards: &[Shard],
+    elsewhere: Option<&dyn Source>,
+) -> Result<String, Error> {
     let mut hash = Sha256::new();
     hash.update(config_text);
     // The window is part of what is computed and may be overridden.
     hash.update(format!("{:?}", config.geometry.sliding_window));
     for shard in shards {
-        let bytes = shard.bytes.get();
-        hash.update(format!(
-            "{} {} {:?}",
-            shard.name,
-            bytes.len(),
-            shard.tensors
-        ));
-        for sample in 0..SAMPLES {
-            let begin = bytes.len() / SAMPLES * sample + bytes.len() / (2 * SAMPLES);
-            hash.update(&bytes[begin.min(bytes.len())..(begin + SAMPLE_BYTES).min(bytes.len())]);
-        }
+        hash.update(format!("{} {} {:?}", shard.name, shard.len, shard.tensors));
+        hash.update(samples(&shard.name, shard.len, |part, out| {
+            shard.read(part, out, elsewhere)
+        })?);
     }
-    hash.finalize()[..8]
+    Ok(hash.finalize()[..8]
         .iter()
         .map(|b| format!("{b:02x}"))
-        .collect()
+        .collect())
+}
+
+/// The samples of a file, one behind the other.
+pub(crate) fn samples(
+    name: &str,
+    len: usize,
+    read: impl Fn(&Part<'_>, &mut [u8]) -> Result<(), Error>,
+) -> Result<Vec<u8>, Error> {
+    let mut samples = Vec::new();
+    for sample in 0..SAMPLES {
+        let begin = len / SAMPLES * sample + len / (2 * SAMPLES);
+        let (begin, end) = (begin.min(len), (begin + SAMPLE_BYTES).min(len));
+        let mut bytes = vec![0; end - begin];
+        let part = Part::whole(name, "a sample of it", begin as u64, bytes.len());
+        read(&part, &mut bytes)?;
+        samples.extend_from_slice(&bytes);
+    }
+    Ok(samples)
 }

@@ -82,7 +82,7 @@ impl Checkpoint {
             files: self
                 .shards()
                 .iter()
-                .map(|s| (s.name.clone(), s.len()))
+                .map(|s| (s.name.clone(), s.len as u64))
                 .collect(),
         }
     }

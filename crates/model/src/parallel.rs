@@ -14,7 +14,17 @@ pub(crate) fn for_each<T: Sync>(
     items: &[T],
     work: impl Fn(&T) -> Result<(), Error> + Sync,
 ) -> Result<(), Error> {
-    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    for_each_of(NonZeroUsize::MAX, items, work)
+}
+
+/// As [`for_each`], with at most `at_once` items at once.
+pub(crate) fn for_each_of<T: Sync>(
+    at_once: NonZeroUsize,
+    items: &[T],
+    work: impl Fn(&T) -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let threads = cores.min(at_once.get());
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     let run = || {

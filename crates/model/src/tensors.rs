@@ -29,30 +29,49 @@ pub struct Entry {
     pub end: usize,
 }
 
-/// Reads and checks the header of `bytes`, the whole content of `file`.
+/// Bytes that the length of the header takes.
+pub(crate) const PREFIX_BYTES: usize = 8;
+
+/// Bytes of a file up to its data, by its first [`PREFIX_BYTES`].
 ///
 /// # Errors
-/// Names the file, the tensor and the numbers that do not fit.
-pub fn read_header(file: &str, bytes: &[u8]) -> Result<BTreeMap<String, Entry>, Error> {
+/// When `prefix` is shorter, or the header longer than any.
+pub(crate) fn header_len(file: &str, prefix: &[u8]) -> Result<usize, Error> {
     let wrong = |what: String| Error::File {
         file: file.to_owned(),
         what,
     };
-    let Some((prefix, rest)) = bytes.split_first_chunk::<8>() else {
+    let Some(len) = prefix.first_chunk() else {
         return Err(wrong(format!(
-            "has {} bytes, expected at least 8 (safetensors)",
-            bytes.len()
+            "has {} bytes, expected at least {PREFIX_BYTES} (safetensors)",
+            prefix.len()
         )));
     };
-    let len = u64::from_le_bytes(*prefix);
+    let len = u64::from_le_bytes(*len);
     if len > HEADER_BYTES_MAX {
         return Err(wrong(format!(
             "header of {len} bytes, expected at most {HEADER_BYTES_MAX}"
         )));
     }
-    let len = len as usize;
-    let Some(header) = rest.get(..len) else {
-        let got = rest.len();
+    Ok(PREFIX_BYTES + len as usize)
+}
+
+/// Reads and checks the header in `bytes`, the begin of a file of `file_len` bytes.
+///
+/// # Errors
+/// Names the file, the tensor and the numbers that do not fit.
+pub fn read_header(
+    file: &str,
+    bytes: &[u8],
+    file_len: usize,
+) -> Result<BTreeMap<String, Entry>, Error> {
+    let wrong = |what: String| Error::File {
+        file: file.to_owned(),
+        what,
+    };
+    let data_begin = header_len(file, bytes)?;
+    let Some(header) = bytes.get(PREFIX_BYTES..data_begin) else {
+        let (len, got) = (data_begin - PREFIX_BYTES, bytes.len() - PREFIX_BYTES);
         return Err(wrong(format!(
             "is truncated: header of {len} bytes expected, {got} bytes follow"
         )));
@@ -60,10 +79,10 @@ pub fn read_header(file: &str, bytes: &[u8]) -> Result<BTreeMap<String, Entry>, 
     let Header(raw) = serde_json::from_slice(header).map_err(|e| wrong(format!("header: {e}")))?;
     let mut entries = BTreeMap::new();
     for (name, tensor) in raw {
-        let entry = tensor.check(file, &name, 8 + len)?;
+        let entry = tensor.check(file, &name, data_begin)?;
         entries.insert(name, entry);
     }
-    tile(file, &entries, 8 + len, bytes.len())?;
+    tile(file, &entries, data_begin, file_len)?;
     Ok(entries)
 }
 
@@ -212,6 +231,10 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 mod tests {
     use super::*;
 
+    fn read_whole(file: &str, bytes: &[u8]) -> Result<BTreeMap<String, Entry>, Error> {
+        read_header(file, bytes, bytes.len())
+    }
+
     fn file(header: &str, data: usize) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(header.as_bytes());
@@ -220,7 +243,7 @@ mod tests {
     }
 
     fn refused(header: &str, data: usize) -> String {
-        read_header("x.safetensors", &file(header, data))
+        read_whole("x.safetensors", &file(header, data))
             .unwrap_err()
             .to_string()
     }
@@ -228,7 +251,7 @@ mod tests {
     #[test]
     fn a_good_header_is_read() {
         let header = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[],"data_offsets":[24,26]}}"#;
-        let entries = read_header("x", &file(header, 26)).unwrap();
+        let entries = read_whole("x", &file(header, 26)).unwrap();
         assert_eq!(entries["a"].shape, [2, 3]);
         assert_eq!(entries["b"].end - entries["b"].begin, 2);
     }
@@ -277,15 +300,15 @@ mod tests {
                 "{text:?} does not say {part:?}"
             );
         }
-        assert!(read_header("x", &[1, 2, 3]).is_err());
+        assert!(read_whole("x", &[1, 2, 3]).is_err());
         assert!(
-            read_header("x", &u64::MAX.to_le_bytes())
+            read_whole("x", &u64::MAX.to_le_bytes())
                 .unwrap_err()
                 .to_string()
                 .contains("at most")
         );
         assert!(
-            read_header("x", &100_u64.to_le_bytes())
+            read_whole("x", &100_u64.to_le_bytes())
                 .unwrap_err()
                 .to_string()
                 .contains("truncated")
@@ -295,10 +318,10 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
-            let _ = read_header("x", &bytes);
+            let _ = read_whole("x", &bytes);
             let mut framed = (bytes.len() as u64).to_le_bytes().to_vec();
             framed.extend_from_slice(&bytes);
-            let _ = read_header("x", &framed);
+            let _ = read_whole("x", &framed);
         }
     }
 }

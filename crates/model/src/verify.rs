@@ -4,10 +4,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
-use tramontane_compute::HostTensor;
 
+use crate::read::{TensorBytes, Window};
 use crate::shard::Shard;
-use crate::tensors::Entry;
 use crate::{Checkpoint, Error, manifest, parallel};
 
 /// What a full read found.
@@ -30,18 +29,19 @@ impl Checkpoint {
     /// # Errors
     /// Names a tensor that holds a NaN or an infinity.
     pub fn verify(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<VerifyReport, Error> {
-        let bytes = self.shards().iter().map(Shard::len).sum();
+        let bytes = self.shards().iter().map(|shard| shard.len as u64).sum();
         let (tensors, done) = (AtomicUsize::new(0), AtomicU64::new(0));
         let digests = Mutex::new(Vec::new());
         parallel::for_each(self.shards(), |shard| {
             for (name, entry) in &shard.tensors {
-                check_finite(shard, name, entry)?;
+                let whole = self.read_entry(shard, name, entry, Window::WHOLE)?;
+                check_finite(shard, name, &whole)?;
                 tensors.fetch_add(1, Ordering::Relaxed);
             }
-            let digest = (shard.name.clone(), manifest::digest(shard.bytes.get()));
+            let digest = (shard.name.clone(), manifest::digest(shard)?);
             let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
             digests.push(digest);
-            let done = done.fetch_add(shard.len(), Ordering::Relaxed) + shard.len();
+            let done = done.fetch_add(shard.len as u64, Ordering::Relaxed) + shard.len as u64;
             progress(done, bytes);
             Ok(())
         })?;
@@ -55,20 +55,9 @@ impl Checkpoint {
     }
 }
 
-fn check_finite(shard: &Shard, name: &str, entry: &Entry) -> Result<(), Error> {
-    // In range: `read_header` compared every offset with the file's length.
-    let data = shard.bytes.get().get(entry.begin..entry.end);
-    let data = data.unwrap_or_default();
-    let cols = entry.shape.last().copied().unwrap_or(1).max(1);
-    let row_bytes = entry.dtype.row_bytes(cols).unwrap_or(1).max(1);
-    let rows = data.len() / row_bytes;
-    let tensor = HostTensor {
-        dtype: entry.dtype,
-        rows,
-        cols,
-        order: Default::default(),
-        data,
-    };
+fn check_finite(shard: &Shard, name: &str, bytes: &TensorBytes) -> Result<(), Error> {
+    let tensor = bytes.view();
+    let (rows, cols) = (tensor.rows, tensor.cols);
     let mut values = vec![0.0; if rows > 0 { cols } else { 0 }];
     for row in 0..rows {
         tensor.read_row(row, 0, &mut values);

@@ -68,7 +68,9 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
     let nobody = Intent::default();
     let mut cordoned = attention_workers(members, placements, &nobody);
     Err(match cordoned.next() {
-        Some((id, _)) => format!("every attention worker that is ready is cordoned, such as {id}"),
+        Some((id, _)) => format!(
+            "every attention worker that is ready is cordoned or to give up attention, such as {id}"
+        ),
         None => "no attention worker is ready".to_owned(),
     })
 }
@@ -83,7 +85,7 @@ pub(crate) fn attention_workers<'a>(
     members.workers.iter().filter(move |(id, record)| {
         record.roles.attention
             && record.state == WorkerState::Ready
-            && !intent.cordoned.contains(*id)
+            && intent.may_attend(id)
             && is_of_the_group(record, placements)
     })
 }

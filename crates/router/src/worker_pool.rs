@@ -173,7 +173,10 @@ impl Inner {
         let policy = &mut self.policy;
         self.workers.retain(|id, worker| {
             let same = members.workers.get(id).is_some_and(|record| {
-                record.address == worker.address && record.incarnation == worker.incarnation
+                // One that gave attention up has no cached prefix any more.
+                record.address == worker.address
+                    && record.incarnation == worker.incarnation
+                    && record.roles.attention
             });
             if !same {
                 policy.forget(id);

@@ -1,4 +1,4 @@
-//! Makes a worker's parts and connects them: backend, experts, exchange, engine. Nothing runs for the
+//! Makes a worker's parts and connects them: experts, exchange, what engines are made from. Nothing runs for the
 //! cluster before `run` says so.
 
 use std::sync::Arc;
@@ -9,24 +9,24 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
-use tramontane_coordination::WorkerState;
-use tramontane_engine::{Engine, StepReport};
+use tramontane_compute::{Backend, Experts};
+use tramontane_coordination::{Roles, WorkerState};
 use tramontane_exchange::{
-    CallLimits, Desk, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
-    GrpcTransportConfig, HostTransport, LinkSettings, Transport,
+    CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
+    LinkSettings, Transport,
 };
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
 
+use crate::WorkerConfig;
+use crate::attention::{AttentionMaker, EngineSlot};
 use crate::drill::Drills;
-use crate::engine_thread::EngineThread;
 use crate::expert_keeper::KeptExperts;
 use crate::follower::Group;
 use crate::metrics::StepMetrics;
 use crate::run::ExchangeKind;
 use crate::state::{ExpertHalf, Node};
-use crate::{Error, WorkerConfig, backend};
+use crate::weights::WeightStats;
 
 /// When all parts of a worker end, and who waits for them.
 #[derive(Debug, Default)]
@@ -38,75 +38,32 @@ pub(crate) struct Life {
 /// The placement that is served on.
 pub(crate) type Serving = Arc<ArcSwapOption<Placement>>;
 
-/// The two halves of a worker, packed.
-#[derive(Debug)]
-pub(crate) struct Halves {
-    pub(crate) backend: Arc<dyn Backend>,
-    attention: Option<Box<dyn Attention>>,
-    experts: Option<Arc<KeptExperts>>,
-}
-
-/// Packs the attention weights, on a thread that may take its time.
-pub(crate) async fn build(
-    config: &WorkerConfig,
-    checkpoint: &Arc<Checkpoint>,
-) -> Result<Halves, Error> {
-    let (config, checkpoint) = (config.clone(), Arc::clone(checkpoint));
-    let what = "packing the attention weights";
-    tokio::task::spawn_blocking(move || {
-        let geometry = checkpoint.geometry();
-        let backend = backend::make(&config, geometry)?;
-        let roles = config.roles.0;
-        let attention = if roles.attention {
-            let weights = checkpoint.attention_weights().map_err(Error::Checkpoint)?;
-            let limits = config.engine(geometry, Vec::new());
-            let sizes = AttentionConfig {
-                num_pages: limits.num_pages,
-                max_rows: limits.max_step_rows,
-                kv_format: config.kv_format,
-            };
-            Some(backend.attention(&weights, sizes).map_err(Error::Backend)?)
-        } else {
-            None
-        };
-        let experts = roles.experts.then(|| {
-            let (inner, format) = (backend.experts(), backend.row_format());
-            let weights = config.weights;
-            Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights))
-        });
-        Ok(Halves {
-            backend,
-            attention,
-            experts,
-        })
-    })
-    .await
-    .map_err(|source| Error::Task { what, source })?
-}
-
-/// A worker whose threads run.
+/// A worker whose expert half serves; the attention half comes and goes.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
-    pub(crate) engine: Option<EngineThread>,
-    pub(crate) expert_server: Option<ExpertServer>,
+    pub(crate) maker: AttentionMaker,
+    pub(crate) slot: Arc<EngineSlot>,
+    pub(crate) expert_server: ExpertServer,
     /// Whom to tell where the peers are; `None` when they are in this process.
     pub(crate) peers: Option<Arc<HostTransport>>,
     /// Where the threads of both halves meet.
     pub(crate) desk: Arc<Desk>,
-    pub(crate) steps: StepMetrics,
 }
 
 /// What the parts of a worker are made from.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) config: &'a WorkerConfig,
-    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) checkpoint: &'a Arc<Checkpoint>,
+    pub(crate) backend: &'a Arc<dyn Backend>,
     pub(crate) group: &'a Group,
+    pub(crate) roles: Roles,
     pub(crate) exchange: &'a ExchangeKind,
     pub(crate) serving: &'a Serving,
     pub(crate) life: &'a Life,
     pub(crate) drills: &'a Arc<Drills>,
+    pub(crate) weights: &'a Arc<WeightStats>,
 }
 
 impl Plan<'_> {
@@ -114,64 +71,57 @@ impl Plan<'_> {
         WorkerId::new(&self.config.id)
     }
 
-    /// Starts the threads of both halves.
-    pub(crate) fn assemble(&self, halves: Halves) -> Result<Worker, Error> {
-        let Halves {
-            backend,
-            attention,
-            experts,
-        } = halves;
-        let geometry = self.checkpoint.geometry();
+    /// Starts the thread of the expert half. Without the experts role it holds nothing.
+    pub(crate) fn assemble(&self) -> Worker {
+        let (geometry, backend) = (self.checkpoint.geometry(), &**self.backend);
         let epoch = Arc::new(AtomicU64::new(0));
         let desk = Arc::new(self.desk());
-        let (peers, transport) = self.transport(&*backend, &desk);
+        let (peers, transport) = self.transport(&desk);
         let transport = self.drills.on_the_way(transport);
-        let expert_server = experts.clone().map(|experts| {
-            let (geometry, class) = (geometry.clone(), self.group.numeric_class.clone());
-            let config = ExpertServerConfig::new(geometry, backend.row_format(), class);
-            let (desk, epoch) = (Arc::clone(&desk), Arc::clone(&epoch));
-            ExpertServer::start_at(desk, config, experts as Arc<dyn Experts>, epoch)
-        });
-        if let (ExchangeKind::Local(hub), Some(server)) = (self.exchange, &expert_server) {
-            hub.insert(self.id(), server.handle());
+        let (inner, format) = (backend.experts(), backend.row_format());
+        let weights = self.config.weights;
+        let store = Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights));
+        let class = self.group.numeric_class.clone();
+        let config = ExpertServerConfig::new(geometry.clone(), format, class);
+        let experts = Arc::clone(&store) as Arc<dyn Experts>;
+        let expert_server =
+            ExpertServer::start_at(Arc::clone(&desk), config, experts, Arc::clone(&epoch));
+        if let ExchangeKind::Local(hub) = self.exchange {
+            hub.insert(self.id(), expert_server.handle());
         }
-        let steps = StepMetrics::new();
-        let (mut engine, mut exchange) = (None, None);
-        if let Some(attention) = attention {
-            let local = experts.clone().map(|experts| experts as Arc<dyn Experts>);
-            let server = expert_server.as_ref().map(ExpertServer::handle);
-            let carrier = self
-                .exchange(&*backend, local, Arc::clone(&transport))
-                .at(Arc::clone(&desk), server);
-            exchange = Some(carrier.stats());
-            engine = Some(self.engine(attention, carrier, &steps)?);
-        }
-        let experts = experts
-            .zip(expert_server.as_ref())
-            .map(|(store, server)| ExpertHalf {
-                store,
-                server: server.handle(),
-                segment_bytes: backend.segment_bytes(),
-            });
-        let node = Node {
+        let node = Arc::new(Node {
             id: self.id(),
             geometry: geometry.clone(),
-            engine: engine.as_ref().map(EngineThread::handle),
-            experts,
+            roles: watch::Sender::new(self.roles),
+            attention: ArcSwapOption::empty(),
+            experts: ExpertHalf {
+                store,
+                server: expert_server.handle(),
+                segment_bytes: backend.segment_bytes(),
+            },
             transport,
-            exchange,
+            weights: Arc::clone(self.weights),
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),
+        });
+        let maker = AttentionMaker {
+            config: self.config.clone(),
+            checkpoint: Arc::clone(self.checkpoint),
+            backend: Arc::clone(self.backend),
+            desk: Arc::clone(&desk),
+            serving: Arc::clone(self.serving),
+            steps: StepMetrics::new(),
         };
-        Ok(Worker {
-            node: Arc::new(node),
-            engine,
+        let slot = EngineSlot::new(Arc::clone(&node), self.life.tasks.clone());
+        Worker {
+            node,
+            maker,
+            slot: Arc::new(slot),
             expert_server,
             peers,
             desk,
-            steps,
-        })
+        }
     }
 
     /// Where the engine and the expert server meet; with sockets when peers may be other processes.
@@ -185,11 +135,7 @@ impl Plan<'_> {
         })
     }
 
-    fn transport(
-        &self,
-        backend: &dyn Backend,
-        desk: &Arc<Desk>,
-    ) -> (Option<Arc<HostTransport>>, Arc<dyn Transport>) {
+    fn transport(&self, desk: &Arc<Desk>) -> (Option<Arc<HostTransport>>, Arc<dyn Transport>) {
         if let ExchangeKind::Local(hub) = self.exchange {
             return (None, Arc::clone(hub) as _);
         }
@@ -198,44 +144,12 @@ impl Plan<'_> {
             cluster: self.config.cluster.clone(),
             numeric_class: self.group.numeric_class.clone(),
             model: self.group.model.clone(),
-            limits: CallLimits::new(self.checkpoint.geometry(), backend.row_format()),
+            limits: CallLimits::new(self.checkpoint.geometry(), self.backend.row_format()),
             link: LinkSettings::default(),
         };
         let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
         let (desk, runtime) = (Arc::clone(desk), Handle::current());
         let transport = Arc::new(HostTransport::new(config, desk, runtime, ended, tasks));
         (Some(Arc::clone(&transport)), transport as _)
-    }
-
-    fn exchange(
-        &self,
-        backend: &dyn Backend,
-        local: Option<Arc<dyn Experts>>,
-        transport: Arc<dyn Transport>,
-    ) -> ExpertExchange {
-        let geometry = self.checkpoint.geometry().clone();
-        let mut config = ExchangeConfig::new(self.id(), geometry, backend.row_format());
-        config.layer_deadline = self.config.layer_deadline;
-        ExpertExchange::new(config, local, Arc::clone(self.serving), transport)
-    }
-
-    fn engine(
-        &self,
-        attention: Box<dyn Attention>,
-        exchange: ExpertExchange,
-        steps: &StepMetrics,
-    ) -> Result<EngineThread, Error> {
-        let geometry = self.checkpoint.geometry();
-        let limits = self
-            .config
-            .engine(geometry, self.checkpoint.config().eos_token_ids.clone());
-        let engine = Engine::new(limits, geometry.clone(), attention, Box::new(exchange))
-            .map_err(Error::Engine)?;
-        let (observed, drills) = (steps.clone(), Arc::clone(self.drills));
-        let on_step = move |report: &StepReport| {
-            observed.observe(report);
-            drills.after_step();
-        };
-        EngineThread::start(engine, Box::new(on_step))
     }
 }

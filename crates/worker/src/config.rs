@@ -27,6 +27,11 @@ pub const DROP_GRACE: Duration = Duration::from_secs(5);
 /// How long a step waits for the experts of one layer: time for the lease of a lost worker to end, for
 /// the planner to publish without it, and for a survivor to load a slice.
 pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
+/// How fast weights are given to other workers, all of them together, in bytes per second: half of a link of
+/// one gigabit, so that expert calls find room beside them.
+pub const WEIGHTS_RATE: u64 = 64 << 20;
+/// Slowest such rate: a chunk of 256 KiB must come through before its asker thinks that it is not coming.
+pub const WEIGHTS_RATE_MIN: u64 = 1 << 20;
 /// Longest id of a worker or name of a cluster.
 pub const NAME_BYTES_MAX: usize = 128;
 /// What is assumed of a machine that does not say how much memory it has.
@@ -78,6 +83,8 @@ pub struct WorkerConfig {
     /// How long nobody may have asked for a slice before it is dropped.
     #[serde(with = "duration_text")]
     pub drop_grace: Duration,
+    /// Bytes per second at which weights are given to workers that lack them.
+    pub weights_rate: u64,
     /// Whether an operator may bring faults upon this worker, to see that the cluster survives them.
     pub drills: bool,
 }
@@ -105,6 +112,7 @@ impl Default for WorkerConfig {
             drain_deadline: DRAIN_DEADLINE,
             layer_deadline: LAYER_DEADLINE,
             drop_grace: DROP_GRACE,
+            weights_rate: WEIGHTS_RATE,
             drills: false,
         }
     }
@@ -136,6 +144,10 @@ impl WorkerConfig {
                 "above 0 for a worker with experts",
                 &0,
             ));
+        }
+        if self.weights_rate < WEIGHTS_RATE_MIN {
+            let rule = format!("at least {WEIGHTS_RATE_MIN}");
+            return Err(ConfigError::new("weights_rate", &rule, &self.weights_rate));
         }
         let times = [
             (
@@ -175,6 +187,21 @@ impl WorkerConfig {
     #[must_use]
     pub fn kv_bytes(&self) -> u64 {
         self.kv_memory.unwrap_or_else(|| machine_memory() / 4)
+    }
+
+    /// Bytes offered for expert weights by a worker of these roles, which may be others than it was
+    /// configured with: one that was to attend and does not has the memory of its KV cache left.
+    #[must_use]
+    pub fn capacity(&self, roles: Roles, geometry: &ModelGeometry) -> u64 {
+        let experts = self.expert_bytes();
+        match (roles.experts, roles.attention) {
+            (false, _) => 0,
+            (true, false) if self.roles.0.attention => {
+                let pages = self.num_pages(geometry) as u64;
+                experts.saturating_add(pages.saturating_mul(self.page_bytes(geometry)))
+            }
+            (true, _) => experts,
+        }
     }
 
     /// Compute threads.
@@ -428,6 +455,21 @@ mod tests {
         assert_eq!(pages_as(KvFormat::Q8, 5 * page_bytes), 8);
         assert_eq!(pages(1 << 40), 3 * 4);
         assert_eq!(pages(0), 1);
+
+        let mut config = WorkerConfig {
+            expert_memory: Some(1000),
+            num_pages: NonZeroUsize::new(3),
+            ..good()
+        };
+        let capacity = |config: &WorkerConfig, roles: &str| {
+            config.capacity(roles.parse::<RoleSet>().unwrap().0, &geometry)
+        };
+        assert_eq!(capacity(&config, "attention,experts"), 1000);
+        assert_eq!(capacity(&config, "attention"), 0);
+        assert_eq!(capacity(&config, "experts"), 1000 + 3 * page_bytes);
+        config.roles = "experts".parse().unwrap();
+        assert_eq!(capacity(&config, "experts"), 1000);
+        assert_eq!(capacity(&config, "attention,experts"), 1000);
     }
 
     #[test]

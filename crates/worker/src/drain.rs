@@ -32,20 +32,19 @@ impl Drain {
         let (worker, deadline) = (&self.node.id, Instant::now() + limit);
         let before = [WorkerState::Joining, WorkerState::Ready];
         // First: a record that says "draining" counts every sequence that this worker will ever run.
-        if let Some(engine) = &self.node.engine {
+        let engine = self.node.engine();
+        if let Some(engine) = &engine {
             engine.refuse_new();
         }
         self.node.advance(&before, WorkerState::Draining);
-        if let Some(engine) = &self.node.engine
+        if let Some(engine) = &engine
             && timeout_at(deadline, engine.idle()).await.is_err()
         {
             let left = engine.num_running();
             tracing::warn!(%worker, left, ?limit, "sequences did not end, handed back");
         }
-        if timeout_at(deadline, self.experts_not_needed())
-            .await
-            .is_err()
-        {
+        let not_needed = self.experts_not_needed();
+        if self.node.roles().experts && timeout_at(deadline, not_needed).await.is_err() {
             tracing::warn!(%worker, ?limit, "nobody took over the experts in time");
         }
         self.node
@@ -54,9 +53,7 @@ impl Drain {
 
     /// Waits until no placement names us and nobody has asked our experts for a while.
     async fn experts_not_needed(&self) {
-        let Some(half) = &self.node.experts else {
-            return;
-        };
+        let half = &self.node.experts;
         let mut ticks = interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut calls, mut quiet_since) = (half.server.stats().calls, Instant::now());

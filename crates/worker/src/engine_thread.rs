@@ -216,6 +216,11 @@ impl EngineHandle {
         self.running.close();
     }
 
+    /// Takes new sequences again.
+    pub fn accept_new(&self) {
+        self.running.reopen();
+    }
+
     /// Waits until every [`Generation`] was dropped; endless before [`EngineHandle::refuse_new`].
     pub async fn idle(&self) {
         self.running.wait().await;
@@ -312,6 +317,11 @@ impl EngineThread {
         self.handle.clone()
     }
 
+    /// Cancelled when somebody has asked the thread to end.
+    pub(crate) fn asked_to_stop(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
     /// Cancelled when the thread has ended, also by a panic.
     pub(crate) fn ended(&self) -> CancellationToken {
         self.ended.clone()
@@ -361,6 +371,8 @@ impl Loop {
         for (_, reader) in self.readers.drain() {
             let _closed = reader.try_send(GenerationEvent::Failed(GenerationFailure::Stopped));
         }
+        // Whoever serves experts here goes on without it.
+        self.engine.rest();
     }
 
     /// Takes what waits; waits itself while there is nothing to compute. False: stop.

@@ -36,6 +36,15 @@ pub enum Error {
     /// A tensor could not be read.
     #[error("the checkpoint cannot be read")]
     Checkpoint(#[source] tramontane_model::Error),
+    /// No other worker describes the checkpoint that it lists.
+    #[error("no description of the checkpoint {model}")]
+    Described {
+        /// Fingerprint of the checkpoint.
+        model: String,
+        /// Who was asked, and what each said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The engine refuses its limits.
     #[error("the engine refuses its configuration")]
     Engine(#[source] tramontane_engine::Error),

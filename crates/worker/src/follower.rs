@@ -124,8 +124,8 @@ impl Follower {
         pending: Option<&Placement>,
         stop: &CancellationToken,
     ) -> Option<Loading> {
-        let experts = self.node.experts.as_ref();
-        let held = experts.map(|half| half.store.held_slices());
+        let holds = self.node.roles().experts;
+        let held = holds.then(|| self.node.experts.store.held_slices());
         let next = next_load(&self.node.id, published, pending, held.as_deref());
         for (epoch, is_published) in next.complete {
             self.acknowledge(epoch, is_published);
@@ -153,7 +153,7 @@ impl Follower {
         mut slices: Vec<ExpertSlice>,
         stop: CancellationToken,
     ) -> Option<Loading> {
-        let half = self.node.experts.as_ref()?;
+        let half = &self.node.experts;
         let segment_bytes = half.segment_bytes;
         let bytes_of = move |slices: &[ExpertSlice]| -> u64 {
             let segments = slices.iter().map(|slice| u64::from(slice.range.len()));
@@ -210,9 +210,7 @@ impl Follower {
         published: Option<&Placement>,
         pending: Option<&Placement>,
     ) -> Vec<ExpertSlice> {
-        let Some(half) = &self.node.experts else {
-            return Vec::new();
-        };
+        let half = &self.node.experts;
         unwanted(
             &self.node.id,
             published,
@@ -228,7 +226,7 @@ impl Follower {
         pending: Option<&Placement>,
     ) -> Option<Instant> {
         let unwanted = self.unwanted(published, pending);
-        let half = self.node.experts.as_ref()?;
+        let half = &self.node.experts;
         let drop_at = half.store.retire(&unwanted, self.drop_grace)?;
         Some(Instant::from_std(drop_at))
     }
@@ -238,9 +236,10 @@ impl Follower {
         let due = self
             .retire(published, pending)
             .is_some_and(|at| at <= Instant::now());
-        let Some(half) = self.node.experts.as_ref().filter(|_| due) else {
+        if !due {
             return;
-        };
+        }
+        let half = &self.node.experts;
         let unwanted = self.unwanted(published, pending);
         for slice in &unwanted {
             tramontane_compute::Experts::unload(&*half.store, *slice);

@@ -61,7 +61,7 @@ impl GenerateService {
         request: v1::GenerateSequenceRequest,
     ) -> Result<Generation, GenerateError> {
         let worker = || self.node.id.to_string();
-        let Some(engine) = &self.node.engine else {
+        let Some(engine) = self.node.engine() else {
             return Err(GenerateError::NoAttention { worker: worker() });
         };
         let new = check(request, self.node.geometry.vocab)?;

@@ -5,6 +5,7 @@
 //! others, and everything that waits for the network is a task of the runtime.
 
 mod assemble;
+mod attention;
 mod backend;
 pub mod config;
 mod drain;
@@ -21,11 +22,13 @@ mod measure;
 mod metrics;
 mod peers;
 mod registration;
+mod roles;
 mod run;
 mod server;
 mod severable;
 mod state;
 pub mod status;
+mod weights;
 
 pub use config::{RoleSet, WorkerConfig, machine_memory};
 pub use drill::{DRILL_DELAY_MAX, DRILL_MAX, DRILL_PEERS_MAX, DrillError, ProcessKind};
@@ -35,3 +38,4 @@ pub use engine_thread::{
 pub use error::{ConfigError, Error};
 pub use run::{ExchangeKind, WorkerParts, run};
 pub use status::{ERROR_DOMAIN, GenerateError, reason};
+pub use weights::{PeerModel, open_from_peers};

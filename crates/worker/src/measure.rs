@@ -35,12 +35,13 @@ impl Meter {
         if self.told.is_some_and(is_fresh) {
             return None;
         }
-        let counters = node.exchange.as_ref().map(|stats| &stats.chosen[..]);
+        let exchange = node.exchange();
+        let counters = exchange.as_ref().map(|stats| &stats.chosen[..]);
         let counters = counters.unwrap_or_default().iter();
         let counts: Vec<u64> = counters.map(|n| n.load(Ordering::Relaxed)).collect();
         self.count(&counts, now);
-        let link = node.exchange.as_ref().map(|stats| &stats.link_us);
-        let half = node.experts.as_ref();
+        let link = exchange.as_ref().map(|stats| &stats.link_us);
+        let half = node.roles().experts.then_some(&node.experts);
         let probed = || half.and_then(|half| half.store.probed_ns());
         let measured = Measured {
             segment_ns: half
@@ -54,7 +55,7 @@ impl Meter {
             expert_load: self.load(node),
         };
         let is_complete = (half.is_none() || measured.segment_ns.is_some())
-            && (node.exchange.is_none() || measured.expert_load.is_some());
+            && (exchange.is_none() || measured.expert_load.is_some());
         self.told = is_complete.then_some(now);
         Some(measured)
     }

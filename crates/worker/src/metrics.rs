@@ -78,13 +78,14 @@ impl Collector for NodeCollector {
         )?;
         self.engine(&mut out)?;
         self.exchange(&mut out)?;
+        self.weights(&mut out)?;
         self.experts(&mut out)
     }
 }
 
 impl NodeCollector {
     fn engine(&self, out: &mut Out<'_, '_>) -> fmt::Result {
-        let Some(engine) = &self.node.engine else {
+        let Some(engine) = self.node.engine() else {
             return Ok(());
         };
         let stats = engine.stats();
@@ -177,7 +178,7 @@ impl NodeCollector {
             "Connections made to expert workers",
             carried.connects,
         )?;
-        let Some(stats) = &self.node.exchange else {
+        let Some(stats) = self.node.exchange() else {
             return Ok(());
         };
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -203,11 +204,38 @@ impl NodeCollector {
         )
     }
 
+    fn weights(&self, out: &mut Out<'_, '_>) -> fmt::Result {
+        let stats = &self.node.weights;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        out.counter(
+            "weights_bytes_sent",
+            "Bytes of weights given to others",
+            read(&stats.sent),
+        )?;
+        out.counter(
+            "weights_bytes_received",
+            "Bytes of weights taken from others",
+            read(&stats.received),
+        )?;
+        out.counter(
+            "weights_requests_failed",
+            "Requests for weights that came to nothing",
+            read(&stats.failed),
+        )?;
+        out.counter(
+            "weights_reads_failed",
+            "Reads of own weight files made up for by others",
+            read(&stats.unreadable),
+        )
+    }
+
     fn experts(&self, out: &mut Out<'_, '_>) -> fmt::Result {
-        let Some(half) = &self.node.experts else {
-            return Ok(());
-        };
+        let half = &self.node.experts;
         let (stats, segments) = (half.server.stats(), half.store.num_segments_held());
+        // What it held is dropped some time after the role is given up.
+        if !self.node.roles().experts && segments == 0 {
+            return Ok(());
+        }
         out.gauge("expert_segments", "Expert segments held", segments)?;
         out.gauge(
             "expert_bytes",

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tramontane_compute::Backend;
 use tramontane_coordination::registry::RECORD_SCHEMA;
 use tramontane_coordination::{
-    Measured, ModelFacts, Registration, WorkerLoad, WorkerRecord, WorkerState,
+    Measured, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState,
 };
 use tramontane_model::Checkpoint;
 use tramontane_types::{Epoch, WorkerId};
@@ -24,27 +24,22 @@ pub(crate) const LOAD_EVERY: Duration = Duration::from_secs(1);
 /// The record of a worker that has just come up.
 pub(crate) fn record(
     config: &WorkerConfig,
+    roles: Roles,
     backend: &dyn Backend,
     checkpoint: &Checkpoint,
-    model_name: &str,
-    address: String,
+    (model_name, address): (&str, String),
 ) -> WorkerRecord {
     let geometry = checkpoint.geometry();
     let since_1970 = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let roles = config.roles.0;
     WorkerRecord {
         schema: RECORD_SCHEMA,
         id: WorkerId::new(&config.id),
         address,
         socket: None,
         roles,
-        capacity_bytes: if roles.experts {
-            config.expert_bytes()
-        } else {
-            0
-        },
+        capacity_bytes: config.capacity(roles, geometry),
         segment_bytes: backend.segment_bytes(),
         numeric_class: config.kv_format.class_of(backend.numeric_class()),
         model: ModelFacts {

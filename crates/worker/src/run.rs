@@ -6,24 +6,32 @@ use std::time::Duration;
 use indicatif::ProgressBar;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tramontane_coordination::{Registration, Store, WorkerRecord, watch_members, watch_placements};
+use tramontane_compute::Backend;
+use tramontane_coordination::{
+    Members, Placements, Registration, Roles, SeenIntent, Store, WorkerRecord, watch_intent,
+    watch_members, watch_placements,
+};
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_model::Checkpoint;
+use tramontane_proto::v1;
 use tramontane_runtime::ops::Ops;
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use tramontane_types::WorkerId;
 
-use crate::assemble::{Life, Plan, Serving, Worker, build};
+use crate::assemble::{Life, Plan, Serving, Worker};
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::{Follower, Group};
 use crate::host_socket::BoundSocket;
+use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
-use crate::{Error, WorkerConfig, metrics, peers, registration, server};
+use crate::weights::{PeerWeights, WeightStats, WeightsServing};
+use crate::{Error, WorkerConfig, backend, metrics, peers, registration, roles, server};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -78,16 +86,21 @@ pub async fn run(
 ) -> Result<(), Error> {
     config.validate()?;
     let (life, drain) = (Life::default(), CancellationToken::new());
+    let _ended = life.ended.clone().drop_guard();
     let (setter, readiness) = Readiness::starting("loading");
     let ops = LateOps::default();
     if let Some(listener) = parts.ops.take() {
         life.serve_ops(listener, readiness, Arc::clone(&ops));
     }
     let address = advertised(&config, &parts.grpc)?;
-    let checkpoint = Arc::clone(&parts.checkpoint);
-    let halves = build(&config, &checkpoint).await?;
-    let name = &parts.model_name;
-    let mut record = registration::record(&config, &*halves.backend, &checkpoint, name, address);
+    let watched = Watched::start(&parts.store, &life);
+    let (weights, model) = (Arc::default(), parts.checkpoint.fingerprint());
+    let peers = watched.weights(&config, model, &weights, &life);
+    let checkpoint = Arc::new(parts.checkpoint.backed_by(peers));
+    let backend = make_backend(&config, &checkpoint).await?;
+    let roles = roles::initial(&config, watched.intent.clone()).await;
+    let name = (parts.model_name.as_str(), address);
+    let mut record = registration::record(&config, roles, &*backend, &checkpoint, name);
     let group = Group {
         numeric_class: record.numeric_class.clone(),
         model: record.model.fingerprint.clone(),
@@ -97,27 +110,28 @@ pub async fn run(
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
+        backend: &backend,
         group: &group,
+        roles,
         exchange: &exchange,
         serving: &serving,
         life: &life,
         drills: &drills,
+        weights: &weights,
     };
-    let worker = plan.assemble(halves)?;
+    let worker = plan.assemble();
+    let begun = worker.begin(roles, &shutdown).await;
+    if !matches!(begun, Ok(true)) {
+        worker.leave(life, &exchange).await;
+        return begun.map(|_stopped| ());
+    }
     let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
     record.socket = bound.as_ref().and_then(BoundSocket::record);
-    let registry = metrics::registry(Arc::clone(&worker.node), &worker.steps);
+    let registry = metrics::registry(Arc::clone(&worker.node), &worker.maker.steps);
     // Set once, here.
     let _was_empty = ops.set((Arc::clone(&worker.node), registry));
 
-    let services = Services {
-        node: Arc::clone(&worker.node),
-        cluster: config.cluster.clone(),
-        model: group.model.clone(),
-        drain: drain.clone(),
-        ended: life.ended.clone(),
-        tasks: life.tasks.clone(),
-    };
+    let services = worker.services(&config, &group, &checkpoint, &drain, &life);
     let WorkerParts {
         grpc,
         store,
@@ -125,7 +139,7 @@ pub async fn run(
         ..
     } = parts;
     let served = life.serve_grpc(grpc, services, setter)?;
-    let joined = worker.join(&config, store, record, &serving, &life)?;
+    let joined = worker.join(&config, store, record, watched, (&serving, &life))?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
         group,
@@ -148,6 +162,54 @@ pub async fn run(
     end.map(|_asked_or_crashed| ())
 }
 
+/// The backend, made on a thread that may take its time.
+async fn make_backend(
+    config: &WorkerConfig,
+    checkpoint: &Arc<Checkpoint>,
+) -> Result<Arc<dyn Backend>, Error> {
+    let (config, checkpoint) = (config.clone(), Arc::clone(checkpoint));
+    let what = "making the backend";
+    tokio::task::spawn_blocking(move || backend::make(&config, checkpoint.geometry()))
+        .await
+        .map_err(|source| Error::Task { what, source })?
+}
+
+/// What this worker sees of the cluster.
+#[derive(Debug)]
+struct Watched {
+    members: watch::Receiver<Arc<Members>>,
+    placements: watch::Receiver<Arc<Placements>>,
+    intent: watch::Receiver<Arc<SeenIntent>>,
+}
+
+impl Watched {
+    fn start(store: &Arc<dyn Store>, life: &Life) -> Self {
+        let (store, ended) = (|| Arc::clone(store), || life.ended.clone());
+        Self {
+            members: watch_members(store(), &life.tasks, ended()),
+            placements: watch_placements(store(), &life.tasks, ended()),
+            intent: watch_intent(store(), &life.tasks, ended()),
+        }
+    }
+
+    /// Who is asked for weights that cannot be read here.
+    fn weights(
+        &self,
+        config: &WorkerConfig,
+        model: &str,
+        stats: &Arc<WeightStats>,
+        life: &Life,
+    ) -> Arc<PeerWeights> {
+        let asker = v1::WeightsAsker {
+            worker_id: config.id.clone(),
+            cluster: config.cluster.clone(),
+            model: model.to_owned(),
+        };
+        let (members, stats) = (self.members.clone(), Arc::clone(stats));
+        Arc::new(PeerWeights::new(asker, members, stats, life.ended.clone()))
+    }
+}
+
 /// Why a worker stops serving when nothing of it is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -163,6 +225,8 @@ struct Joined {
     registration: Registration,
     /// Triggered, it deregisters.
     registered: Shutdown,
+    /// Triggered, the worker keeps the roles that it has.
+    roles: CancellationToken,
     drain: Drain,
 }
 
@@ -175,6 +239,7 @@ impl Joined {
         worker: &Worker,
         life: &Life,
     ) {
+        self.roles.cancel();
         match end {
             Ok(End::Asked) => self.drain.run(drain_limit).await,
             Ok(End::Crashed) => {
@@ -255,6 +320,19 @@ impl Life {
 }
 
 impl Worker {
+    /// Makes the attention half if that is to begin with; false when the worker is to stop meanwhile.
+    async fn begin(&self, roles: Roles, shutdown: &Shutdown) -> Result<bool, Error> {
+        if !roles.attention {
+            return Ok(true);
+        }
+        let made = self.maker.make(&self.node);
+        let Some(made) = shutdown.token.run_until_cancelled(made).await else {
+            return Ok(false);
+        };
+        self.slot.put(made?);
+        Ok(true)
+    }
+
     /// Listens for workers of the same host, where others may be other processes. Without a socket they
     /// come over TCP: slower, but no reason not to serve.
     fn listen_on_host(
@@ -265,9 +343,9 @@ impl Worker {
         incarnation: u64,
         life: &Life,
     ) -> Option<BoundSocket> {
-        let (ExchangeKind::Grpc, Some(server)) = (exchange, &self.expert_server) else {
+        if !matches!(exchange, ExchangeKind::Grpc) {
             return None;
-        };
+        }
         let bound = BoundSocket::bind(&std::env::temp_dir(), incarnation);
         let (bound, listener) = bound
             .map_err(|error| {
@@ -278,41 +356,77 @@ impl Worker {
         let me = self.node.id.clone();
         let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
         service.faults = self.node.drills.faults();
-        let answering = HostListener::new(service, server.handle(), Arc::clone(&self.desk));
+        let answering =
+            HostListener::new(service, self.expert_server.handle(), Arc::clone(&self.desk));
         let (stop, tasks) = (life.ended.clone(), life.tasks.clone());
         life.tasks.spawn(answering.serve(listener, stop, tasks));
         Some(bound)
     }
 
-    /// Registers, and follows who else is there.
+    fn services(
+        &self,
+        config: &WorkerConfig,
+        group: &Group,
+        checkpoint: &Arc<Checkpoint>,
+        drain: &CancellationToken,
+        life: &Life,
+    ) -> Services {
+        Services {
+            node: Arc::clone(&self.node),
+            cluster: config.cluster.clone(),
+            model: group.model.clone(),
+            weights: WeightsServing {
+                me: self.node.id.clone(),
+                cluster: config.cluster.clone(),
+                checkpoint: Arc::clone(checkpoint),
+                rate: config.weights_rate,
+                stats: Arc::clone(&self.node.weights),
+                ended: life.ended.clone(),
+                tasks: life.tasks.clone(),
+            },
+            drain: drain.clone(),
+            ended: life.ended.clone(),
+            tasks: life.tasks.clone(),
+        }
+    }
+
+    /// Registers, and follows who else is there and what is wanted.
     fn join(
         &self,
         config: &WorkerConfig,
         store: Arc<dyn Store>,
         record: WorkerRecord,
-        serving: &Serving,
-        life: &Life,
+        watched: Watched,
+        (serving, life): (&Serving, &Life),
     ) -> Result<Joined, Error> {
         let node = || Arc::clone(&self.node);
-        let (registered, ended) = (Shutdown::new(), || life.ended.clone());
+        let (registered, roles) = (Shutdown::new(), life.ended.child_token());
         let (tasks, stop) = (&registered.tasks, registered.token.clone());
-        let registration = Registration::start(
-            Arc::clone(&store),
-            record,
-            config.lease_ttl,
-            tasks,
-            stop.clone(),
-        )
-        .map_err(Error::Registration)?;
+        let ttl = config.lease_ttl;
+        let registration = Registration::start(store, record, ttl, tasks, stop.clone())
+            .map_err(Error::Registration)?;
         tasks.spawn(registration::refresh(node(), registration.clone(), stop));
-        let placements = watch_placements(Arc::clone(&store), &life.tasks, ended());
-        let members = watch_members(store, &life.tasks, ended());
+        let Watched {
+            members,
+            placements,
+            intent,
+        } = watched;
         if let Some(transport) = self.peers.clone() {
             let (me, members) = (self.node.id.clone(), members.clone());
-            let serving = Arc::clone(serving);
+            let (serving, ended) = (Arc::clone(serving), life.ended.clone());
             life.tasks
-                .spawn(peers::follow(me, members, serving, transport, ended()));
+                .spawn(peers::follow(me, members, serving, transport, ended));
         }
+        let keeper = RoleKeeper {
+            node: node(),
+            config: config.clone(),
+            maker: self.maker.clone(),
+            slot: Arc::clone(&self.slot),
+            registration: registration.clone(),
+            placements: placements.clone(),
+            intent,
+        };
+        life.tasks.spawn(keeper.run(roles.clone()));
         let drain = Drain {
             node: node(),
             placements,
@@ -321,6 +435,7 @@ impl Worker {
         Ok(Joined {
             registration,
             registered,
+            roles,
             drain,
         })
     }
@@ -333,10 +448,7 @@ impl Worker {
         drain: &CancellationToken,
     ) -> Result<End, Error> {
         let crash = self.node.drills.crash().unwrap_or_default();
-        let engine_ended = self
-            .engine
-            .as_ref()
-            .map_or_else(CancellationToken::new, |e| e.ended());
+        let engine_ended = self.slot.broken();
         tokio::select! {
             () = shutdown.token.cancelled() => Ok(End::Asked),
             () = drain.cancelled() => Ok(End::Asked),
@@ -361,11 +473,8 @@ impl Worker {
     /// Ends everything that is left.
     async fn leave(self, life: Life, exchange: &ExchangeKind) {
         let worker = &self.node.id;
-        if let Some(engine) = self.engine {
-            engine.stop();
-            if timeout(STOP_MAX, engine.ended().cancelled()).await.is_err() {
-                tracing::warn!(%worker, "the engine's step did not end in time");
-            }
+        if !self.slot.take_out(STOP_MAX).await {
+            tracing::warn!(%worker, "the engine's step did not end in time");
         }
         if let ExchangeKind::Local(hub) = exchange {
             hub.remove(worker);
@@ -375,12 +484,11 @@ impl Worker {
         if timeout(STOP_MAX * 2, life.tasks.wait()).await.is_err() {
             tracing::warn!(%worker, left = life.tasks.len(), "tasks did not end in time");
         }
-        if let Some(server) = self.expert_server {
-            // Joins its thread.
-            let joined = tokio::task::spawn_blocking(move || server.shutdown()).await;
-            if let Err(error) = joined {
-                tracing::error!(%worker, %error, "the expert server did not end well");
-            }
+        // Joins its thread.
+        let server = self.expert_server;
+        let joined = tokio::task::spawn_blocking(move || server.shutdown()).await;
+        if let Err(error) = joined {
+            tracing::error!(%worker, %error, "the expert server did not end well");
         }
         self.desk.close();
         tracing::info!(%worker, "worker has left");

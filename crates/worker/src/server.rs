@@ -1,4 +1,4 @@
-//! The gRPC server of a worker: its own service, the expert exchange, health and reflection. Decides nothing.
+//! The gRPC server of a worker: its own service, the expert exchange, weights for others, health and reflection. Decides nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,13 +19,15 @@ use crate::Error;
 use crate::generate_service::GenerateService;
 use crate::severable::Severable;
 use crate::state::{Node, name};
+use crate::weights::{WeightsService, WeightsServing};
 
 /// Names by which clients ask for the health of the whole server and of its main service.
 const HEALTH_NAMES: [&str; 2] = ["", "tramontane.v1.Worker"];
 /// Services that reflection shows.
-const SERVICES: [&str; 3] = [
+const SERVICES: [&str; 4] = [
     "tramontane.v1.Worker",
     "tramontane.v1.ExpertExchange",
+    "tramontane.v1.Weights",
     "grpc.health.v1.Health",
 ];
 /// How long a caller may be silent after a ping before it counts as gone and its sequences are aborted: with
@@ -42,6 +44,8 @@ pub(crate) struct Services {
     pub(crate) node: Arc<Node>,
     pub(crate) cluster: String,
     pub(crate) model: String,
+    /// What it gives of its checkpoint.
+    pub(crate) weights: WeightsServing,
     /// Cancelled by the Drain call.
     pub(crate) drain: CancellationToken,
     /// Ends the streams of expert calls.
@@ -64,17 +68,17 @@ pub(crate) fn serve(
         node,
         cluster,
         model,
+        weights,
         drain,
         ended,
         tasks,
     } = services;
     let (reporter, health) = tonic_health::server::health_reporter();
     let (crash, faults) = (node.drills.crash(), node.drills.faults());
-    let experts = node.experts.as_ref().map(|half| {
-        let mut config = ExpertServiceConfig::new(node.id.clone(), cluster, model);
-        config.faults = faults;
-        ExpertService::new(config, half.server.clone(), ended.clone(), tasks).into_service()
-    });
+    let mut config = ExpertServiceConfig::new(node.id.clone(), cluster, model);
+    config.faults = faults;
+    let experts = node.experts.server.clone();
+    let experts = ExpertService::new(config, experts, ended.clone(), tasks).into_service();
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -92,7 +96,8 @@ pub(crate) fn serve(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(Error::Reflection)?)
         .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
-        .add_optional_service(experts);
+        .add_service(WeightsService::new(weights).into_service())
+        .add_service(experts);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let incoming =
         incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));
@@ -145,5 +150,5 @@ fn serves(node: &Node) -> Result<(), String> {
 
 /// Whether the worker does its work at all: asks nobody but itself.
 pub(crate) fn alive(node: &Node) -> Result<(), String> {
-    node.engine.as_ref().map_or(Ok(()), |engine| engine.check())
+    node.engine().map_or(Ok(()), |engine| engine.check())
 }

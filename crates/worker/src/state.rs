@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use arc_swap::ArcSwapOption;
 use tokio::sync::watch;
-use tramontane_coordination::{WorkerLoad, WorkerState};
+use tramontane_coordination::{Roles, WorkerLoad, WorkerState};
 use tramontane_engine::EngineStats;
 use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
 use tramontane_proto::v1;
@@ -13,24 +14,34 @@ use tramontane_types::{Epoch, ModelGeometry, WorkerId};
 use crate::drill::Drills;
 use crate::engine_thread::EngineHandle;
 use crate::expert_keeper::KeptExperts;
+use crate::weights::WeightStats;
 
 /// A running worker.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) id: WorkerId,
     pub(crate) geometry: ModelGeometry,
+    /// What it does now, which is not always what it is wanted to do.
+    pub(crate) roles: watch::Sender<Roles>,
     /// `None` without the attention role.
-    pub(crate) engine: Option<EngineHandle>,
-    /// `None` without the experts role.
-    pub(crate) experts: Option<ExpertHalf>,
+    pub(crate) attention: ArcSwapOption<AttentionHalf>,
+    /// Empty without the experts role.
+    pub(crate) experts: ExpertHalf,
     /// How it reaches the experts of others.
     pub(crate) transport: Arc<dyn Transport>,
-    /// What the engine's exchange counts.
-    pub(crate) exchange: Option<Arc<ExchangeStats>>,
+    pub(crate) weights: Arc<WeightStats>,
     /// Epoch of the placement that it serves on; 0 for none.
     pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) state: watch::Sender<WorkerState>,
     pub(crate) drills: Arc<Drills>,
+}
+
+/// The attention half of a worker; its engine lives and dies with it.
+#[derive(Debug)]
+pub(crate) struct AttentionHalf {
+    pub(crate) engine: EngineHandle,
+    /// What the engine's exchange counts.
+    pub(crate) exchange: Arc<ExchangeStats>,
 }
 
 /// The expert half of a worker.
@@ -44,6 +55,21 @@ pub(crate) struct ExpertHalf {
 impl Node {
     pub(crate) fn state(&self) -> WorkerState {
         *self.state.borrow()
+    }
+
+    pub(crate) fn roles(&self) -> Roles {
+        *self.roles.borrow()
+    }
+
+    pub(crate) fn engine(&self) -> Option<EngineHandle> {
+        let attention = self.attention.load();
+        attention.as_ref().map(|half| half.engine.clone())
+    }
+
+    /// What the engine's exchange counts.
+    pub(crate) fn exchange(&self) -> Option<Arc<ExchangeStats>> {
+        let attention = self.attention.load();
+        attention.as_ref().map(|half| Arc::clone(&half.exchange))
     }
 
     /// Goes on from `from` to `to`; nothing when the worker is elsewhere in its life.
@@ -65,26 +91,17 @@ impl Node {
 
     /// What its record says about how busy it is.
     pub(crate) fn load(&self) -> WorkerLoad {
-        self.engine
-            .as_ref()
-            .map_or_else(WorkerLoad::default, |engine| {
-                load_of(&engine.stats(), engine.num_running())
-            })
+        self.engine().map_or_else(WorkerLoad::default, |engine| {
+            load_of(&engine.stats(), engine.num_running())
+        })
     }
 
     pub(crate) fn status(&self) -> v1::WorkerStatus {
-        let stats = self
-            .engine
-            .as_ref()
-            .map(EngineHandle::stats)
-            .unwrap_or_default();
-        let stuck = self.exchange.as_ref().map(|stats| stats.stuck_for());
+        let stats = self.engine().map(|engine| engine.stats());
+        let stats = stats.unwrap_or_default();
+        let stuck = self.exchange().map(|stats| stats.stuck_for());
         let carried = self.transport.stats();
-        let segments = self
-            .experts
-            .as_ref()
-            .map_or(0, |half| half.store.num_segments_held());
-        let segment_bytes = self.experts.as_ref().map_or(0, |half| half.segment_bytes);
+        let segments = self.experts.store.num_segments_held();
         v1::WorkerStatus {
             worker_id: self.id.to_string(),
             state: name(self.state()).to_owned(),
@@ -94,7 +111,7 @@ impl Node {
             kv_pages_total: stats.pages_total as u32,
             kv_pages_free: stats.pages_free as u32,
             expert_segments_held: segments,
-            expert_bytes: segments * segment_bytes,
+            expert_bytes: segments * self.experts.segment_bytes,
             steps: stats.steps,
             tokens_sampled: stats.tokens_sampled,
             bytes_sent: carried.bytes_sent,

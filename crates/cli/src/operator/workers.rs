@@ -21,6 +21,12 @@ pub(crate) async fn workers(command: WorkersCommand) -> anyhow::Result<()> {
         WorkersCommand::Uncordon { worker, change } => cordon(&worker, false, &change).await,
         WorkersCommand::Drain { worker, change } => drain(&worker, &change).await,
         WorkersCommand::Scale { count, change } => scale(u32::from(count), &change).await,
+        WorkersCommand::SetRoles {
+            worker,
+            roles,
+            force,
+            change,
+        } => set_roles(&worker, roles, force, &change).await,
         WorkersCommand::Remove {
             worker,
             force,
@@ -95,6 +101,7 @@ pub(super) fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "cordoned": worker.cordoned,
         "unconfirmed": worker.unconfirmed,
         "roles": worker.roles,
+        "wanted_roles": worker.wanted_roles,
         "address": worker.address,
         "numeric_class": worker.numeric_class,
         "capacity_bytes": worker.capacity_bytes,
@@ -291,6 +298,88 @@ fn scale_progress(look: &Look, count: u32, begun: &v1::ScaleWorkersResponse) -> 
     look.settled()
 }
 
+async fn set_roles(
+    id: &str,
+    roles: Vec<String>,
+    force: bool,
+    change: &ChangeArgs,
+) -> anyhow::Result<()> {
+    let mut admin = connect(&change.router).await?;
+    let wanted = RoleNames::of(&roles);
+    let request = v1::SetWorkerRolesRequest {
+        worker_id: id.to_owned(),
+        roles,
+        force,
+        dry_run: change.dry_run,
+    };
+    let answer = admin.set_worker_roles(request).await.map_err(|status| {
+        let next = match status.code() {
+            tonic::Code::FailedPrecondition => {
+                format!("tramontane workers set-roles {id} {wanted} --force")
+            }
+            _ => SEE_WORKERS.to_owned(),
+        };
+        refused(&next)(status)
+    })?;
+    let answer = answer.into_inner();
+    let now = RoleNames::of(&answer.roles);
+    output::note(&match (change.dry_run, answer.changed) {
+        (_, false) => format!("{id} is to do {wanted} already"),
+        (true, true) => {
+            let worker = find(&mut admin, id).await?;
+            format!(
+                "would have {id} do {wanted} instead of {now}: it has {} running and {} waiting sequences, {} slices",
+                worker.sequences_running, worker.sequences_waiting, worker.slices
+            )
+        }
+        (false, true) => {
+            format!(
+                "{id} is to do {wanted}, does {now}; undo it with `tramontane workers set-roles {id} {now}`"
+            )
+        }
+    });
+    if change.dry_run {
+        return Ok(());
+    }
+    wait(&mut admin, change, &format!("{id} does {wanted}"), |look| {
+        roles_progress(look, id, &wanted)
+    })
+    .await
+}
+
+/// Roles in the order in which they are shown.
+#[derive(Debug, PartialEq, Eq)]
+struct RoleNames(Vec<String>);
+
+impl RoleNames {
+    fn of(roles: &[String]) -> Self {
+        let mut names = roles.to_vec();
+        names.sort_unstable();
+        names.dedup();
+        Self(names)
+    }
+}
+
+impl std::fmt::Display for RoleNames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(","))
+    }
+}
+
+fn roles_progress(look: &Look, id: &str, wanted: &RoleNames) -> Progress {
+    let Some(worker) = look.worker(id) else {
+        return Progress::Waiting(format!("{id} is not listed"));
+    };
+    let now = RoleNames::of(&worker.roles);
+    if now != *wanted {
+        return Progress::Waiting(format!(
+            "{id} does {now} with {} sequences and {} slices",
+            worker.sequences_running, worker.slices
+        ));
+    }
+    look.settled()
+}
+
 async fn remove(id: &str, force: bool, change: &ChangeArgs) -> anyhow::Result<()> {
     let mut admin = connect(&change.router).await?;
     if change.dry_run {
@@ -404,6 +493,34 @@ mod tests {
             Progress::Waiting(_)
         ));
         assert_eq!(cordon_progress(&look, "w-1", true), Progress::Done);
+    }
+
+    #[test]
+    fn roles_are_set_when_the_worker_does_what_is_wanted_and_the_planner_agrees() {
+        let names = |roles: &[&str]| roles.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
+        let wanted = RoleNames::of(&names(&["experts", "attention", "experts"]));
+        assert_eq!(wanted.to_string(), "attention,experts");
+        let mut look = Look {
+            workers: vec![worker("w-0", "ready")],
+            ..Look::default()
+        };
+        look.workers[0].roles = names(&["experts"]);
+        let waiting = "w-0 does experts with 0 sequences and 0 slices".to_owned();
+        assert_eq!(
+            roles_progress(&look, "w-0", &wanted),
+            Progress::Waiting(waiting)
+        );
+        look.workers[0].roles = names(&["attention", "experts"]);
+        assert_eq!(roles_progress(&look, "w-0", &wanted), Progress::Done);
+        look.status.pending_epoch = 2;
+        assert!(matches!(
+            roles_progress(&look, "w-0", &wanted),
+            Progress::Waiting(_)
+        ));
+        assert!(matches!(
+            roles_progress(&look, "w-1", &wanted),
+            Progress::Waiting(_)
+        ));
     }
 
     #[test]

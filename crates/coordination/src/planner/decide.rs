@@ -401,7 +401,7 @@ impl PlannerView<'_> {
                 && worker.state.is_staying()
                 && worker.capacity_segments() > 0
                 && group_of(worker) == *group
-                && !self.intent.cordoned.contains(id)
+                && self.intent.may_hold(id)
                 && !self.late.contains(id)
         })
     }

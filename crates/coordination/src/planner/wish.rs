@@ -1,6 +1,6 @@
 //! What the operator wants of the placement, as it stands in the store. Decides nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +8,7 @@ use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
 
 use crate::Error;
 use crate::balance::PLACEMENT_WORKERS_MAX;
+use crate::registry::Roles;
 
 /// Most replicas that an operator may ask for.
 pub const REPLICAS_MAX: usize = 64;
@@ -22,6 +23,9 @@ pub struct Intent {
     pub slices_per_expert: Option<u8>,
     /// Workers that get no slices.
     pub cordoned: BTreeSet<WorkerId>,
+    /// What workers are to do; those that are not named do what they were configured for.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub roles: BTreeMap<WorkerId, Roles>,
     /// The epoch that is to be planned again for load and speed now, however little there is to gain.
     /// Done once a later one is published.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,6 +49,25 @@ impl Intent {
         if self.cordoned.len() > PLACEMENT_WORKERS_MAX {
             return refuse(format!("{} cordoned workers", self.cordoned.len()));
         }
+        if self.roles.len() > PLACEMENT_WORKERS_MAX {
+            return refuse(format!("roles of {} workers", self.roles.len()));
+        }
+        let idle = |roles: &Roles| *roles == Roles::default();
+        if let Some((id, _)) = self.roles.iter().find(|(_, roles)| idle(roles)) {
+            return refuse(format!("worker {id} without a role"));
+        }
         Ok(())
+    }
+
+    /// Whether new placements may name a worker.
+    #[must_use]
+    pub fn may_hold(&self, id: &WorkerId) -> bool {
+        !self.cordoned.contains(id) && self.roles.get(id).is_none_or(|roles| roles.experts)
+    }
+
+    /// Whether new sequences may go to a worker.
+    #[must_use]
+    pub fn may_attend(&self, id: &WorkerId) -> bool {
+        !self.cordoned.contains(id) && self.roles.get(id).is_none_or(|roles| roles.attention)
     }
 }

@@ -49,9 +49,13 @@ impl<'a> Cursor<'a> {
             .and_then(|len| self.position.checked_add(len));
         let Some(bytes) = end.and_then(|end| self.bytes.get(self.position..end)) else {
             let (begin, got) = (self.position, self.bytes.len() - self.position);
-            return Err(self.wrong(format!(
-                "is truncated: {what} at byte {begin} has {len} bytes, {got} follow"
-            )));
+            return Err(Error::Truncated {
+                file: self.file.to_owned(),
+                what: what.to_owned(),
+                begin,
+                len,
+                got,
+            });
         };
         self.position += bytes.len();
         Ok(bytes)

@@ -7,7 +7,7 @@ use tramontane_types::{ExpertId, LayerId};
 
 use crate::config::Architecture;
 use crate::names::{Global, InExpert, InLayer, Naming};
-use crate::shard::{Bytes, Shard};
+use crate::shard::{Form, Shard};
 use crate::tensors::Entry;
 use crate::{Error, ModelConfig};
 
@@ -17,64 +17,85 @@ use super::{Header, Metadata, config, tensors};
 /// Most files of one model.
 const FILES_MAX: u64 = 1024;
 
-/// Everything that a GGUF file and its continuations say.
-#[derive(Debug)]
-pub(crate) struct Opened {
-    pub(crate) config: ModelConfig,
-    pub(crate) shards: Vec<Shard>,
-}
-
-/// Opens `path`; of a split model, the first file.
+/// Opens `path`; of a split model all files, `path` being the first.
 ///
 /// # Errors
-/// When a file is missing or damaged, or the model is not one that is computed here.
-pub(crate) fn open(path: &Path) -> Result<Opened, Error> {
-    let first_name = file_name(path);
-    let first = Bytes::map(path)?;
-    let header = Header::read(&first_name, first.get())?;
-    let count = split_number(&header.metadata, "split.count", 1)?;
-    if !(1..=FILES_MAX).contains(&count) {
-        let rule = format!("1 to {FILES_MAX}");
-        return Err(header.metadata.wrong("split.count", &rule, &count));
-    }
-    let promised = header.metadata.whole("split.tensors.count")?;
-    let shard = |name: &str, bytes: Bytes, part: u64| {
-        let header = Header::read(name, bytes.get())?;
-        for (key, expected, default) in [("split.no", part, 0), ("split.count", count, 1)] {
-            let got = split_number(&header.metadata, key, default)?;
-            if got != expected {
-                return Err(header.metadata.wrong(key, &expected.to_string(), &got));
-            }
+/// When a file is missing or damaged.
+pub(crate) fn open(path: &Path) -> Result<Vec<Shard>, Error> {
+    let mut shards = vec![Shard::open(Form::Gguf, path, &file_name(path))?];
+    let count = count_of(&shards)?;
+    for part in 0..count {
+        if part > 0 {
+            let path = part_path(path, part, count)?;
+            shards.push(Shard::open(Form::Gguf, &path, &file_name(&path))?);
         }
-        let tensors = tensors::entries(name, &header, bytes.get().len())?;
-        let name = name.to_owned();
-        Ok((
-            header.tensors.len() as u64,
-            Shard {
-                name,
-                bytes,
-                tensors,
-            },
-        ))
+        if let Some(last) = shards.last() {
+            check_part(last, part, count)?;
+        }
+    }
+    Ok(shards)
+}
+
+/// Whether all files are there and belong together, and what model they say that they hold.
+///
+/// # Errors
+/// When they do not, or the model is not one that is computed here.
+pub(crate) fn check(shards: &[Shard]) -> Result<ModelConfig, Error> {
+    let (count, mut num_tensors) = (count_of(shards)?, 0);
+    let (mut promised, mut first_name) = (None, "");
+    for (part, shard) in (0..).zip(shards) {
+        check_part(shard, part, count)?;
+        let header = Header::read(&shard.name, &shard.header)?;
+        if part == 0 {
+            promised = header.metadata.whole("split.tensors.count")?;
+            first_name = &shard.name;
+        }
+        num_tensors += header.tensors.len() as u64;
+    }
+    let wrong = |what: String| Error::File {
+        file: first_name.to_owned(),
+        what,
     };
-    drop(header);
-    let (mut num_tensors, first) = shard(&first_name, first, 0)?;
-    let mut shards = vec![first];
-    for part in 1..count {
-        let path = part_path(path, part, count)?;
-        let (tensors, shard) = shard(&file_name(&path), Bytes::map(&path)?, part)?;
-        num_tensors += tensors;
-        shards.push(shard);
+    if shards.len() as u64 != count {
+        let got = shards.len();
+        return Err(wrong(format!(
+            "is the first of {count} files, {got} are there"
+        )));
     }
     if let Some(promised) = promised.filter(|_| count > 1).filter(|n| *n != num_tensors) {
-        return Err(Error::File {
-            file: first_name,
-            what: format!("split.tensors.count is {promised}, but all files hold {num_tensors}"),
-        });
+        return Err(wrong(format!(
+            "split.tensors.count is {promised}, but all files hold {num_tensors}"
+        )));
     }
-    let config = read_config(&first_name, &shards)?;
-    refuse_unknown_tensors(&config, &shards)?;
-    Ok(Opened { config, shards })
+    let config = read_config(first_name, shards)?;
+    refuse_unknown_tensors(&config, shards)?;
+    Ok(config)
+}
+
+/// Whether a file says that it is this part of so many.
+fn check_part(shard: &Shard, part: u64, count: u64) -> Result<(), Error> {
+    let metadata = Header::read(&shard.name, &shard.header)?.metadata;
+    for (key, expected, default) in [("split.no", part, 0), ("split.count", count, 1)] {
+        let got = split_number(&metadata, key, default)?;
+        if got != expected {
+            return Err(metadata.wrong(key, &expected.to_string(), &got));
+        }
+    }
+    Ok(())
+}
+
+/// How many files the first one says that there are.
+fn count_of(shards: &[Shard]) -> Result<u64, Error> {
+    let Some(first) = shards.first() else {
+        return Ok(0);
+    };
+    let metadata = Header::read(&first.name, &first.header)?.metadata;
+    let count = split_number(&metadata, "split.count", 1)?;
+    if !(1..=FILES_MAX).contains(&count) {
+        let rule = format!("1 to {FILES_MAX}");
+        return Err(metadata.wrong("split.count", &rule, &count));
+    }
+    Ok(count)
 }
 
 fn file_name(path: &Path) -> String {
@@ -110,7 +131,7 @@ fn read_config(file: &str, shards: &[Shard]) -> Result<ModelConfig, Error> {
         vocab: embed.shape.first().copied().unwrap_or(0),
         is_tied: find(Global::LmHead).is_none(),
     };
-    let bytes = shards.first().map_or(&[][..], |shard| shard.bytes.get());
+    let bytes = shards.first().map_or(&[][..], |shard| &shard.header[..]);
     config::read(&Header::read(file, bytes)?.metadata, tables)
 }
 

@@ -36,17 +36,20 @@ pub(crate) struct Header<'a> {
     pub(crate) metadata: Metadata<'a>,
     /// In file order, with distinct names; offsets count from `data_begin`.
     pub(crate) tensors: Vec<TensorInfo>,
-    /// First byte of the data; `bytes.len()` when there is none.
+    /// Bytes up to the last tensor's place.
+    pub(crate) len: usize,
+    /// First byte of the data; the last tensor's place may end the file.
     pub(crate) data_begin: usize,
     /// Every tensor begins at a multiple of it.
     pub(crate) alignment: usize,
 }
 
 impl<'a> Header<'a> {
-    /// Reads the header of `bytes`, the whole content of `file`.
+    /// Reads the header in `bytes`, the begin of `file`.
     ///
     /// # Errors
-    /// Names the file, the key or tensor, what was expected and what came.
+    /// Names the file, the key or tensor, what was expected and what came; [`Error::Truncated`] when more bytes
+    /// may help.
     pub(crate) fn read(file: &'a str, bytes: &'a [u8]) -> Result<Self, Error> {
         let mut cursor = Cursor::new(file, bytes);
         check_version(&mut cursor)?;
@@ -55,12 +58,12 @@ impl<'a> Header<'a> {
         let metadata = Metadata::read(&mut cursor, num_entries)?;
         let tensors = tensors::read_infos(&mut cursor, num_tensors)?;
         let alignment = alignment(&metadata)?;
-        // The last tensor info may end the file; without tensors nobody pads.
-        let data_begin = cursor.position().next_multiple_of(alignment);
+        let len = cursor.position();
         Ok(Self {
             metadata,
             tensors,
-            data_begin: data_begin.min(bytes.len()),
+            len,
+            data_begin: len.next_multiple_of(alignment),
             alignment,
         })
     }

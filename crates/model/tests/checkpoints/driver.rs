@@ -35,7 +35,7 @@ pub(crate) struct Part<'a> {
 impl Driver {
     pub(crate) fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
         let geometry = checkpoint.geometry().clone();
-        let weights = checkpoint.attention_weights().unwrap();
+        let attention = checkpoint.attention_weights().unwrap();
         let config = AttentionConfig {
             num_pages: NUM_PAGES,
             max_rows: MAX_ROWS,
@@ -49,7 +49,7 @@ impl Driver {
             workers.push((range, experts));
         }
         Self {
-            attention: backend.attention(&weights, config).unwrap(),
+            attention: backend.attention(&attention.weights(), config).unwrap(),
             geometry,
             workers,
             chosen: Vec::new(),

@@ -59,12 +59,12 @@ fn every_element_type_and_any_number_of_files_is_read() {
     for (dtype, expected) in types {
         let folder = written(&TinyModel::mixtral().dtype(dtype).shards(3));
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        let weights = checkpoint.attention_weights().unwrap();
-        assert_eq!(weights.embed.dtype, expected);
-        let w2 = checkpoint
-            .expert_weights(LayerId(1), ExpertId(7))
-            .unwrap()
-            .w2;
+        let attention = checkpoint.attention_weights().unwrap();
+        assert_eq!(attention.weights().embed.dtype, expected);
+        let expert = checkpoint
+            .expert_weights(LayerId(1), ExpertId(7), SegmentRange::WHOLE)
+            .unwrap();
+        let w2 = expert.weights().w2;
         assert_eq!((w2.rows, w2.cols), (32, 64));
         first.push(w2.to_f32()[0]);
         assert_eq!(checkpoint.inspect().files.len(), 3);
@@ -76,16 +76,20 @@ fn every_element_type_and_any_number_of_files_is_read() {
 fn a_tied_head_is_the_embedding_and_a_dense_block_is_expert_zero() {
     let folder = written(&TinyModel::mistral().tied());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let weights = checkpoint.attention_weights().unwrap();
+    let attention = checkpoint.attention_weights().unwrap();
+    let weights = attention.weights();
     assert!(std::ptr::eq(weights.lm_head.data, weights.embed.data));
     assert!(weights.layers[0].gate.is_none());
-    let expert = checkpoint.expert_weights(LayerId(0), ExpertId(0)).unwrap();
+    let expert = checkpoint
+        .expert_weights(LayerId(0), ExpertId(0), SegmentRange::WHOLE)
+        .unwrap();
+    let expert = expert.weights();
     assert_eq!(
         (expert.w1.rows, expert.w2.rows, expert.w3.rows),
         (64, 32, 64)
     );
     let beyond = checkpoint
-        .expert_weights(LayerId(0), ExpertId(1))
+        .expert_weights(LayerId(0), ExpertId(1), SegmentRange::WHOLE)
         .unwrap_err();
     assert_eq!(
         beyond.to_string(),

@@ -13,8 +13,9 @@ use tramontane_model::Checkpoint;
 use tramontane_model::config::Architecture;
 use tramontane_testkit::gguf::GgufFile;
 use tramontane_testkit::tiny::TinyModel;
-use tramontane_types::{ExpertId, LayerId, TokenId};
+use tramontane_types::{ExpertId, LayerId, SegmentRange, TokenId};
 
+use super::described::Other;
 use super::driver::{Driver, Part, pages};
 
 /// Types as GGUF numbers them.
@@ -88,7 +89,8 @@ fn metadata(checkpoint: &Checkpoint) -> GgufFile {
 
 fn converted(checkpoint: &Checkpoint, style: Style) -> GgufFile {
     let g = checkpoint.geometry();
-    let weights = checkpoint.attention_weights().unwrap();
+    let attention = checkpoint.attention_weights().unwrap();
+    let weights = attention.weights();
     let mut file = metadata(checkpoint);
     let mut add = |name: &str, tensor: &HostTensor<'_>, kind: u32, bytes: Vec<u8>| {
         let shape = [tensor.rows, tensor.cols];
@@ -147,9 +149,13 @@ fn converted(checkpoint: &Checkpoint, style: Style) -> GgufFile {
 fn with_experts(checkpoint: &Checkpoint, style: Style, mut file: GgufFile) -> GgufFile {
     let g = checkpoint.geometry();
     for layer in 0..g.num_layers as u16 {
-        let experts = (0..g.num_experts as u16).map(|expert| {
-            let weights = checkpoint.expert_weights(LayerId(layer), ExpertId(expert));
-            let ExpertWeights { w1, w2, w3 } = weights.unwrap();
+        let read = (0..g.num_experts as u16).map(|expert| {
+            let (place, whole) = ((LayerId(layer), ExpertId(expert)), SegmentRange::WHOLE);
+            checkpoint.expert_weights(place.0, place.1, whole).unwrap()
+        });
+        let read: Vec<_> = read.collect();
+        let experts = read.iter().map(|expert| {
+            let ExpertWeights { w1, w2, w3 } = expert.weights();
             [("gate", w1), ("down", w2), ("up", w3)]
         });
         let experts: Vec<_> = experts.collect();
@@ -224,6 +230,20 @@ fn the_same_numbers_give_the_same_logits() {
         let backend = ReferenceBackend::new(expected);
         assert_eq!(logits(&gguf, &backend), logits(&safetensors, &backend));
         assert_eq!(gguf.weight_format().unwrap(), WeightFormat::Bf16);
+    }
+}
+
+#[test]
+fn a_gguf_file_of_somebody_else_gives_the_same_logits() {
+    for kind in [BF16, Q8_0] {
+        let style = Style { kind, merged: true };
+        let (_folder, _, gguf) = pair(&mixtral(), style);
+        let other = Other::new(gguf.clone());
+        let here = Checkpoint::open_described(&gguf.describe(), None, other).unwrap();
+        assert_eq!(here.fingerprint(), gguf.fingerprint());
+        assert!(here.metadata().unwrap().is_some());
+        let backend = ReferenceBackend::new(gguf.geometry());
+        assert_eq!(logits(&here, &backend), logits(&gguf, &backend));
     }
 }
 

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use tramontane_coordination::{Intent, Members, Placements, SeenIntent, WorkerRecord, WorkerState};
+use tramontane_coordination::{
+    Intent, Members, Placements, Roles, SeenIntent, WorkerRecord, WorkerState,
+};
 use tramontane_types::{Epoch, Placement, WorkerId};
 
 /// The cluster at one moment.
@@ -40,6 +42,8 @@ pub(crate) enum Kind {
     WorkerUnconfirmed,
     WorkerCordoned,
     WorkerUncordoned,
+    WorkerRolesWanted,
+    WorkerRolesChanged,
     SequencesMoved,
     PlacementProposed,
     PlacementPublished,
@@ -63,6 +67,8 @@ impl Kind {
             Self::WorkerUnconfirmed => "worker_unconfirmed",
             Self::WorkerCordoned => "worker_cordoned",
             Self::WorkerUncordoned => "worker_uncordoned",
+            Self::WorkerRolesWanted => "worker_roles_wanted",
+            Self::WorkerRolesChanged => "worker_roles_changed",
             Self::SequencesMoved => "sequences_moved",
             Self::PlacementProposed => "placement_proposed",
             Self::PlacementPublished => "placement_published",
@@ -176,6 +182,10 @@ impl Changes {
             let text = "another process of the same name took its place";
             self.push(Kind::WorkerRestarted, Some(&new.id), text);
         }
+        if old.roles != new.roles && old.incarnation == new.incarnation {
+            let text = format!("does {} (before: {})", shown(new.roles), shown(old.roles));
+            self.push(Kind::WorkerRolesChanged, Some(&new.id), text);
+        }
         if old.state != new.state || old.incarnation != new.incarnation {
             self.entered(new);
         }
@@ -230,20 +240,38 @@ impl Changes {
             let text = "may get sequences and slices again";
             self.push(Kind::WorkerUncordoned, Some(id), text);
         }
-        let shown =
+        let wanted = after
+            .roles
+            .iter()
+            .filter(|(id, roles)| before.roles.get(*id) != Some(*roles));
+        for (id, roles) in wanted {
+            let text = format!("is to do {}", shown(*roles));
+            self.push(Kind::WorkerRolesWanted, Some(id), text);
+        }
+        let count =
             |n: Option<usize>| n.map_or_else(|| "by configuration".to_owned(), |n| n.to_string());
         let wishes = |intent: &Intent| {
             let slices = intent.slices_per_expert.map(usize::from);
             format!(
                 "replicas {}, slices per expert {}",
-                shown(intent.replicas.map(std::num::NonZeroUsize::get)),
-                shown(slices)
+                count(intent.replicas.map(std::num::NonZeroUsize::get)),
+                count(slices)
             )
         };
         let (old, new) = (wishes(before), wishes(after));
         if old != new {
             self.push(Kind::IntentChanged, None, format!("{new} (before: {old})"));
         }
+    }
+}
+
+/// Roles as they are shown.
+fn shown(roles: Roles) -> &'static str {
+    match (roles.attention, roles.experts) {
+        (true, true) => "attention,experts",
+        (true, false) => "attention",
+        (false, true) => "experts",
+        (false, false) => "nothing",
     }
 }
 

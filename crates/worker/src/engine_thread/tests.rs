@@ -26,13 +26,13 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
         ..WorkerConfig::default()
     };
     let backend: Arc<dyn Backend> = backend::make(&config, geometry).unwrap();
-    let weights = checkpoint.attention_weights().unwrap();
+    let bytes = checkpoint.attention_weights().unwrap();
     let sizes = AttentionConfig {
         num_pages: PAGES,
         max_rows: 64,
         kv_format: KvFormat::F16,
     };
-    let attention = backend.attention(&weights, sizes).unwrap();
+    let attention = backend.attention(&bytes.weights(), sizes).unwrap();
     let experts = Arc::new(KeptExperts::new(
         backend.experts(),
         geometry.clone(),

@@ -64,9 +64,10 @@ fn a_slice_that_was_packed_wrongly_is_refused_and_not_held() {
     model.write(directory.path()).unwrap();
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     let geometry = checkpoint.geometry();
-    let weights = checkpoint
-        .expert_weights(SLICE.layer, SLICE.expert)
+    let bytes = checkpoint
+        .expert_weights(SLICE.layer, SLICE.expert, SLICE.range)
         .unwrap();
+    let weights = bytes.weights();
     for format in [
         WeightFormat::F32,
         WeightFormat::Bf16,

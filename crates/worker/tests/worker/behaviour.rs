@@ -410,7 +410,7 @@ async fn serving_goes_on_without_the_store() {
 }
 
 /// Status line and body of a plain HTTP request.
-async fn http_get(address: SocketAddr, path: &str) -> (String, String) {
+pub(crate) async fn http_get(address: SocketAddr, path: &str) -> (String, String) {
     let mut connection = TcpStream::connect(address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n");
     connection.write_all(request.as_bytes()).await.unwrap();

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use tramontane_compute::WeightFormat;
+use tramontane_coordination::planner::{Intent, intent, set_intent};
 use tramontane_coordination::store::keys;
 use tramontane_coordination::{Entry, MemoryStore, Store, WorkerRecord};
 use tramontane_exchange::LocalTransport;
@@ -19,7 +21,9 @@ use tramontane_proto::v1::{self, sequence_event::Kind, worker_client::WorkerClie
 use tramontane_runtime::Shutdown;
 use tramontane_testkit::tiny::TinyModel;
 use tramontane_types::{Epoch, Placement, SamplingParams, SegmentRange, SliceHolders, WorkerId};
-use tramontane_worker::{Error, ExchangeKind, ProcessKind, WorkerConfig, WorkerParts, run};
+use tramontane_worker::{
+    Error, ExchangeKind, PeerModel, ProcessKind, WorkerConfig, WorkerParts, open_from_peers, run,
+};
 
 /// How long a condition may take to come true.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,16 +41,22 @@ pub(crate) const VOCAB: u32 = 97;
 pub(crate) fn checkpoint() -> Arc<Checkpoint> {
     static SHARED: OnceLock<(Arc<Checkpoint>, tempfile::TempDir)> = OnceLock::new();
     let (checkpoint, _directory) = SHARED.get_or_init(|| {
-        let directory = tempfile::tempdir().unwrap();
-        let model = TinyModel::mixtral().experts(EXPERTS).hidden(64).ff(256);
-        let model = model.max_positions(POSITIONS);
-        model.write(directory.path()).unwrap();
+        let directory = written();
         (
             Arc::new(Checkpoint::open(directory.path()).unwrap()),
             directory,
         )
     });
     Arc::clone(checkpoint)
+}
+
+/// The files of the test model.
+pub(crate) fn written() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let model = TinyModel::mixtral().experts(EXPERTS).hidden(64).ff(256);
+    let model = model.max_positions(POSITIONS);
+    model.write(directory.path()).unwrap();
+    directory
 }
 
 /// How the workers of a cluster reach each other's experts.
@@ -114,12 +124,36 @@ impl Cluster {
     }
 
     pub(crate) async fn start_with_ops(&mut self, config: WorkerConfig, ops: Option<TcpListener>) {
+        self.start_with(config, ops, checkpoint()).await;
+    }
+
+    /// Starts a worker with the checkpoint that the others have.
+    pub(crate) async fn start_from_peers(&mut self, config: WorkerConfig) {
+        let wish = PeerModel {
+            store: Arc::clone(&self.store),
+            cluster: config.cluster.clone(),
+            id: config.id.clone(),
+            name: None,
+            directory: None,
+        };
+        let opened = open_from_peers(wish, CancellationToken::new()).await;
+        let (checkpoint, name) = opened.unwrap().unwrap();
+        assert_eq!((checkpoint.files_here().0, name.as_str()), (0, "tiny"));
+        self.start_with(config, None, Arc::new(checkpoint)).await;
+    }
+
+    pub(crate) async fn start_with(
+        &mut self,
+        config: WorkerConfig,
+        ops: Option<TcpListener>,
+        checkpoint: Arc<Checkpoint>,
+    ) {
         let id = config.id.clone();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = grpc.local_addr().unwrap();
         let parts = WorkerParts {
             store: Arc::clone(&self.store),
-            checkpoint: checkpoint(),
+            checkpoint,
             model_name: "tiny".to_owned(),
             grpc,
             ops,
@@ -187,6 +221,13 @@ impl Cluster {
         };
         placement.validate().unwrap();
         placement
+    }
+
+    /// What the operator wants, from now on.
+    pub(crate) async fn want(&self, change: impl FnOnce(&mut Intent)) {
+        let (mut wish, revision) = intent(&*self.store).await.unwrap();
+        change(&mut wish);
+        set_intent(&*self.store, &wish, revision).await.unwrap();
     }
 
     /// Both phases of a change: pending, loaded by all its workers, published, served on by all.

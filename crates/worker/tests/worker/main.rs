@@ -11,3 +11,5 @@ mod cluster;
 mod drill;
 mod exactness;
 mod orphans;
+mod roles;
+mod weights;

@@ -51,6 +51,19 @@ pub(super) async fn cordon(app: &App, id: &WorkerId, cordoned: bool) -> Result<b
     Ok(changed)
 }
 
+/// Nothing special is wanted of a worker any more.
+pub(super) async fn forget(app: &App, id: &WorkerId) -> Result<(), Status> {
+    let change = |intent: &mut Intent| {
+        let was_cordoned = intent.cordoned.remove(id);
+        intent.roles.remove(id).is_some() || was_cordoned
+    };
+    change_intent(app, change).await?;
+    until_seen(app, |intent| {
+        !intent.cordoned.contains(id) && !intent.roles.contains_key(id)
+    })
+    .await
+}
+
 pub(super) async fn set_intent(
     app: &App,
     request: v1::SetIntentRequest,
@@ -84,7 +97,7 @@ pub(super) async fn set_intent(
 }
 
 /// Applies `change` to what the store holds, which says whether it changed anything; what was written.
-async fn change_intent(
+pub(super) async fn change_intent(
     app: &App,
     change: impl Fn(&mut Intent) -> bool,
 ) -> Result<Option<Intent>, Status> {
@@ -113,7 +126,7 @@ async fn change_intent(
 }
 
 /// From then on this router goes by it.
-async fn until_seen(app: &App, reached: impl Fn(&Intent) -> bool) -> Result<(), Status> {
+pub(super) async fn until_seen(app: &App, reached: impl Fn(&Intent) -> bool) -> Result<(), Status> {
     let mut intent = app.cluster.intent.clone();
     let seen = intent.wait_for(|seen| reached(&seen.intent));
     match timeout(SEEN_MAX, seen).await {

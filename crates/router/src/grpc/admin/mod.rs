@@ -5,6 +5,7 @@ mod drill;
 mod events;
 mod intent;
 mod plan;
+mod roles;
 mod status;
 mod workers;
 
@@ -83,6 +84,16 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::SetIntentResponse>, Status> {
         let request = request.into_inner();
         intent::set_intent(&self.app, request)
+            .await
+            .map(Response::new)
+    }
+
+    async fn set_worker_roles(
+        &self,
+        request: Request<v1::SetWorkerRolesRequest>,
+    ) -> Result<Response<v1::SetWorkerRolesResponse>, Status> {
+        let request = request.into_inner();
+        roles::set_roles(&self.app, &request)
             .await
             .map(Response::new)
     }

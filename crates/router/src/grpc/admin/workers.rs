@@ -10,7 +10,8 @@ use tramontane_coordination::{
 use tramontane_proto::v1;
 use tramontane_types::{Placement, WorkerId};
 
-use super::intent::cordon;
+use super::intent::forget;
+use super::roles::names;
 use super::{count, not_found, refusal, store_refused};
 use crate::error::ApiError;
 use crate::run::App;
@@ -69,8 +70,9 @@ pub(super) async fn remove(
     let record = members.workers.get(&id);
     let slices = placements.published.as_deref();
     let slices = slices.map_or(0, |placement| placement.slices_of(&id).count());
-    let is_cordoned = app.cluster.intent().intent.cordoned.contains(&id);
-    if record.is_none() && slices == 0 && !is_cordoned {
+    let seen = app.cluster.intent();
+    let is_known = seen.intent.cordoned.contains(&id) || seen.intent.roles.contains_key(&id);
+    if record.is_none() && slices == 0 && !is_known {
         return Err(not_found(format!("there is no worker {id}"), "worker_id"));
     }
     let was_alive = match record {
@@ -87,8 +89,8 @@ pub(super) async fn remove(
     let was_listed = remove_worker(&*app.store, &id, unconfirmed.map(|record| &**record))
         .await
         .map_err(store_refused)?;
-    if is_cordoned {
-        cordon(app, &id, false).await?;
+    if is_known {
+        forget(app, &id).await?;
     }
     tracing::info!(worker = %id, was_listed, was_alive, "worker removed by an operator");
     Ok(v1::RemoveWorkerResponse {
@@ -148,14 +150,6 @@ fn summary(
 ) -> v1::WorkerSummary {
     let id = &record.id;
     let (slices, segments) = held(placements.published.as_deref(), id);
-    let roles = [
-        ("attention", record.roles.attention),
-        ("experts", record.roles.experts),
-    ];
-    let roles = roles
-        .iter()
-        .filter(|(_, has)| *has)
-        .map(|(name, _)| (*name).to_owned());
     let state = match record.state {
         WorkerState::Joining => "joining",
         WorkerState::Ready => "ready",
@@ -165,7 +159,8 @@ fn summary(
     v1::WorkerSummary {
         id: id.to_string(),
         address: record.address.clone(),
-        roles: roles.collect(),
+        roles: names(record.roles),
+        wanted_roles: intent.roles.get(id).map_or_else(Vec::new, |r| names(*r)),
         state: state.to_owned(),
         numeric_class: record.numeric_class.clone(),
         capacity_bytes: record.capacity_bytes,

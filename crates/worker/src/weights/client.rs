@@ -1,0 +1,368 @@
+//! Bytes of weight files from other workers: one peer after the other until one gives them whole. Never takes
+//! what its digest does not fit, never asks for ever.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use tramontane_coordination::{Members, WorkerState};
+use tramontane_exchange::LinkSettings;
+use tramontane_model::{Description, Error, Part, Source};
+use tramontane_proto::v1::{self, weights_chunk::Kind, weights_client::WeightsClient};
+use tramontane_types::WorkerId;
+
+use super::{FETCHES_MAX, RANGE_BYTES_MAX, RANGE_PIECES_MAX, WeightStats, from_wire};
+
+/// A peer that says nothing for this long is left: longer than it may have a request wait for its turn.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Longest time for one range, waiting for busy peers included.
+const RANGE_TIME_MAX: Duration = Duration::from_secs(300);
+/// Answers to one range that come to nothing before it is given up.
+pub(super) const ATTEMPTS_MAX: usize = 6;
+/// Pause before all peers are asked again.
+const ROUND_PAUSE: Duration = Duration::from_millis(250);
+/// A peer that failed is asked after the others for this long.
+const REST: Duration = Duration::from_secs(10);
+/// Largest description: `config.json` and 4096 files.
+const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
+
+/// The other workers that have a model.
+#[derive(Debug)]
+pub(crate) struct PeerWeights {
+    asker: v1::WeightsAsker,
+    members: watch::Receiver<Arc<Members>>,
+    runtime: Handle,
+    stop: CancellationToken,
+    known: Mutex<HashMap<String, Known>>,
+    at_once: Semaphore,
+    stats: Arc<WeightStats>,
+    /// Ranges go to another peer each, so that all give their share.
+    turn: AtomicUsize,
+}
+
+/// What is known of the peer at an address.
+#[derive(Debug)]
+struct Known {
+    client: WeightsClient<Channel>,
+    rests_until: Option<Instant>,
+}
+
+#[derive(Clone, Debug)]
+struct Peer {
+    id: WorkerId,
+    address: String,
+}
+
+/// Why one peer did not give what was asked for.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{address:?} is no address")]
+    Address { address: String },
+    #[error("{code:?}: {message}")]
+    Refused { code: Code, message: String },
+    #[error("silent for {SILENCE_MAX:?}")]
+    Silent,
+    #[error("ended after {got} bytes, expected {expected}")]
+    Short { expected: usize, got: usize },
+    #[error("more than the {expected} bytes that were asked for")]
+    Long { expected: usize },
+    #[error("sha-256 is {got}, expected {expected}")]
+    Digest { expected: String, got: String },
+    #[error("describes a form of checkpoint that is not known here")]
+    Form,
+}
+
+impl Failure {
+    /// Whether it is a peer that has too much to do, and nothing else.
+    const fn is_busy(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused {
+                code: Code::ResourceExhausted,
+                ..
+            }
+        )
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Self::Refused {
+            code: status.code(),
+            message: status.message().chars().take(256).collect(),
+        }
+    }
+}
+
+/// Nobody gave it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotGiven {
+    #[error("no other worker with model {model} is listed")]
+    Nobody { model: String },
+    #[error("no worker gave it; {}", shown(failures))]
+    Failed {
+        /// What peers said, and how often.
+        failures: BTreeMap<String, usize>,
+    },
+    #[error("every worker that has it was busy for {RANGE_TIME_MAX:?}")]
+    Busy,
+    #[error("this worker is stopping")]
+    Stopping,
+}
+
+impl PeerWeights {
+    /// Asks on behalf of `asker` those `members` that have its model. `stop` ends all waits.
+    pub(crate) fn new(
+        asker: v1::WeightsAsker,
+        members: watch::Receiver<Arc<Members>>,
+        stats: Arc<WeightStats>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            asker,
+            members,
+            runtime: Handle::current(),
+            stop,
+            known: Mutex::default(),
+            at_once: Semaphore::new(FETCHES_MAX),
+            stats,
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn asker(&self) -> v1::WeightsAsker {
+        self.asker.clone()
+    }
+
+    /// What somebody who has the model says of it.
+    pub(crate) async fn describe(&self) -> Result<Description, NotGiven> {
+        let ask = async |peer: &Peer| {
+            let request = v1::DescribeCheckpointRequest {
+                asker: Some(self.asker.clone()),
+            };
+            let mut client = self.client(peer)?;
+            let answer = timeout(SILENCE_MAX, client.describe_checkpoint(request)).await;
+            let answer = answer.map_err(|_elapsed| Failure::Silent)??.into_inner();
+            from_wire(answer).ok_or(Failure::Form)
+        };
+        self.ask_in_turn(ask).await
+    }
+
+    /// Asks one peer after the other until one gives an answer.
+    async fn ask_in_turn<T>(
+        &self,
+        mut ask: impl AsyncFnMut(&Peer) -> Result<T, Failure>,
+    ) -> Result<T, NotGiven> {
+        let (deadline, mut failures) = (Instant::now() + RANGE_TIME_MAX, BTreeMap::new());
+        let (mut attempts, mut rounds_without_peers) = (0, 0);
+        loop {
+            let peers = self.peers();
+            if peers.is_empty() {
+                rounds_without_peers += 1;
+            }
+            for peer in peers {
+                let failure = match ask(&peer).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => failure,
+                };
+                self.let_rest(&peer);
+                if failure.is_busy() {
+                    continue;
+                }
+                self.stats.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(peer = %peer.id, error = %failure, "weights not given, asking the next");
+                let said = format!("{} at {}: {failure}", peer.id, peer.address);
+                *failures.entry(said).or_default() += 1;
+                attempts += 1;
+                if attempts >= ATTEMPTS_MAX {
+                    return Err(NotGiven::Failed { failures });
+                }
+            }
+            if rounds_without_peers >= ATTEMPTS_MAX {
+                let model = self.asker.model.clone();
+                return Err(NotGiven::Nobody { model });
+            }
+            if Instant::now() >= deadline {
+                return Err(match failures.is_empty() {
+                    true => NotGiven::Busy,
+                    false => NotGiven::Failed { failures },
+                });
+            }
+            sleep(ROUND_PAUSE).await;
+        }
+    }
+
+    /// Who has the model: those that rest behind the others, and another one first each time.
+    fn peers(&self) -> Vec<Peer> {
+        let members = Arc::clone(&self.members.borrow());
+        let others = members.workers.values().filter(|record| {
+            record.model.fingerprint == self.asker.model
+                && record.id.as_str() != self.asker.worker_id
+                && record.state != WorkerState::Leaving
+        });
+        let mut peers: Vec<Peer> = others
+            .map(|record| Peer {
+                id: record.id.clone(),
+                address: record.address.clone(),
+            })
+            .collect();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let num_peers = peers.len().max(1);
+        peers.rotate_left(turn % num_peers);
+        let (known, now) = (self.known.lock(), Instant::now());
+        let rests = |peer: &Peer| {
+            let known = known.get(&peer.address);
+            known.is_some_and(|known| known.rests_until.is_some_and(|until| until > now))
+        };
+        // Keeps the order among equals.
+        peers.sort_by_key(rests);
+        peers
+    }
+
+    fn let_rest(&self, peer: &Peer) {
+        if let Some(known) = self.known.lock().get_mut(&peer.address) {
+            known.rests_until = Some(Instant::now() + REST);
+        }
+    }
+
+    fn client(&self, peer: &Peer) -> Result<WeightsClient<Channel>, Failure> {
+        let mut known = self.known.lock();
+        if let Some(known) = known.get(&peer.address) {
+            return Ok(known.client.clone());
+        }
+        let link = LinkSettings::default();
+        let endpoint = Endpoint::from_shared(format!("http://{}", peer.address));
+        let endpoint = endpoint.map_err(|_invalid| Failure::Address {
+            address: peer.address.clone(),
+        })?;
+        // A connection of its own: the windows of expert calls are not theirs.
+        let channel = endpoint
+            .connect_timeout(link.connect_timeout)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(link.keepalive_interval)
+            .keep_alive_timeout(link.keepalive_timeout)
+            .keep_alive_while_idle(false)
+            .connect_lazy();
+        let client = WeightsClient::new(channel).max_decoding_message_size(DESCRIPTION_BYTES_MAX);
+        // Addresses of members that left are not asked again.
+        let members = Arc::clone(&self.members.borrow());
+        known.retain(|address, _| members.workers.values().any(|w| w.address == *address));
+        known.insert(
+            peer.address.clone(),
+            Known {
+                client: client.clone(),
+                rests_until: None,
+            },
+        );
+        Ok(client)
+    }
+
+    /// Fills `out` with a range that one peer gives.
+    async fn fetch_from(
+        &self,
+        peer: &Peer,
+        range: &Part<'_>,
+        out: &mut [u8],
+    ) -> Result<(), Failure> {
+        let request = v1::ReadWeightsRequest {
+            asker: Some(self.asker.clone()),
+            file: range.file.to_owned(),
+            tensor: range.tensor.to_owned(),
+            begin: range.begin,
+            piece_bytes: range.piece as u64,
+            stride: range.stride,
+            // In range: at most `RANGE_PIECES_MAX`.
+            pieces: range.count as u32,
+        };
+        let mut client = self.client(peer)?;
+        let answer = timeout(SILENCE_MAX, client.read_weights(request)).await;
+        let mut stream = answer.map_err(|_elapsed| Failure::Silent)??.into_inner();
+        let (mut hash, mut got, expected) = (Sha256::new(), 0, out.len());
+        loop {
+            let message = timeout(SILENCE_MAX, stream.message()).await;
+            let chunk = message.map_err(|_elapsed| Failure::Silent)??;
+            match chunk.and_then(|chunk| chunk.kind) {
+                Some(Kind::Data(data)) => {
+                    let place = out.get_mut(got..got + data.len());
+                    let place = place.ok_or(Failure::Long { expected })?;
+                    place.copy_from_slice(&data);
+                    hash.update(&data);
+                    got += data.len();
+                }
+                Some(Kind::Sha256(theirs)) if got == expected => {
+                    let ours = hash.finalize();
+                    if ours[..] == theirs[..] {
+                        return Ok(());
+                    }
+                    let (expected, got) = (hex(&theirs), hex(&ours));
+                    return Err(Failure::Digest { expected, got });
+                }
+                Some(Kind::Sha256(_)) | None => return Err(Failure::Short { expected, got }),
+            }
+        }
+    }
+
+    async fn fetch(&self, range: &Part<'_>, out: &mut [u8]) -> Result<(), NotGiven> {
+        // Never closed.
+        let _place = self.at_once.acquire().await;
+        let fetched = self.ask_in_turn(async |peer: &Peer| self.fetch_from(peer, range, out).await);
+        fetched.await?;
+        let received = &self.stats.received;
+        received.fetch_add(out.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Source for PeerWeights {
+    /// Called by threads that pack, never by one of the runtime.
+    fn read(&self, part: &Part<'_>, out: &mut [u8]) -> Result<(), Error> {
+        if let Some(error) = part.instead_of {
+            self.stats.unreadable.fetch_add(1, Ordering::Relaxed);
+            let error = error as &dyn std::error::Error;
+            let (file, tensor) = (part.file, part.tensor);
+            tracing::error!(
+                file,
+                tensor,
+                error,
+                "a weight file cannot be read, asking other workers"
+            );
+        }
+        let mut rest = out;
+        for range in part.cut(RANGE_BYTES_MAX, RANGE_PIECES_MAX) {
+            let (now, later) = rest.split_at_mut(range.piece * range.count);
+            let fetched = self.runtime.block_on(async {
+                let fetched = self.stop.run_until_cancelled(self.fetch(&range, now));
+                fetched.await.unwrap_or(Err(NotGiven::Stopping))
+            });
+            fetched.map_err(|source| Error::Elsewhere {
+                file: part.file.to_owned(),
+                tensor: part.tensor.to_owned(),
+                source: Box::new(source),
+            })?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+fn shown(failures: &BTreeMap<String, usize>) -> String {
+    let times = |(said, count): (&String, &usize)| match count {
+        1 => said.clone(),
+        count => format!("{said} ({count} times)"),
+    };
+    failures.iter().map(times).collect::<Vec<_>>().join("; ")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
