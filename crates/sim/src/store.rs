@@ -257,7 +257,7 @@ impl Store for Client {
                     .compare_and_swap(&key, expected, value.clone(), lease)
                     .await?;
                 match outcome {
-                    CasOutcome::Swapped(_) if key == keys::PLACEMENT => check.published(me, &value),
+                    CasOutcome::Swapped(_) => check.written(me, &key, &value),
                     // An earlier attempt without an answer may have written: our own value is no conflict.
                     CasOutcome::Conflict(Some(found))
                         if again && found.value == value && Some(found.revision) != expected =>

@@ -12,7 +12,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::planner::{intent, set_intent};
 use tramontane_coordination::store::keys;
-use tramontane_coordination::{Intent, PlacementStore, Store, WorkerState, seed_this_thread};
+use tramontane_coordination::{
+    Intent, PlacementStore, Store, Version, WorkerState, seed_this_thread,
+};
 use tramontane_router::RouterConfig;
 use tramontane_router::simulation::Gauges;
 use tramontane_tokenizer::Tokenizer;
@@ -22,6 +24,7 @@ use crate::check::{Check, Counts};
 use crate::client::{Ask, End};
 use crate::engine::node_of;
 use crate::faults::{Fault, Plan};
+use crate::model::version;
 use crate::net::{Net, Node, STORE};
 use crate::panics;
 use crate::rng::Rng;
@@ -126,8 +129,9 @@ impl World {
         let plan = Plan::of(seed);
         let mut rng = Rng::new(seed, 2);
         let mut builds = Vec::new();
-        for _ in 0..plan.workers_max {
+        for index in 0..plan.workers_max + plan.others {
             builds.push(Build {
+                version: u8::from(index >= plan.workers_max),
                 capacity_segments: rng.range(SEGMENTS, SEGMENTS * 2),
                 load_ms: rng.range(1, 40),
                 step_ms: rng.range(8, 40),
@@ -157,7 +161,7 @@ impl World {
         let check = self.shared.check.clone();
         check.note(format_args!("{:?}", self.plan));
         (0..self.plan.num_routers).for_each(|i| self.start(Node::router(i)));
-        (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+        self.plan.workers().for_each(|node| self.start(node));
         if !self.settles(READY_MAX).await {
             return;
         }
@@ -291,6 +295,10 @@ impl World {
                 self.wish(|intent| intent.replicas = NonZeroUsize::new(count))
                     .await;
             }
+            Fault::Use(number) => {
+                self.wish(|intent| intent.weights = Some(version(number)))
+                    .await;
+            }
             Fault::Weather(delay, twice) => net.set_weather(delay, twice),
         }
     }
@@ -336,7 +344,7 @@ impl World {
         self.set_store_up(true);
         self.wish(|intent| *intent = Intent::default()).await;
         (0..self.plan.num_routers).for_each(|i| self.start(Node::router(i)));
-        (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+        self.plan.workers().for_each(|node| self.start(node));
     }
 
     /// Waits until the cluster is at rest.
@@ -345,7 +353,7 @@ impl World {
         let mut rests_since = None;
         loop {
             // A worker that was draining when all was healed leaves; another takes its place.
-            (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+            self.plan.workers().for_each(|node| self.start(node));
             let why = match self.settled().await {
                 Err(why) => {
                     rests_since = None;
@@ -372,7 +380,54 @@ impl World {
     /// Whether every slice of the published placement is held by live workers that all serve on it, and
     /// nothing is pending, loading, leaving or open.
     async fn settled(&self) -> Result<(), String> {
-        let placements = PlacementStore::new(Arc::new(self.server.memory()));
+        let workers: Vec<Arc<SimWorker>> = self.shared.peers.lock().values().cloned().collect();
+        let versions = 0..=u8::from(self.plan.others > 0);
+        for number in versions {
+            let of_version = |w: &&Arc<SimWorker>| w.build.version == number;
+            let workers: Vec<_> = workers.iter().filter(of_version).cloned().collect();
+            self.settled_version(&version(number), &workers).await?;
+        }
+        let listed = self.server.memory().list(keys::WORKERS).await;
+        let listed = listed.map_err(|e| e.to_string())?.entries.len();
+        if listed != workers.len() {
+            return Err(format!("{listed} workers are listed of {}", workers.len()));
+        }
+        self.settled_serving().await?;
+        self.clients.close();
+        let open = self.clients.len();
+        self.clients.reopen();
+        if open > 0 {
+            return Err(format!("{open} requests are open"));
+        }
+        Ok(())
+    }
+
+    /// Whether all routers let the same version serve: the wished one, if there is one.
+    async fn settled_serving(&self) -> Result<(), String> {
+        let memory = self.server.memory();
+        let stored = memory.get(keys::SERVING).await;
+        let stored = stored.map_err(|e| e.to_string())?;
+        let stored = stored.ok_or("no version serves")?;
+        let serving: Version = serde_json::from_slice(&stored.value).map_err(|e| e.to_string())?;
+        for router in self.routers.lock().values() {
+            let known = router.placements.borrow().serving.clone();
+            if known.as_deref() != Some(&serving) {
+                return Err(format!("{} lets {known:?} serve", router.life.node));
+            }
+        }
+        let (intent, _) = intent(&memory).await.map_err(|e| e.to_string())?;
+        match intent.weights {
+            Some(wished) if wished != serving => Err(format!("{serving} serves, not {wished}")),
+            _ => Ok(()),
+        }
+    }
+
+    async fn settled_version(
+        &self,
+        version: &Version,
+        workers: &[Arc<SimWorker>],
+    ) -> Result<(), String> {
+        let placements = PlacementStore::new(Arc::new(self.server.memory()), version.key());
         let stored = placements.published().await.map_err(|e| e.to_string())?;
         let published = stored.ok_or("no placement is published")?.placement;
         if placements
@@ -383,8 +438,7 @@ impl World {
         {
             return Err("a placement is pending".to_owned());
         }
-        let workers: Vec<Arc<SimWorker>> = self.shared.peers.lock().values().cloned().collect();
-        for worker in &workers {
+        for worker in workers {
             let id = &worker.id;
             let state = *worker.state.borrow();
             if state != WorkerState::Ready {
@@ -398,24 +452,14 @@ impl World {
                 ));
             }
         }
-        check_cover(&published, &workers)?;
+        check_cover(&published, workers)?;
         for router in self.routers.lock().values() {
-            let known = router.placements.borrow().published_epoch();
+            let known = router.placements.borrow().of(version).cloned();
+            let known = known.unwrap_or_default().published_epoch();
             // One that alone remembers a placement from before a wipe keeps it: it serves nothing on it.
             if known < published.epoch {
                 return Err(format!("{} knows epoch {known}", router.life.node));
             }
-        }
-        let listed = self.server.memory().list(keys::WORKERS).await;
-        let listed = listed.map_err(|e| e.to_string())?.entries.len();
-        if listed != workers.len() {
-            return Err(format!("{listed} workers are listed of {}", workers.len()));
-        }
-        self.clients.close();
-        let open = self.clients.len();
-        self.clients.reopen();
-        if open > 0 {
-            return Err(format!("{open} requests are open"));
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
-use tramontane_coordination::WorkerState;
+use tramontane_coordination::{Version, WorkerState};
 use tramontane_engine::{Engine, StepReport};
 use tramontane_exchange::{
     CallLimits, Desk, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
@@ -22,7 +22,6 @@ use tramontane_types::{Placement, WorkerId};
 use crate::drill::Drills;
 use crate::engine_thread::EngineThread;
 use crate::expert_keeper::KeptExperts;
-use crate::follower::Group;
 use crate::metrics::StepMetrics;
 use crate::run::ExchangeKind;
 use crate::state::{ExpertHalf, Node};
@@ -102,7 +101,7 @@ pub(crate) struct Worker {
 pub(crate) struct Plan<'a> {
     pub(crate) config: &'a WorkerConfig,
     pub(crate) checkpoint: &'a Checkpoint,
-    pub(crate) group: &'a Group,
+    pub(crate) version: &'a Version,
     pub(crate) exchange: &'a ExchangeKind,
     pub(crate) serving: &'a Serving,
     pub(crate) life: &'a Life,
@@ -127,7 +126,7 @@ impl Plan<'_> {
         let (peers, transport) = self.transport(&*backend, &desk);
         let transport = self.drills.on_the_way(transport);
         let expert_server = experts.clone().map(|experts| {
-            let (geometry, class) = (geometry.clone(), self.group.numeric_class.clone());
+            let (geometry, class) = (geometry.clone(), self.version.numeric_class.to_string());
             let config = ExpertServerConfig::new(geometry, backend.row_format(), class);
             let (desk, epoch) = (Arc::clone(&desk), Arc::clone(&epoch));
             ExpertServer::start_at(desk, config, experts as Arc<dyn Experts>, epoch)
@@ -155,6 +154,7 @@ impl Plan<'_> {
             });
         let node = Node {
             id: self.id(),
+            version: self.version.clone(),
             geometry: geometry.clone(),
             engine: engine.as_ref().map(EngineThread::handle),
             experts,
@@ -196,8 +196,8 @@ impl Plan<'_> {
         let config = GrpcTransportConfig {
             me: self.id(),
             cluster: self.config.cluster.clone(),
-            numeric_class: self.group.numeric_class.clone(),
-            model: self.group.model.clone(),
+            numeric_class: self.version.numeric_class.to_string(),
+            model: self.version.model.to_string(),
             limits: CallLimits::new(self.checkpoint.geometry(), backend.row_format()),
             link: LinkSettings::default(),
         };

@@ -9,7 +9,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tramontane_coordination::{Registration, Store, WorkerRecord, watch_members, watch_placements};
+use tramontane_coordination::{
+    Registration, Scope, Store, Version, WorkerRecord, watch_members, watch_placements,
+};
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_model::Checkpoint;
 use tramontane_runtime::ops::Ops;
@@ -19,7 +21,7 @@ use tramontane_types::WorkerId;
 use crate::assemble::{Life, Plan, Serving, Worker, build};
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
-use crate::follower::{Follower, Group};
+use crate::follower::Follower;
 use crate::host_socket::BoundSocket;
 use crate::server::Services;
 use crate::state::Node;
@@ -88,23 +90,20 @@ pub async fn run(
     let halves = build(&config, &checkpoint).await?;
     let name = &parts.model_name;
     let mut record = registration::record(&config, &*halves.backend, &checkpoint, name, address);
-    let group = Group {
-        numeric_class: record.numeric_class.clone(),
-        model: record.model.fingerprint.clone(),
-    };
+    let version = Version::of(&record);
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
     let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
-        group: &group,
+        version: &version,
         exchange: &exchange,
         serving: &serving,
         life: &life,
         drills: &drills,
     };
     let worker = plan.assemble(halves)?;
-    let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
+    let bound = worker.listen_on_host(&config, &parts.exchange, record.incarnation, &life);
     record.socket = bound.as_ref().and_then(BoundSocket::record);
     let registry = metrics::registry(Arc::clone(&worker.node), &worker.steps);
     // Set once, here.
@@ -113,7 +112,7 @@ pub async fn run(
     let services = Services {
         node: Arc::clone(&worker.node),
         cluster: config.cluster.clone(),
-        model: group.model.clone(),
+        model: version.model.to_string(),
         drain: drain.clone(),
         ended: life.ended.clone(),
         tasks: life.tasks.clone(),
@@ -128,7 +127,6 @@ pub async fn run(
     let joined = worker.join(&config, store, record, &serving, &life)?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
-        group,
         checkpoint,
         registration: joined.registration.clone(),
         placements: joined.drain.placements.clone(),
@@ -260,7 +258,6 @@ impl Worker {
     fn listen_on_host(
         &self,
         config: &WorkerConfig,
-        group: &Group,
         exchange: &ExchangeKind,
         incarnation: u64,
         life: &Life,
@@ -275,8 +272,8 @@ impl Worker {
                 tracing::warn!(error, "no Unix socket, workers of this host call over TCP");
             })
             .ok()?;
-        let me = self.node.id.clone();
-        let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
+        let (me, model) = (self.node.id.clone(), self.node.version.model.to_string());
+        let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), model);
         service.faults = self.node.drills.faults();
         let answering = HostListener::new(service, server.handle(), Arc::clone(&self.desk));
         let (stop, tasks) = (life.ended.clone(), life.tasks.clone());
@@ -305,13 +302,14 @@ impl Worker {
         )
         .map_err(Error::Registration)?;
         tasks.spawn(registration::refresh(node(), registration.clone(), stop));
-        let placements = watch_placements(Arc::clone(&store), &life.tasks, ended());
+        let scope = Scope::Group(self.node.version.key());
+        let placements = watch_placements(Arc::clone(&store), scope, &life.tasks, ended());
         let members = watch_members(store, &life.tasks, ended());
         if let Some(transport) = self.peers.clone() {
-            let (me, members) = (self.node.id.clone(), members.clone());
+            let (node, members) = (node(), members.clone());
             let serving = Arc::clone(serving);
             life.tasks
-                .spawn(peers::follow(me, members, serving, transport, ended()));
+                .spawn(peers::follow(node, members, serving, transport, ended()));
         }
         let drain = Drain {
             node: node(),

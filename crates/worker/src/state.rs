@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
-use tramontane_coordination::{WorkerLoad, WorkerState};
+use tramontane_coordination::{Version, WorkerLoad, WorkerState};
 use tramontane_engine::EngineStats;
 use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
 use tramontane_proto::v1;
@@ -18,6 +18,8 @@ use crate::expert_keeper::KeptExperts;
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) id: WorkerId,
+    /// What it computes with.
+    pub(crate) version: Version,
     pub(crate) geometry: ModelGeometry,
     /// `None` without the attention role.
     pub(crate) engine: Option<EngineHandle>,

@@ -52,7 +52,7 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
         return output::data(args.output, &rows);
     }
     let header = [
-        "ID", "STATE", "ROLES", "ADDRESS", "CLASS", "SLICES", "EPOCH", "RUNNING", "WAITING",
+        "ID", "STATE", "ROLES", "ADDRESS", "WEIGHTS", "CLASS", "SLICES", "EPOCH", "RUNNING", "WAITING",
         "VERSION",
     ];
     let rows: Vec<Vec<String>> = workers
@@ -63,6 +63,7 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
                 state(&w),
                 w.roles.join(","),
                 w.address,
+                w.weights,
                 w.numeric_class,
                 w.slices.to_string(),
                 w.loaded_epoch.to_string(),
@@ -97,6 +98,7 @@ pub(super) fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "roles": worker.roles,
         "address": worker.address,
         "numeric_class": worker.numeric_class,
+        "weights": worker.weights,
         "capacity_bytes": worker.capacity_bytes,
         "slices": worker.slices,
         "segments": worker.segments,

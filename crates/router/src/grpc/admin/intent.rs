@@ -84,7 +84,7 @@ pub(super) async fn set_intent(
 }
 
 /// Applies `change` to what the store holds, which says whether it changed anything; what was written.
-async fn change_intent(
+pub(super) async fn change_intent(
     app: &App,
     change: impl Fn(&mut Intent) -> bool,
 ) -> Result<Option<Intent>, Status> {
@@ -113,7 +113,7 @@ async fn change_intent(
 }
 
 /// From then on this router goes by it.
-async fn until_seen(app: &App, reached: impl Fn(&Intent) -> bool) -> Result<(), Status> {
+pub(super) async fn until_seen(app: &App, reached: impl Fn(&Intent) -> bool) -> Result<(), Status> {
     let mut intent = app.cluster.intent.clone();
     let seen = intent.wait_for(|seen| reached(&seen.intent));
     match timeout(SEEN_MAX, seen).await {
