@@ -58,9 +58,8 @@ pub fn is_complete(
 ) -> bool {
     let version = Version::of_placement(published);
     let mut takers = members.workers.values().filter(|w| version.has(w));
-    let takes = takers.any(|w| {
-        w.roles.attention && w.state == WorkerState::Ready && !cordoned.contains(&w.id)
-    });
+    let takes = takers
+        .any(|w| w.roles.attention && w.state == WorkerState::Ready && !cordoned.contains(&w.id));
     let is_held = |holders: &[u16]| {
         holders
             .iter()

@@ -84,12 +84,7 @@ pub(crate) async fn mirror(
 }
 
 /// Applies changes until the watch ends, and says why it did.
-async fn follow(
-    store: &dyn Store,
-    prefix: &str,
-    from: Revision,
-    view: &mut impl View,
-) -> Error {
+async fn follow(store: &dyn Store, prefix: &str, from: Revision, view: &mut impl View) -> Error {
     let mut watch = store.watch(prefix, from);
     loop {
         let deadline = view.deadline();

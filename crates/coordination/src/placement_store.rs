@@ -266,7 +266,13 @@ pub(crate) mod tests {
         let good = r#"{"model":"f","numeric_class":"c"}"#;
         decode_serving(&entry(good)).unwrap();
         let long = format!(r#"{{"model":"{}","numeric_class":"c"}}"#, "f".repeat(600));
-        for bad in ["", "null", r#"{"model":"f"}"#, r#"{"model":"","numeric_class":"c"}"#, &long] {
+        for bad in [
+            "",
+            "null",
+            r#"{"model":"f"}"#,
+            r#"{"model":"","numeric_class":"c"}"#,
+            &long,
+        ] {
             assert!(decode_serving(&entry(bad)).is_err(), "{bad}");
         }
     }

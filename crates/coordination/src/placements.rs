@@ -266,8 +266,8 @@ mod tests {
 
     use super::*;
     use crate::MemoryStore;
-    use crate::placement_store::{PlacementStore, set_serving};
     use crate::placement_store::tests::{placement, placement_of};
+    use crate::placement_store::{PlacementStore, set_serving};
     use crate::store::check_key;
 
     struct Scene {
@@ -353,7 +353,11 @@ mod tests {
         let seen = all.wait_for(|p| p.groups.len() == 2).await.unwrap().clone();
         assert_eq!(seen.published_epoch(), Epoch(7));
         assert_eq!(seen.published().map(|p| &*p.model), Some("a"));
-        let seen = own.wait_for(|p| !p.groups.is_empty()).await.unwrap().clone();
+        let seen = own
+            .wait_for(|p| !p.groups.is_empty())
+            .await
+            .unwrap()
+            .clone();
         assert_eq!((seen.groups.len(), &seen.serving), (1, &None));
         // The placement of one group under the key of another is none.
         let stolen = serde_json::to_vec(&placement_of("a", 99)).unwrap();
@@ -386,13 +390,20 @@ mod tests {
         }
         let full = |p: &Arc<Placements>| p.groups.len() == GROUPS_MAX;
         let shown = seen.wait_for(full).await.unwrap().clone();
-        let (first, last) = (placement_of("f0", 1), placement_of(&format!("f{GROUPS_MAX}"), 1));
+        let (first, last) = (
+            placement_of("f0", 1),
+            placement_of(&format!("f{GROUPS_MAX}"), 1),
+        );
         let (first, last) = (scene.store(&first).group(), scene.store(&last).group());
         assert!(!shown.groups.contains_key(&last));
         scene.memory.delete(&first.published()).await.unwrap();
         let late = placement_of(&format!("f{GROUPS_MAX}"), 2);
         let known = scene.store(&late).published().await.unwrap();
-        scene.store(&late).publish(&late, known.as_ref()).await.unwrap();
+        scene
+            .store(&late)
+            .publish(&late, known.as_ref())
+            .await
+            .unwrap();
         let has_late = |p: &Arc<Placements>| p.groups.contains_key(&last);
         let shown = seen.wait_for(has_late).await.unwrap().clone();
         assert!(!shown.groups.contains_key(&first));

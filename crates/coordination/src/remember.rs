@@ -133,8 +133,7 @@ impl Known {
         let Some(prefix) = prefix_of(below) else {
             return;
         };
-        let new: BTreeMap<&str, &Bytes> =
-            entries.iter().map(|e| (&*e.key, &e.value)).collect();
+        let new: BTreeMap<&str, &Bytes> = entries.iter().map(|e| (&*e.key, &e.value)).collect();
         let mut seen = self.seen.lock();
         let known = seen.values.entry(prefix).or_default().keys();
         let lost = known.filter(|key| key.starts_with(below) && !new.contains_key(key.as_str()));
@@ -355,8 +354,7 @@ mod tests {
             let store = RememberingStore::new(inner, path.to_owned(), &tasks, stop.clone());
             let store: Arc<dyn Store> = Arc::new(store);
             let scope = Scope::Group(group());
-            let placements =
-                watch_placements(Arc::clone(&store), scope, &tasks, stop.clone());
+            let placements = watch_placements(Arc::clone(&store), scope, &tasks, stop.clone());
             let intent = watch_intent(store, &tasks, stop.clone());
             Self {
                 placements,

@@ -70,7 +70,10 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
         return Err("the coordination store has not been read yet".to_owned());
     }
     let Some(version) = placements.serving.as_deref() else {
-        let mut pending = placements.groups.values().filter_map(|g| g.pending.as_ref());
+        let mut pending = placements
+            .groups
+            .values()
+            .filter_map(|g| g.pending.as_ref());
         let reason = match pending.next() {
             Some(pending) => format!("workers are loading placement {}", pending.epoch),
             None if members.workers.is_empty() => "no worker has registered".to_owned(),
@@ -79,7 +82,9 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
         return Err(reason);
     };
     if placements.published().is_none() {
-        return Err(format!("no placement of experts is published for {version}"));
+        return Err(format!(
+            "no placement of experts is published for {version}"
+        ));
     }
     check_workers(members, version, &seen.intent)
 }

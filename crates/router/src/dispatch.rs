@@ -110,16 +110,17 @@ impl Dispatcher {
         };
         let begun = (reader.id(), reader.began().await?);
         let abort = self.abort.clone();
-        Ok(Answer::new(begun, Source::Kept(reader), shape, abort, counted))
+        Ok(Answer::new(
+            begun,
+            Source::Kept(reader),
+            shape,
+            abort,
+            counted,
+        ))
     }
 
     /// Makes a whole answer and keeps it for its time, unless nobody reads it before it is whole.
-    async fn record(
-        self: Arc<Self>,
-        request: PreparedRequest,
-        name: Name,
-        recorder: Recorder,
-    ) {
+    async fn record(self: Arc<Self>, request: PreparedRequest, name: Name, recorder: Recorder) {
         let making = async {
             // Its readers count it.
             let (mut running, _) = match self.open(request, &name).await {

@@ -145,7 +145,8 @@ impl App {
         let ready = serving.as_ref().map_or(0, |version| {
             attention_workers(&members, version, &seen.intent).count()
         });
-        let versions: BTreeSet<Version> = members.workers.values().map(|w| Version::of(w)).collect();
+        let versions: BTreeSet<Version> =
+            members.workers.values().map(|w| Version::of(w)).collect();
         self.metrics.render(Reading {
             running: self.dispatcher.admission.running(),
             waiting: self.dispatcher.admission.waiting(),

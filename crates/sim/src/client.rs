@@ -151,8 +151,10 @@ impl Ask {
         if finish.is_some() {
             check.violated(format_args!("{} got token {index} after its end", self.id));
         }
-        let expected: Vec<(u8, TokenId)> =
-            prefixes.iter().map(|p| (p.version(), p.next_token())).collect();
+        let expected: Vec<(u8, TokenId)> = prefixes
+            .iter()
+            .map(|p| (p.version(), p.next_token()))
+            .collect();
         prefixes.retain(|prefix| prefix.next_token() == id);
         if prefixes.is_empty() && !expected.is_empty() {
             let request = &self.id;
@@ -160,7 +162,9 @@ impl Ask {
                 "{request} token {index} is {id}, expected of all by version: {expected:?}"
             ));
         }
-        prefixes.iter_mut().for_each(|prefix| *prefix = prefix.with(id));
+        prefixes
+            .iter_mut()
+            .for_each(|prefix| *prefix = prefix.with(id));
     }
 
     fn check_end(&self, got: &[TokenId], finish: Option<FinishReason>, check: &Check) {

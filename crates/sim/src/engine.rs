@@ -324,7 +324,9 @@ async fn carry(shared: &Shared, me: Life, to: Node, call: &ExpertCall) -> Result
         let caller = shared.peers.lock().get(&me.node).cloned();
         if caller.is_some_and(|caller| caller.version != peer.version) {
             // As the hello of a connection says.
-            shared.check.violated(format_args!("{} called {to} of other weights", me.node));
+            shared
+                .check
+                .violated(format_args!("{} called {to} of other weights", me.node));
             return Err(lost("other weights"));
         }
         sleep(COMPUTE).await;

@@ -105,7 +105,10 @@ impl Prefix {
         for layer in (0..NUM_LAYERS as u16).map(LayerId) {
             let row = self.row(layer);
             let experts = chosen(row);
-            let of = |expert| (0..SEGMENTS_PER_EXPERT).map(move |s| segment(self.version, (layer, expert, s), row));
+            let of = |expert| {
+                (0..SEGMENTS_PER_EXPERT)
+                    .map(move |s| segment(self.version, (layer, expert, s), row))
+            };
             let sum: u64 = experts.into_iter().flat_map(of).sum();
             outputs = fold(outputs, sum);
         }

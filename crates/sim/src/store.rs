@@ -15,7 +15,6 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::etcd::watch::WATCH_BLIND_MAX;
 use tramontane_coordination::etcd::{ATTEMPT_TIMEOUT, CALL_DEADLINE};
-use tramontane_coordination::store::keys;
 use tramontane_coordination::{
     CasOutcome, Entry, Error, LeaseId, Listing, MemoryStore, Revision, Store, Watch, WatchEvent,
 };

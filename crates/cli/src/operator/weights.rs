@@ -29,7 +29,13 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
         return output::data(args.output, &rows);
     }
     let header = [
-        "VERSION", "CLASS", "WORKERS", "PLACED", "SERVING", "SEQUENCES", "SURVIVES ONE LOSS",
+        "VERSION",
+        "CLASS",
+        "WORKERS",
+        "PLACED",
+        "SERVING",
+        "SEQUENCES",
+        "SURVIVES ONE LOSS",
     ];
     let rows: Vec<Vec<String>> = versions
         .iter()
@@ -37,7 +43,11 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
             vec![
                 version.version.clone(),
                 version.numeric_class.clone(),
-                format!("{} ready of {}", version.workers_ready, version.workers.len()),
+                format!(
+                    "{} ready of {}",
+                    version.workers_ready,
+                    version.workers.len()
+                ),
                 placed(version),
                 serving(version).to_owned(),
                 version.sequences.to_string(),
@@ -98,7 +108,10 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
     let answer = admin.use_weights(request).await.map_err(|status| {
         let next = match status.code() {
             tonic::Code::FailedPrecondition => {
-                format!("tramontane weights use {} --wait, or {SEE_WEIGHTS}", args.version)
+                format!(
+                    "tramontane weights use {} --wait, or {SEE_WEIGHTS}",
+                    args.version
+                )
             }
             _ => SEE_WEIGHTS.to_owned(),
         };
@@ -113,7 +126,11 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
     if args.change.dry_run {
         output::note(&format!(
             "would have new requests begin with {wanted}, now {before}; {}",
-            if meant.placed { "it is placed" } else { "it is not placed yet" }
+            if meant.placed {
+                "it is placed"
+            } else {
+                "it is not placed yet"
+            }
         ));
         return Ok(());
     }
@@ -122,12 +139,23 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
     } else {
         output::note(&format!(
             "new requests begin with {wanted}{}; undo it with `tramontane weights use {}`",
-            if meant.placed { "" } else { " as soon as it is placed" },
-            if meant.serving.is_empty() { "VERSION" } else { &meant.serving }
+            if meant.placed {
+                ""
+            } else {
+                " as soon as it is placed"
+            },
+            if meant.serving.is_empty() {
+                "VERSION"
+            } else {
+                &meant.serving
+            }
         ));
     }
     let what = format!("new requests begin with {wanted}");
-    wait(&mut admin, &args.change, &what, |look| progress(look, &meant)).await
+    wait(&mut admin, &args.change, &what, |look| {
+        progress(look, &meant)
+    })
+    .await
 }
 
 /// The router that is asked shows it; others follow within a moment.
@@ -170,7 +198,10 @@ mod tests {
             ..Look::default()
         };
         let loading = "0 of its 0 workers are ready, placed: no, workers load for epoch 1";
-        assert_eq!(progress(&look, &meant), Progress::Elsewhere(loading.to_owned()));
+        assert_eq!(
+            progress(&look, &meant),
+            Progress::Elsewhere(loading.to_owned())
+        );
         look.weights[1].serving = true;
         assert_eq!(progress(&look, &meant), Progress::Done);
         look.weights.clear();

@@ -52,8 +52,8 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
         return output::data(args.output, &rows);
     }
     let header = [
-        "ID", "STATE", "ROLES", "ADDRESS", "WEIGHTS", "CLASS", "SLICES", "EPOCH", "RUNNING", "WAITING",
-        "VERSION",
+        "ID", "STATE", "ROLES", "ADDRESS", "WEIGHTS", "CLASS", "SLICES", "EPOCH", "RUNNING",
+        "WAITING", "VERSION",
     ];
     let rows: Vec<Vec<String>> = workers
         .into_iter()

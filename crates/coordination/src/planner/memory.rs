@@ -170,7 +170,8 @@ impl GroupMemory {
             self.candidates = candidates;
             self.changed = now;
         }
-        let epoch = |stored: &Option<Stored>| stored.as_ref().map_or(Epoch(0), |s| s.placement.epoch);
+        let epoch =
+            |stored: &Option<Stored>| stored.as_ref().map_or(Epoch(0), |s| s.placement.epoch);
         if epoch(&seen.pending) != self.pending.0 {
             self.pending = (epoch(&seen.pending), now);
         }

@@ -32,8 +32,8 @@ pub use decide::{
 };
 pub use explore::{Candidate, PlanReport, PlanWish, Promise, explore};
 pub use figures::Figures;
-pub(crate) use wish::read_intent;
 pub use serving::{MOVE_AFTER, ServingView};
+pub(crate) use wish::read_intent;
 pub use wish::{INTENT_BYTES_MAX, Intent, REPLICAS_MAX, intent, set_intent};
 pub use worth::{PLAN_TOKENS, REBALANCE_EVERY, REBALANCE_GAIN};
 
@@ -348,7 +348,10 @@ impl Planner {
         let move_at = gone.map(|since| since + MOVE_AFTER);
         let move_at = move_at.filter(|at| *at > look.now);
         let again = move_at.unwrap_or(look.now + PLAN_EVERY);
-        let Some(chosen) = view.choose().filter(|v| look.seen.serving.as_ref() != Some(v)) else {
+        let Some(chosen) = view
+            .choose()
+            .filter(|v| look.seen.serving.as_ref() != Some(v))
+        else {
             return Ok(again);
         };
         if look.members.stale || !look.members.synced {
@@ -393,7 +396,10 @@ impl Planner {
                 continue;
             }
             tracing::info!(group = %key, "removing the placement of a version that nobody has");
-            let stored = [(key.pending(), &seen.pending), (key.published(), &seen.published)];
+            let stored = [
+                (key.pending(), &seen.pending),
+                (key.published(), &seen.published),
+            ];
             for (key, stored) in stored {
                 if let Some(stored) = stored {
                     self.store.delete_if(&key, stored.revision).await?;

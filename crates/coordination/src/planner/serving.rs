@@ -196,7 +196,8 @@ mod tests {
                 current: self.current.as_ref(),
                 gone_for: self.gone_for,
             };
-            view.choose().map_or("none".to_owned(), |v| v.model.to_string())
+            view.choose()
+                .map_or("none".to_owned(), |v| v.model.to_string())
         }
     }
 
@@ -272,10 +273,15 @@ mod tests {
     #[test]
     fn only_so_many_groups_are_planned_for_and_those_that_matter_first() {
         let names: Vec<String> = (0..GROUPS_MAX + 5).map(|i| format!("w{i:02}")).collect();
-        let workers: Vec<_> = names.iter().map(|n| (n.as_str(), n.as_str(), Ready)).collect();
+        let workers: Vec<_> = names
+            .iter()
+            .map(|n| (n.as_str(), n.as_str(), Ready))
+            .collect();
         let mut scene = Scene::of(&workers);
         let (serving, wished) = (version("w20"), version("absent"));
-        scene.placements.retain(|key, _| *key == version("w19").key());
+        scene
+            .placements
+            .retain(|key, _| *key == version("w19").key());
         let first = [&serving, &wished];
         let planned = groups_to_plan(&scene.members, &scene.placements, &first);
         assert_eq!(planned.len(), GROUPS_MAX);

@@ -303,8 +303,7 @@ impl Cluster {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let shared: Arc<dyn Store> = Arc::new(store.clone());
         let members = watch_members(Arc::clone(&shared), &tasks, stop.clone());
-        let placements =
-            watch_placements(Arc::clone(&shared), Scope::All, &tasks, stop.clone());
+        let placements = watch_placements(Arc::clone(&shared), Scope::All, &tasks, stop.clone());
         let config = PlannerConfig::default();
         let planner = Planner::new(shared, config, members, placements.clone());
         Self {

@@ -60,7 +60,6 @@ impl Intent {
     }
 }
 
-
 /// Reads the intent; none means the default.
 pub(crate) fn read_intent(entry: Option<Entry>) -> Result<Intent, Error> {
     let Some(entry) = entry else {

@@ -204,7 +204,11 @@ impl Changes {
         for (key, group) in &after.groups {
             self.group(before.groups.get(key).unwrap_or(&nothing), group);
         }
-        if let Some(new) = after.serving.as_deref().filter(|_| before.serving != after.serving) {
+        if let Some(new) = after
+            .serving
+            .as_deref()
+            .filter(|_| before.serving != after.serving)
+        {
             let old = before.serving.as_deref();
             let old = old.map_or_else(|| "none".to_owned(), ToString::to_string);
             let text = format!("new requests begin with {new} (before: {old})");

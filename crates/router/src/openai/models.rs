@@ -9,7 +9,9 @@ use crate::run::ServedModel;
 /// The list of models.
 pub(crate) fn models(served: &ServedModel, serving: Option<&Version>, created: u64) -> Value {
     let ids = std::iter::once(&served.id).chain(&served.aliases);
-    let data: Vec<Value> = ids.map(|id| model((served, serving), id, created)).collect();
+    let data: Vec<Value> = ids
+        .map(|id| model((served, serving), id, created))
+        .collect();
     json!({ "object": "list", "data": data })
 }
 

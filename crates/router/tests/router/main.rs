@@ -10,6 +10,7 @@ mod disconnect;
 mod failover;
 mod idempotency;
 mod resume;
+mod versions;
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -300,9 +301,8 @@ async fn acknowledge(store: Arc<dyn Store>) {
     let _stop = stop.clone().drop_guard();
     let mut placements = watch_placements(Arc::clone(&store), Scope::All, &tasks, stop);
     let pending = |p: &Placements| p.groups.values().find_map(|group| group.pending.clone());
-    let seen = placements.wait_for(|p| pending(p).is_some()).await.unwrap();
-    let epoch = pending(&seen).unwrap().epoch;
-    drop(seen);
+    let seen = placements.wait_for(|p| pending(p).is_some()).await;
+    let epoch = pending(&seen.unwrap()).unwrap().epoch;
     let entry = store.get("workers/w0").await.unwrap().unwrap();
     let mut record = WorkerRecord::decode(&entry).unwrap();
     record.loaded = epoch;

@@ -459,7 +459,10 @@ async fn the_operations_port_tells_alive_from_ready_and_shows_metrics() {
 async fn a_sequence_that_began_with_other_weights_is_refused() {
     let (cluster, id) = one_worker(q8("a")).await;
     let record = cluster.record(&id).await.unwrap();
-    let (model, class) = (record.model.fingerprint.as_str(), record.numeric_class.as_str());
+    let (model, class) = (
+        record.model.fingerprint.as_str(),
+        record.numeric_class.as_str(),
+    );
     let ask = async |model: &str, class: &str| {
         let asked = v1::GenerateSequenceRequest {
             model: model.to_owned(),

@@ -8,7 +8,11 @@ fn version(model: &str) -> Version {
 }
 
 impl Cluster {
-    async fn until(&mut self, what: &str, reached: impl Fn(&Placements) -> bool) -> Arc<Placements> {
+    async fn until(
+        &mut self,
+        what: &str,
+        reached: impl Fn(&Placements) -> bool,
+    ) -> Arc<Placements> {
         let seen = timeout(LONG, self.placements.wait_for(|p| reached(p))).await;
         let seen = seen.unwrap_or_else(|_| panic!("never: {what}"));
         Arc::clone(&seen.unwrap())
@@ -62,7 +66,7 @@ async fn a_rolling_update_and_back_and_the_old_version_is_forgotten() {
     assert_eq!(seen.published_epoch(), epoch_of_a, "back without loading");
     cluster.wish("b").await;
     cluster.until_serves("b").await;
-    old.map(|stop| stop.cancel());
+    old.iter().for_each(CancellationToken::cancel);
     let key = version("a").key().published();
     let forgotten = async {
         while cluster.memory.get(&key).await.unwrap().is_some() {
@@ -157,9 +161,12 @@ async fn a_crowd_of_versions_leaves_the_one_that_serves_alone() {
     cluster.lead();
     let _a = cluster.start("a0:model=a");
     cluster.until_serves("a").await;
-    let crowd = (0..GROUPS_MAX * 2).map(|i| cluster.start(&format!("c{i}:model=c{i},segments=999")));
+    let crowd =
+        (0..GROUPS_MAX * 2).map(|i| cluster.start(&format!("c{i}:model=c{i},segments=999")));
     let _crowd: Vec<_> = crowd.collect();
-    cluster.until("many are placed", |p| p.groups.len() == GROUPS_MAX).await;
+    cluster
+        .until("many are placed", |p| p.groups.len() == GROUPS_MAX)
+        .await;
     let _b = cluster.start("a1:model=a");
     cluster.until_served_by(&["a0", "a1"]).await;
     let stored = cluster.memory.list(keys::PLACEMENTS).await.unwrap();

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::Status;
-use tramontane_coordination::{Intent, Members};
 use tramontane_coordination::planner::{
     self, Candidate, Figures, PlanReport, PlanWish, PlannerView, Promise, WaitReason, explore,
 };
+use tramontane_coordination::{Intent, Members};
 use tramontane_proto::v1;
 use tramontane_types::SEGMENTS_PER_EXPERT;
 

@@ -88,7 +88,9 @@ fn others(members: &Members, placements: &Placements) -> Vec<String> {
         ids.push(worker.id.as_str());
     }
     let shown = |(version, ids): (Version, Vec<&str>)| {
-        let epoch = placements.of(&version).map_or(Epoch(0), |g| g.published_epoch());
+        let epoch = placements
+            .of(&version)
+            .map_or(Epoch(0), |g| g.published_epoch());
         let state = match epoch {
             Epoch(0) => "not placed".to_owned(),
             epoch => format!("epoch {epoch}"),

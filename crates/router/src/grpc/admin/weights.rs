@@ -163,8 +163,16 @@ impl View {
             let known: Vec<String> = versions.keys().map(ToString::to_string).collect();
             let message = format!(
                 "no worker has weights whose version begins with {prefix:?}{}; there is {}",
-                if class.is_empty() { "" } else { " in this class" },
-                if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+                if class.is_empty() {
+                    ""
+                } else {
+                    " in this class"
+                },
+                if known.is_empty() {
+                    "none".to_owned()
+                } else {
+                    known.join(", ")
+                }
             );
             return Err(not_found(message, "version"));
         };
@@ -180,7 +188,9 @@ impl View {
     fn check_shape(&self, version: &Version) -> Result<(), Status> {
         let shape = |version: &Version| {
             let mut ours = self.members.workers.values().filter(|w| version.has(w));
-            let model = ours.next().map(|w| (w.model.num_layers, w.model.num_experts));
+            let model = ours
+                .next()
+                .map(|w| (w.model.num_layers, w.model.num_experts));
             let placed = self.published(version);
             model.or_else(|| placed.map(|p| (p.num_layers, p.num_experts)))
         };

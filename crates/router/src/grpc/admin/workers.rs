@@ -27,7 +27,10 @@ const PROBE_MAX: Duration = Duration::from_secs(3);
 pub(super) fn list(app: &App) -> v1::ListWorkersResponse {
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let seen = app.cluster.intent();
-    let published = placements.groups.values().filter_map(|g| g.published.as_deref());
+    let published = placements
+        .groups
+        .values()
+        .filter_map(|g| g.published.as_deref());
     let essential: BTreeSet<WorkerId> = published
         .flat_map(|placement| essential_workers(&members, placement))
         .collect();
@@ -70,7 +73,10 @@ pub(super) async fn remove(
     let id = WorkerId::new(&request.worker_id);
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let record = members.workers.get(&id);
-    let published = placements.groups.values().filter_map(|g| g.published.as_deref());
+    let published = placements
+        .groups
+        .values()
+        .filter_map(|g| g.published.as_deref());
     let slices: usize = published.map(|p| p.slices_of(&id).count()).sum();
     let is_cordoned = app.cluster.intent().intent.cordoned.contains(&id);
     if record.is_none() && slices == 0 && !is_cordoned {
