@@ -74,7 +74,7 @@ class Chaos:
         self.cluster = cluster
 
     @contextlib.contextmanager
-    def row(self, number, fault, streams=16, routers=(0, 1), may_fail=lambda record: False, specs_of=None):
+    def row(self, number, fault, streams=16, routers=(0, 1), may_fail=lambda record: False, specs_of=None, others=()):
         """Load while the body injects faults; afterwards the history, the gauges and the processes are checked."""
         row = Row(self.cluster, number, fault)
         row.load = Load(self.cluster, self.cluster.baseline, streams, routers, specs_of)
@@ -83,7 +83,9 @@ class Chaos:
             yield row
         finally:
             records = row.load.finish()
-        row.verdict = check(records, self.cluster.baseline, may_fail, row.began or 0.0)
+        row.verdict = check(records, [self.cluster.baseline, *others], may_fail, row.began or 0.0)
+        if others:
+            row.proofs.append(f"finished by version: {row.verdict.by_baseline}")
         row.write(records)
         row.judge()
 

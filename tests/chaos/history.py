@@ -16,6 +16,8 @@ class Verdict:
     changed: int = 0
     # Longest time without a token in a running stream, seconds.
     stall: float = 0.0
+    # Finished answers that are wholly those of each baseline.
+    by_baseline: list = dataclasses.field(default_factory=list)
     details: list = dataclasses.field(default_factory=list)
 
     def clean(self):
@@ -37,19 +39,33 @@ class Baseline:
             self.texts[spec.name] = ["".join(by_text.ids(choice)) for choice in range(spec.n)]
 
 
-def check(records, baseline, may_fail=lambda record: False, since=0.0):
-    """The verdict over all records. A record that `may_fail` is checked for all but its end."""
-    verdict = Verdict()
+def check(records, baselines, may_fail=lambda record: False, since=0.0):
+    """The verdict over all records. A record that `may_fail` is checked for all but its end. Each record must be
+    wholly as in one of the baselines."""
+    verdict = Verdict(by_baseline=[0] * len(baselines))
     for record in records:
         verdict.requests += 1
         if record.end != "finish" and not may_fail(record):
             verdict.failed += 1
             verdict.details.append(f"{record.spec}: {record.error}")
-        spec = baseline.specs[record.spec]
+        spec = baselines[0].specs[record.spec]
+        number = wholly_as(record, spec, baselines)
+        verdict.by_baseline[number] += record.end == "finish"
         for choice in range(spec.n):
-            check_choice(record, choice, baseline, verdict)
+            check_choice(record, choice, baselines[number], verdict)
         verdict.stall = max(verdict.stall, longest_stall(record, spec.n, since))
     return verdict
+
+
+def wholly_as(record, spec, baselines):
+    """The first baseline that a record does not contradict; the first of all when it contradicts each."""
+    for number, baseline in enumerate(baselines):
+        verdict = Verdict()
+        for choice in range(spec.n):
+            check_choice(record, choice, baseline, verdict)
+        if verdict.clean():
+            return number
+    return 0
 
 
 def check_choice(record, choice, baseline, verdict):

@@ -136,11 +136,26 @@ def test_f12_hostile_values_in_etcd(chaos, cluster):
         url = f"http://{cluster.etcd.members[0].address}:2379/v3/kv/put"
         urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=5).read()
 
+    def keys_of_placements():
+        body = {"key": base64.b64encode(f"{prefix}placement/".encode()).decode(),
+                "range_end": base64.b64encode(f"{prefix}placement0".encode()).decode(), "keys_only": True}
+        url = f"http://{cluster.etcd.members[0].address}:2379/v3/kv/range"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=5) as answer:
+            found = json.load(answer).get("kvs", [])
+        return [base64.b64decode(kv["key"]).decode().removeprefix(prefix) for kv in found]
+
     prefix = "/tramontane/chaos/"
+    placements = keys_of_placements()
+    published = [key for key in placements if key.endswith("/published")]
+    assert published and "placement/serving" in placements, placements
+    hostile = [
+        *placements, published[0].replace("published", "pending"), "placement/0123456789abcdef/published",
+        "placement/../x", "intent", "workers/worker-0", "workers/../../x", "nonsense",
+    ]
     with chaos.row("F12", "garbage under the keys of etcd") as row:
         epoch = cluster.status().epoch
         for value in (b"\xff\xfe garbage", b"{}", b'{"epoch": 1}', b"x" * 1_400_000, b"null"):
-            for key in ("placement", "placement-pending", "intent", "workers/worker-0", "workers/../../x", "nonsense"):
+            for key in hostile:
                 put(prefix + key, value)
             row.injected(True)
             row.load.wait_answers(4)

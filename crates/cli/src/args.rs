@@ -43,6 +43,9 @@ pub(crate) enum Command {
     /// Look at and change which worker holds which expert
     #[command(subcommand)]
     Placement(PlacementCommand),
+    /// Look at the versions of the weights, and say which one new requests begin with
+    #[command(subcommand)]
+    Weights(WeightsCommand),
     /// Show what happened in the cluster, as a router saw it
     Events(EventsArgs),
     /// Bring a fault upon a worker under load, and judge whether anything was lost
@@ -141,6 +144,28 @@ pub(crate) enum PlacementCommand {
     Plan(PlanArgs),
     /// Have the planner plan again for load and speed now
     Rebalance(RebalanceArgs),
+}
+
+/// `tramontane weights ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum WeightsCommand {
+    /// List the versions that workers have
+    List(ReadArgs),
+    /// Have new requests begin with a version; what runs goes on with its own
+    Use(UseArgs),
+}
+
+/// `tramontane weights use`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct UseArgs {
+    /// Its fingerprint, or as much of the beginning as tells it apart
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) version: String,
+    /// Its numeric class, where workers compute with it in several
+    #[arg(long)]
+    pub(crate) class: Option<String>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
 }
 
 /// `tramontane placement apply`
@@ -540,6 +565,8 @@ mod tests {
             ("placement apply --slices 9", ErrorKind::ValueValidation),
             ("placement apply --replicas 0", ErrorKind::ValueValidation),
             ("events --last 0", ErrorKind::ValueValidation),
+            ("weights use", ErrorKind::MissingRequiredArgument),
+            ("weights use --version=", ErrorKind::UnknownArgument),
         ] {
             assert_eq!(parse(line).unwrap_err(), kind, "{line}");
         }
@@ -551,6 +578,7 @@ mod tests {
             "workers scale 64 --wait --timeout 90s",
             "placement apply --replicas default",
             "placement apply --replicas 2 --slices 8 --dry-run",
+            "weights use 268f --class cpu-q8 --wait --timeout 5m",
         ] {
             assert!(parse(line).is_ok(), "{line}");
         }

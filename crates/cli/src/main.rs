@@ -64,6 +64,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Placement(command) => {
             operator::interruptible(operator::placement(command)).await?;
         }
+        Command::Weights(command) => operator::interruptible(operator::weights(command)).await?,
         Command::Events(args) => operator::interruptible(operator::events(&args)).await?,
         Command::Drill(args) => return drill::run(args).await,
         Command::Chat(args) => chat::run(args).await?,

@@ -31,7 +31,7 @@ pub fn watch_intent(
         seen: SeenIntent::default(),
         sender,
     };
-    tasks.spawn(mirror(store, keys::INTENT, view, stop));
+    tasks.spawn(mirror(store, keys::INTENT.to_owned(), view, stop));
     receiver
 }
 

@@ -16,11 +16,13 @@ mod mirror;
 #[doc(hidden)]
 pub mod mutation;
 pub mod placement_store;
+pub mod placements;
 pub mod planner;
 pub mod registry;
 pub mod remember;
 pub mod slices;
 pub mod store;
+pub mod version;
 
 #[doc(hidden)]
 pub use backoff::seed_this_thread;
@@ -30,10 +32,11 @@ pub use error::Error;
 pub use etcd::{EtcdConfig, EtcdStore};
 pub use fault::FaultStore;
 pub use intent_watch::{SeenIntent, watch_intent};
-pub use loss::{essential_workers, survives_one_loss};
+pub use loss::{essential_workers, is_complete, survives_one_loss};
 pub use memory::MemoryStore;
-pub use placement_store::{PlacementStore, Placements, watch_placements};
-pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus};
+pub use placement_store::PlacementStore;
+pub use placements::{GroupPlacements, Placements, Scope, watch_placements};
+pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus, PlannerStatuses};
 pub use registry::{
     ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord,
     WorkerState, remove_worker, watch_members,
@@ -41,3 +44,4 @@ pub use registry::{
 pub use remember::RememberingStore;
 pub use slices::{slices_to_drop, slices_to_load};
 pub use store::{CasOutcome, Entry, LeaseId, Listing, Revision, Store, Watch, WatchEvent};
+pub use version::{GroupKey, Version};

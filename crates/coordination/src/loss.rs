@@ -6,16 +6,16 @@ use std::sync::Arc;
 
 use tramontane_types::{Placement, SEGMENTS_PER_EXPERT, WorkerId};
 
+use crate::planner::Intent;
 use crate::registry::{Members, WorkerRecord, WorkerState};
+use crate::version::Version;
 
 /// Whether losing any one worker leaves every slice on a ready worker, an attention worker that is ready,
 /// and memory for a copy of the model on those who stay.
 #[must_use]
 pub fn survives_one_loss(members: &Members, published: &Placement) -> bool {
-    let is_of = |worker: &&Arc<WorkerRecord>| {
-        worker.numeric_class == published.numeric_class
-            && worker.model.fingerprint == published.model
-    };
+    let version = Version::of_placement(published);
+    let is_of = |worker: &&Arc<WorkerRecord>| version.has(worker);
     let of_group = || members.workers.values().filter(is_of);
     let attends = |w: &&Arc<WorkerRecord>| w.roles.attention && w.state == WorkerState::Ready;
     let held = published.iter().all(|(_, holders)| {
@@ -50,6 +50,21 @@ pub(crate) fn leaves_room(segments: &[u64], placement: &Placement, num_segments:
     all.saturating_sub(largest) >= placement.iter().count() as u64
 }
 
+/// Whether every slice is on a worker that serves it, and somebody would take a new sequence.
+#[must_use]
+pub fn is_complete(members: &Members, published: &Placement, intent: &Intent) -> bool {
+    let version = Version::of_placement(published);
+    let mut takers = members.workers.values().filter(|w| version.has(w));
+    let takes = takers
+        .any(|w| w.roles.attention && w.state == WorkerState::Ready && intent.may_attend(&w.id));
+    let is_held = |holders: &[u16]| {
+        holders
+            .iter()
+            .any(|&h| is_ready_holder(members, published, h))
+    };
+    takes && published.iter().all(|(_, holders)| is_held(holders))
+}
+
 /// Workers that alone hold some slice: losing one of them stops the model.
 #[must_use]
 pub fn essential_workers(members: &Members, published: &Placement) -> BTreeSet<WorkerId> {
@@ -69,7 +84,13 @@ fn is_ready_holder(members: &Members, published: &Placement, holder: u16) -> boo
     let worker = published
         .worker(holder)
         .and_then(|id| members.workers.get(id));
-    worker.is_some_and(|w| w.state == WorkerState::Ready && w.loaded >= published.epoch)
+    worker.is_some_and(|w| {
+        // A name may have been taken over by a process of other weights.
+        w.state == WorkerState::Ready
+            && w.loaded >= published.epoch
+            && *w.model.fingerprint == *published.model
+            && w.numeric_class == published.numeric_class
+    })
 }
 
 #[cfg(test)]

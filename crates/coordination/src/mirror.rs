@@ -38,11 +38,12 @@ pub(crate) trait View: Send {
 /// Runs until `stop`.
 pub(crate) async fn mirror(
     store: Arc<dyn Store>,
-    prefix: &'static str,
+    prefix: String,
     mut view: impl View,
     stop: CancellationToken,
 ) {
     let mut backoff = Backoff::new(RELIST_PAUSE_MIN, RELIST_PAUSE_MAX);
+    let prefix = prefix.as_str();
     let mut remembered = store.remembered(prefix);
     let work = async {
         loop {
@@ -83,12 +84,7 @@ pub(crate) async fn mirror(
 }
 
 /// Applies changes until the watch ends, and says why it did.
-async fn follow(
-    store: &dyn Store,
-    prefix: &'static str,
-    from: Revision,
-    view: &mut impl View,
-) -> Error {
+async fn follow(store: &dyn Store, prefix: &str, from: Revision, view: &mut impl View) -> Error {
     let mut watch = store.watch(prefix, from);
     loop {
         let deadline = view.deadline();

@@ -12,6 +12,8 @@ pub enum Mutation {
     JournalOffByOne,
     /// Slices that no placement asks for are dropped at once.
     NoDropGrace,
+    /// A sequence that is moved goes on with the weights that serve now.
+    WeightsMixed,
 }
 
 thread_local! {

@@ -1,123 +1,15 @@
-//! The published and the pending placement. Published only by compare-and-swap, and epochs only grow:
-//! never shows a reader an older placement after a newer one, not even after the store was emptied.
+//! The keys of placements: two of each group, and which version takes new requests. Published only by
+//! compare-and-swap, and epochs only grow.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use tramontane_types::{Epoch, Placement};
+use tramontane_types::Placement;
 
 use crate::Error;
-use crate::mirror::{View, mirror};
-use crate::mutation::{Mutation, is_on};
 use crate::registry::MODEL_DIMENSION_MAX;
-use crate::store::{CasOutcome, Entry, Revision, Store, VALUE_BYTES_MAX, WatchEvent, keys};
-
-/// What the cluster serves on and what it is about to serve on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Placements {
-    /// The placement to serve on: the newest that was ever seen.
-    pub published: Option<Arc<Placement>>,
-    /// The placement to load; its epoch is above the published one's.
-    pub pending: Option<Arc<Placement>>,
-    /// Whether the store has been read at all.
-    pub synced: bool,
-    /// Whether the store is out of sight: this is the last that was known.
-    pub stale: bool,
-}
-
-/// Watches both placements until `stop`, through any outage of the store.
-pub fn watch_placements(
-    store: Arc<dyn Store>,
-    tasks: &TaskTracker,
-    stop: CancellationToken,
-) -> watch::Receiver<Arc<Placements>> {
-    let (sender, receiver) = watch::channel(Arc::default());
-    let view = PlacementsView {
-        placements: Placements::default(),
-        sender,
-    };
-    tasks.spawn(mirror(store, keys::PLACEMENT, view, stop));
-    receiver
-}
-
-struct PlacementsView {
-    placements: Placements,
-    sender: watch::Sender<Arc<Placements>>,
-}
-
-impl PlacementsView {
-    fn put(&mut self, entry: &Entry) {
-        if entry.key != keys::PLACEMENT && entry.key != keys::PLACEMENT_PENDING {
-            return;
-        }
-        let placement = match decode(entry) {
-            Ok(placement) => Arc::new(placement),
-            Err(error) => {
-                tracing::warn!(key = entry.key, %error, "placement skipped");
-                return;
-            }
-        };
-        let seen = self.placements.published_epoch();
-        if entry.key == keys::PLACEMENT_PENDING {
-            self.placements.pending = Some(placement);
-        } else if placement.epoch >= seen || is_on(Mutation::EpochCheckOff) {
-            self.placements.published = Some(placement);
-        } else {
-            tracing::warn!(epoch = %placement.epoch, %seen, "older placement ignored");
-        }
-    }
-}
-
-impl Placements {
-    /// Epoch of the published placement; 0 when there is none.
-    #[must_use]
-    pub fn published_epoch(&self) -> Epoch {
-        self.published.as_ref().map_or(Epoch(0), |p| p.epoch)
-    }
-}
-
-impl View for PlacementsView {
-    fn replace(&mut self, entries: Vec<Entry>) {
-        // A published placement that is gone from the store is still the one to serve on.
-        self.placements.pending = None;
-        for entry in &entries {
-            self.put(entry);
-        }
-        self.placements.synced = true;
-    }
-
-    fn apply(&mut self, event: WatchEvent) {
-        match event {
-            WatchEvent::Put(entry) => self.put(&entry),
-            WatchEvent::Delete { key, .. } if key == keys::PLACEMENT_PENDING => {
-                self.placements.pending = None;
-            }
-            WatchEvent::Delete { key, .. } => {
-                tracing::warn!(key, "deleted, serving on the last placement");
-            }
-        }
-    }
-
-    fn set_stale(&mut self, stale: bool) {
-        self.placements.stale = stale;
-    }
-
-    fn publish(&mut self) {
-        let mut shown = self.placements.clone();
-        let published = shown.published_epoch();
-        shown.pending = shown.pending.filter(|pending| pending.epoch > published);
-        self.sender.send_if_modified(|known| {
-            let changed = **known != shown;
-            if changed {
-                *known = Arc::new(shown);
-            }
-            changed
-        });
-    }
-}
+use crate::store::{CasOutcome, Entry, Revision, Store, VALUE_BYTES_MAX, keys};
+use crate::version::{GroupKey, PlacementKey, Version};
 
 /// A placement as it is in the store now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,17 +20,24 @@ pub struct Stored {
     pub revision: Revision,
 }
 
-/// Reads and writes the two placement keys, for the planner.
+/// Reads and writes the two placement keys of a group, for the planner.
 #[derive(Clone, Debug)]
 pub struct PlacementStore {
     store: Arc<dyn Store>,
+    group: GroupKey,
 }
 
 impl PlacementStore {
     /// Over the given store.
     #[must_use]
-    pub const fn new(store: Arc<dyn Store>) -> Self {
-        Self { store }
+    pub const fn new(store: Arc<dyn Store>, group: GroupKey) -> Self {
+        Self { store, group }
+    }
+
+    /// Whose keys.
+    #[must_use]
+    pub const fn group(&self) -> GroupKey {
+        self.group
     }
 
     /// The published placement.
@@ -146,7 +45,7 @@ impl PlacementStore {
     /// # Errors
     /// The store's, or [`Error::Invalid`] for a value that is no placement.
     pub async fn published(&self) -> Result<Option<Stored>, Error> {
-        self.read(keys::PLACEMENT).await
+        self.read(&self.group.published()).await
     }
 
     /// The pending placement.
@@ -154,7 +53,7 @@ impl PlacementStore {
     /// # Errors
     /// The store's, or [`Error::Invalid`] for a value that is no placement.
     pub async fn pending(&self) -> Result<Option<Stored>, Error> {
-        self.read(keys::PLACEMENT_PENDING).await
+        self.read(&self.group.pending()).await
     }
 
     /// Makes `placement` pending in place of what was read as `replaces`.
@@ -166,8 +65,7 @@ impl PlacementStore {
         placement: &Placement,
         replaces: Option<Revision>,
     ) -> Result<Revision, Error> {
-        self.write(keys::PLACEMENT_PENDING, placement, replaces)
-            .await
+        self.write(self.group.pending(), placement, replaces).await
     }
 
     /// Publishes `placement` in place of what was read as `replaces`.
@@ -183,10 +81,11 @@ impl PlacementStore {
         if let Some(old) = replaces.filter(|old| old.placement.epoch >= placement.epoch) {
             let (old, new) = (old.placement.epoch, placement.epoch);
             let detail = format!("epoch {new} does not follow epoch {old}");
-            return Err(Error::invalid(keys::PLACEMENT, detail));
+            return Err(Error::invalid(self.group.published(), detail));
         }
         let replaces = replaces.map(|old| old.revision);
-        self.write(keys::PLACEMENT, placement, replaces).await
+        self.write(self.group.published(), placement, replaces)
+            .await
     }
 
     /// Removes the pending placement that was read at `revision`; false when it has changed since.
@@ -194,19 +93,7 @@ impl PlacementStore {
     /// # Errors
     /// The store's.
     pub async fn drop_pending(&self, revision: Revision) -> Result<bool, Error> {
-        self.store
-            .delete_if(keys::PLACEMENT_PENDING, revision)
-            .await
-    }
-
-    /// Removes a value that cannot be read, so that planning can go on.
-    pub(crate) async fn drop_unreadable(&self, key: &str) -> Result<(), Error> {
-        let found = self.store.get(key).await?;
-        let Some(entry) = found.filter(|entry| decode(entry).is_err()) else {
-            return Ok(());
-        };
-        tracing::warn!(key, "removing a placement that cannot be read");
-        self.store.delete_if(key, entry.revision).await.map(drop)
+        self.store.delete_if(&self.group.pending(), revision).await
     }
 
     async fn read(&self, key: &str) -> Result<Option<Stored>, Error> {
@@ -221,41 +108,79 @@ impl PlacementStore {
 
     async fn write(
         &self,
-        key: &'static str,
+        key: String,
         placement: &Placement,
         expected: Option<Revision>,
     ) -> Result<Revision, Error> {
-        check(key, placement)?;
-        let text = serde_json::to_vec(placement).map_err(|e| Error::invalid(key, e.to_string()))?;
-        let value = Bytes::from(text);
-        match self
-            .store
-            .compare_and_swap(key, expected, value, None)
-            .await?
-        {
-            CasOutcome::Swapped(revision) => Ok(revision),
-            CasOutcome::Conflict(_) => Err(Error::Conflict {
-                key: key.to_owned(),
-                expected,
-            }),
-        }
+        check(&key, placement)?;
+        let text = serde_json::to_vec(placement);
+        let text = text.map_err(|e| Error::invalid(key.as_str(), e.to_string()))?;
+        swap(&*self.store, key, expected, Bytes::from(text)).await
     }
 }
 
-fn decode(entry: &Entry) -> Result<Placement, Error> {
+/// Says which version takes new requests, in place of what was read at `replaces`.
+///
+/// # Errors
+/// [`Error::Conflict`] when somebody else wrote since.
+pub async fn set_serving(
+    store: &dyn Store,
+    version: &Version,
+    replaces: Option<Revision>,
+) -> Result<Revision, Error> {
+    version.validate(keys::SERVING)?;
+    let text = serde_json::to_vec(version);
+    let text = text.map_err(|e| Error::invalid(keys::SERVING, e.to_string()))?;
+    swap(store, keys::SERVING.to_owned(), replaces, text.into()).await
+}
+
+async fn swap(
+    store: &dyn Store,
+    key: String,
+    expected: Option<Revision>,
+    value: Bytes,
+) -> Result<Revision, Error> {
+    let outcome = store.compare_and_swap(&key, expected, value, None).await?;
+    match outcome {
+        CasOutcome::Swapped(revision) => Ok(revision),
+        CasOutcome::Conflict(_) => Err(Error::Conflict { key, expected }),
+    }
+}
+
+/// The version that takes new requests.
+pub(crate) fn decode_serving(entry: &Entry) -> Result<Version, Error> {
+    let version: Version = read_json(entry)?;
+    version.validate(&entry.key)?;
+    Ok(version)
+}
+
+/// The placement of one of our keys.
+pub(crate) fn decode(entry: &Entry) -> Result<Placement, Error> {
+    let placement: Placement = read_json(entry)?;
+    check(&entry.key, &placement)?;
+    Ok(placement)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T, Error> {
     let size = entry.value.len();
     if size > VALUE_BYTES_MAX {
         let (what, max) = (entry.key.clone(), VALUE_BYTES_MAX);
         return Err(Error::TooLarge { what, size, max });
     }
-    let placement = serde_json::from_slice(&entry.value)
-        .map_err(|e| Error::invalid(entry.key.clone(), e.to_string()))?;
-    check(&entry.key, &placement)?;
-    Ok(placement)
+    serde_json::from_slice(&entry.value)
+        .map_err(|e| Error::invalid(entry.key.clone(), e.to_string()))
 }
 
 /// Everything that a reader may rely on.
 fn check(key: &str, placement: &Placement) -> Result<(), Error> {
+    let group = match PlacementKey::parse(key) {
+        Some(PlacementKey::Published(group) | PlacementKey::Pending(group)) => Some(group),
+        Some(PlacementKey::Serving) | None => None,
+    };
+    let version = Version::of_placement(placement);
+    if group != Some(version.key()) {
+        return Err(Error::invalid(key, format!("placement of {version}")));
+    }
     let dimensions = 1..=MODEL_DIMENSION_MAX;
     let (layers, experts) = (placement.num_layers, placement.num_experts);
     if !dimensions.contains(&layers) || !dimensions.contains(&experts) {
@@ -279,15 +204,15 @@ fn check(key: &str, placement: &Placement) -> Result<(), Error> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::time::Duration;
-
-    use tokio::time::timeout;
-    use tramontane_types::{SegmentRange, SliceHolders, WorkerId};
+    use tramontane_types::{Epoch, SegmentRange, SliceHolders, WorkerId};
 
     use super::*;
-    use crate::MemoryStore;
 
     pub(crate) fn placement(epoch: u64) -> Placement {
+        placement_of("f1", epoch)
+    }
+
+    pub(crate) fn placement_of(model: &str, epoch: u64) -> Placement {
         let whole = SliceHolders {
             range: SegmentRange::WHOLE,
             holders: vec![0],
@@ -295,7 +220,7 @@ pub(crate) mod tests {
         Placement {
             epoch: Epoch(epoch),
             numeric_class: "cpu-q8".to_owned(),
-            model: "f1".to_owned(),
+            model: model.to_owned(),
             num_layers: 2,
             num_experts: 4,
             workers: vec![WorkerId::new("a")],
@@ -303,64 +228,52 @@ pub(crate) mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn readers_see_the_newest_placement_and_never_an_older_one() {
-        let memory = MemoryStore::new();
-        let store = PlacementStore::new(Arc::new(memory.clone()));
-        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let mut seen = watch_placements(Arc::new(memory.clone()), &tasks, stop.clone());
-        let pending = store.propose(&placement(1), None).await.unwrap();
-        store.publish(&placement(1), None).await.unwrap();
-        seen.wait_for(|p| p.published_epoch() == Epoch(1))
-            .await
-            .unwrap();
-        assert_eq!(seen.borrow().pending, None, "epoch 1 is no longer pending");
-        let first = store.published().await.unwrap().unwrap();
-        let again = store.publish(&placement(1), Some(&first)).await;
-        assert!(matches!(again, Err(Error::Invalid { .. })), "{again:?}");
-        store.publish(&placement(2), Some(&first)).await.unwrap();
-        let late = store.publish(&placement(3), Some(&first)).await;
-        assert!(matches!(late, Err(Error::Conflict { .. })), "{late:?}");
-        seen.wait_for(|p| p.published_epoch() == Epoch(2))
-            .await
-            .unwrap();
-        // Emptied, then an older epoch, then junk: the reader stays at 2.
-        memory.delete(keys::PLACEMENT).await.unwrap();
-        store.publish(&placement(1), None).await.unwrap();
-        memory
-            .put(keys::PLACEMENT, Bytes::from_static(b"{"), None)
-            .await
-            .unwrap();
-        store.propose(&placement(3), Some(pending)).await.unwrap();
-        seen.wait_for(|p| p.pending.is_some()).await.unwrap();
-        assert_eq!(seen.borrow().published_epoch(), Epoch(2));
-        stop.cancel();
-        tasks.close();
-        timeout(Duration::from_secs(5), tasks.wait()).await.unwrap();
-    }
-
     #[test]
     fn hostile_placements_are_refused() {
+        let key = Version::of_placement(&placement(1)).key();
         let entry = |edit: fn(&mut serde_json::Value)| {
             let mut value = serde_json::to_value(placement(1)).unwrap();
             edit(&mut value);
             Entry {
-                key: keys::PLACEMENT.to_owned(),
+                key: key.published(),
                 value: Bytes::from(value.to_string()),
                 revision: Revision(1),
             }
         };
         decode(&entry(|_| {})).unwrap();
-        let edits: [fn(&mut serde_json::Value); 5] = [
+        let edits: [fn(&mut serde_json::Value); 7] = [
             |v| v["num_layers"] = (u64::MAX / 2).into(),
             |v| v["num_experts"] = 0.into(),
             |v| v["experts"][0] = serde_json::json!([]),
             |v| v["experts"][0][0]["holders"] = serde_json::json!([0, 0]),
             |v| v["experts"][0][0]["range"] = serde_json::json!([4, 2]),
+            |v| v["model"] = "f2".into(),
+            |v| v["numeric_class"] = "cpu-q4".into(),
         ];
         for edit in edits {
             let stored = entry(edit);
             assert!(decode(&stored).is_err(), "{:?}", stored.value);
+        }
+    }
+
+    #[test]
+    fn hostile_versions_are_refused() {
+        let entry = |value: &str| Entry {
+            key: keys::SERVING.to_owned(),
+            value: Bytes::copy_from_slice(value.as_bytes()),
+            revision: Revision(1),
+        };
+        let good = r#"{"model":"f","numeric_class":"c"}"#;
+        decode_serving(&entry(good)).unwrap();
+        let long = format!(r#"{{"model":"{}","numeric_class":"c"}}"#, "f".repeat(600));
+        for bad in [
+            "",
+            "null",
+            r#"{"model":"f"}"#,
+            r#"{"model":"","numeric_class":"c"}"#,
+            &long,
+        ] {
+            assert!(decode_serving(&entry(bad)).is_err(), "{bad}");
         }
     }
 }

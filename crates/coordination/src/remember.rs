@@ -2,7 +2,7 @@
 //! away serves on what it knew. Never answers for a store that answers, and never needs the disk: a file
 //! that cannot be written or read is logged and done without.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,13 +20,15 @@ use tokio_util::task::TaskTracker;
 use tramontane_types::Epoch;
 
 use crate::Error;
+use crate::placements::GROUPS_MAX;
 use crate::store::{
     CasOutcome, Entry, LIST_ENTRIES_MAX, LeaseId, Listing, Revision, Store, VALUE_BYTES_MAX, Watch,
     WatchEvent, keys,
 };
+use crate::version::PlacementKey;
 
 /// What is remembered: what everybody serves on, and what nobody may forget of the operator's wishes.
-const PREFIXES: [&str; 3] = [keys::WORKERS, keys::PLACEMENT, keys::INTENT];
+const PREFIXES: [&str; 3] = [keys::WORKERS, keys::PLACEMENTS, keys::INTENT];
 /// Shortest time between two writes: workers refresh their records every few seconds.
 const WRITE_PAUSE: Duration = Duration::from_secs(1);
 /// Largest file that is read: entries of the largest size for a large cluster.
@@ -44,9 +46,16 @@ pub struct RememberingStore {
 /// What was last seen of the store.
 #[derive(Debug)]
 struct Known {
-    /// Values by prefix and key.
-    seen: Mutex<BTreeMap<&'static str, BTreeMap<String, Bytes>>>,
+    seen: Mutex<Seen>,
     changes: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// Values by prefix and key.
+    values: BTreeMap<&'static str, BTreeMap<String, Bytes>>,
+    /// Published placements that are kept although the store has them no more.
+    gone: BTreeSet<String>,
 }
 
 /// The file: values are the store's, which are JSON text.
@@ -65,14 +74,15 @@ impl RememberingStore {
         tasks: &TaskTracker,
         stop: CancellationToken,
     ) -> Self {
-        let mut seen: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+        let mut seen = Seen::default();
         for (key, value) in read(&path) {
             // Whoever wrote one prefix down had seen them all; some were empty.
             for prefix in PREFIXES {
-                seen.entry(prefix).or_default();
+                seen.values.entry(prefix).or_default();
             }
             if let Some(prefix) = prefix_of(&key) {
-                seen.entry(prefix).or_default().insert(key, value);
+                let values = seen.values.entry(prefix).or_default();
+                values.insert(key, value);
             }
         }
         let known = Arc::new(Known {
@@ -84,26 +94,55 @@ impl RememberingStore {
     }
 }
 
-/// The remembered prefix that `key` is below.
+/// The remembered prefix that `key`, or a longer prefix, is below.
 fn prefix_of(key: &str) -> Option<&'static str> {
     PREFIXES.into_iter().find(|prefix| key.starts_with(prefix))
 }
 
+impl Seen {
+    /// Notes the value of a key below `prefix`, or that it is gone.
+    fn note(&mut self, prefix: &'static str, key: &str, new: Option<&Bytes>) {
+        let values = self.values.entry(prefix).or_default();
+        if values.get(key).is_some_and(|known| stays(key, known, new)) {
+            self.gone.insert(key.to_owned());
+            self.forget_beyond_limit();
+            return;
+        }
+        self.gone.remove(key);
+        match new {
+            Some(value) => values.insert(key.to_owned(), value.clone()),
+            None => values.remove(key),
+        };
+    }
+
+    /// Of placements that the store has no more, only as many are kept as there may be groups.
+    fn forget_beyond_limit(&mut self) {
+        while self.gone.len() > GROUPS_MAX {
+            let Some(key) = self.gone.pop_first() else {
+                return;
+            };
+            if let Some(values) = self.values.get_mut(keys::PLACEMENTS) {
+                values.remove(&key);
+            }
+        }
+    }
+}
+
 impl Known {
-    fn replace(&self, prefix: &str, entries: &[Entry]) {
-        let Some(prefix) = PREFIXES.into_iter().find(|known| *known == prefix) else {
+    fn replace(&self, below: &str, entries: &[Entry]) {
+        let Some(prefix) = prefix_of(below) else {
             return;
         };
-        let values = entries.iter().map(|e| (e.key.clone(), e.value.clone()));
-        let mut values: BTreeMap<_, _> = values.collect();
+        let new: BTreeMap<&str, &Bytes> = entries.iter().map(|e| (&*e.key, &e.value)).collect();
         let mut seen = self.seen.lock();
-        let known = seen
-            .get(prefix)
-            .and_then(|known| known.get(keys::PLACEMENT));
-        if let Some(known) = known.filter(|known| stays(known, values.get(keys::PLACEMENT))) {
-            values.insert(keys::PLACEMENT.to_owned(), known.clone());
+        let known = seen.values.entry(prefix).or_default().keys();
+        let lost = known.filter(|key| key.starts_with(below) && !new.contains_key(key.as_str()));
+        for key in lost.cloned().collect::<Vec<_>>() {
+            seen.note(prefix, &key, None);
         }
-        seen.insert(prefix, values);
+        for (key, value) in new {
+            seen.note(prefix, key, Some(value));
+        }
         drop(seen);
         self.changes.send_replace(());
     }
@@ -112,20 +151,11 @@ impl Known {
         let Some(prefix) = prefix_of(event.key()) else {
             return;
         };
-        let mut seen = self.seen.lock();
-        let values = seen.entry(prefix).or_default();
         let (key, new) = match event {
             WatchEvent::Put(entry) => (&entry.key, Some(&entry.value)),
             WatchEvent::Delete { key, .. } => (key, None),
         };
-        if key == keys::PLACEMENT && values.get(key).is_some_and(|known| stays(known, new)) {
-            return;
-        }
-        match new {
-            Some(value) => values.insert(key.clone(), value.clone()),
-            None => values.remove(key),
-        };
-        drop(seen);
+        self.seen.lock().note(prefix, key, new);
         self.changes.send_replace(());
     }
 
@@ -137,14 +167,23 @@ impl Known {
         };
         File {
             version: FILE_VERSION,
-            entries: seen.values().flatten().filter_map(text).collect(),
+            entries: seen.values.values().flatten().filter_map(text).collect(),
         }
     }
 }
 
-/// Whether the known placement is kept in place of `new`: who serves on it lets go neither because a store
-/// was emptied, nor because it then held an older one, or one that cannot be read.
-fn stays(known: &Bytes, new: Option<&Bytes>) -> bool {
+/// Whether the known value of a key is kept in place of `new`: who serves on a placement lets go neither
+/// because a store was emptied, nor because it then held an older one, or one that cannot be read. So it is
+/// with the version that takes new requests, which has no age.
+fn stays(key: &str, known: &Bytes, new: Option<&Bytes>) -> bool {
+    match PlacementKey::parse(key) {
+        Some(PlacementKey::Published(_)) => is_newer(known, new),
+        Some(PlacementKey::Serving) => new.is_none(),
+        Some(PlacementKey::Pending(_)) | None => false,
+    }
+}
+
+fn is_newer(known: &Bytes, new: Option<&Bytes>) -> bool {
     #[derive(Deserialize)]
     struct Dated {
         epoch: Epoch,
@@ -176,8 +215,9 @@ impl Store for RememberingStore {
             value: value.clone(),
             revision: Revision::default(),
         };
-        seen.get(prefix)
-            .map(|values| values.iter().map(entry).collect())
+        let values = seen.values.get(prefix_of(prefix)?)?;
+        let below = values.iter().filter(|(key, _)| key.starts_with(prefix));
+        Some(below.map(entry).collect())
     }
 
     async fn put(
@@ -290,9 +330,15 @@ fn read(path: &Path) -> Vec<(String, Bytes)> {
 mod tests {
     use super::*;
     use crate::placement_store::tests::placement;
+    use crate::placements::Scope;
+    use crate::version::{GroupKey, Version};
     use crate::{
         FaultStore, MemoryStore, PlacementStore, Placements, watch_intent, watch_placements,
     };
+
+    fn group() -> GroupKey {
+        Version::of_placement(&placement(1)).key()
+    }
 
     /// One process: a remembering store over `store`, and its view of the placements.
     struct Process {
@@ -307,7 +353,8 @@ mod tests {
             let inner: Arc<dyn Store> = Arc::new(store.clone());
             let store = RememberingStore::new(inner, path.to_owned(), &tasks, stop.clone());
             let store: Arc<dyn Store> = Arc::new(store);
-            let placements = watch_placements(Arc::clone(&store), &tasks, stop.clone());
+            let scope = Scope::Group(group());
+            let placements = watch_placements(Arc::clone(&store), scope, &tasks, stop.clone());
             let intent = watch_intent(store, &tasks, stop.clone());
             Self {
                 placements,
@@ -334,7 +381,8 @@ mod tests {
     }
 
     fn epoch_2(placements: &Arc<Placements>) -> bool {
-        placements.published_epoch() == Epoch(2)
+        let group = placements.groups.get(&group());
+        group.is_some_and(|group| group.published_epoch() == Epoch(2))
     }
 
     #[tokio::test(start_paused = true)]
@@ -343,11 +391,11 @@ mod tests {
         let path = directory.path().join("deeper/known.json");
         let memory: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let store = FaultStore::new(Arc::clone(&memory));
-        let placements = PlacementStore::new(Arc::clone(&memory));
+        let placements = PlacementStore::new(Arc::clone(&memory), group());
         let mut first = Process::start(&store, &path);
         placements.publish(&placement(2), None).await.unwrap();
         first.sees(epoch_2).await;
-        written(&path, keys::PLACEMENT).await;
+        written(&path, keys::PLACEMENTS).await;
         drop(first);
         store.set_up(false);
         let mut second = Process::start(&store, &path);
@@ -355,16 +403,15 @@ mod tests {
         let is_known = |seen: &Arc<crate::SeenIntent>| seen.synced;
         second.intent.wait_for(is_known).await.unwrap();
         // A store that was emptied makes nobody forget what is served on, now or in the next life.
-        memory.delete(keys::PLACEMENT).await.unwrap();
+        memory.delete(&group().published()).await.unwrap();
         store.set_up(true);
         second.sees(|p| epoch_2(p) && !p.stale).await;
         let older = serde_json::to_vec(&placement(1)).unwrap();
-        memory
-            .put(keys::PLACEMENT, older.into(), None)
-            .await
-            .unwrap();
-        memory.put("placement-x", "{}".into(), None).await.unwrap();
-        written(&path, "placement-x").await;
+        let key = group().published();
+        memory.put(&key, older.into(), None).await.unwrap();
+        let marker = format!("{}x", group().prefix());
+        memory.put(&marker, "{}".into(), None).await.unwrap();
+        written(&path, &marker).await;
         store.set_up(false);
         drop(second);
         Process::start(&store, &path).sees(epoch_2).await;
@@ -381,11 +428,30 @@ mod tests {
         let memory: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let store = FaultStore::new(Arc::clone(&memory));
         let mut process = Process::start(&store, &path);
-        PlacementStore::new(memory)
+        PlacementStore::new(memory, group())
             .publish(&placement(2), None)
             .await
             .unwrap();
         process.sees(epoch_2).await;
-        written(&path, keys::PLACEMENT).await;
+        written(&path, keys::PLACEMENTS).await;
+    }
+
+    #[test]
+    fn placements_of_groups_that_are_gone_are_not_kept_for_ever() {
+        let (mut seen, prefix) = (Seen::default(), keys::PLACEMENTS);
+        let serving = Bytes::from_static(br#"{"model":"f","numeric_class":"c"}"#);
+        seen.note(prefix, keys::SERVING, Some(&serving));
+        seen.note(prefix, keys::SERVING, None);
+        for i in 0..GROUPS_MAX + 3 {
+            let placement = crate::placement_store::tests::placement_of(&i.to_string(), 1);
+            let key = Version::of_placement(&placement).key().published();
+            let value = Bytes::from(serde_json::to_vec(&placement).unwrap());
+            seen.note(prefix, &key, Some(&value));
+            seen.note(prefix, &key, None);
+        }
+        let kept = &seen.values[prefix];
+        assert!(kept.contains_key(keys::SERVING));
+        assert_eq!(kept.len(), seen.gone.len());
+        assert!(kept.len() <= GROUPS_MAX, "{kept:?}");
     }
 }

@@ -23,10 +23,15 @@ pub const LEASE_TTL_MIN: Duration = Duration::from_secs(2);
 pub mod keys {
     /// Prefix of the worker records; the id follows.
     pub const WORKERS: &str = "workers/";
-    /// The placement that everybody serves on; a prefix of [`PLACEMENT_PENDING`] on purpose.
-    pub const PLACEMENT: &str = "placement";
-    /// The placement that workers are loading.
-    pub const PLACEMENT_PENDING: &str = "placement-pending";
+    /// Prefix of everything about placements: who watches it sees a version take requests only after it has
+    /// seen that version's placement. The group follows, then a slash and [`PUBLISHED`] or [`PENDING`].
+    pub const PLACEMENTS: &str = "placement/";
+    /// Last part of the key of the placement that a group serves on.
+    pub const PUBLISHED: &str = "published";
+    /// Last part of the key of the placement that a group's workers are loading.
+    pub const PENDING: &str = "pending";
+    /// The version that takes new requests; no group's name, which has only digits.
+    pub const SERVING: &str = "placement/serving";
     /// What the operator wants.
     pub const INTENT: &str = "intent";
     /// Who plans.

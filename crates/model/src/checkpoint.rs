@@ -344,7 +344,7 @@ impl Checkpoint {
         })
     }
 
-    /// Short name of the content: configuration, headers, sizes and samples of each file. Two workers with
+    /// Short name of the content: configuration, headers, sizes, and a sample of each tensor. Two workers with
     /// different fingerprints do not read the same weights; equal fingerprints are no proof of every byte
     /// (that is what `tramontane.sha256` is for).
     #[must_use]

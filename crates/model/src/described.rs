@@ -192,32 +192,27 @@ fn open_file(
     let mut header = vec![0; file.header_bytes as usize];
     let part = Part::whole(&file.name, "header", 0, header.len());
     elsewhere.read(&part, &mut header)?;
+    let mut shard = Shard::elsewhere(form, &file.name, header, len)?;
     if let Some(directory) = directory
         && let Ok((here, here_len)) = Here::open(&directory.join(&file.name))
         && here_len == len
-        && is_same(&here, &header, (&file.name, len), elsewhere)?
+        && is_same(&here, &shard, elsewhere)?
     {
-        let mut shard = Shard::elsewhere(form, &file.name, header, len)?;
         shard.here = Some(here);
-        return Ok(shard);
     }
-    Shard::elsewhere(form, &file.name, header, len)
+    Ok(shard)
 }
 
-/// Whether two files of a length have the same header and samples. One that cannot be read is not the same.
-fn is_same(
-    here: &Here,
-    header: &[u8],
-    (name, len): (&str, usize),
-    elsewhere: &dyn Source,
-) -> Result<bool, Error> {
-    let mut own = vec![0; header.len()];
+/// Whether a file has the header and samples of the one elsewhere. One that cannot be read does not.
+fn is_same(here: &Here, shard: &Shard, elsewhere: &dyn Source) -> Result<bool, Error> {
+    let (name, tensors) = (&shard.name, &shard.tensors);
+    let mut own = vec![0; shard.header.len()];
     let part = Part::whole(name, "header", 0, own.len());
-    if here.read(&part, &mut own).is_err() || own != header {
+    if here.read(&part, &mut own).is_err() || own != shard.header {
         return Ok(false);
     }
-    let Ok(own) = samples(name, len, |part, out| here.read(part, out)) else {
+    let Ok(own) = samples(name, tensors, |part, out| here.read(part, out)) else {
         return Ok(false);
     };
-    Ok(own == samples(name, len, |part, out| elsewhere.read(part, out))?)
+    Ok(own == samples(name, tensors, |part, out| elsewhere.read(part, out))?)
 }

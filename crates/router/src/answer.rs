@@ -1,8 +1,11 @@
 //! One answer as its reader sees it: what comes next, and in the end how much it was. Dropping an
 //! [`Answer`] without an idempotency key aborts all that still runs for it.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tramontane_coordination::Version;
 use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
 
 use crate::admission::Counted;
@@ -88,6 +91,7 @@ impl Source {
 #[derive(Debug)]
 pub(crate) struct Answer {
     id: AnswerId,
+    version: Arc<Version>,
     source: Source,
     shape: Shape,
     num_finished: usize,
@@ -98,9 +102,10 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// The answer `id` that `source` tells; `running` counts it until it is out.
-    pub(crate) const fn new(
-        id: AnswerId,
+    /// The answer that `source` tells, with its name and what it began with; `running` counts it until it
+    /// is out.
+    pub(crate) fn new(
+        (id, version): (AnswerId, Arc<Version>),
         source: Source,
         shape: Shape,
         abort: CancellationToken,
@@ -108,6 +113,7 @@ impl Answer {
     ) -> Self {
         Self {
             id,
+            version,
             source,
             shape,
             num_finished: 0,
@@ -168,6 +174,11 @@ impl Answer {
     /// Its name.
     pub(crate) const fn id(&self) -> AnswerId {
         self.id
+    }
+
+    /// The weights that it began with, and all of it comes from.
+    pub(crate) const fn version(&self) -> &Arc<Version> {
+        &self.version
     }
 
     /// Answers of this request.

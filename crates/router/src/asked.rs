@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName};
 use sha2::{Digest as _, Sha256};
-use tramontane_types::Placement;
+use tramontane_coordination::Version;
 
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
@@ -117,13 +117,11 @@ impl BodyDigest {
 pub(crate) struct Tag(u32);
 
 impl Tag {
-    pub(crate) fn of(body: BodyDigest, placement: Option<&Placement>) -> Self {
+    pub(crate) fn of(body: BodyDigest, version: &Version) -> Self {
         let mut digest = Sha256::new();
         digest.update(body.0);
-        if let Some(placement) = placement {
-            digest.update(Sha256::digest(placement.model.as_bytes()));
-            digest.update(placement.numeric_class.as_bytes());
-        }
+        digest.update(Sha256::digest(version.model.as_bytes()));
+        digest.update(version.numeric_class.as_bytes());
         let digest: [u8; 32] = digest.finalize().into();
         let [a, b, c, d, ..] = digest;
         Self(u32::from_be_bytes([a, b, c, d]))
@@ -149,18 +147,25 @@ pub(crate) struct EventId {
 }
 
 impl EventId {
-    /// Refuses to go on with another answer than that of a request with `tag` and so many choices.
-    pub(crate) fn check(&self, tag: Tag, num_choices: usize) -> Result<(), ApiError> {
-        if self.tag != tag {
-            let message = format!(
-                "last-event-id is of another request, expected the same route and the same body byte for byte, \
-                 and the same model: {:08x}, got {:08x}",
-                tag.0, self.tag.0
-            );
-            return Err(
-                ApiError::new(ErrorKind::ResumeMismatch, message).at(LAST_EVENT_ID.as_str())
-            );
-        }
+    /// The one of `versions` that the answer to a request with `body` began with. Refuses to go on with
+    /// another request's answer, or with other weights.
+    pub(crate) fn version(
+        &self,
+        body: BodyDigest,
+        versions: impl IntoIterator<Item = Version>,
+    ) -> Result<Version, ApiError> {
+        let mut versions = versions.into_iter();
+        let found = versions.find(|version| Tag::of(body, version) == self.tag);
+        found.ok_or_else(|| {
+            mismatch(
+                "last-event-id is of another request, expected the same route and the same body byte for \
+                 byte, or no worker has the weights any more that the answer began with",
+            )
+        })
+    }
+
+    /// Refuses the positions of another number of choices.
+    pub(crate) fn check_choices(&self, num_choices: usize) -> Result<(), ApiError> {
         match &self.position {
             Position::Units(units) if units.len() != num_choices => {
                 let got = units.len();
@@ -172,6 +177,11 @@ impl EventId {
             _ => Ok(()),
         }
     }
+}
+
+/// Why an answer cannot go on here.
+pub(crate) fn mismatch(message: &str) -> ApiError {
+    ApiError::new(ErrorKind::ResumeMismatch, message).at(LAST_EVENT_ID.as_str())
 }
 
 /// Why an answer that was asked for from a position cannot go on there.
@@ -288,16 +298,24 @@ mod tests {
     fn a_resumed_answer_is_of_the_same_request_and_has_its_choices() {
         let (body, other) = (BodyDigest::of("r", b"b"), BodyDigest::of("r", b"c"));
         assert_ne!(body, BodyDigest::of("rb", b""));
-        let tag = Tag::of(body, None);
+        let version = |model: &str, class: &str| Version {
+            model: model.into(),
+            numeric_class: class.into(),
+        };
+        let began = version("f", "c");
         let id = EventId {
             answer: AnswerId::unique(7),
-            tag,
+            tag: Tag::of(body, &began),
             position: Position::Units(vec![3, 4]),
         };
-        id.check(tag, 2).unwrap();
-        let error = id.check(Tag::of(other, None), 2).unwrap_err();
-        assert_eq!(error.kind, ErrorKind::ResumeMismatch);
-        let error = id.check(tag, 3).unwrap_err();
+        let all = || [version("g", "c"), version("f", "d"), version("f", "c")];
+        assert_eq!(id.version(body, all()).unwrap(), began);
+        for (body, versions) in [(other, &all()[..]), (body, &all()[..2]), (body, &[])] {
+            let error = id.version(body, versions.to_vec()).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::ResumeMismatch);
+        }
+        id.check_choices(2).unwrap();
+        let error = id.check_choices(3).unwrap_err();
         assert_eq!(
             error.message,
             "last-event-id must have the positions of 3 choices, got 2"

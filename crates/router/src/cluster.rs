@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use tramontane_coordination::{Intent, Members, Placements, SeenIntent, WorkerRecord, WorkerState};
+use tramontane_coordination::{
+    Intent, Members, Placements, SeenIntent, Version, WorkerRecord, WorkerState,
+};
 use tramontane_types::WorkerId;
 
 /// Everybody's last known view of the cluster.
@@ -28,6 +30,11 @@ impl ClusterView {
         Arc::clone(&self.intent.borrow())
     }
 
+    /// The version that new requests begin with.
+    pub(crate) fn serving(&self) -> Option<Arc<Version>> {
+        self.placements.borrow().serving.clone()
+    }
+
     /// Waits until any view changes; for ever when all watches have ended.
     pub(crate) async fn changed(&mut self) {
         let (members, placements) = (&mut self.members, &mut self.placements);
@@ -40,33 +47,54 @@ impl ClusterView {
         }
     }
 
-    /// `Ok` when requests can be served, else why not.
+    /// `Ok` when new requests can be served, else why not.
     pub(crate) fn check(&self) -> Result<(), String> {
         check(&self.members(), &self.placements(), &self.intent())
     }
+
+    /// `Ok` when requests that began with `version` can be served, else why not.
+    pub(crate) fn check_version(&self, version: &Version) -> Result<(), String> {
+        let (members, seen) = (self.members(), self.intent());
+        if !members.workers.values().any(|worker| version.has(worker)) {
+            return Err(format!(
+                "no worker has the weights any more that this answer began with: {version}"
+            ));
+        }
+        check_workers(&members, version, &seen.intent)
+    }
 }
 
-/// `Ok` when requests can be served, else why not.
+/// `Ok` when new requests can be served, else why not.
 fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Result<(), String> {
     if !members.synced || !placements.synced || !seen.synced {
         return Err("the coordination store has not been read yet".to_owned());
     }
-    if placements.published.is_none() {
-        let reason = match &placements.pending {
+    let Some(version) = placements.serving.as_deref() else {
+        let mut pending = placements
+            .groups
+            .values()
+            .filter_map(|g| g.pending.as_ref());
+        let reason = match pending.next() {
             Some(pending) => format!("workers are loading placement {}", pending.epoch),
             None if members.workers.is_empty() => "no worker has registered".to_owned(),
             None => "no placement of experts is published".to_owned(),
         };
         return Err(reason);
+    };
+    if placements.published().is_none() {
+        return Err(format!(
+            "no placement of experts is published for {version}"
+        ));
     }
-    if attention_workers(members, placements, &seen.intent)
-        .next()
-        .is_some()
-    {
+    check_workers(members, version, &seen.intent)
+}
+
+fn check_workers(members: &Members, version: &Version, intent: &Intent) -> Result<(), String> {
+    if attention_workers(members, version, intent).next().is_some() {
         return Ok(());
     }
     let nobody = Intent::default();
-    let mut cordoned = attention_workers(members, placements, &nobody);
+    let mut cordoned = attention_workers(members, version, &nobody);
     Err(match cordoned.next() {
         Some((id, _)) => format!(
             "every attention worker that is ready is cordoned or to give up attention, such as {id}"
@@ -75,25 +103,16 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
     })
 }
 
-/// Workers that may be given new sequences: ready, not cordoned, and of the model and numeric class that
-/// the published placement is for.
+/// Workers that may be given sequences of a version: ready, not cordoned, and of its weights and class.
 pub(crate) fn attention_workers<'a>(
     members: &'a Members,
-    placements: &'a Placements,
+    version: &'a Version,
     intent: &'a Intent,
 ) -> impl Iterator<Item = (&'a WorkerId, &'a Arc<WorkerRecord>)> {
     members.workers.iter().filter(move |(id, record)| {
         record.roles.attention
             && record.state == WorkerState::Ready
             && intent.may_attend(id)
-            && is_of_the_group(record, placements)
-    })
-}
-
-/// Whether a worker is of the model and numeric class that the published placement is for.
-pub(crate) fn is_of_the_group(record: &WorkerRecord, placements: &Placements) -> bool {
-    placements.published.as_ref().is_some_and(|placement| {
-        placement.numeric_class == record.numeric_class
-            && placement.model == record.model.fingerprint
+            && version.has(record)
     })
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
+use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{SamplingParams, Usage};
 
@@ -31,6 +32,9 @@ use crate::worker_pool::WorkerPool;
 
 /// Deltas of one answer that wait for the client: some steps of many sequences, little memory.
 const UNREAD_MAX: usize = 64;
+
+/// Versions of the weights that a request tries to begin with, when they change meanwhile.
+const VERSIONS_TRIED_MAX: u32 = 3;
 
 /// Everything that requests share.
 #[derive(Debug)]
@@ -71,12 +75,14 @@ impl Dispatcher {
         name: Name,
     ) -> Result<Answer, ApiError> {
         let (shape, span) = (Shape::of(&request), name.span(&request));
-        let (running, counted) = self.open(request, &name.request).await?;
+        let (running, counted) = self.open(request, &name).await?;
+        let version = Arc::clone(&running.version);
         let (tell, told) = mpsc::channel(UNREAD_MAX);
         self.tasks
             .spawn(running.follow(tell, self.client_stall_max).instrument(span));
         let (source, abort) = (Source::Made(told), self.abort.clone());
-        Ok(Answer::new(name.answer, source, shape, abort, counted))
+        let begun = (name.answer, version);
+        Ok(Answer::new(begun, source, shape, abort, counted))
     }
 
     /// The answer to the request with this idempotency key: the one that is there, or one that is started
@@ -97,33 +103,34 @@ impl Dispatcher {
             }
             Found::Nothing(recorder, reader) => {
                 let span = name.span(&request);
-                let making = Arc::clone(self).record(request, name.request, recorder);
+                let making = Arc::clone(self).record(request, name, recorder);
                 self.tasks.spawn(making.instrument(span));
                 reader
             }
         };
-        reader.began().await?;
-        let (id, abort) = (reader.id(), self.abort.clone());
-        Ok(Answer::new(id, Source::Kept(reader), shape, abort, counted))
+        let begun = (reader.id(), reader.began().await?);
+        let abort = self.abort.clone();
+        Ok(Answer::new(
+            begun,
+            Source::Kept(reader),
+            shape,
+            abort,
+            counted,
+        ))
     }
 
     /// Makes a whole answer and keeps it for its time, unless nobody reads it before it is whole.
-    async fn record(
-        self: Arc<Self>,
-        request: PreparedRequest,
-        request_id: String,
-        recorder: Recorder,
-    ) {
+    async fn record(self: Arc<Self>, request: PreparedRequest, name: Name, recorder: Recorder) {
         let making = async {
             // Its readers count it.
-            let (mut running, _) = match self.open(request, &request_id).await {
+            let (mut running, _) = match self.open(request, &name).await {
                 Ok(opened) => opened,
                 Err(error) => {
                     recorder.began(Err(error));
                     return false;
                 }
             };
-            recorder.began(Ok(()));
+            recorder.began(Ok(Arc::clone(&running.version)));
             while let Some(delta) = running.next().await {
                 let (failed, usage) = (delta.is_err(), running.usage);
                 recorder.push(Told { delta, usage });
@@ -154,18 +161,14 @@ impl Dispatcher {
     async fn open(
         &self,
         request: PreparedRequest,
-        request_id: &str,
+        name: &Name,
     ) -> Result<(Running, Counted), ApiError> {
         let arrived = Instant::now();
-        self.pool.cluster().check().map_err(ApiError::unavailable)?;
+        self.check(name).map_err(ApiError::unavailable)?;
         let admitted = self.admission.admit(request.num_sequences()).await;
         let admitted = admitted.inspect_err(|error| self.metrics.refused(error.kind))?;
         self.metrics.queued_for(arrived.elapsed());
-        let mut starting = Vec::with_capacity(request.num_sequences());
-        for (index, prompt) in request.prompts.iter().enumerate() {
-            starting.extend(self.sequences(&request, prompt, index, request_id)?);
-        }
-        let sequences = try_join_all(starting).await?;
+        let (version, sequences) = self.begin(&request, name).await?;
         let num_sequences = sequences.len();
         let streams = sequences
             .into_iter()
@@ -176,6 +179,7 @@ impl Dispatcher {
             .map(|prompt| prompt.ids.len())
             .sum::<usize>();
         let running = Running {
+            version,
             streams: streams.collect(),
             n: request.n as usize,
             usage: Usage {
@@ -192,17 +196,63 @@ impl Dispatcher {
         Ok((running, admitted.running))
     }
 
+    /// Starts all sequences with the same weights: those of an answer that goes on, or those that serve now.
+    /// If others serve by the time that nobody has taken the request, it begins with them.
+    async fn begin(
+        &self,
+        request: &PreparedRequest,
+        name: &Name,
+    ) -> Result<(Arc<Version>, Vec<Sequence>), ApiError> {
+        let serving = || self.pool.cluster().serving();
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let version = name.version.clone().or_else(serving);
+            let version = version.ok_or_else(|| ApiError::unavailable("no weights serve yet"))?;
+            let begun = self.begin_with(request, name, &version).await;
+            let is_over = name.version.is_some() || serving().is_none_or(|now| now == version);
+            match begun {
+                Ok(sequences) => return Ok((version, sequences)),
+                Err(error) if is_over || attempt >= VERSIONS_TRIED_MAX => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn begin_with(
+        &self,
+        request: &PreparedRequest,
+        name: &Name,
+        version: &Arc<Version>,
+    ) -> Result<Vec<Sequence>, ApiError> {
+        let mut starting = Vec::with_capacity(request.num_sequences());
+        for (index, prompt) in request.prompts.iter().enumerate() {
+            let of = (name.request.as_str(), version);
+            starting.extend(self.sequences(request, prompt, index, of)?);
+        }
+        try_join_all(starting).await
+    }
+
+    /// `Ok` when the request can be served, else why not.
+    fn check(&self, name: &Name) -> Result<(), String> {
+        let cluster = self.pool.cluster();
+        match &name.version {
+            Some(version) => cluster.check_version(version),
+            None => cluster.check(),
+        }
+    }
+
     /// The sequences of one prompt, all to start on the same worker: they share its prefix cache.
     fn sequences(
         &self,
         request: &PreparedRequest,
         prompt: &PreparedPrompt,
         prompt_index: usize,
-        request_id: &str,
+        (request_id, version): (&str, &Arc<Version>),
     ) -> Result<Vec<BoxStart>, ApiError> {
-        let blocks = self.pool.blocks(&prompt.ids);
-        let Some(worker) = self.pool.pick(&blocks, &[]) else {
-            let reason = self.pool.cluster().check().err();
+        let blocks = self.pool.blocks(version, &prompt.ids);
+        let Some(worker) = self.pool.pick(version, &blocks, &[]) else {
+            let reason = self.pool.cluster().check_version(version).err();
             return Err(ApiError::unavailable(
                 reason.unwrap_or_else(|| "no worker is ready".to_owned()),
             ));
@@ -222,12 +272,13 @@ impl Dispatcher {
                 prompt.is_chat,
             );
             let id = format!("{request_id}-{choice}");
+            let (ids, version) = (Arc::clone(&prompt.ids), Arc::clone(version));
             let mut sequence = Sequence {
                 choice,
                 pool: Arc::clone(&self.pool),
                 metrics: Arc::clone(&self.metrics),
                 patience: self.patience,
-                entry: self.journal.open(id, Arc::clone(&prompt.ids), params),
+                entry: self.journal.open(id, ids, params, version),
                 blocks: blocks.clone(),
                 text,
                 state: State::default(),
@@ -248,6 +299,8 @@ pub(crate) struct Name {
     /// In logs and on workers; no two requests have the same.
     pub(crate) request: String,
     pub(crate) answer: AnswerId,
+    /// What an answer that is to go on began with; a new one begins with what serves.
+    pub(crate) version: Option<Arc<Version>>,
 }
 
 impl Name {
@@ -296,6 +349,8 @@ fn deltas(sequence: Sequence) -> impl futures::Stream<Item = Result<Delta, ApiEr
 
 /// The sequences of one request. Dropping it aborts them.
 struct Running {
+    /// What all of them began with.
+    version: Arc<Version>,
     streams: SelectAll<BoxStream<'static, Result<Delta, ApiError>>>,
     /// Answers per prompt.
     n: usize,

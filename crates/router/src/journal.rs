@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tramontane_coordination::Version;
 use tramontane_coordination::mutation::{Mutation, is_on};
 use tramontane_proto::v1;
 use tramontane_types::{SamplingParams, TokenId, WorkerId};
@@ -24,6 +25,8 @@ pub(crate) struct Entry {
     prompt: Arc<[TokenId]>,
     sampled: Vec<TokenId>,
     params: SamplingParams,
+    /// What it began with, and goes on with wherever it runs.
+    version: Arc<Version>,
     /// Where it runs.
     worker: Option<WorkerId>,
     /// Times that it was sent to a worker.
@@ -39,12 +42,14 @@ impl Journal {
         request_id: String,
         prompt: Arc<[TokenId]>,
         params: SamplingParams,
+        version: Arc<Version>,
     ) -> Entry {
         Entry {
             request_id,
             prompt,
             sampled: Vec::new(),
             params,
+            version,
             worker: None,
             sent: 0,
             tokens: Arc::clone(&self.tokens),
@@ -79,6 +84,15 @@ impl Entry {
         self.worker.as_ref()
     }
 
+    pub(crate) const fn version(&self) -> &Arc<Version> {
+        &self.version
+    }
+
+    /// Only to prove that nobody may do so.
+    pub(crate) fn mix_weights(&mut self, version: Arc<Version>) {
+        self.version = version;
+    }
+
     pub(crate) fn request_id(&self) -> &str {
         &self.request_id
     }
@@ -105,6 +119,8 @@ impl Entry {
             prompt_ids,
             sampling: Some(v1::Sampling::from(&self.params)),
             num_resumed: u32::try_from(self.sampled.len()).unwrap_or(u32::MAX),
+            model: self.version.model.to_string(),
+            numeric_class: self.version.numeric_class.to_string(),
         }
     }
 }
@@ -126,7 +142,12 @@ mod tests {
             seed: 9,
             ..SamplingParams::default()
         };
-        let mut entry = journal.open("r-0".to_owned(), Arc::from([1, 2, 3]), params.clone());
+        let version = Arc::new(Version {
+            model: "f1".into(),
+            numeric_class: "cpu-q8".into(),
+        });
+        let prompt = Arc::from([1, 2, 3]);
+        let mut entry = journal.open("r-0".to_owned(), prompt, params.clone(), version);
         let first = entry.next_request();
         assert_eq!((first.num_resumed, first.request_id.as_str()), (0, "r-0.1"));
         entry.record(7);
@@ -135,6 +156,8 @@ mod tests {
         assert_eq!(wire.request_id, "r-0.2");
         assert_eq!(wire.prompt_ids, [1, 2, 3, 7, 8]);
         assert_eq!(wire.num_resumed, 2);
+        let weights = (wire.model.as_str(), wire.numeric_class.as_str());
+        assert_eq!(weights, ("f1", "cpu-q8"));
         assert_eq!(wire.sampling, Some(v1::Sampling::from(&params)));
         assert_eq!((journal.num_entries(), journal.num_tokens()), (1, 2));
         drop(entry);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
+use tramontane_coordination::Version;
 
 use crate::answer::{Told, stopping};
 use crate::answer_id::AnswerId;
@@ -60,6 +61,9 @@ pub(crate) enum Found {
     Answer(Reader),
 }
 
+/// The weights that an answer began with, or why there is none.
+pub(crate) type Began = Result<Arc<Version>, ApiError>;
+
 /// What is kept of one answer.
 #[derive(Debug)]
 struct Tape {
@@ -77,8 +81,8 @@ struct TapeState {
     /// How many were forgotten before the first of `told`.
     num_forgotten: usize,
     bytes: usize,
-    /// Whether the answer began, or why not.
-    began: Option<Result<(), ApiError>>,
+    /// What the answer began with, or why it did not.
+    began: Option<Began>,
     /// Since when the answer is whole.
     whole_since: Option<Instant>,
     /// Nothing more will come, and nobody may begin to read.
@@ -224,8 +228,8 @@ impl Tape {
         Some(Reader::admitted(tape, number))
     }
 
-    /// Whether the answer began, or why not; `None` while nobody knows.
-    fn began(&self) -> Option<Result<(), ApiError>> {
+    /// What the answer began with, or why it did not; `None` while nobody knows.
+    fn began(&self) -> Option<Began> {
         let state = self.state.lock();
         let stopped = state.closed.then(|| Err(stopping()));
         state.began.clone().or(stopped)
@@ -291,8 +295,8 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Says that the answer begins, or why there is none.
-    pub(crate) fn began(&self, result: Result<(), ApiError>) {
+    /// Says what the answer begins with, or why there is none.
+    pub(crate) fn began(&self, result: Began) {
         self.tape.state.lock().began = Some(result);
         self.tape.changed.send_replace(());
     }
@@ -428,8 +432,8 @@ impl Reader {
         self.tape.id
     }
 
-    /// Waits until the answer begins; an error when there is none.
-    pub(crate) async fn began(&mut self) -> Result<(), ApiError> {
+    /// Waits until the answer begins, and says with what; an error when there is none.
+    pub(crate) async fn began(&mut self) -> Began {
         loop {
             self.changed.borrow_and_update();
             if let Some(began) = self.tape.began() {

@@ -2,6 +2,7 @@
 //!
 //! Names with the prefix `vllm:` mean what they mean in vLLM, so that existing dashboards work.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use tramontane_coordination::Version;
 use tramontane_runtime::metrics as shared;
 use tramontane_types::{FinishReason, Usage};
 
@@ -56,10 +58,12 @@ struct Gauges {
     ready: Gauge,
     store_available: Gauge,
     survives_one_loss: Gauge,
+    weights: Family<WeightsLabels, Gauge>,
+    versions: Gauge,
 }
 
 /// Values of the gauges at one moment.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Reading {
     pub(crate) running: usize,
     pub(crate) waiting: usize,
@@ -73,6 +77,10 @@ pub(crate) struct Reading {
     pub(crate) ready: bool,
     pub(crate) store_available: bool,
     pub(crate) survives_one_loss: bool,
+    /// The version that takes new requests.
+    pub(crate) serving: Option<Arc<Version>>,
+    /// Versions that workers have.
+    pub(crate) versions: usize,
 }
 
 /// A door that requests come through.
@@ -142,6 +150,13 @@ struct RefusalLabels {
     reason: &'static str,
 }
 
+/// The version that takes new requests, one series: an operator's choice, never a client's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WeightsLabels {
+    version: String,
+    numeric_class: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct LossLabels {
     reason: &'static str,
@@ -182,6 +197,16 @@ impl Gauges {
             self.workers_ready.clone(),
         );
         own.register("placement_epoch", "Published placement", self.epoch.clone());
+        own.register(
+            "weights",
+            "1 for the version that takes new requests",
+            self.weights.clone(),
+        );
+        own.register(
+            "versions",
+            "Versions of the weights that workers have",
+            self.versions.clone(),
+        );
         own.register("ready", "1 when requests can be served", self.ready.clone());
         own.register(
             "store_available",
@@ -352,6 +377,16 @@ impl Metrics {
         gauges
             .survives_one_loss
             .set(i64::from(reading.survives_one_loss));
+        gauges.versions.set(count(reading.versions));
+        // One series: those that served before would only pile up.
+        gauges.weights.clear();
+        if let Some(version) = reading.serving {
+            let labels = WeightsLabels {
+                version: version.model.to_string(),
+                numeric_class: version.numeric_class.to_string(),
+            };
+            gauges.weights.get_or_create(&labels).set(1);
+        }
         shared::render(&self.registry)
     }
 

@@ -19,18 +19,19 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout, timeout_at};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
+use tramontane_coordination::{GroupPlacements, Version};
 use tramontane_runtime::{build_info, metrics as shared_metrics};
 
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
-use crate::asked::{Asked, Position, Tag};
+use crate::asked::{Asked, Position, Tag, mismatch};
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::kept::BodyDigest;
 use crate::metrics::Route;
 use crate::openai::{
     self, ChatRender, CompletionRender, Head, Parsed, Render, StreamOptions, error_response,
-    event_stream, last_event,
+    event_stream, fingerprint, last_event,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
@@ -123,14 +124,13 @@ async fn generate(
 ) -> Result<Response, ApiError> {
     check_media_type(request.headers())?;
     let asked = Asked::read(request.headers(), id.0.created())?;
-    let name = Name {
+    let mut name = Name {
         request: id.to_string(),
         answer: asked.answer().unwrap_or(id.0),
+        version: None,
     };
     let read = read(app, route, request, name.answer).await?;
     let num_choices = read.request.num_sequences();
-    let placement = app.cluster.placements().published.clone();
-    let tag = Tag::of(read.digest, placement.as_deref());
     if let Some(event) = &asked.resume {
         // Who has not seen the cluster yet does not know what it serves.
         app.cluster.check().map_err(ApiError::unavailable)?;
@@ -138,12 +138,15 @@ async fn generate(
             let message = "last-event-id is only allowed when stream is true";
             return Err(ApiError::invalid("last-event-id", message));
         }
-        event.check(tag, num_choices)?;
+        let version = event.version(read.digest, versions(app))?;
+        event.check_choices(num_choices)?;
         app.metrics.resumed();
         if event.position == Position::End {
             return Ok(event_response(Body::from(last_event())));
         }
+        name.version = Some(Arc::new(version));
     }
+    let resumed = name.version.clone();
     let answer = match asked.key {
         Some(key) => {
             let key = (key.digest, read.digest);
@@ -151,6 +154,10 @@ async fn generate(
         }
         None => app.dispatcher.start(read.request, name).await?,
     };
+    if resumed.is_some_and(|version| version != *answer.version()) {
+        let message = "the answer of this idempotency-key began with other weights than that of last-event-id";
+        return Err(mismatch(message));
+    }
     let parsed = read.parsed;
     let render = render(app, route, &parsed, &answer);
     if !parsed.stream {
@@ -159,11 +166,20 @@ async fn generate(
     let options = StreamOptions {
         include_usage: parsed.include_usage,
         keepalive: app.config.sse_keepalive,
-        tag,
+        tag: Tag::of(read.digest, answer.version()),
         seen: asked.resume.map(|event| event.position),
     };
     let events = event_stream(answer, render, options);
     Ok(event_response(Body::from_stream(events)))
+}
+
+/// The weights that an answer can go on with: placed, and some worker has them.
+fn versions(app: &App) -> Vec<Version> {
+    let (members, placements) = (app.cluster.members(), app.cluster.placements());
+    let placed = placements.groups.values().filter(|g| g.published.is_some());
+    let versions = placed.filter_map(GroupPlacements::version);
+    let is_there = |version: &Version| members.workers.values().any(|w| version.has(w));
+    versions.filter(is_there).collect()
 }
 
 /// A body that was read and understood.
@@ -203,6 +219,7 @@ fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn 
         id: format!("{prefix}-{id}"),
         created: id.created(),
         model: app.model.id.clone(),
+        system_fingerprint: fingerprint(answer.version()),
         tokenizer: (*app.tokenizer).clone(),
         logprobs: parsed.logprobs,
         include_usage: parsed.include_usage,
@@ -343,12 +360,17 @@ async fn discard(mut body: Body, max: usize) {
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(openai::models(&app.model, app.started))
+    let serving = app.cluster.serving();
+    Json(openai::models(&app.model, serving.as_deref(), app.started))
 }
 
 async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
     match app.model.check(Some(&id)) {
-        Ok(()) => Json(openai::model(&app.model, &id, app.started)).into_response(),
+        Ok(()) => {
+            let serving = app.cluster.serving();
+            let served = (&*app.model, serving.as_deref());
+            Json(openai::model(served, &id, app.started)).into_response()
+        }
         Err(error) => error_response(&error),
     }
 }

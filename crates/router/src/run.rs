@@ -1,5 +1,6 @@
 //! A router from start to end: watch the cluster, open both doors, and at the end close them in order.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,8 +11,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
-    Planner, PlannerStatus, Store, run_elected, survives_one_loss, watch_intent, watch_members,
-    watch_placements,
+    Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss, watch_intent,
+    watch_members, watch_placements,
 };
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
@@ -108,7 +109,7 @@ pub(crate) struct App {
 /// What the planner inside this router does, while it is the elected one.
 #[derive(Clone, Debug)]
 pub(crate) struct Planning {
-    status: watch::Receiver<Arc<PlannerStatus>>,
+    status: watch::Receiver<Arc<PlannerStatuses>>,
     leads: Arc<AtomicBool>,
 }
 
@@ -130,7 +131,7 @@ impl Drop for Term {
 
 impl Planning {
     /// `None` while another router plans.
-    pub(crate) fn status(&self) -> Option<Arc<PlannerStatus>> {
+    pub(crate) fn status(&self) -> Option<Arc<PlannerStatuses>> {
         let leads = self.leads.load(Ordering::Relaxed);
         leads.then(|| Arc::clone(&self.status.borrow()))
     }
@@ -140,7 +141,12 @@ impl App {
     /// All metrics as text.
     pub(crate) fn render_metrics(&self) -> String {
         let (members, placements) = (self.cluster.members(), self.cluster.placements());
-        let seen = self.cluster.intent();
+        let (seen, serving) = (self.cluster.intent(), self.cluster.serving());
+        let ready = serving.as_ref().map_or(0, |version| {
+            attention_workers(&members, version, &seen.intent).count()
+        });
+        let versions: BTreeSet<Version> =
+            members.workers.values().map(|w| Version::of(w)).collect();
         self.metrics.render(Reading {
             running: self.dispatcher.admission.running(),
             waiting: self.dispatcher.admission.waiting(),
@@ -148,15 +154,16 @@ impl App {
             journal_tokens: self.dispatcher.journal.num_tokens(),
             kept_answers: self.dispatcher.kept.num_answers(),
             kept_bytes: self.dispatcher.kept.num_bytes(),
-            workers_ready: attention_workers(&members, &placements, &seen.intent).count(),
+            workers_ready: ready,
             workers: members.workers.len(),
             epoch: placements.published_epoch().0,
             ready: self.ready.check().is_ok(),
             store_available: !members.stale && !placements.stale,
             survives_one_loss: placements
-                .published
-                .as_ref()
+                .published()
                 .is_some_and(|p| survives_one_loss(&members, p)),
+            serving,
+            versions: versions.len(),
         })
     }
 }
@@ -387,7 +394,7 @@ impl Background {
         let (tasks, stop) = (&self.tasks, &self.stop);
         let cluster = ClusterView {
             members: watch_members(Arc::clone(store), tasks, stop.clone()),
-            placements: watch_placements(Arc::clone(store), tasks, stop.clone()),
+            placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),
             intent: watch_intent(Arc::clone(store), tasks, stop.clone()),
         };
         let planning = config

@@ -9,6 +9,7 @@ use futures::StreamExt as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
+use tramontane_coordination::mutation::{Mutation, is_on};
 use tramontane_proto::{finish_reason_from_wire, v1};
 use tramontane_types::{FinishReason, TokenOutput, WorkerId};
 
@@ -108,6 +109,8 @@ pub(crate) struct State {
     moves: u32,
     /// Workers left since the last new token because they showed no sign of life.
     desertions: u32,
+    /// Whether a worker has ever taken it.
+    was_taken: bool,
     /// Since when there is no worker.
     lost_at: Option<Instant>,
     finished: bool,
@@ -150,6 +153,7 @@ impl Sequence {
                 self.go_on().await?;
             }
         }
+        self.state.was_taken = true;
         Ok(())
     }
 
@@ -168,7 +172,7 @@ impl Sequence {
             let event = tokio::select! {
                 biased;
                 event = next_event(&mut run.events, self.patience.silence_max) => event,
-                () = self.pool.deserted(&worker), if self.state.desertions < DESERTIONS_MAX => {
+                () = self.pool.deserted(&worker, self.entry.version()), if self.state.desertions < DESERTIONS_MAX => {
                     Err(Loss::Deserted)
                 }
             };
@@ -365,15 +369,22 @@ impl Sequence {
         }
     }
 
-    /// Another worker; waits for one until `deadline`.
+    /// Another worker of the same weights; waits for one until `deadline`.
     async fn choose(&mut self, deadline: Instant) -> Result<Arc<PoolWorker>, ApiError> {
         let mut cluster = self.pool.cluster().clone();
+        if let (true, Some(other)) = (is_on(Mutation::WeightsMixed), cluster.serving()) {
+            self.entry.mix_weights(other);
+        }
+        let version = Arc::clone(self.entry.version());
         loop {
-            if let Some(worker) = self.pool.pick(&self.blocks, &self.state.excluded) {
+            let excluded = &self.state.excluded;
+            if let Some(worker) = self.pool.pick(&version, &self.blocks, excluded) {
                 return Ok(worker);
             }
-            if Instant::now() >= deadline {
-                let reason = cluster.check().err();
+            // Who has not begun may as well begin with what serves now.
+            let serves = cluster.serving().is_none_or(|serving| serving == version);
+            if Instant::now() >= deadline || !(serves || self.state.was_taken) {
+                let reason = cluster.check_version(&version).err();
                 let reason =
                     reason.unwrap_or_else(|| "no worker took the sequence over".to_owned());
                 return Err(ApiError::unavailable(reason));
@@ -390,13 +401,13 @@ impl Sequence {
     }
 
     async fn open(&mut self, worker: &Arc<PoolWorker>) -> Result<Run, Loss> {
-        let occupied = worker.occupy();
+        let (occupied, version) = (worker.occupy(), Arc::clone(self.entry.version()));
         // A worker answers between two steps, and a step of a big model is long; its pulse says whether it lives.
         let generate = worker.link.generate(self.entry.next_request());
         let answer = tokio::select! {
             biased;
             answer = timeout(self.patience.silence_max, generate) => answer,
-            () = self.pool.deserted(worker), if self.state.desertions < DESERTIONS_MAX => {
+            () = self.pool.deserted(worker, &version), if self.state.desertions < DESERTIONS_MAX => {
                 return Err(Loss::Deserted);
             }
         };

@@ -140,6 +140,7 @@ impl RouterCore {
         let name = Name {
             request: request_id.to_owned(),
             answer: AnswerId::of_key(request_id, 0),
+            version: None,
         };
         Ok(Generation(self.dispatcher.start(request, name).await?))
     }

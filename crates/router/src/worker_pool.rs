@@ -1,5 +1,5 @@
 //! Connections to the attention workers and who of them takes the next sequence. Never gives a sequence
-//! to a worker that is joining, cordoned, draining or leaving.
+//! to a worker that is joining, cordoned, draining or leaving, or of other weights than it began with.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_coordination::{Members, WorkerRecord};
+use tramontane_coordination::{Members, Version, WorkerRecord};
 use tramontane_types::{TokenId, WorkerId};
 
 use crate::admission::Counted;
@@ -99,23 +99,23 @@ impl WorkerPool {
         self.events.sequence_moved(from);
     }
 
-    pub(crate) fn blocks(&self, prompt: &[TokenId]) -> PromptBlocks {
-        self.hasher.blocks(prompt)
+    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId]) -> PromptBlocks {
+        self.hasher.blocks(version, prompt)
     }
 
-    /// The policy's choice among the ready workers that are not excluded; of those that show signs of life,
-    /// if any does.
+    /// The policy's choice among the ready workers of `version` that are not excluded; of those that show
+    /// signs of life, if any does.
     pub(crate) fn pick(
         &self,
+        version: &Version,
         prompt: &PromptBlocks,
         excluded: &[WorkerId],
     ) -> Option<Arc<PoolWorker>> {
-        let (members, placements) = (self.cluster.members(), self.cluster.placements());
-        let seen = self.cluster.intent();
+        let (members, seen) = (self.cluster.members(), self.cluster.intent());
         let mut inner = self.inner.lock();
         inner.follow(&members);
         let mut found = Vec::new();
-        for (id, record) in attention_workers(&members, &placements, &seen.intent) {
+        for (id, record) in attention_workers(&members, version, &seen.intent) {
             if let Some(worker) = inner.workers.get(id).filter(|_| !excluded.contains(id)) {
                 found.push((Arc::clone(worker), record));
             }
@@ -132,11 +132,11 @@ impl WorkerPool {
         found.into_iter().nth(chosen).map(|(worker, _)| worker)
     }
 
-    /// Waits until `worker` shows no sign of life while another one does that could take over.
-    pub(crate) async fn deserted(&self, worker: &PoolWorker) {
+    /// Waits until `worker` shows no sign of life while another one of `version` does that could take over.
+    pub(crate) async fn deserted(&self, worker: &PoolWorker, version: &Version) {
         loop {
             worker.pulse.stops().await;
-            if self.has_alive(&worker.id) {
+            if self.has_alive(version, &worker.id) {
                 return;
             }
             // Nobody else is there: perhaps it is this router that is cut off.
@@ -144,13 +144,12 @@ impl WorkerPool {
         }
     }
 
-    /// Whether a ready worker other than `but` shows signs of life.
-    fn has_alive(&self, but: &WorkerId) -> bool {
-        let (members, placements) = (self.cluster.members(), self.cluster.placements());
-        let seen = self.cluster.intent();
+    /// Whether a ready worker of `version` other than `but` shows signs of life.
+    fn has_alive(&self, version: &Version, but: &WorkerId) -> bool {
+        let (members, seen) = (self.cluster.members(), self.cluster.intent());
         let mut inner = self.inner.lock();
         inner.follow(&members);
-        attention_workers(&members, &placements, &seen.intent).any(|(id, _)| {
+        attention_workers(&members, version, &seen.intent).any(|(id, _)| {
             let worker = inner.workers.get(id).filter(|_| id != but);
             worker.is_some_and(|worker| worker.pulse.is_alive())
         })

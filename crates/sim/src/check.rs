@@ -8,6 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::time::Instant;
+use tramontane_coordination::GroupKey;
+use tramontane_coordination::version::PlacementKey;
 use tramontane_types::{Epoch, Placement};
 
 use crate::net::Life;
@@ -41,6 +43,8 @@ pub struct Counts {
     pub drops: u64,
     /// Faults that were injected.
     pub faults: u64,
+    /// Requests that the second version of the weights has answered.
+    pub updated: u64,
 }
 
 /// The checker of one run; clones share it.
@@ -54,7 +58,7 @@ struct State {
     trace: Option<Vec<String>>,
     violations: Vec<String>,
     counts: Counts,
-    published: Epoch,
+    published: BTreeMap<GroupKey, Epoch>,
     published_at: Instant,
     /// The newest epoch that each life served on.
     served: BTreeMap<Life, Epoch>,
@@ -71,7 +75,7 @@ impl Check {
             trace: traced.then(Vec::new),
             violations: Vec::new(),
             counts: Counts::default(),
-            published: Epoch(0),
+            published: BTreeMap::new(),
             published_at: now,
             served: BTreeMap::new(),
         })))
@@ -111,20 +115,33 @@ impl Check {
 
     /// The store has lost its data: whoever writes first may not know what was published before.
     pub fn wiped(&self) {
-        self.0.lock().published = Epoch(0);
+        self.0.lock().published.clear();
     }
 
-    /// A placement was written as the published one. Epochs only grow.
-    pub fn published(&self, by: Life, value: &Bytes) {
+    /// A value was written. Epochs of the published placements of a group only grow.
+    pub fn written(&self, by: Life, key: &str, value: &Bytes) {
+        match PlacementKey::parse(key) {
+            Some(PlacementKey::Published(group)) => self.published(by, group, value),
+            Some(PlacementKey::Serving) => {
+                let version = String::from_utf8_lossy(value);
+                self.note(format_args!("{} lets {version} serve", by.node));
+                self.0.lock().published_at = Instant::now();
+            }
+            Some(PlacementKey::Pending(_)) | None => {}
+        }
+    }
+
+    fn published(&self, by: Life, group: GroupKey, value: &Bytes) {
         let Ok(placement) = serde_json::from_slice::<Placement>(value) else {
             self.violated(format_args!("{} published what is no placement", by.node));
             return;
         };
-        let (epoch, before) = (placement.epoch, self.0.lock().published);
+        let before = self.0.lock().published.get(&group).copied();
+        let (epoch, before) = (placement.epoch, before.unwrap_or(Epoch(0)));
         let workers: Vec<&str> = placement.workers.iter().map(|w| w.as_str()).collect();
         self.note(format_args!(
-            "{} publishes epoch {epoch} on {workers:?}",
-            by.node
+            "{} publishes epoch {epoch} of {} on {workers:?}",
+            by.node, placement.model
         ));
         if epoch <= before {
             self.violated(format_args!(
@@ -134,7 +151,7 @@ impl Check {
         }
         let mut state = self.0.lock();
         state.counts.publishes += 1;
-        state.published = before.max(epoch);
+        state.published.insert(group, before.max(epoch));
         state.published_at = Instant::now();
     }
 

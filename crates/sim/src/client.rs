@@ -8,7 +8,7 @@ use tramontane_router::simulation::{Failure, News};
 use tramontane_types::{FinishReason, SamplingParams, TokenId};
 
 use crate::check::Check;
-use crate::model::Prefix;
+use crate::model::{NUM_VERSIONS, Prefix};
 use crate::rng::Rng;
 use crate::router::SimRouter;
 use crate::world::REQUEST_MAX;
@@ -105,11 +105,10 @@ impl Ask {
             .core
             .generate(&self.id, &self.prompt, sampling)
             .await?;
-        let begin = Prefix::new(self.sampling.seed);
-        let mut prefix = self
-            .prompt
-            .iter()
-            .fold(begin, |prefix, &id| prefix.with(id));
+        // Every version that may have made it; in the end that is one.
+        let begin = (0..NUM_VERSIONS).map(|version| Prefix::new(self.sampling.seed, version));
+        let prompted = |begin| self.prompt.iter().fold(begin, |p: Prefix, &id| p.with(id));
+        let mut prefixes: Vec<Prefix> = begin.map(prompted).collect();
         let (mut got, mut finish) = (Vec::new(), None);
         while let Some(News {
             tokens,
@@ -117,8 +116,7 @@ impl Ask {
         }) = answer.next().await?
         {
             for token in tokens {
-                self.check_token(token.id, got.len(), prefix, finish, check);
-                prefix = prefix.with(token.id);
+                self.check_token((token.id, got.len()), &mut prefixes, finish, check);
                 got.push(token.id);
                 check.mix(u64::from(token.id));
             }
@@ -136,28 +134,37 @@ impl Ask {
             }
         }
         check.count(|counts| counts.tokens += got.len() as u64);
+        if prefixes.iter().all(|prefix| prefix.version() > 0) {
+            check.count(|counts| counts.updated += 1);
+        }
         self.check_end(&got, finish, check);
         Ok(End::Finished)
     }
 
     fn check_token(
         &self,
-        id: TokenId,
-        index: usize,
-        prefix: Prefix,
+        (id, index): (TokenId, usize),
+        prefixes: &mut Vec<Prefix>,
         finish: Option<FinishReason>,
         check: &Check,
     ) {
-        let expected = prefix.next_token();
         if finish.is_some() {
             check.violated(format_args!("{} got token {index} after its end", self.id));
         }
-        if id != expected {
+        let expected: Vec<(u8, TokenId)> = prefixes
+            .iter()
+            .map(|p| (p.version(), p.next_token()))
+            .collect();
+        prefixes.retain(|prefix| prefix.next_token() == id);
+        if prefixes.is_empty() && !expected.is_empty() {
             let request = &self.id;
             check.violated(format_args!(
-                "{request} token {index} is {id}, expected {expected}"
+                "{request} token {index} is {id}, expected of all by version: {expected:?}"
             ));
         }
+        prefixes
+            .iter_mut()
+            .for_each(|prefix| *prefix = prefix.with(id));
     }
 
     fn check_end(&self, got: &[TokenId], finish: Option<FinishReason>, check: &Check) {

@@ -104,10 +104,14 @@ impl SimWorker {
             WorkerState::Joining => return Err(Status::failed_precondition("joining")),
             _ => return Err(Status::unavailable("leaving")),
         }
+        let asked = (&*request.model, &*request.numeric_class);
+        if asked != (&*self.version.model, &*self.version.numeric_class) {
+            return Err(Status::failed_precondition("other weights"));
+        }
         let sampling = request.sampling.clone().unwrap_or_default();
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let begin = Prefix::new(sampling.seed);
+        let begin = Prefix::new(sampling.seed, self.build.version);
         self.sequences.lock().push(Running {
             prefix: request
                 .prompt_ids
@@ -317,6 +321,14 @@ async fn carry(shared: &Shared, me: Life, to: Node, call: &ExpertCall) -> Result
         net.carry(me.node, to).await;
         let peer = shared.peers.lock().get(&to).cloned();
         let peer = peer.ok_or_else(|| lost("connection refused"))?;
+        let caller = shared.peers.lock().get(&me.node).cloned();
+        if caller.is_some_and(|caller| caller.version != peer.version) {
+            // As the hello of a connection says.
+            shared
+                .check
+                .violated(format_args!("{} called {to} of other weights", me.node));
+            return Err(lost("other weights"));
+        }
         sleep(COMPUTE).await;
         // It may have died meanwhile.
         if !net.is_alive(peer.life) {

@@ -13,21 +13,23 @@ use crate::model::segment;
 /// Segments by layer and expert.
 #[derive(Debug)]
 pub struct Held {
+    version: u8,
     masks: Mutex<BTreeMap<(LayerId, ExpertId), u8>>,
     /// Segments that no placement asks for any more.
     pub retired: Mutex<Retired>,
 }
 
-impl Default for Held {
-    fn default() -> Self {
+impl Held {
+    /// Nothing yet, of a version of the weights.
+    #[must_use]
+    pub fn of(version: u8) -> Self {
         Self {
+            version,
             masks: Mutex::default(),
             retired: Mutex::new(Retired::new(Instant::now().into_std())),
         }
     }
-}
 
-impl Held {
     /// Has loaded a slice.
     pub fn hold(&self, slice: ExpertSlice) {
         *self
@@ -113,7 +115,8 @@ impl Experts for Held {
             for &row in job.row_ids {
                 for node in job.range.nodes(SEGMENTS_PER_EXPERT) {
                     let segments = node.begin..node.begin + node.len;
-                    let value = |s| segment(layer, job.expert, s, rows[row as usize]);
+                    let place = |s| (layer, job.expert, s);
+                    let value = |s| segment(self.version, place(s), rows[row as usize]);
                     // Exact: a sum of few small integers.
                     out.push(segments.map(value).sum::<u64>() as f32);
                 }

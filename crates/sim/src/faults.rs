@@ -11,6 +11,8 @@ pub const CHAOS_MS: u64 = 15_000;
 const EPISODE_MS: u64 = 40_000;
 /// Episodes of the profile of single faults.
 const EPISODES: u64 = 2;
+/// Runs of a hundred that have two versions of the weights.
+const UPDATES_PERCENT: u64 = 20;
 
 /// One thing that goes wrong, or is put right again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub enum Fault {
     Uncordon(Node),
     /// Workers that hold each slice.
     Replicas(usize),
+    /// New requests shall begin with this version of the weights.
+    Use(u8),
     /// Largest delay of messages in milliseconds, and calls of a hundred that come twice.
     Weather(u64, u64),
 }
@@ -64,6 +68,7 @@ impl fmt::Display for Fault {
             Self::Cordon(node) => write!(f, "cordon {node}"),
             Self::Uncordon(node) => write!(f, "uncordon {node}"),
             Self::Replicas(count) => write!(f, "{count} replicas"),
+            Self::Use(version) => write!(f, "use version {version}"),
             Self::Weather(delay, twice) => write!(f, "delay {delay} ms, {twice} % twice"),
         }
     }
@@ -80,6 +85,8 @@ pub struct Plan {
     pub num_workers: usize,
     /// Workers that may ever be.
     pub workers_max: usize,
+    /// Workers of a second version of the weights, under the numbers behind.
+    pub others: usize,
     /// Workers that hold each slice.
     pub replicas: usize,
     /// When what goes wrong, ascending, in milliseconds.
@@ -92,16 +99,44 @@ impl Plan {
     /// The plan of a seed.
     #[must_use]
     pub fn of(seed: u64) -> Self {
-        let mut rng = Rng::new(seed, 1);
-        if seed.is_multiple_of(4) {
-            return Self::gentle(&mut rng);
+        let (mut rng, mut versions) = (Rng::new(seed, 1), Rng::new(seed, 7));
+        let is_gentle = seed.is_multiple_of(4);
+        let others = match (versions.chance(UPDATES_PERCENT), is_gentle) {
+            (false, _) => 0,
+            (true, true) => 3,
+            (true, false) => versions.range(1, 4) as usize,
+        };
+        let mut plan = if is_gentle {
+            Self::gentle(&mut rng, others)
+        } else {
+            Self::rough(&mut rng, others)
+        };
+        if others > 0 {
+            plan.update(&mut versions);
         }
+        plan.sort();
+        plan
+    }
+
+    /// Over to the second version at some time, and perhaps back.
+    fn update(&mut self, rng: &mut Rng) {
+        let mut at = rng.range(200, self.faults_ms / 2);
+        self.faults.push((at, Fault::Use(1)));
+        while rng.chance(60) {
+            at += rng.range(100, self.faults_ms / 4);
+            self.faults.push((at, Fault::Use(rng.range(0, 2) as u8)));
+        }
+    }
+
+    /// Many faults at once.
+    fn rough(rng: &mut Rng, others: usize) -> Self {
         let num_workers = rng.range(2, 6) as usize;
         let mut plan = Self {
             is_gentle: false,
             num_routers: rng.range(1, 3) as usize,
             num_workers,
             workers_max: num_workers + rng.range(0, 2) as usize,
+            others,
             replicas: rng.range(1, 3) as usize,
             faults: Vec::new(),
             faults_ms: CHAOS_MS,
@@ -109,23 +144,23 @@ impl Plan {
         for _ in 0..rng.range(2, 7) {
             let at = rng.range(0, CHAOS_MS - 2000);
             let until = at + rng.range(100, CHAOS_MS);
-            let fault = plan.any(&mut rng);
-            plan.add(at, until, &fault, &mut rng);
+            let fault = plan.any(rng);
+            plan.add(at, until, &fault, rng);
         }
         if rng.chance(25) {
-            plan.swizzle(&mut rng);
+            plan.swizzle(rng);
         }
-        plan.sort();
         plan
     }
 
-    fn gentle(rng: &mut Rng) -> Self {
+    fn gentle(rng: &mut Rng, others: usize) -> Self {
         let num_workers = rng.range(3, 6) as usize;
         let mut plan = Self {
             is_gentle: true,
             num_routers: rng.range(1, 3) as usize,
             num_workers,
             workers_max: num_workers + 1,
+            others,
             replicas: 2,
             faults: Vec::new(),
             faults_ms: EPISODES * EPISODE_MS,
@@ -136,8 +171,13 @@ impl Plan {
             let fault = plan.any_gentle(rng);
             plan.add(at, until, &fault, rng);
         }
-        plan.sort();
         plan
+    }
+
+    /// Workers that are there at the start.
+    pub fn workers(&self) -> impl Iterator<Item = Node> + use<> {
+        let others = self.workers_max..self.workers_max + self.others;
+        (0..self.num_workers).chain(others).map(Node::worker)
     }
 
     fn sort(&mut self) {
@@ -147,7 +187,11 @@ impl Plan {
     }
 
     fn worker(&self, rng: &mut Rng) -> Node {
-        Node::worker(rng.range(0, self.num_workers as u64) as usize)
+        let index = rng.range(0, (self.num_workers + self.others) as u64) as usize;
+        match index.checked_sub(self.num_workers) {
+            None => Node::worker(index),
+            Some(other) => Node::worker(self.workers_max + other),
+        }
     }
 
     fn router(&self, rng: &mut Rng) -> Node {
@@ -219,7 +263,7 @@ impl Plan {
 
     /// Clogs a part of the processes one after the other, and unclogs them in another order.
     fn swizzle(&mut self, rng: &mut Rng) {
-        let mut nodes: Vec<Node> = (0..self.num_workers).map(Node::worker).collect();
+        let mut nodes: Vec<Node> = self.workers().collect();
         nodes.extend((0..self.num_routers).map(Node::router));
         nodes.push(STORE);
         let chosen: Vec<Node> = nodes.iter().copied().filter(|_| rng.chance(50)).collect();

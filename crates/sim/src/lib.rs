@@ -13,6 +13,7 @@ pub mod faults;
 pub mod model;
 pub mod net;
 mod panics;
+mod rest;
 pub mod rng;
 pub mod router;
 pub mod runs;

@@ -1,6 +1,10 @@
-//! A model of a few integers: every token depends on all tokens before it and on every segment of the
-//! experts that it chose. A lost, repeated or changed token or segment changes all that follows.
+//! A model of a few integers: every token depends on all tokens before it, on every segment of the experts
+//! that it chose, and on the version of the weights. A lost, repeated or changed token or segment changes all
+//! that follows, and so does one of another version.
 
+use std::sync::Arc;
+
+use tramontane_coordination::Version;
 use tramontane_types::{ExpertId, LayerId, ModelGeometry, SEGMENTS_PER_EXPERT, TokenId};
 
 use crate::rng::mix;
@@ -38,33 +42,60 @@ pub const fn geometry() -> ModelGeometry {
     }
 }
 
-/// All tokens so far.
+/// Versions of the weights that there are.
+pub const NUM_VERSIONS: u8 = 2;
+
+/// The name of a version.
+#[must_use]
+pub fn version(number: u8) -> Version {
+    Version {
+        model: Arc::from(format!("sim{number}")),
+        numeric_class: Arc::from("simulated"),
+    }
+}
+
+/// All tokens so far, under one version of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Prefix(u64);
+pub struct Prefix {
+    state: u64,
+    version: u8,
+}
 
 impl Prefix {
     /// Nothing yet, of a sequence with this seed.
     #[must_use]
-    pub const fn new(seed: u64) -> Self {
-        Self(mix(seed ^ 0x5eed))
+    pub const fn new(seed: u64, version: u8) -> Self {
+        Self {
+            state: mix(seed ^ 0x5eed),
+            version,
+        }
     }
 
     /// With one more token.
     #[must_use]
     pub const fn with(self, token: TokenId) -> Self {
-        Self(mix(self.0 ^ mix(token as u64 + 1)))
+        Self {
+            state: mix(self.state ^ mix(token as u64 + 1)),
+            version: self.version,
+        }
+    }
+
+    /// The version of the weights.
+    #[must_use]
+    pub const fn version(self) -> u8 {
+        self.version
     }
 
     /// The row that goes to the experts of a layer: 32 bits.
     #[must_use]
     pub const fn row(self, layer: LayerId) -> u32 {
-        mix(self.0 ^ (layer.0 as u64 + 77)) as u32
+        mix(self.state ^ (layer.0 as u64 + 77)) as u32
     }
 
     /// The token that follows, given what the experts returned in all layers.
     #[must_use]
     pub fn token(self, outputs: u64) -> TokenId {
-        (TOKEN_MIN + mix(self.0 ^ mix(outputs)) % TOKEN_SPAN) as TokenId
+        (TOKEN_MIN + mix(self.state ^ mix(outputs)) % TOKEN_SPAN) as TokenId
     }
 
     /// The token that follows, computed without a cluster.
@@ -74,7 +105,10 @@ impl Prefix {
         for layer in (0..NUM_LAYERS as u16).map(LayerId) {
             let row = self.row(layer);
             let experts = chosen(row);
-            let of = |expert| (0..SEGMENTS_PER_EXPERT).map(move |s| segment(layer, expert, s, row));
+            let of = |expert| {
+                (0..SEGMENTS_PER_EXPERT)
+                    .map(move |s| segment(self.version, (layer, expert, s), row))
+            };
             let sum: u64 = experts.into_iter().flat_map(of).sum();
             outputs = fold(outputs, sum);
         }
@@ -94,10 +128,12 @@ pub const fn chosen(row: u32) -> [ExpertId; TOP_K] {
     }
 }
 
-/// What one segment of an expert returns for a row.
+/// What one segment of an expert of a version returns for a row.
 #[must_use]
-pub const fn segment(layer: LayerId, expert: ExpertId, segment: u8, row: u32) -> u64 {
-    let place = (layer.0 as u64) << 32 | (expert.0 as u64) << 16 | segment as u64;
+pub const fn segment(version: u8, place: (LayerId, ExpertId, u8), row: u32) -> u64 {
+    let (layer, expert, segment) = place;
+    let layer = (version as u64) << 16 | layer.0 as u64;
+    let place = layer << 32 | (expert.0 as u64) << 16 | segment as u64;
     mix(mix(place + 1) ^ row as u64) % OUTPUT_SPAN
 }
 

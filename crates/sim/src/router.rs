@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tramontane_coordination::{
-    Planner, Store, run_elected, watch_intent, watch_members, watch_placements,
+    Planner, Scope, Store, run_elected, watch_intent, watch_members, watch_placements,
 };
 use tramontane_proto::v1::{GenerateSequenceRequest, SequenceEvent, WorkerStatus};
 use tramontane_router::RouterConfig;
@@ -56,7 +56,7 @@ impl SimRouter {
     ) -> Arc<Self> {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let members = watch_members(Arc::clone(&store), &tasks, stop.clone());
-        let placements = watch_placements(Arc::clone(&store), &tasks, stop.clone());
+        let placements = watch_placements(Arc::clone(&store), Scope::All, &tasks, stop.clone());
         let intent = watch_intent(Arc::clone(&store), &tasks, stop.clone());
         let planner = Planner::new(
             Arc::clone(&store),

@@ -91,6 +91,7 @@ impl Totals {
         all.stale += one.stale;
         all.drops += one.drops;
         all.faults += one.faults;
+        all.updated += one.updated;
         self.seeds += 1;
         self.lasted += outcome.lasted;
         let is_first = self

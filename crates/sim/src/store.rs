@@ -15,7 +15,6 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::etcd::watch::WATCH_BLIND_MAX;
 use tramontane_coordination::etcd::{ATTEMPT_TIMEOUT, CALL_DEADLINE};
-use tramontane_coordination::store::keys;
 use tramontane_coordination::{
     CasOutcome, Entry, Error, LeaseId, Listing, MemoryStore, Revision, Store, Watch, WatchEvent,
 };
@@ -257,7 +256,7 @@ impl Store for Client {
                     .compare_and_swap(&key, expected, value.clone(), lease)
                     .await?;
                 match outcome {
-                    CasOutcome::Swapped(_) if key == keys::PLACEMENT => check.published(me, &value),
+                    CasOutcome::Swapped(_) => check.written(me, &key, &value),
                     // An earlier attempt without an answer may have written: our own value is no conflict.
                     CasOutcome::Conflict(Some(found))
                         if again && found.value == value && Some(found.revision) != expected =>

@@ -15,8 +15,8 @@ use tokio_util::task::TaskTracker;
 use tramontane_compute::Experts as _;
 use tramontane_coordination::registry::RECORD_SCHEMA;
 use tramontane_coordination::{
-    Members, ModelFacts, Placements, Registration, Roles, Store, WorkerLoad, WorkerRecord,
-    WorkerState, watch_members, watch_placements,
+    Members, ModelFacts, Placements, Registration, Roles, Scope, Store, Version, WorkerLoad,
+    WorkerRecord, WorkerState, watch_members, watch_placements,
 };
 use tramontane_types::{Epoch, ExpertSlice, Placement, SEGMENTS_PER_EXPERT, WorkerId};
 use tramontane_worker::config::{DROP_GRACE, LEASE_TTL};
@@ -25,7 +25,7 @@ use tramontane_worker::following::{Need, need, next_load, supersedes, unwanted};
 use crate::check::Check;
 use crate::engine::Running;
 use crate::experts::Held;
-use crate::model::{NUM_EXPERTS, NUM_LAYERS};
+use crate::model::{NUM_EXPERTS, NUM_LAYERS, version};
 use crate::net::{Life, Net, Node, STORE};
 
 /// Bytes of a segment.
@@ -52,6 +52,8 @@ pub struct Build {
     pub load_ms: u64,
     /// Time of a step.
     pub step_ms: u64,
+    /// Of its weights.
+    pub version: u8,
 }
 
 /// All workers that run, by node.
@@ -81,6 +83,8 @@ pub struct SimWorker {
     pub shared: Shared,
     /// What it is made of.
     pub build: Build,
+    /// The name of its weights.
+    pub version: Version,
     /// Its slices.
     pub held: Arc<Held>,
     /// Where it is in its life.
@@ -108,7 +112,8 @@ impl SimWorker {
             id: WorkerId::new(&life.node.to_string()),
             shared: shared.clone(),
             build,
-            held: Arc::default(),
+            version: version(build.version),
+            held: Arc::new(Held::of(build.version)),
             state: watch::Sender::new(WorkerState::Joining),
             serving: Arc::default(),
             sequences: Mutex::default(),
@@ -131,7 +136,8 @@ impl SimWorker {
             return worker;
         };
         let members = watch_members(Arc::clone(&store), tasks, stop());
-        let placements = watch_placements(store, tasks, stop());
+        let scope = Scope::Group(worker.version.key());
+        let placements = watch_placements(store, scope, tasks, stop());
         tasks.spawn(
             Arc::clone(&worker).while_alive(Arc::clone(&worker).refresh(registration.clone())),
         );
@@ -165,9 +171,9 @@ impl SimWorker {
             },
             capacity_bytes: self.build.capacity_segments * SEGMENT_BYTES,
             segment_bytes: SEGMENT_BYTES,
-            numeric_class: "simulated".to_owned(),
+            numeric_class: self.version.numeric_class.to_string(),
             model: ModelFacts {
-                fingerprint: "sim".to_owned(),
+                fingerprint: self.version.model.to_string(),
                 name: "sim".to_owned(),
                 num_layers: NUM_LAYERS,
                 num_experts: NUM_EXPERTS,
@@ -265,7 +271,8 @@ impl SimWorker {
         loop {
             self.running().await;
             let seen = placements.borrow_and_update().clone();
-            let (published, pending) = (seen.published.as_ref(), seen.pending.as_deref());
+            let group = seen.of(&self.version).cloned().unwrap_or_default();
+            let (published, pending) = (group.published.as_ref(), group.pending.as_deref());
             let serving = self.serving.load().as_ref().map(|p| p.epoch);
             if let Some(newer) = published.filter(|p| supersedes(serving, p.epoch)) {
                 self.serving.store(Some(Arc::clone(newer)));
@@ -347,7 +354,9 @@ impl SimWorker {
         check.note(format_args!("{} drops {count} slices", self.id));
         check.count(|counts| counts.drops += count);
         for asker in self.shared.peers.lock().values() {
-            self.check_drop(&unwanted, asker);
+            if asker.version == self.version {
+                self.check_drop(&unwanted, asker);
+            }
         }
     }
 
@@ -396,7 +405,7 @@ impl SimWorker {
                     (calls, quiet_since) = (now, Instant::now());
                 }
                 let (placements, members) = (placements.borrow().clone(), members.borrow().clone());
-                match need(&self.id, &placements, &members) {
+                match need((&self.id, &self.version), &placements, &members) {
                     Need::Nobody => return,
                     Need::Unlikely if quiet_since.elapsed() >= QUIET => return,
                     Need::Unlikely | Need::Likely => {}

@@ -11,17 +11,17 @@ use tokio::runtime::Builder;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::planner::{intent, set_intent};
-use tramontane_coordination::store::keys;
-use tramontane_coordination::{Intent, PlacementStore, Store, WorkerState, seed_this_thread};
+use tramontane_coordination::{Intent, Store, seed_this_thread};
 use tramontane_router::RouterConfig;
 use tramontane_router::simulation::Gauges;
 use tramontane_tokenizer::Tokenizer;
-use tramontane_types::{Placement, WorkerId};
+use tramontane_types::WorkerId;
 
 use crate::check::{Check, Counts};
 use crate::client::{Ask, End};
 use crate::engine::node_of;
 use crate::faults::{Fault, Plan};
+use crate::model::version;
 use crate::net::{Net, Node, STORE};
 use crate::panics;
 use crate::rng::Rng;
@@ -107,16 +107,17 @@ pub fn run_seed(seed: u64, traced: bool, tokenizer: &Arc<Tokenizer>) -> Outcome 
     }
 }
 
-struct World {
-    plan: Plan,
+/// A cluster and what happens to it.
+pub(crate) struct World {
+    pub(crate) plan: Plan,
     rng: Rng,
-    shared: Shared,
-    server: Server,
+    pub(crate) shared: Shared,
+    pub(crate) server: Server,
     tokenizer: Arc<Tokenizer>,
-    routers: Arc<Mutex<BTreeMap<Node, Arc<SimRouter>>>>,
+    pub(crate) routers: Arc<Mutex<BTreeMap<Node, Arc<SimRouter>>>>,
     builds: Vec<Build>,
     lives: u32,
-    clients: TaskTracker,
+    pub(crate) clients: TaskTracker,
     /// Requests of the gentle profile that failed.
     asked: u64,
 }
@@ -126,8 +127,9 @@ impl World {
         let plan = Plan::of(seed);
         let mut rng = Rng::new(seed, 2);
         let mut builds = Vec::new();
-        for _ in 0..plan.workers_max {
+        for index in 0..plan.workers_max + plan.others {
             builds.push(Build {
+                version: u8::from(index >= plan.workers_max),
                 capacity_segments: rng.range(SEGMENTS, SEGMENTS * 2),
                 load_ms: rng.range(1, 40),
                 step_ms: rng.range(8, 40),
@@ -157,7 +159,7 @@ impl World {
         let check = self.shared.check.clone();
         check.note(format_args!("{:?}", self.plan));
         (0..self.plan.num_routers).for_each(|i| self.start(Node::router(i)));
-        (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+        self.plan.workers().for_each(|node| self.start(node));
         if !self.settles(READY_MAX).await {
             return;
         }
@@ -291,6 +293,10 @@ impl World {
                 self.wish(|intent| intent.replicas = NonZeroUsize::new(count))
                     .await;
             }
+            Fault::Use(number) => {
+                self.wish(|intent| intent.weights = Some(version(number)))
+                    .await;
+            }
             Fault::Weather(delay, twice) => net.set_weather(delay, twice),
         }
     }
@@ -336,7 +342,7 @@ impl World {
         self.set_store_up(true);
         self.wish(|intent| *intent = Intent::default()).await;
         (0..self.plan.num_routers).for_each(|i| self.start(Node::router(i)));
-        (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+        self.plan.workers().for_each(|node| self.start(node));
     }
 
     /// Waits until the cluster is at rest.
@@ -345,7 +351,7 @@ impl World {
         let mut rests_since = None;
         loop {
             // A worker that was draining when all was healed leaves; another takes its place.
-            (0..self.plan.num_workers).for_each(|i| self.start(Node::worker(i)));
+            self.plan.workers().for_each(|node| self.start(node));
             let why = match self.settled().await {
                 Err(why) => {
                     rests_since = None;
@@ -367,57 +373,6 @@ impl World {
             }
             sleep(Duration::from_secs(1)).await;
         }
-    }
-
-    /// Whether every slice of the published placement is held by live workers that all serve on it, and
-    /// nothing is pending, loading, leaving or open.
-    async fn settled(&self) -> Result<(), String> {
-        let placements = PlacementStore::new(Arc::new(self.server.memory()));
-        let stored = placements.published().await.map_err(|e| e.to_string())?;
-        let published = stored.ok_or("no placement is published")?.placement;
-        if placements
-            .pending()
-            .await
-            .map_err(|e| e.to_string())?
-            .is_some()
-        {
-            return Err("a placement is pending".to_owned());
-        }
-        let workers: Vec<Arc<SimWorker>> = self.shared.peers.lock().values().cloned().collect();
-        for worker in &workers {
-            let id = &worker.id;
-            let state = *worker.state.borrow();
-            if state != WorkerState::Ready {
-                return Err(format!("{id} is {state:?}"));
-            }
-            let serving = worker.serving.load().as_ref().map(|p| p.epoch);
-            if serving != Some(published.epoch) {
-                return Err(format!(
-                    "{id} serves on {serving:?}, expected {}",
-                    published.epoch
-                ));
-            }
-        }
-        check_cover(&published, &workers)?;
-        for router in self.routers.lock().values() {
-            let known = router.placements.borrow().published_epoch();
-            // One that alone remembers a placement from before a wipe keeps it: it serves nothing on it.
-            if known < published.epoch {
-                return Err(format!("{} knows epoch {known}", router.life.node));
-            }
-        }
-        let listed = self.server.memory().list(keys::WORKERS).await;
-        let listed = listed.map_err(|e| e.to_string())?.entries.len();
-        if listed != workers.len() {
-            return Err(format!("{listed} workers are listed of {}", workers.len()));
-        }
-        self.clients.close();
-        let open = self.clients.len();
-        self.clients.reopen();
-        if open > 0 {
-            return Err(format!("{open} requests are open"));
-        }
-        Ok(())
     }
 
     /// Everybody serves again.
@@ -449,17 +404,4 @@ impl World {
             }
         }
     }
-}
-
-fn check_cover(published: &Placement, workers: &[Arc<SimWorker>]) -> Result<(), String> {
-    for (slice, holders) in published.iter() {
-        for &holder in holders {
-            let id = published.worker(holder);
-            let holds = |worker: &&Arc<SimWorker>| Some(&worker.id) == id && worker.held.has(slice);
-            if workers.iter().find(holds).is_none() {
-                return Err(format!("{slice} is not held by {id:?}"));
-            }
-        }
-    }
-    Ok(())
 }

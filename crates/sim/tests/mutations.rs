@@ -10,12 +10,13 @@ const SEEDS_MAX: u64 = 3000;
 #[test]
 fn every_defect_is_noticed_and_its_seed_is_clean_without_it() {
     let tokenizer = tokenizer().unwrap();
-    let defects: [(&str, fn()); 4] = [
+    let defects: [(&str, fn()); 5] = [
         ("epoch check off", || turn_on(Some(Mutation::EpochCheckOff))),
         ("journal off by one", || {
             turn_on(Some(Mutation::JournalOffByOne));
         }),
         ("no drop grace", || turn_on(Some(Mutation::NoDropGrace))),
+        ("weights mixed", || turn_on(Some(Mutation::WeightsMixed))),
         ("late answers count", || let_late_answers_count(true)),
     ];
     for (name, break_it) in defects {

@@ -34,6 +34,7 @@ fn no_seed_violates_anything() {
         counts.replays > SEEDS / 10 && counts.stale > 0,
         "{counts:?}"
     );
+    assert!(counts.updated > SEEDS / 20, "{counts:?}");
     assert!(
         counts.faults > SEEDS && counts.drops > SEEDS / 10,
         "{counts:?}"

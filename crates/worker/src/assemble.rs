@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_compute::{Backend, Experts};
-use tramontane_coordination::{Roles, WorkerState};
+use tramontane_coordination::{Roles, Version, WorkerState};
 use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
     LinkSettings, Transport,
@@ -22,7 +22,6 @@ use crate::WorkerConfig;
 use crate::attention::{AttentionMaker, EngineSlot};
 use crate::drill::Drills;
 use crate::expert_keeper::KeptExperts;
-use crate::follower::Group;
 use crate::metrics::StepMetrics;
 use crate::run::ExchangeKind;
 use crate::state::{ExpertHalf, Node};
@@ -57,7 +56,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) config: &'a WorkerConfig,
     pub(crate) checkpoint: &'a Arc<Checkpoint>,
     pub(crate) backend: &'a Arc<dyn Backend>,
-    pub(crate) group: &'a Group,
+    pub(crate) version: &'a Version,
     pub(crate) roles: Roles,
     pub(crate) exchange: &'a ExchangeKind,
     pub(crate) serving: &'a Serving,
@@ -81,7 +80,7 @@ impl Plan<'_> {
         let (inner, format) = (backend.experts(), backend.row_format());
         let weights = self.config.weights;
         let store = Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights));
-        let class = self.group.numeric_class.clone();
+        let class = self.version.numeric_class.to_string();
         let config = ExpertServerConfig::new(geometry.clone(), format, class);
         let experts = Arc::clone(&store) as Arc<dyn Experts>;
         let expert_server =
@@ -91,6 +90,7 @@ impl Plan<'_> {
         }
         let node = Arc::new(Node {
             id: self.id(),
+            version: self.version.clone(),
             geometry: geometry.clone(),
             roles: watch::Sender::new(self.roles),
             attention: ArcSwapOption::empty(),
@@ -142,8 +142,8 @@ impl Plan<'_> {
         let config = GrpcTransportConfig {
             me: self.id(),
             cluster: self.config.cluster.clone(),
-            numeric_class: self.group.numeric_class.clone(),
-            model: self.group.model.clone(),
+            numeric_class: self.version.numeric_class.to_string(),
+            model: self.version.model.to_string(),
             limits: CallLimits::new(self.checkpoint.geometry(), self.backend.row_format()),
             link: LinkSettings::default(),
         };

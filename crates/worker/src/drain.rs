@@ -73,6 +73,7 @@ impl Drain {
 
     fn need(&self) -> Need {
         let placements = self.placements.borrow().clone();
-        need(&self.node.id, &placements, &self.members.borrow())
+        let me = (&self.node.id, &self.node.version);
+        need(me, &placements, &self.members.borrow())
     }
 }

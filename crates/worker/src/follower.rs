@@ -26,18 +26,10 @@ const LOAD_BATCH: usize = 32;
 /// How long to wait before trying to load again what could not be loaded.
 const LOAD_RETRY: Duration = Duration::from_secs(5);
 
-/// What this worker needs of a placement before it serves on it.
-#[derive(Clone, Debug)]
-pub(crate) struct Group {
-    pub(crate) numeric_class: String,
-    pub(crate) model: String,
-}
-
 /// Follows the placements for one worker.
 #[derive(Debug)]
 pub(crate) struct Follower {
     pub(crate) node: Arc<Node>,
-    pub(crate) group: Group,
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) registration: Registration,
     pub(crate) placements: watch::Receiver<Arc<Placements>>,
@@ -57,8 +49,9 @@ impl Follower {
         let mut load_after: Option<Instant> = None;
         loop {
             let seen = self.placements.borrow_and_update().clone();
-            let published = seen.published.clone().filter(|p| self.fits(p));
-            let pending = seen.pending.clone().filter(|p| self.fits(p));
+            let group = seen.of(&self.node.version).cloned().unwrap_or_default();
+            let published = group.published.filter(|p| self.fits(p));
+            let pending = group.pending.filter(|p| self.fits(p));
             self.serve_on(published.as_ref());
             let drop_at = self.retire(published.as_deref(), pending.as_deref());
             if loading.is_none() && load_after.is_none() {
@@ -85,20 +78,18 @@ impl Follower {
         }
     }
 
-    /// Whether a placement is about our model, computed as we compute.
+    /// Whether a placement of our group has the shape of our model.
     fn fits(&self, placement: &Placement) -> bool {
         let geometry = &self.node.geometry;
-        let is_ours = placement.numeric_class == self.group.numeric_class
-            && placement.model == self.group.model
-            && placement.num_layers == geometry.num_layers
+        let is_ours = placement.num_layers == geometry.num_layers
             && placement.num_experts == geometry.num_experts;
         let problem = placement.validate().err();
         if !is_ours || problem.is_some() {
-            let (class, model) = (&placement.numeric_class, &placement.model);
+            let (layers, experts) = (placement.num_layers, placement.num_experts);
             tracing::warn!(
                 epoch = placement.epoch.0,
-                class,
-                model,
+                layers,
+                experts,
                 ?problem,
                 "placement ignored"
             );

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use tramontane_coordination::mutation::{Mutation, is_on};
-use tramontane_coordination::{Members, Placements, slices_to_drop, slices_to_load};
+use tramontane_coordination::{Members, Placements, Version, slices_to_drop, slices_to_load};
 use tramontane_types::{Epoch, ExpertId, ExpertSlice, LayerId, Placement, SegmentRange, WorkerId};
 
 /// Whether a worker that serves on `serving` goes over to `published`: never back to an older epoch.
@@ -130,13 +130,19 @@ pub enum Need {
     Likely,
 }
 
-/// Who may ask the experts of `me`.
+/// Who may ask the experts of `me`, which computes with `version`: nobody of another version does.
 #[must_use]
-pub fn need(me: &WorkerId, placements: &Placements, members: &Members) -> Need {
-    let mut named = placements.published.iter().chain(&placements.pending);
+pub fn need(
+    (me, version): (&WorkerId, &Version),
+    placements: &Placements,
+    members: &Members,
+) -> Need {
+    let group = placements.of(version).cloned().unwrap_or_default();
+    let mut named = group.published.iter().chain(&group.pending);
     let named = named.any(|placement| placement.workers.contains(me));
     let mut callers = false;
-    for other in members.workers.values().filter(|record| record.id != *me) {
+    let others = members.workers.values();
+    for other in others.filter(|w| w.id != *me && version.has(w)) {
         let is_busy = other.load.running + other.load.waiting > 0;
         let is_staying = other.state.is_staying();
         callers |= other.roles.attention && (is_busy || is_staying);

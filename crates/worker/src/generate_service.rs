@@ -27,6 +27,8 @@ const TOKENS_PER_MESSAGE_MAX: usize = 64;
 const REQUEST_OVERHEAD_BYTES: usize = 64 * 1024;
 /// Encoded size of one prompt id, at most.
 const PROMPT_ID_BYTES: usize = 5;
+/// Characters of a version that an error repeats.
+const NAMED_CHARS_MAX: usize = 64;
 /// Requests share what they have in common: the engine keeps tenants apart by salt, and there are none yet.
 const CACHE_SALT: u64 = 0;
 
@@ -64,11 +66,31 @@ impl GenerateService {
         let Some(engine) = self.node.engine() else {
             return Err(GenerateError::NoAttention { worker: worker() });
         };
+        self.check_version(&request)?;
         let new = check(request, self.node.geometry.vocab)?;
         if self.node.state() == WorkerState::Joining {
             return Err(GenerateError::NotReady { worker: worker() });
         }
         Ok(engine.generate(new).await?)
+    }
+
+    /// Another process of our name may have had other weights when the router looked last.
+    fn check_version(&self, request: &v1::GenerateSequenceRequest) -> Result<(), GenerateError> {
+        let version = &self.node.version;
+        let pairs = [
+            (&request.model, &version.model),
+            (&request.numeric_class, &version.numeric_class),
+        ];
+        for (expected, got) in pairs {
+            if !expected.is_empty() && **expected != **got {
+                return Err(GenerateError::OtherWeights {
+                    worker: self.node.id.to_string(),
+                    expected: expected.chars().take(NAMED_CHARS_MAX).collect(),
+                    got: got.to_string(),
+                });
+            }
+        }
+        Ok(())
     }
 }
 

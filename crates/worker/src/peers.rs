@@ -1,4 +1,5 @@
-//! Tells the transport where the other expert workers are. Never forgets one that the served placement names.
+//! Tells the transport where the other expert workers of its weights are. Never forgets one that the served
+//! placement names.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,23 +14,24 @@ use tramontane_exchange::{HostTransport, PeerAddress};
 use tramontane_types::{Placement, WorkerId};
 
 use crate::host_socket;
+use crate::state::Node;
 
 /// Keeps the peers of `transport` in step with the members until `stop`.
 pub(crate) async fn follow(
-    me: WorkerId,
+    node: Arc<Node>,
     mut members: watch::Receiver<Arc<Members>>,
     serving: Arc<ArcSwapOption<Placement>>,
     transport: Arc<HostTransport>,
     stop: CancellationToken,
 ) {
     let host = host_socket::host().ok();
-    let mut known = HashMap::new();
+    let (me, mut known) = (&node.id, HashMap::new());
     loop {
         let seen = members.borrow_and_update().clone();
         let next = addresses(
-            &me,
+            me,
             host.as_deref(),
-            &seen,
+            &seen.of(&node.version),
             serving.load().as_deref(),
             &known,
         );

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tramontane_coordination::{Placements, Registration, Roles, SeenIntent};
+use tramontane_coordination::{GroupPlacements, Placements, Registration, Roles, SeenIntent};
 use tramontane_types::WorkerId;
 
 use crate::attention::{AttentionMaker, EngineSlot};
@@ -153,8 +153,11 @@ impl RoleKeeper {
         let mut placements = self.placements.clone();
         let me = &self.node.id;
         let elsewhere = placements.wait_for(|seen| {
-            let mut placements = seen.published.iter().chain(&seen.pending);
-            seen.synced && !placements.any(|placement| placement.workers.contains(me))
+            let of_group = |group: &GroupPlacements| {
+                let mut placements = group.published.iter().chain(&group.pending);
+                placements.any(|placement| placement.workers.contains(me))
+            };
+            seen.synced && !seen.groups.values().any(of_group)
         });
         // The watch ends with the worker.
         if elsewhere.await.is_err() {

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tramontane_compute::Backend;
 use tramontane_coordination::{
-    Members, Placements, Registration, Roles, SeenIntent, Store, WorkerRecord, watch_intent,
+    Members, Registration, Roles, Scope, SeenIntent, Store, Version, WorkerRecord, watch_intent,
     watch_members, watch_placements,
 };
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
@@ -25,7 +25,7 @@ use tramontane_types::WorkerId;
 use crate::assemble::{Life, Plan, Serving, Worker};
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
-use crate::follower::{Follower, Group};
+use crate::follower::Follower;
 use crate::host_socket::BoundSocket;
 use crate::roles::RoleKeeper;
 use crate::server::Services;
@@ -101,17 +101,14 @@ pub async fn run(
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
     let mut record = registration::record(&config, roles, &*backend, &checkpoint, name);
-    let group = Group {
-        numeric_class: record.numeric_class.clone(),
-        model: record.model.fingerprint.clone(),
-    };
+    let version = Version::of(&record);
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
     let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
         backend: &backend,
-        group: &group,
+        version: &version,
         roles,
         exchange: &exchange,
         serving: &serving,
@@ -125,13 +122,13 @@ pub async fn run(
         worker.leave(life, &exchange).await;
         return begun.map(|_stopped| ());
     }
-    let bound = worker.listen_on_host(&config, &group, &parts.exchange, record.incarnation, &life);
+    let bound = worker.listen_on_host(&config, &parts.exchange, record.incarnation, &life);
     record.socket = bound.as_ref().and_then(BoundSocket::record);
     let registry = metrics::registry(Arc::clone(&worker.node), &worker.maker.steps);
     // Set once, here.
     let _was_empty = ops.set((Arc::clone(&worker.node), registry));
 
-    let services = worker.services(&config, &group, &checkpoint, &drain, &life);
+    let services = worker.services(&config, &checkpoint, &drain, &life);
     let WorkerParts {
         grpc,
         store,
@@ -142,7 +139,6 @@ pub async fn run(
     let joined = worker.join(&config, store, record, watched, (&serving, &life))?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
-        group,
         checkpoint,
         registration: joined.registration.clone(),
         placements: joined.drain.placements.clone(),
@@ -178,7 +174,6 @@ async fn make_backend(
 #[derive(Debug)]
 struct Watched {
     members: watch::Receiver<Arc<Members>>,
-    placements: watch::Receiver<Arc<Placements>>,
     intent: watch::Receiver<Arc<SeenIntent>>,
 }
 
@@ -187,7 +182,6 @@ impl Watched {
         let (store, ended) = (|| Arc::clone(store), || life.ended.clone());
         Self {
             members: watch_members(store(), &life.tasks, ended()),
-            placements: watch_placements(store(), &life.tasks, ended()),
             intent: watch_intent(store(), &life.tasks, ended()),
         }
     }
@@ -338,7 +332,6 @@ impl Worker {
     fn listen_on_host(
         &self,
         config: &WorkerConfig,
-        group: &Group,
         exchange: &ExchangeKind,
         incarnation: u64,
         life: &Life,
@@ -353,8 +346,8 @@ impl Worker {
                 tracing::warn!(error, "no Unix socket, workers of this host call over TCP");
             })
             .ok()?;
-        let me = self.node.id.clone();
-        let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), group.model.clone());
+        let (me, model) = (self.node.id.clone(), self.node.version.model.to_string());
+        let mut service = ExpertServiceConfig::new(me, config.cluster.clone(), model);
         service.faults = self.node.drills.faults();
         let answering =
             HostListener::new(service, self.expert_server.handle(), Arc::clone(&self.desk));
@@ -366,7 +359,6 @@ impl Worker {
     fn services(
         &self,
         config: &WorkerConfig,
-        group: &Group,
         checkpoint: &Arc<Checkpoint>,
         drain: &CancellationToken,
         life: &Life,
@@ -374,7 +366,7 @@ impl Worker {
         Services {
             node: Arc::clone(&self.node),
             cluster: config.cluster.clone(),
-            model: group.model.clone(),
+            model: self.node.version.model.to_string(),
             weights: WeightsServing {
                 me: self.node.id.clone(),
                 cluster: config.cluster.clone(),
@@ -403,19 +395,18 @@ impl Worker {
         let (registered, roles) = (Shutdown::new(), life.ended.child_token());
         let (tasks, stop) = (&registered.tasks, registered.token.clone());
         let ttl = config.lease_ttl;
+        let scope = Scope::Group(self.node.version.key());
+        let placements =
+            watch_placements(Arc::clone(&store), scope, &life.tasks, life.ended.clone());
         let registration = Registration::start(store, record, ttl, tasks, stop.clone())
             .map_err(Error::Registration)?;
         tasks.spawn(registration::refresh(node(), registration.clone(), stop));
-        let Watched {
-            members,
-            placements,
-            intent,
-        } = watched;
+        let Watched { members, intent } = watched;
         if let Some(transport) = self.peers.clone() {
-            let (me, members) = (self.node.id.clone(), members.clone());
+            let (node, members) = (node(), members.clone());
             let (serving, ended) = (Arc::clone(serving), life.ended.clone());
             life.tasks
-                .spawn(peers::follow(me, members, serving, transport, ended));
+                .spawn(peers::follow(node, members, serving, transport, ended));
         }
         let keeper = RoleKeeper {
             node: node(),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::watch;
-use tramontane_coordination::{Roles, WorkerLoad, WorkerState};
+use tramontane_coordination::{Roles, Version, WorkerLoad, WorkerState};
 use tramontane_engine::EngineStats;
 use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
 use tramontane_proto::v1;
@@ -20,6 +20,8 @@ use crate::weights::WeightStats;
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) id: WorkerId,
+    /// What it computes with.
+    pub(crate) version: Version,
     pub(crate) geometry: ModelGeometry,
     /// What it does now, which is not always what it is wanted to do.
     pub(crate) roles: watch::Sender<Roles>,

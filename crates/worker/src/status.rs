@@ -31,6 +31,8 @@ pub mod reason {
     pub const DRAINING: &str = "DRAINING";
     /// The worker serves no placement yet; others may.
     pub const NOT_READY: &str = "NOT_READY";
+    /// The worker has other weights, or computes in another class, than the sequence began with.
+    pub const OTHER_WEIGHTS: &str = "OTHER_WEIGHTS";
     /// The worker keeps no sequences at all.
     pub const NO_ATTENTION: &str = "NO_ATTENTION";
     /// A step did not complete; another worker may continue the sequence.
@@ -79,6 +81,16 @@ pub enum GenerateError {
         /// Which worker.
         worker: String,
     },
+    /// The sequence began with other weights, or in another class.
+    #[error("worker {worker} has {got}, expected {expected}")]
+    OtherWeights {
+        /// Which worker.
+        worker: String,
+        /// What the sequence began with.
+        expected: String,
+        /// What the worker has.
+        got: String,
+    },
     /// The sequence was not taken.
     #[error(transparent)]
     Refused(#[from] RefusedSequence),
@@ -97,6 +109,7 @@ impl GenerateError {
             }
             Self::NoAttention { .. } => (Code::FailedPrecondition, reason::NO_ATTENTION),
             Self::NotReady { .. } => (Code::Unavailable, reason::NOT_READY),
+            Self::OtherWeights { .. } => (Code::FailedPrecondition, reason::OTHER_WEIGHTS),
             Self::Refused(RefusedSequence::Draining) => (Code::Unavailable, reason::DRAINING),
             Self::Refused(RefusedSequence::Stopped) | Self::Failed(GenerationFailure::Stopped) => {
                 (Code::Unavailable, reason::STOPPED)
@@ -141,7 +154,7 @@ mod tests {
             retryable,
         };
         let refused = |error: SubmitError| GenerateError::Refused(error.into());
-        let table: [(GenerateError, Code, &str); 8] = [
+        let table: [(GenerateError, Code, &str); 9] = [
             (
                 refused(SubmitError::QueueFull { limit: 3 }),
                 Code::ResourceExhausted,
@@ -178,6 +191,15 @@ mod tests {
                 },
                 Code::FailedPrecondition,
                 "NO_ATTENTION",
+            ),
+            (
+                GenerateError::OtherWeights {
+                    worker: "a".to_owned(),
+                    expected: "f1".to_owned(),
+                    got: "f2".to_owned(),
+                },
+                Code::FailedPrecondition,
+                "OTHER_WEIGHTS",
             ),
         ];
         for (error, code, reason) in table {

@@ -7,6 +7,7 @@ mod plan;
 mod status;
 mod top;
 mod wait;
+mod weights;
 mod workers;
 
 use std::error::Error as _;
@@ -21,6 +22,7 @@ pub(crate) use events::events;
 pub(crate) use placement::placement;
 pub(crate) use status::status;
 pub(crate) use top::top;
+pub(crate) use weights::weights;
 pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;
@@ -35,6 +37,8 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// What to try when nothing else is known.
 pub(crate) const SEE_STATUS: &str = "tramontane status";
+/// What to try when a version was wrong or is not placed.
+pub(crate) const SEE_WEIGHTS: &str = "tramontane weights list";
 /// What to try when a worker's name was wrong or its state is not clear.
 pub(crate) const SEE_WORKERS: &str = "tramontane workers list";
 

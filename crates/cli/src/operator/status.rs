@@ -29,6 +29,7 @@ fn rows(status: &v1::ClusterStatusResponse) -> Vec<Vec<String>> {
     let mut rows = vec![
         row("state", state(status)),
         row("model", status.model.clone()),
+        row("weights", weights(status)),
         row("numeric class", status.numeric_class.clone()),
         row("placement", placement(status)),
         row("wanted", wanted(status)),
@@ -50,7 +51,7 @@ fn rows(status: &v1::ClusterStatusResponse) -> Vec<Vec<String>> {
     ];
     let lists = [
         ("cordoned", status.cordoned.join(" ")),
-        ("incompatible", status.incompatible.join(" ")),
+        ("other weights", status.other_weights.join("; ")),
         ("shortage", status.shortage.clone()),
     ];
     for (key, value) in lists {
@@ -59,6 +60,15 @@ fn rows(status: &v1::ClusterStatusResponse) -> Vec<Vec<String>> {
         }
     }
     rows
+}
+
+/// Those that take new requests, and those that the operator would rather have.
+fn weights(status: &v1::ClusterStatusResponse) -> String {
+    let wanted = &status.weights_wanted;
+    if wanted.is_empty() || *wanted == status.weights {
+        return status.weights.clone();
+    }
+    format!("{}, wanted {wanted}", status.weights)
 }
 
 pub(super) fn state(status: &v1::ClusterStatusResponse) -> String {
@@ -109,6 +119,9 @@ pub(super) fn status_json(status: &v1::ClusterStatusResponse) -> Value {
         "reason": status.reason,
         "model": status.model,
         "numeric_class": status.numeric_class,
+        "weights": text(&status.weights),
+        "weights_wanted": text(&status.weights_wanted),
+        "other_weights": status.other_weights,
         "epoch": status.epoch,
         "pending_epoch": status.pending_epoch,
         "workers_ready": status.workers_ready,

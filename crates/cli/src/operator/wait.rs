@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 use tramontane_proto::v1;
 use tramontane_types::Placement;
 
-use super::{Admin, SEE_STATUS, placement, status, workers};
+use super::{Admin, SEE_STATUS, placement, status, weights, workers};
 use crate::args::ChangeArgs;
 use crate::exit::{Exit, refusal};
 use crate::output;
@@ -20,8 +20,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) struct Look {
     pub(super) status: v1::ClusterStatusResponse,
     pub(super) workers: Vec<v1::WorkerSummary>,
-    /// `None` when nothing is published.
+    /// Of the version that serves; `None` when nothing is published.
     pub(super) placement: Option<Placement>,
+    pub(super) weights: Vec<v1::WeightsSummary>,
 }
 
 /// How far a change is.
@@ -30,6 +31,8 @@ pub(super) enum Progress {
     Done,
     /// And for what it waits.
     Waiting(String),
+    /// The same, for something that the weights that serve now have no part in: a shortage of theirs ends nothing.
+    Elsewhere(String),
 }
 
 impl Look {
@@ -38,6 +41,7 @@ impl Look {
             status: status::read(admin).await?,
             workers: workers::read(admin).await?,
             placement: placement::read(admin).await?,
+            weights: weights::read(admin).await?,
         })
     }
 
@@ -45,10 +49,11 @@ impl Look {
         self.workers.iter().find(|worker| worker.id == id)
     }
 
-    /// Whether the published placement names a worker.
+    /// Whether a published placement names a worker.
     pub(super) fn is_placed(&self, id: &str) -> bool {
         let mut named = self.placement.iter().flat_map(|p| &p.workers);
-        named.any(|worker| worker.as_str() == id)
+        // Of other weights than those that serve, the worker's own count tells.
+        named.any(|worker| worker.as_str() == id) || self.worker(id).is_some_and(|w| w.slices > 0)
     }
 
     /// Done when no placement is on its way and the planner, where it can be asked, wants no other.
@@ -81,11 +86,15 @@ pub(super) async fn wait(
     let deadline = Instant::now() + change.timeout;
     loop {
         let look = Look::take(admin).await?;
-        let Progress::Waiting(state) = progress(&look) else {
-            output::note(&format!("done: {what}"));
-            return Ok(());
+        let (state, may_be_short) = match progress(&look) {
+            Progress::Done => {
+                output::note(&format!("done: {what}"));
+                return Ok(());
+            }
+            Progress::Waiting(state) => (state, false),
+            Progress::Elsewhere(state) => (state, true),
         };
-        if !look.status.shortage.is_empty() {
+        if !may_be_short && !look.status.shortage.is_empty() {
             let message = format!("{what} cannot come about: {}", look.status.shortage);
             return Err(refusal(Exit::Conflict, message, "start another worker"));
         }

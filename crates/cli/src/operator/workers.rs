@@ -58,8 +58,8 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
         return output::data(args.output, &rows);
     }
     let header = [
-        "ID", "STATE", "ROLES", "ADDRESS", "CLASS", "SLICES", "EPOCH", "RUNNING", "WAITING",
-        "VERSION",
+        "ID", "STATE", "ROLES", "ADDRESS", "WEIGHTS", "CLASS", "SLICES", "EPOCH", "RUNNING",
+        "WAITING", "VERSION",
     ];
     let rows: Vec<Vec<String>> = workers
         .into_iter()
@@ -69,6 +69,7 @@ async fn list(args: &ReadArgs) -> anyhow::Result<()> {
                 state(&w),
                 w.roles.join(","),
                 w.address,
+                w.weights,
                 w.numeric_class,
                 w.slices.to_string(),
                 w.loaded_epoch.to_string(),
@@ -104,6 +105,7 @@ pub(super) fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "wanted_roles": worker.wanted_roles,
         "address": worker.address,
         "numeric_class": worker.numeric_class,
+        "weights": worker.weights,
         "capacity_bytes": worker.capacity_bytes,
         "slices": worker.slices,
         "segments": worker.segments,

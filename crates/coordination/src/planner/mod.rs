@@ -1,19 +1,22 @@
-//! Keeps the placement fit for the workers that are there. Never changes what is served before every
-//! worker of the new placement has said that it holds its slices.
+//! Keeps the placements fit for the workers that are there, one for each version of the weights, and says which
+//! version takes new requests. Never changes what is served before every worker of a new placement has said
+//! that it holds its slices.
 //!
 //! A change has two phases: the plan is written as pending, its workers load and say so in their
 //! records, then it is published and the pending one removed. Deciding is pure ([`decide`]); this
-//! module only looks, asks and writes.
+//! module only looks, asks and writes. What goes wrong with one group does not hold up another.
 
 mod decide;
 mod explore;
 mod figures;
+mod memory;
 mod outdated;
+mod serving;
 mod wish;
 mod words;
 mod worth;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +24,7 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tramontane_types::{Epoch, Placement, WorkerId};
+use tramontane_types::{Placement, WorkerId};
 
 pub use decide::{
     Group, LOAD_TIMEOUT, PlannerAction, PlannerConfig, PlannerStatus, PlannerView, SETTLE_TIME,
@@ -29,14 +32,20 @@ pub use decide::{
 };
 pub use explore::{Candidate, PlanReport, PlanWish, Promise, explore};
 pub use figures::Figures;
-pub use wish::{Intent, REPLICAS_MAX};
+pub use serving::{MOVE_AFTER, ServingView};
+pub(crate) use wish::read_intent;
+pub use wish::{INTENT_BYTES_MAX, Intent, REPLICAS_MAX, intent, set_intent};
 pub use worth::{PLAN_TOKENS, REBALANCE_EVERY, REBALANCE_GAIN};
 
 use crate::Error;
 use crate::backoff::Backoff;
-use crate::placement_store::{PlacementStore, Placements, Stored};
+use crate::placement_store::{PlacementStore, set_serving};
+use crate::placements::Placements;
 use crate::registry::Members;
-use crate::store::{Entry, Revision, Store, Watch, keys};
+use crate::store::{Store, Watch, keys};
+use crate::version::{GroupKey, Version};
+use memory::{GroupMemory, Memory, Seen, SeenGroup};
+use serving::groups_to_plan;
 
 /// First pause after the store failed the planner.
 pub const PLAN_PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -46,8 +55,9 @@ pub const PLAN_PAUSE_MAX: Duration = Duration::from_secs(5);
 pub const PLAN_EVERY: Duration = Duration::from_secs(10);
 /// Shortest pause between two looks: load figures in worker records change all the time.
 pub const PLAN_SPACING: Duration = Duration::from_millis(100);
-/// Largest intent.
-pub const INTENT_BYTES_MAX: usize = 64 * 1024;
+/// The placement of a version of which nobody has been listed for this long is removed, unless it serves or is
+/// wanted: time to think of a rollback.
+pub const GROUP_FORGET: Duration = Duration::from_secs(10 * 60);
 
 /// The planner of a cluster; runs in whichever router leads.
 #[derive(Clone, Debug)]
@@ -56,37 +66,38 @@ pub struct Planner {
     config: PlannerConfig,
     members: watch::Receiver<Arc<Members>>,
     placements: watch::Receiver<Arc<Placements>>,
-    status: watch::Sender<Arc<PlannerStatus>>,
+    status: watch::Sender<Arc<PlannerStatuses>>,
 }
 
-/// What is in the store, read just before deciding.
-struct Seen {
-    published: Option<Stored>,
-    pending: Option<Stored>,
-    intent: Intent,
+/// What the planner does for each group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlannerStatuses {
+    /// By group.
+    pub groups: BTreeMap<GroupKey, PlannerStatus>,
+    /// The group that serves or, before one does, the first that is planned for.
+    pub first: Option<GroupKey>,
 }
 
-/// What the planner remembers between two looks; lost with leadership, without harm.
-struct Memory {
-    /// Ids and states that the last plan would have been made from, and since when they are so.
-    candidates: Vec<(WorkerId, u64)>,
-    changed: Instant,
-    /// The published epoch and since when it has been seen.
-    published: (Epoch, Instant),
-    /// The pending epoch and since when it has been seen.
-    pending: (Epoch, Instant),
-    /// Workers that did not load in time, with the incarnation that did not and the epoch.
-    late: BTreeMap<WorkerId, (u64, Epoch)>,
-    /// Holders that do not hold all of the published epoch, and since when they have been seen so.
-    /// Starting again does not reset it: a worker that keeps crashing must not be waited for.
-    behind: BTreeMap<WorkerId, (Epoch, Instant)>,
-    intent: Intent,
-    /// Measured figures as they count.
-    figures: Figures,
+impl PlannerStatuses {
+    /// What it does for the group that serves.
+    #[must_use]
+    pub fn first(&self) -> Option<&PlannerStatus> {
+        self.groups.get(&self.first?)
+    }
+}
+
+/// What one look is made from.
+struct Look<'a> {
+    members: &'a Members,
+    known: &'a Placements,
+    seen: Seen,
+    /// The version that serves, as far as anybody knows.
+    serving: Option<Version>,
+    now: Instant,
 }
 
 impl Planner {
-    /// A planner that reads `members` and `placements`; see [`crate::watch_members`] and
+    /// A planner that reads `members` and the `placements` of all groups; see [`crate::watch_members`] and
     /// [`crate::watch_placements`].
     #[must_use]
     pub fn new(
@@ -106,7 +117,7 @@ impl Planner {
 
     /// What the planner does and waits for.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<PlannerStatus>> {
+    pub fn status(&self) -> watch::Receiver<Arc<PlannerStatuses>> {
         self.status.subscribe()
     }
 
@@ -131,17 +142,7 @@ impl Planner {
     /// Plans until the store fails.
     async fn plan(&self, backoff: &mut Backoff) -> Result<(), Error> {
         let mut planner = self.clone();
-        let now = Instant::now();
-        let mut memory = Memory {
-            candidates: Vec::new(),
-            changed: now,
-            published: (Epoch(0), now),
-            pending: (Epoch(0), now),
-            late: BTreeMap::new(),
-            behind: BTreeMap::new(),
-            intent: Intent::default(),
-            figures: Figures::default(),
-        };
+        let mut memory = Memory::default();
         let from = self.store.list(keys::INTENT).await?.revision;
         let mut intents = self.store.watch(keys::INTENT, from.next());
         loop {
@@ -174,30 +175,55 @@ impl Planner {
         let members = Arc::clone(&self.members.borrow_and_update());
         let known = Arc::clone(&self.placements.borrow_and_update());
         let seen = self.read(memory).await?;
-        let now = Instant::now();
-        memory.notice(&members, &seen, now);
-        let late = memory.late.keys().cloned().collect();
-        let behind = memory.behind.iter();
-        let behind_for = behind.map(|(id, (_, since))| (id.clone(), now.duration_since(*since)));
-        let published = seen.published.as_ref().map(|s| &*s.placement);
-        let (action, status) = decide(&PlannerView {
+        let serving = seen.serving.clone();
+        let serving = serving.or_else(|| known.serving.as_deref().cloned());
+        let mut look = Look {
             members: &members,
-            published,
-            known: known.published.as_deref(),
-            pending: seen.pending.as_ref().map(|s| &*s.placement),
-            intent: &seen.intent,
-            config: &self.config,
-            settled_for: now.duration_since(memory.changed),
-            published_for: now.duration_since(memory.published.1),
-            pending_for: now.duration_since(memory.pending.1),
-            behind_for: &behind_for.collect(),
-            late: &late,
-            figures: &memory.figures,
-        });
-        self.show(status, &members);
+            known: &known,
+            seen,
+            serving,
+            now: Instant::now(),
+        };
+        let wished = look.seen.intent.weights.clone();
+        let first: Vec<&Version> = look.serving.iter().chain(&wished).collect();
+        let planned = groups_to_plan(&members, &look.seen.placements(), &first);
+        let mut statuses = PlannerStatuses {
+            groups: BTreeMap::new(),
+            first: planned.first().map(Version::key),
+        };
+        let mut wake = look.now + PLAN_EVERY;
+        for version in &planned {
+            let (status, again) = self.look_at(version, &mut look, memory).await?;
+            statuses.groups.insert(version.key(), status);
+            wake = wake.min(again);
+        }
+        self.show(statuses, &members);
+        wake = wake.min(self.choose(&look, memory).await?);
+        self.forget(&look, &planned, memory).await?;
+        Ok(wake)
+    }
+
+    /// Plans for one group. Only a store that does not answer is an error here.
+    async fn look_at(
+        &self,
+        version: &Version,
+        look: &mut Look<'_>,
+        memory: &mut Memory,
+    ) -> Result<(PlannerStatus, Instant), Error> {
+        let (key, now) = (version.key(), look.now);
+        let members = look.members.of(version);
+        let memory = memory.groups.entry(key);
+        let memory = memory.or_insert_with(|| GroupMemory::new(now));
+        let seen = look.seen.groups.get(&key).cloned().unwrap_or_default();
+        memory.notice(&members, &seen, now);
+        let (action, status) = self.decide(version, look, (&members, &seen, &*memory));
+        if memory.rests_until > now {
+            return Ok((status, memory.rests_until));
+        }
         match action {
             PlannerAction::Wait { again_in, .. } => {
-                return Ok(now + again_in.unwrap_or(PLAN_EVERY).min(PLAN_EVERY));
+                let again = again_in.unwrap_or(PLAN_EVERY).min(PLAN_EVERY);
+                return Ok((status, now + again));
             }
             PlannerAction::Late(workers) => {
                 for id in workers {
@@ -207,18 +233,64 @@ impl Planner {
                     memory.late.insert(id, (incarnation, missed));
                 }
             }
-            action => self.act(action, &seen, &known).await?,
+            action => match self.act(action, key, &seen, look).await {
+                Ok(()) => memory.backoff.reset(),
+                Err(error) if error.is_retryable() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%version, %error, "planning for one version interrupted");
+                    memory.rests_until = now + memory.backoff.pause();
+                    return Ok((status, memory.rests_until));
+                }
+            },
         }
-        Ok(now)
+        Ok((status, now))
+    }
+
+    fn decide(
+        &self,
+        version: &Version,
+        look: &Look<'_>,
+        (members, seen, memory): (&Members, &SeenGroup, &GroupMemory),
+    ) -> (PlannerAction, PlannerStatus) {
+        let (now, is_serving) = (look.now, look.serving.as_ref() == Some(version));
+        let late = memory.late.keys().cloned().collect();
+        let behind = memory.behind.iter();
+        let behind_for = behind.map(|(id, (_, since))| (id.clone(), now.duration_since(*since)));
+        let mut config = self.config.clone();
+        if look.serving.is_some() && !is_serving {
+            // Waiting for workers is for a cluster that starts: now somebody serves.
+            config.min_workers = std::num::NonZeroUsize::MIN;
+        }
+        let mut intent = look.seen.intent.clone();
+        // Epochs are those of a group.
+        intent.rebalance = intent.rebalance.filter(|_| is_serving);
+        let known = look.known.of(version);
+        let (action, mut status) = decide(&PlannerView {
+            members,
+            published: seen.published.as_ref().map(|s| &*s.placement),
+            known: known.and_then(|group| group.published.as_deref()),
+            pending: seen.pending.as_ref().map(|s| &*s.placement),
+            intent: &intent,
+            config: &config,
+            settled_for: now.duration_since(memory.changed),
+            published_for: now.duration_since(memory.published.1),
+            pending_for: now.duration_since(memory.pending.1),
+            behind_for: &behind_for.collect(),
+            late: &late,
+            figures: &memory.figures,
+        });
+        status.fulfilled = status.fulfilled.map(|_| look.seen.intent.clone());
+        (action, status)
     }
 
     async fn act(
         &self,
         action: PlannerAction,
-        seen: &Seen,
-        known: &Placements,
+        group: GroupKey,
+        seen: &SeenGroup,
+        look: &mut Look<'_>,
     ) -> Result<(), Error> {
-        let store = PlacementStore::new(Arc::clone(&self.store));
+        let store = PlacementStore::new(Arc::clone(&self.store), group);
         let pending = seen.pending.as_ref();
         match action {
             PlannerAction::Propose(placement) => {
@@ -226,17 +298,20 @@ impl Planner {
                 store
                     .propose(&placement, pending.map(|p| p.revision))
                     .await?;
-                tracing::info!(%epoch, "placement proposed");
+                tracing::info!(%group, %epoch, "placement proposed");
             }
             PlannerAction::Publish => {
                 let Some(pending) = pending else {
                     return Ok(());
                 };
                 let epoch = pending.placement.epoch;
-                store
-                    .publish(&pending.placement, seen.published.as_ref())
-                    .await?;
-                tracing::info!(%epoch, "placement published");
+                let published = seen.published.as_ref();
+                let revision = store.publish(&pending.placement, published).await?;
+                tracing::info!(%group, %epoch, "placement published");
+                // Whoever chooses the version in this look counts it.
+                let mut now = pending.clone();
+                now.revision = revision;
+                look.seen.groups.entry(group).or_default().published = Some(now);
                 store.drop_pending(pending.revision).await?;
             }
             PlannerAction::DropPending => {
@@ -246,10 +321,12 @@ impl Planner {
                 store.drop_pending(pending.revision).await?;
             }
             PlannerAction::Restore => {
-                let Some(known) = &known.published else {
+                let known = look.known.groups.get(&group);
+                let Some(known) = known.and_then(|group| group.published.as_ref()) else {
                     return Ok(());
                 };
-                tracing::warn!(epoch = %known.epoch, "store lost the placement, writing it again");
+                let epoch = known.epoch;
+                tracing::warn!(%group, %epoch, "store lost the placement, writing it again");
                 store.publish(known, seen.published.as_ref()).await?;
             }
             PlannerAction::Late(_) | PlannerAction::Wait { .. } => {}
@@ -257,53 +334,107 @@ impl Planner {
         Ok(())
     }
 
+    /// Says which version takes new requests, if that changes; returns when it may change by itself.
+    async fn choose(&self, look: &Look<'_>, memory: &Memory) -> Result<Instant, Error> {
+        let serving = look.serving.as_ref();
+        let gone = serving.and_then(|version| memory.groups.get(&version.key())?.gone);
+        let view = ServingView {
+            members: look.members,
+            placements: &look.seen.placements(),
+            intent: &look.seen.intent,
+            current: serving,
+            gone_for: gone.map(|since| look.now.duration_since(since)),
+        };
+        let move_at = gone.map(|since| since + MOVE_AFTER);
+        let move_at = move_at.filter(|at| *at > look.now);
+        let again = move_at.unwrap_or(look.now + PLAN_EVERY);
+        let Some(chosen) = view
+            .choose()
+            .filter(|v| look.seen.serving.as_ref() != Some(v))
+        else {
+            return Ok(again);
+        };
+        if look.members.stale || !look.members.synced {
+            return Ok(again);
+        }
+        match set_serving(&*self.store, &chosen, look.seen.serving_at).await {
+            Ok(_revision) => tracing::info!(version = %chosen, "takes new requests from now on"),
+            Err(error) if error.is_retryable() => return Err(error),
+            Err(error) => tracing::warn!(%error, "version not written, trying again"),
+        }
+        Ok(look.now)
+    }
+
+    /// Removes values that cannot be read, and placements of versions that nobody has any more.
+    async fn forget(
+        &self,
+        look: &Look<'_>,
+        planned: &[Version],
+        memory: &mut Memory,
+    ) -> Result<(), Error> {
+        for (key, revision) in &look.seen.unreadable {
+            tracing::warn!(key, "removing a placement that cannot be read");
+            self.store.delete_if(key, *revision).await?;
+        }
+        let kept: BTreeSet<GroupKey> = planned.iter().map(Version::key).collect();
+        let stored = &look.seen.groups;
+        memory
+            .groups
+            .retain(|key, _| kept.contains(key) || stored.contains_key(key));
+        if look.members.stale || !look.members.synced {
+            return Ok(());
+        }
+        for (key, seen) in stored.iter().filter(|(key, _)| !kept.contains(*key)) {
+            let memory = memory.groups.entry(*key);
+            let memory = memory.or_insert_with(|| GroupMemory::new(look.now));
+            let any = seen.published.as_ref().or(seen.pending.as_ref());
+            let version = any.map(|stored| Version::of_placement(&stored.placement));
+            let members = version.map(|version| look.members.of(&version));
+            memory.notice(&members.unwrap_or_default(), seen, look.now);
+            let is_over = |since| look.now.duration_since(since) >= GROUP_FORGET;
+            if !memory.gone.is_some_and(is_over) {
+                continue;
+            }
+            tracing::info!(group = %key, "removing the placement of a version that nobody has");
+            let stored = [
+                (key.pending(), &seen.pending),
+                (key.published(), &seen.published),
+            ];
+            for (key, stored) in stored {
+                if let Some(stored) = stored {
+                    self.store.delete_if(&key, stored.revision).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn read(&self, memory: &mut Memory) -> Result<Seen, Error> {
-        let store = PlacementStore::new(Arc::clone(&self.store));
-        let published = self
-            .readable(store.published().await, &store, keys::PLACEMENT)
-            .await?;
-        let pending = store.pending().await;
-        let pending = self
-            .readable(pending, &store, keys::PLACEMENT_PENDING)
-            .await?;
+        let mut seen = Seen::default();
+        for entry in self.store.list(keys::PLACEMENTS).await?.entries {
+            seen.take(&entry);
+        }
         match read_intent(self.store.get(keys::INTENT).await?) {
             Ok(intent) => memory.intent = intent,
             Err(error) => tracing::warn!(%error, "intent ignored, keeping the last one"),
         }
-        Ok(Seen {
-            published,
-            pending,
-            intent: memory.intent.clone(),
-        })
+        seen.intent = memory.intent.clone();
+        Ok(seen)
     }
 
-    /// A value that cannot be read must not stop planning for ever: it is removed.
-    async fn readable(
-        &self,
-        read: Result<Option<Stored>, Error>,
-        store: &PlacementStore,
-        key: &str,
-    ) -> Result<Option<Stored>, Error> {
-        match read {
-            Err(Error::Invalid { .. } | Error::TooLarge { .. }) => {
-                store.drop_unreadable(key).await?;
-                Ok(None)
-            }
-            read => read,
-        }
-    }
-
-    fn show(&self, status: PlannerStatus, members: &Members) {
+    fn show(&self, statuses: PlannerStatuses, members: &Members) {
         self.status.send_if_modified(|known| {
-            let changed = **known != status;
-            warn_of(&status, known, members);
+            let changed = **known != statuses;
             if changed {
-                tracing::info!(
-                    doing = status.doing,
-                    incompatible = status.incompatible.len(),
-                    "planner"
-                );
-                *known = Arc::new(status);
+                for (group, status) in &statuses.groups {
+                    let nothing = PlannerStatus::default();
+                    let before = known.groups.get(group).unwrap_or(&nothing);
+                    warn_of(status, before, members);
+                    if before != status {
+                        tracing::info!(%group, doing = status.doing, "planner");
+                    }
+                }
+                *known = Arc::new(statuses);
             }
             changed
         });
@@ -335,121 +466,8 @@ fn warn_of(status: &PlannerStatus, known: &PlannerStatus, members: &Members) {
     tracing::warn!(
         count = workers.len(),
         workers = workers.join(", "),
-        "workers of another numeric class or model get no slices"
+        "workers that say otherwise of the same weights get no slices"
     );
-}
-
-impl Memory {
-    /// The epoch that a worker did not load in time: the pending one, or else the published one.
-    fn missed_epoch(&self, id: &WorkerId) -> Epoch {
-        let published = self.behind.get(id).map_or(Epoch(0), |(epoch, _)| *epoch);
-        self.pending.0.max(published)
-    }
-
-    /// Notes which holders of the published placement lack slices, and since when. A store out of
-    /// sight says nothing about that.
-    fn notice_behind(&mut self, members: &Members, published: Option<&Placement>, now: Instant) {
-        let Some(published) = published.filter(|_| !members.stale) else {
-            self.behind.clear();
-            return;
-        };
-        let epoch = published.epoch;
-        let behind = |id: &&WorkerId| {
-            let record = members.workers.get(*id);
-            record.is_some_and(|record| record.loaded < epoch)
-        };
-        let known = std::mem::take(&mut self.behind);
-        for id in published.workers.iter().filter(behind) {
-            let since = known.get(id).filter(|(of, _)| *of == epoch);
-            let since = since.map_or(now, |(_, since)| *since);
-            self.behind.insert(id.clone(), (epoch, since));
-        }
-    }
-
-    /// Notes since when candidates and the pending epoch are as they are.
-    fn notice(&mut self, members: &Members, seen: &Seen, now: Instant) {
-        let workers = members.workers.values().filter(|w| w.roles.experts);
-        let candidates: Vec<(WorkerId, u64)> = workers
-            .filter(|w| w.state.is_staying())
-            .map(|w| (w.id.clone(), w.incarnation))
-            .collect();
-        if candidates != self.candidates {
-            self.candidates = candidates;
-            self.changed = now;
-        }
-        let pending = seen
-            .pending
-            .as_ref()
-            .map_or(Epoch(0), |p| p.placement.epoch);
-        if pending != self.pending.0 {
-            self.pending = (pending, now);
-        }
-        let published = seen.published.as_ref().map(|s| &*s.placement);
-        let epoch = published.map_or(Epoch(0), |p| p.epoch);
-        if epoch != self.published.0 {
-            self.published = (epoch, now);
-        }
-        self.figures = self.figures.follow(members);
-        self.notice_behind(members, published, now);
-        // A late worker is forgiven when it is a new process or has caught up.
-        self.late.retain(|id, (incarnation, missed)| {
-            let worker = members.workers.get(id);
-            worker.is_some_and(|w| w.incarnation == *incarnation && w.loaded < *missed)
-        });
-    }
-}
-
-/// Reads the intent; none means the default.
-pub(crate) fn read_intent(entry: Option<Entry>) -> Result<Intent, Error> {
-    let Some(entry) = entry else {
-        return Ok(Intent::default());
-    };
-    let size = entry.value.len();
-    if size > INTENT_BYTES_MAX {
-        return Err(Error::TooLarge {
-            what: keys::INTENT.to_owned(),
-            size,
-            max: INTENT_BYTES_MAX,
-        });
-    }
-    let intent: Intent = serde_json::from_slice(&entry.value)
-        .map_err(|e| Error::invalid(keys::INTENT, e.to_string()))?;
-    intent.validate()?;
-    Ok(intent)
-}
-
-/// The operator's wish and where to swap it from.
-///
-/// # Errors
-/// The store's, or [`Error::Invalid`] for a value that is none.
-pub async fn intent(store: &dyn Store) -> Result<(Intent, Option<Revision>), Error> {
-    let entry = store.get(keys::INTENT).await?;
-    let revision = entry.as_ref().map(|entry| entry.revision);
-    Ok((read_intent(entry)?, revision))
-}
-
-/// Writes the operator's wish in place of what was read at `replaces`.
-///
-/// # Errors
-/// [`Error::Invalid`] for a wish outside its limits; [`Error::Conflict`] when somebody else wrote since.
-pub async fn set_intent(
-    store: &dyn Store,
-    intent: &Intent,
-    replaces: Option<Revision>,
-) -> Result<Revision, Error> {
-    intent.validate()?;
-    let text = serde_json::to_vec(intent);
-    let text = text.map_err(|e| Error::invalid(keys::INTENT, e.to_string()))?;
-    let outcome = store
-        .compare_and_swap(keys::INTENT, replaces, text.into(), None)
-        .await?;
-    match outcome {
-        crate::CasOutcome::Swapped(revision) => Ok(revision),
-        crate::CasOutcome::Conflict(_) => Err(Error::Conflict {
-            key: keys::INTENT.to_owned(),
-            expected: replaces,
-        }),
-    }
 }
 
 /// Whether both placements put the same slices on the same workers in the same order.

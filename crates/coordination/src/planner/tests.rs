@@ -2,6 +2,7 @@
 
 mod measured;
 mod outdated;
+mod versions;
 
 use std::num::NonZeroUsize;
 
@@ -11,7 +12,9 @@ use tokio_util::task::TaskTracker;
 use super::*;
 use crate::registry::record_for_tests as record;
 use crate::registry::{ExpertLoad, Registration, WorkerRecord, WorkerState};
-use crate::{FaultStore, MemoryStore, watch_members, watch_placements};
+use crate::store::Revision;
+use crate::{FaultStore, MemoryStore, Scope, watch_members, watch_placements};
+use tramontane_types::Epoch;
 
 const LONG: Duration = Duration::from_secs(900);
 const TTL: Duration = Duration::from_secs(6);
@@ -23,6 +26,7 @@ fn worker(text: &str) -> WorkerRecord {
     for fact in facts.split(',').filter(|fact| !fact.is_empty()) {
         match fact.split_once('=') {
             Some(("loaded", epoch)) => worker.loaded = Epoch(epoch.parse().unwrap()),
+            Some(("model", model)) => worker.model.fingerprint = model.to_owned(),
             Some(("class", class)) => worker.numeric_class = class.to_owned(),
             Some(("ns", ns)) => worker.measured.segment_ns = Some(ns.parse().unwrap()),
             Some(("hot", n)) => {
@@ -52,7 +56,7 @@ struct Scenario {
     figures: Figures,
     pending_for: Duration,
     behind_for: BTreeMap<WorkerId, Duration>,
-    late: std::collections::BTreeSet<WorkerId>,
+    late: BTreeSet<WorkerId>,
 }
 
 impl Scenario {
@@ -299,7 +303,7 @@ impl Cluster {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let shared: Arc<dyn Store> = Arc::new(store.clone());
         let members = watch_members(Arc::clone(&shared), &tasks, stop.clone());
-        let placements = watch_placements(Arc::clone(&shared), &tasks, stop.clone());
+        let placements = watch_placements(Arc::clone(&shared), Scope::All, &tasks, stop.clone());
         let config = PlannerConfig::default();
         let planner = Planner::new(shared, config, members, placements.clone());
         Self {
@@ -325,9 +329,11 @@ impl Cluster {
     }
 
     /// Starts a worker; cancel the token to stop it.
-    fn start(&self, id: &str) -> CancellationToken {
+    fn start(&self, text: &str) -> CancellationToken {
         let stop = self.stop.child_token();
-        let registration = self.register(worker(id), &stop);
+        let worker = worker(text);
+        let version = Version::of(&worker);
+        let registration = self.register(worker, &stop);
         let mut placements = self.placements.clone();
         let token = stop.clone();
         self.tasks
@@ -335,8 +341,9 @@ impl Cluster {
                 loop {
                     let newest = {
                         let seen = placements.borrow_and_update();
-                        let pending = seen.pending.as_ref().map(|p| p.epoch);
-                        pending.unwrap_or(seen.published_epoch())
+                        let group = seen.of(&version).cloned().unwrap_or_default();
+                        let pending = group.pending.as_ref().map(|p| p.epoch);
+                        pending.unwrap_or(group.published_epoch())
                     };
                     registration.update(|record| {
                         record.loaded = newest;
@@ -352,7 +359,7 @@ impl Cluster {
 
     async fn until_served_by(&mut self, workers: &[&str]) -> Arc<Placement> {
         let served = |placements: &Arc<Placements>| {
-            let published = placements.published.as_ref();
+            let published = placements.published();
             published.is_some_and(|p| {
                 p.workers
                     .iter()
@@ -364,7 +371,7 @@ impl Cluster {
         let seen = seen
             .unwrap_or_else(|_| panic!("never served by {workers:?}"))
             .unwrap();
-        Arc::clone(seen.published.as_ref().unwrap())
+        Arc::clone(seen.published().unwrap())
     }
 }
 
@@ -387,16 +394,17 @@ async fn the_cluster_grows_shrinks_and_survives_its_planner_and_its_store() {
     // An outage and an emptied store: the same placement is written again, nobody is planned out.
     cluster.store.set_up(false);
     let frozen = timeout(LONG, cluster.placements.wait_for(|p| p.stale)).await;
-    assert_eq!(frozen.unwrap().unwrap().published.as_ref(), Some(&third));
+    assert_eq!(frozen.unwrap().unwrap().published(), Some(&third));
     for entry in cluster.memory.list("").await.unwrap().entries {
         cluster.memory.delete(&entry.key).await.unwrap();
     }
     cluster.store.set_up(true);
-    let mut watch = cluster.memory.watch(keys::PLACEMENT, Revision(1));
+    let mut watch = cluster.memory.watch(keys::PLACEMENTS, Revision(1));
     let again = timeout(LONG, async {
         loop {
             let event = watch.next().await.unwrap().unwrap();
-            let stored = PlacementStore::new(Arc::new(cluster.memory.clone()));
+            let key = Version::of_placement(&third).key();
+            let stored = PlacementStore::new(Arc::new(cluster.memory.clone()), key);
             let published = stored.published().await.unwrap();
             if let Some(published) = published {
                 return (event, published);
@@ -478,11 +486,17 @@ fn too_little_memory_and_incompatible_workers_are_warned_of_once_per_change() {
     let (_placed, placements) = watch::channel(Arc::default());
     let store = Arc::new(MemoryStore::new());
     let planner = Planner::new(store, PlannerConfig::default(), members, placements);
+    let group = Version::of(&worker("a")).key();
     let warned = |workers: &[&str]| {
         let warnings = Warnings::default();
         let scenario = Scenario::of(workers);
         tracing::subscriber::with_default(warnings.clone(), || {
-            planner.show(scenario.decide().1, &scenario.members);
+            let status = scenario.decide().1;
+            let statuses = PlannerStatuses {
+                groups: [(group, status)].into(),
+                first: Some(group),
+            };
+            planner.show(statuses, &scenario.members);
         });
         let texts = warnings.0.lock();
         texts.clone()

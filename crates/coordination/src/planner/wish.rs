@@ -9,6 +9,11 @@ use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
 use crate::Error;
 use crate::balance::PLACEMENT_WORKERS_MAX;
 use crate::registry::Roles;
+use crate::store::{CasOutcome, Entry, Revision, Store, keys};
+use crate::version::Version;
+
+/// Largest intent.
+pub const INTENT_BYTES_MAX: usize = 64 * 1024;
 
 /// Most replicas that an operator may ask for.
 pub const REPLICAS_MAX: usize = 64;
@@ -30,6 +35,9 @@ pub struct Intent {
     /// Done once a later one is published.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rebalance: Option<Epoch>,
+    /// The version that new requests go to as soon as it is placed; `None` leaves it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Version>,
 }
 
 impl Intent {
@@ -56,7 +64,10 @@ impl Intent {
         if let Some((id, _)) = self.roles.iter().find(|(_, roles)| idle(roles)) {
             return refuse(format!("worker {id} without a role"));
         }
-        Ok(())
+        match &self.weights {
+            Some(weights) => weights.validate("weights of the intent"),
+            None => Ok(()),
+        }
     }
 
     /// Whether new placements may name a worker.
@@ -69,5 +80,58 @@ impl Intent {
     #[must_use]
     pub fn may_attend(&self, id: &WorkerId) -> bool {
         !self.cordoned.contains(id) && self.roles.get(id).is_none_or(|roles| roles.attention)
+    }
+}
+
+/// Reads the intent; none means the default.
+pub(crate) fn read_intent(entry: Option<Entry>) -> Result<Intent, Error> {
+    let Some(entry) = entry else {
+        return Ok(Intent::default());
+    };
+    let size = entry.value.len();
+    if size > INTENT_BYTES_MAX {
+        return Err(Error::TooLarge {
+            what: keys::INTENT.to_owned(),
+            size,
+            max: INTENT_BYTES_MAX,
+        });
+    }
+    let intent: Intent = serde_json::from_slice(&entry.value)
+        .map_err(|e| Error::invalid(keys::INTENT, e.to_string()))?;
+    intent.validate()?;
+    Ok(intent)
+}
+
+/// The operator's wish and where to swap it from.
+///
+/// # Errors
+/// The store's, or [`Error::Invalid`] for a value that is none.
+pub async fn intent(store: &dyn Store) -> Result<(Intent, Option<Revision>), Error> {
+    let entry = store.get(keys::INTENT).await?;
+    let revision = entry.as_ref().map(|entry| entry.revision);
+    Ok((read_intent(entry)?, revision))
+}
+
+/// Writes the operator's wish in place of what was read at `replaces`.
+///
+/// # Errors
+/// [`Error::Invalid`] for a wish outside its limits; [`Error::Conflict`] when somebody else wrote since.
+pub async fn set_intent(
+    store: &dyn Store,
+    intent: &Intent,
+    replaces: Option<Revision>,
+) -> Result<Revision, Error> {
+    intent.validate()?;
+    let text = serde_json::to_vec(intent);
+    let text = text.map_err(|e| Error::invalid(keys::INTENT, e.to_string()))?;
+    let outcome = store
+        .compare_and_swap(keys::INTENT, replaces, text.into(), None)
+        .await?;
+    match outcome {
+        CasOutcome::Swapped(revision) => Ok(revision),
+        CasOutcome::Conflict(_) => Err(Error::Conflict {
+            key: keys::INTENT.to_owned(),
+            expected: replaces,
+        }),
     }
 }

@@ -14,6 +14,7 @@ use tramontane_types::WorkerId;
 use super::record::WorkerRecord;
 use crate::mirror::{View, mirror};
 use crate::store::{Entry, Store, WatchEvent, keys};
+use crate::version::Version;
 
 /// After an outage of the store, workers that are missing from it count as members for this long:
 /// longer than a lease and the longest pause before registering again.
@@ -34,6 +35,23 @@ pub struct Members {
     pub skipped: usize,
 }
 
+impl Members {
+    /// The workers of one group; of the rest, what is known of the store.
+    #[must_use]
+    pub fn of(&self, version: &Version) -> Self {
+        let ours = self.workers.iter().filter(|(_, w)| version.has(w));
+        let workers: BTreeMap<_, _> = ours.map(|(id, w)| (id.clone(), Arc::clone(w))).collect();
+        let is_ours = |id: &&WorkerId| workers.contains_key(*id);
+        Self {
+            unconfirmed: self.unconfirmed.iter().filter(is_ours).cloned().collect(),
+            workers,
+            synced: self.synced,
+            stale: self.stale,
+            skipped: self.skipped,
+        }
+    }
+}
+
 /// Watches the worker records until `stop`, through any outage of the store.
 pub fn watch_members(
     store: Arc<dyn Store>,
@@ -47,7 +65,7 @@ pub fn watch_members(
         gone_at: BTreeMap::new(),
         sender,
     };
-    tasks.spawn(mirror(store, keys::WORKERS, view, stop));
+    tasks.spawn(mirror(store, keys::WORKERS.to_owned(), view, stop));
     receiver
 }
 

@@ -18,6 +18,9 @@ pub const RECORD_TEXT_BYTES_MAX: usize = 512;
 /// Most layers and most experts per layer of a model.
 pub const MODEL_DIMENSION_MAX: usize = 4096;
 
+/// Most experts of a model, all layers together: the placement of more does not fit the store.
+pub const MODEL_EXPERTS_MAX: usize = 32 * 1024;
+
 /// One worker, as it registers itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerRecord {
@@ -186,8 +189,9 @@ impl WorkerRecord {
             return refuse(format!("address {:?}, expected host:port", self.address));
         }
         let dimensions = 1..=MODEL_DIMENSION_MAX;
-        if !dimensions.contains(&model.num_layers) || !dimensions.contains(&model.num_experts) {
-            let (layers, experts) = (model.num_layers, model.num_experts);
+        let (layers, experts) = (model.num_layers, model.num_experts);
+        let is_real = dimensions.contains(&layers) && dimensions.contains(&experts);
+        if !is_real || layers * experts > MODEL_EXPERTS_MAX {
             return refuse(format!("model of {layers} layers with {experts} experts"));
         }
         if !(1..=SEGMENTS_PER_EXPERT).contains(&model.num_segments) {
@@ -298,7 +302,7 @@ pub(crate) mod tests {
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);
-        let edits: [(&str, Edit); 16] = [
+        let edits: [(&str, Edit); 17] = [
             ("path", |v| v["socket"]["path"] = "p".repeat(600).into()),
             ("schema", |v| v["schema"] = 2.into()),
             ("another id", |v| v["id"] = "b".into()),
@@ -306,6 +310,10 @@ pub(crate) mod tests {
             ("address", |v| v["address"] = "nowhere".into()),
             ("long", |v| v["version"] = "v".repeat(600).into()),
             ("layers", |v| v["model"]["num_layers"] = u64::MAX.into()),
+            ("experts", |v| {
+                v["model"]["num_layers"] = 4096.into();
+                v["model"]["num_experts"] = 4096.into();
+            }),
             ("segments", |v| v["model"]["num_segments"] = 9.into()),
             ("no bytes", |v| v["segment_bytes"] = 0.into()),
             ("state", |v| v["state"] = "flying".into()),

@@ -314,6 +314,35 @@ fn the_fingerprint_changes_with_weights_shape_and_window_and_with_nothing_else()
 }
 
 #[test]
+fn the_fingerprint_changes_with_each_single_tensor() {
+    let folder = written(&TinyModel::mixtral());
+    let path = folder.path().join(SINGLE);
+    let whole = fs::read(&path).unwrap();
+    let fingerprint = || {
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        checkpoint.fingerprint().to_owned()
+    };
+    let (prefix, rest) = whole.split_first_chunk::<8>().unwrap();
+    let size = u64::from_le_bytes(*prefix) as usize;
+    let header: Value = serde_json::from_slice(&rest[..size]).unwrap();
+    let mut header = header.as_object().unwrap().clone();
+    header.remove("__metadata__");
+    let mut names = std::collections::BTreeSet::from([fingerprint()]);
+    for tensor in header.values() {
+        let mut changed = whole.clone();
+        let offset = |i: usize| 8 + size + tensor["data_offsets"][i].as_u64().unwrap() as usize;
+        let (begin, end) = (offset(0), offset(1));
+        // Trained anew: every element has another sign.
+        for byte in &mut changed[begin..end] {
+            *byte ^= 0x80;
+        }
+        fs::write(&path, changed).unwrap();
+        names.insert(fingerprint());
+    }
+    assert_eq!(names.len(), header.len() + 1);
+}
+
+#[test]
 fn the_demo_is_opened_from_memory_and_loads_in_parallel() {
     let checkpoint = Checkpoint::from_embedded().unwrap();
     assert!(checkpoint.manifest_path().is_none());

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tramontane_coordination::{
-    Intent, Members, Placements, Roles, SeenIntent, WorkerRecord, WorkerState,
+    GroupPlacements, Intent, Members, Placements, Roles, SeenIntent, Version, WorkerRecord,
+    WorkerState,
 };
 use tramontane_types::{Epoch, Placement, WorkerId};
 
@@ -50,6 +51,8 @@ pub(crate) enum Kind {
     StoreAway,
     StoreBack,
     IntentChanged,
+    WeightsServing,
+    WeightsWanted,
 }
 
 impl Kind {
@@ -75,6 +78,8 @@ impl Kind {
             Self::StoreAway => "store_away",
             Self::StoreBack => "store_back",
             Self::IntentChanged => "intent_changed",
+            Self::WeightsServing => "weights_serving",
+            Self::WeightsWanted => "weights_wanted",
         }
     }
 }
@@ -160,10 +165,8 @@ impl Changes {
     }
 
     fn joined(&mut self, record: &WorkerRecord) {
-        let text = format!(
-            "registered from {}, {}",
-            record.address, record.numeric_class
-        );
+        let (address, version) = (&record.address, Version::of(record));
+        let text = format!("registered from {address}, {version}");
         self.push(Kind::WorkerJoined, Some(&record.id), text);
         self.entered(record);
     }
@@ -206,6 +209,23 @@ impl Changes {
     }
 
     fn placements(&mut self, before: &Placements, after: &Placements) {
+        let nothing = GroupPlacements::default();
+        for (key, group) in &after.groups {
+            self.group(before.groups.get(key).unwrap_or(&nothing), group);
+        }
+        if let Some(new) = after
+            .serving
+            .as_deref()
+            .filter(|_| before.serving != after.serving)
+        {
+            let old = before.serving.as_deref();
+            let old = old.map_or_else(|| "none".to_owned(), ToString::to_string);
+            let text = format!("new requests begin with {new} (before: {old})");
+            self.push(Kind::WeightsServing, None, text);
+        }
+    }
+
+    fn group(&mut self, before: &GroupPlacements, after: &GroupPlacements) {
         let (old, new) = (before.published.as_deref(), after.published.as_deref());
         let published = new.filter(|new| old.is_none_or(|old| old.epoch < new.epoch));
         if let Some(new) = published {
@@ -248,6 +268,13 @@ impl Changes {
             let text = format!("is to do {}", shown(*roles));
             self.push(Kind::WorkerRolesWanted, Some(id), text);
         }
+        if before.weights != after.weights {
+            let text = match &after.weights {
+                Some(version) => format!("wanted for new requests: {version}"),
+                None => "no version is wanted any more; the one that serves stays".to_owned(),
+            };
+            self.push(Kind::WeightsWanted, None, text);
+        }
         let count =
             |n: Option<usize>| n.map_or_else(|| "by configuration".to_owned(), |n| n.to_string());
         let wishes = |intent: &Intent| {
@@ -277,8 +304,9 @@ fn shown(roles: Roles) -> &'static str {
 
 fn described(old: Option<&Placement>, new: &Placement, moved: &str) -> String {
     format!(
-        "epoch {} on {} workers, {} slices {moved}",
+        "epoch {} of {} on {} workers, {} slices {moved}",
         new.epoch,
+        new.model,
         new.workers.len(),
         slices_moved(old, new)
     )
@@ -448,18 +476,45 @@ mod tests {
     #[test]
     fn a_placement_is_proposed_and_published_and_says_what_moves() {
         let mut before = snapshot(&[]);
-        Arc::make_mut(&mut before.placements).published = Some(Arc::new(placement(1, ["a", "a"])));
+        let version = Version::of_placement(&placement(1, ["a", "a"]));
+        let key = version.key();
+        let placements = Arc::make_mut(&mut before.placements);
+        placements.serving = Some(Arc::new(version));
+        let group = placements.groups.entry(key).or_default();
+        group.published = Some(Arc::new(placement(1, ["a", "a"])));
         let mut proposed = before.clone();
-        Arc::make_mut(&mut proposed.placements).pending = Some(Arc::new(placement(2, ["a", "b"])));
+        let placements = Arc::make_mut(&mut proposed.placements);
+        let group = placements.groups.get_mut(&key).unwrap();
+        group.pending = Some(Arc::new(placement(2, ["a", "b"])));
         check(&before, &proposed, &["placement_proposed - 2"]);
         let change = changes(&before, &proposed).remove(0);
-        assert_eq!(change.text, "epoch 2 on 2 workers, 1 slices to load");
+        assert_eq!(change.text, "epoch 2 of f on 2 workers, 1 slices to load");
         let mut published = proposed.clone();
         let placements = Arc::make_mut(&mut published.placements);
-        placements.published = placements.pending.take();
+        let group = placements.groups.get_mut(&key).unwrap();
+        group.published = group.pending.take();
         check(&proposed, &published, &["placement_published - 2"]);
         let change = changes(&proposed, &published).remove(0);
-        assert_eq!(change.text, "epoch 2 on 2 workers, 1 slices moved");
+        assert_eq!(change.text, "epoch 2 of f on 2 workers, 1 slices moved");
+    }
+
+    #[test]
+    fn another_version_takes_over_and_is_told() {
+        let version = |model: &str| Version {
+            model: model.into(),
+            numeric_class: "cpu-q8".into(),
+        };
+        let mut before = snapshot(&[]);
+        Arc::make_mut(&mut before.placements).serving = Some(Arc::new(version("f")));
+        let mut wanted = before.clone();
+        Arc::make_mut(&mut wanted.intent).intent.weights = Some(version("g"));
+        check(&before, &wanted, &["weights_wanted - 0"]);
+        let mut after = wanted.clone();
+        Arc::make_mut(&mut after.placements).serving = Some(Arc::new(version("g")));
+        check(&wanted, &after, &["weights_serving - 0"]);
+        let text = &changes(&wanted, &after)[0].text;
+        let expected = "new requests begin with g (cpu-q8) (before: f (cpu-q8))";
+        assert_eq!(text, expected);
     }
 
     #[test]

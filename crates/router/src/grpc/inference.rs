@@ -17,7 +17,7 @@ use crate::answer_id::AnswerId;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
-use crate::openai::{MESSAGES_MAX, role};
+use crate::openai::{MESSAGES_MAX, fingerprint, role};
 use crate::request::{GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
 
@@ -40,7 +40,11 @@ impl InferenceService {
             prepare(request, answer, &tokenizer, &model).map_err(in_message)
         });
         let request = answer_name(answer);
-        let name = Name { request, answer };
+        let name = Name {
+            request,
+            answer,
+            version: None,
+        };
         self.app.dispatcher.start(prepared.await?, name).await
     }
 
@@ -143,12 +147,14 @@ fn responses(answer: Answer) -> impl Stream<Item = Result<v1::GenerateResponse, 
             Ok(delta) => {
                 // The last delta of the last answer is the last message.
                 let usage = answer.has_ended().then(|| answer.usage().into());
+                let last = usage.is_some();
                 let response = v1::GenerateResponse {
                     index: u32::try_from(delta.choice).unwrap_or(u32::MAX),
                     text: delta.text,
                     tokens: delta.tokens.iter().map(v1::SampledToken::from).collect(),
                     finish_reason: delta.finish.map(|r| finish_reason_to_wire(r) as i32),
                     usage,
+                    system_fingerprint: last.then(|| fingerprint(answer.version())),
                 };
                 Some((Ok(response), answer))
             }
@@ -179,6 +185,7 @@ async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult
         model,
         answers,
         usage: Some(answer.usage().into()),
+        system_fingerprint: fingerprint(answer.version()),
     })
 }
 

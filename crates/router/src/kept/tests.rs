@@ -23,6 +23,13 @@ fn key(n: u8) -> KeyDigest {
     KeyDigest([n; 32])
 }
 
+fn version() -> Arc<Version> {
+    Arc::new(Version {
+        model: "f".into(),
+        numeric_class: "c".into(),
+    })
+}
+
 const BODY: BodyDigest = BodyDigest([0; 32]);
 
 fn find(kept: &Arc<KeptAnswers>, n: u8) -> Result<Found, ApiError> {
@@ -65,7 +72,7 @@ async fn text(reader: &mut Reader) -> String {
 async fn everybody_reads_the_whole_answer_whenever_they_come() {
     let kept = kept(LIMITS);
     let (recorder, mut first) = begin(&kept, 1);
-    recorder.began(Ok(()));
+    recorder.began(Ok(version()));
     recorder.push(told("a"));
     let mut second = join(&kept, 1);
     second.began().await.unwrap();

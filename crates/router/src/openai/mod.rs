@@ -12,6 +12,7 @@ mod stream;
 mod tests;
 
 use serde_json::Value;
+use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{FinishReason, Usage};
 
@@ -43,6 +44,8 @@ pub(crate) struct Head {
     /// Unix time in seconds.
     pub(crate) created: u64,
     pub(crate) model: String,
+    /// See [`fingerprint`].
+    pub(crate) system_fingerprint: String,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) logprobs: bool,
     /// Chunks carry `"usage": null`, and one more at the end carries the usage.
@@ -75,6 +78,11 @@ pub(crate) fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
     })
 }
 
+/// What decides an answer beside its request: equal for equal weights that are computed alike.
+pub(crate) fn fingerprint(version: &Version) -> String {
+    format!("{}-{}", version.model, version.numeric_class)
+}
+
 fn finish_reason(reason: Option<FinishReason>) -> Value {
     match reason {
         Some(FinishReason::Stop) => "stop".into(),
@@ -100,6 +108,7 @@ fn object(head: &Head, kind: &str, choices: Vec<Value>) -> Value {
         "object": kind,
         "created": head.created,
         "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
     });
     object["choices"] = Value::Array(choices);
     object

@@ -8,6 +8,7 @@ mod round_robin;
 use std::fmt::Debug;
 use std::hash::{BuildHasher, RandomState};
 
+use tramontane_coordination::Version;
 use tramontane_types::{TokenId, WorkerId};
 
 pub(crate) use least_load::LeastLoad;
@@ -56,8 +57,9 @@ pub(crate) struct PromptBlocks(pub(crate) Vec<u64>);
 pub(crate) struct BlockHasher(RandomState);
 
 impl BlockHasher {
-    pub(crate) fn blocks(&self, prompt: &[TokenId]) -> PromptBlocks {
-        let mut before = 0;
+    /// Workers of different weights have nothing in common to find again.
+    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId]) -> PromptBlocks {
+        let mut before = self.0.hash_one(version);
         let blocks = prompt.chunks_exact(BLOCK_TOKENS).take(PROMPT_BLOCKS_MAX);
         PromptBlocks(
             blocks
@@ -90,21 +92,23 @@ pub(crate) mod tests {
     #[test]
     fn blocks_depend_on_everything_before_them() {
         let hasher = BlockHasher::default();
+        let of = |model: &str, prompt: &[u32]| {
+            let version = Version {
+                model: model.into(),
+                numeric_class: "c".into(),
+            };
+            hasher.blocks(&version, prompt).0
+        };
         let long: Vec<u32> = (0..200).collect();
-        let blocks = hasher.blocks(&long).0;
+        let blocks = of("f", &long);
         assert_eq!(blocks.len(), 3);
-        assert_eq!(hasher.blocks(&long[..130]).0, blocks[..2]);
+        assert_eq!(of("f", &long[..130]), blocks[..2]);
         let mut other = long.clone();
         other[0] = 9999;
-        assert!(
-            hasher
-                .blocks(&other)
-                .0
-                .iter()
-                .zip(&blocks)
-                .all(|(a, b)| a != b)
-        );
-        assert!(hasher.blocks(&long[..63]).0.is_empty());
+        for others in [of("f", &other), of("g", &long)] {
+            assert!(others.iter().zip(&blocks).all(|(a, b)| a != b));
+        }
+        assert!(of("f", &long[..63]).is_empty());
     }
 
     #[test]

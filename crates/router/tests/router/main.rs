@@ -10,6 +10,7 @@ mod disconnect;
 mod failover;
 mod idempotency;
 mod resume;
+mod versions;
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -35,9 +36,10 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 use tonic_types::StatusExt as _;
 use tramontane_coordination::planner;
 use tramontane_coordination::registry::RECORD_SCHEMA;
+use tramontane_coordination::store::keys;
 use tramontane_coordination::{
-    Measured, MemoryStore, ModelFacts, Roles, Store, WorkerLoad, WorkerRecord, WorkerState,
-    watch_placements,
+    Measured, MemoryStore, ModelFacts, Placements, Roles, Scope, Store, Version, WorkerLoad,
+    WorkerRecord, WorkerState, watch_placements,
 };
 use tramontane_proto::v1;
 use tramontane_proto::v1::admin_client::AdminClient;
@@ -270,18 +272,37 @@ async fn put(store: &dyn Store, key: &str, value: &impl serde::Serialize) {
     store.put(key, value, None).await.unwrap();
 }
 
+/// One layer with one expert, which w0 holds.
+fn placement_of(model: &str) -> Placement {
+    Placement {
+        epoch: Epoch(1),
+        numeric_class: "cpu-q8".to_owned(),
+        model: model.to_owned(),
+        num_layers: 1,
+        num_experts: 1,
+        workers: vec![WorkerId::new("w0")],
+        experts: vec![vec![SliceHolders {
+            range: SegmentRange::WHOLE,
+            holders: vec![0],
+        }]],
+    }
+}
+
+/// Publishes a placement, whose version takes new requests from now on.
+async fn serve(store: &dyn Store, placement: &Placement) {
+    let version = Version::of_placement(placement);
+    put(store, &version.key().published(), placement).await;
+    put(store, keys::SERVING, &version).await;
+}
+
 /// Says for the first worker that it has loaded what is pending, once.
 async fn acknowledge(store: Arc<dyn Store>) {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     let _stop = stop.clone().drop_guard();
-    let mut placements = watch_placements(Arc::clone(&store), &tasks, stop);
-    let pending = placements
-        .wait_for(|p| p.pending.is_some())
-        .await
-        .unwrap()
-        .pending
-        .clone();
-    let epoch = pending.unwrap().epoch;
+    let mut placements = watch_placements(Arc::clone(&store), Scope::All, &tasks, stop);
+    let pending = |p: &Placements| p.groups.values().find_map(|group| group.pending.clone());
+    let seen = placements.wait_for(|p| pending(p).is_some()).await;
+    let epoch = pending(&seen.unwrap()).unwrap().epoch;
     let entry = store.get("workers/w0").await.unwrap().unwrap();
     let mut record = WorkerRecord::decode(&entry).unwrap();
     record.loaded = epoch;
@@ -313,22 +334,11 @@ impl Scene {
             put(&*store, &record.key(), &record).await;
             workers.push(worker);
         }
-        let placement = Placement {
-            epoch: Epoch(1),
-            numeric_class: "cpu-q8".to_owned(),
-            model: "f".to_owned(),
-            num_layers: 1,
-            num_experts: 1,
-            workers: vec![WorkerId::new("w0")],
-            experts: vec![vec![SliceHolders {
-                range: SegmentRange::WHOLE,
-                holders: vec![0],
-            }]],
-        };
+        let placement = placement_of("f");
         if config.planner {
             servers.spawn(acknowledge(Arc::clone(&store)));
         } else {
-            put(&*store, "placement", &placement).await;
+            serve(&*store, &placement).await;
         }
         let scene = Self::open(config, store, workers, servers, scaler).await;
         if !scene.workers.is_empty() {
@@ -1682,7 +1692,7 @@ async fn a_second_ready_holder_of_everything_makes_the_cluster_safe() {
             holders: vec![0, 1],
         }]],
     };
-    put(&*scene.store, "placement", &both).await;
+    serve(&*scene.store, &both).await;
     for id in ["w0", "w1"] {
         let entry = scene
             .store

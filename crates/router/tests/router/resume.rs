@@ -207,11 +207,9 @@ async fn other_weights_do_not_go_on_with_an_answer() {
     let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": true });
     let whole = events_with_ids(scene.post(path, &body).await).await;
     let id = whole[1].id.clone().unwrap();
-    let entry = scene.store.get("placement").await.unwrap().unwrap();
-    let mut placement: Placement = serde_json::from_slice(&entry.value).unwrap();
-    placement.epoch = Epoch(2);
+    let mut placement = placement_of("f");
     placement.numeric_class = "cpu-q4".to_owned();
-    put(&*scene.store, "placement", &placement).await;
+    serve(&*scene.store, &placement).await;
     let changed = WorkerRecord {
         numeric_class: "cpu-q4".to_owned(),
         loaded: Epoch(2),

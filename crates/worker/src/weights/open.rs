@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
-    Members, Placements, Store, WorkerState, watch_members, watch_placements,
+    Members, Placements, Scope, Store, WorkerState, watch_members, watch_placements,
 };
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1;
@@ -58,7 +58,7 @@ pub async fn open_from_peers(
 ) -> Result<Option<(Checkpoint, String)>, Error> {
     let (tasks, ended) = (TaskTracker::new(), stop.child_token());
     let members = watch_members(Arc::clone(&wish.store), &tasks, ended.clone());
-    let placements = watch_placements(Arc::clone(&wish.store), &tasks, ended.clone());
+    let placements = watch_placements(Arc::clone(&wish.store), Scope::All, &tasks, ended.clone());
     let opened = stop
         .run_until_cancelled(look(&wish, members, placements, ended.clone()))
         .await;
@@ -129,11 +129,11 @@ fn choose(wish: &PeerModel, members: &Members, placements: &Placements) -> Optio
             *models.entry((&model.fingerprint, &model.name)).or_default() += 1;
         }
     }
-    let published = placements.published.as_ref().map(|p| p.model.as_str());
-    let is_published = |(fingerprint, _): &(&str, &str)| Some(*fingerprint) == published;
+    let serving = placements.serving.as_ref().map(|version| &*version.model);
+    let is_serving = |(fingerprint, _): &(&str, &str)| Some(*fingerprint) == serving;
     let most = models
         .iter()
-        .max_by_key(|(model, count)| (is_published(model), **count));
+        .max_by_key(|(model, count)| (is_serving(model), **count));
     most.map(|((fingerprint, name), _)| Found {
         fingerprint: (*fingerprint).to_owned(),
         name: (*name).to_owned(),
@@ -179,9 +179,9 @@ async fn open(
 mod tests {
     use tramontane_coordination::registry::RECORD_SCHEMA;
     use tramontane_coordination::{
-        Measured, MemoryStore, ModelFacts, Roles, WorkerLoad, WorkerRecord,
+        Measured, MemoryStore, ModelFacts, Roles, Version, WorkerLoad, WorkerRecord,
     };
-    use tramontane_types::{Epoch, Placement, WorkerId};
+    use tramontane_types::{Epoch, WorkerId};
 
     use super::*;
 
@@ -232,14 +232,9 @@ mod tests {
             choose(&wish(name), &members, placements).map(|found| found.fingerprint)
         };
         let none = placements.clone();
-        placements.published = Some(Arc::new(Placement {
-            epoch: Epoch(1),
-            numeric_class: "cpu-q8".to_owned(),
-            model: "f-z".to_owned(),
-            num_layers: 1,
-            num_experts: 1,
-            workers: Vec::new(),
-            experts: Vec::new(),
+        placements.serving = Some(Arc::new(Version {
+            model: "f-z".into(),
+            numeric_class: "cpu-q8".into(),
         }));
         assert_eq!(chosen(None, &none).as_deref(), Some("f-y"));
         assert_eq!(chosen(None, &placements).as_deref(), Some("f-z"));

@@ -454,3 +454,30 @@ async fn the_operations_port_tells_alive_from_ready_and_shows_metrics() {
     }
     cluster.stop().await;
 }
+
+#[tokio::test]
+async fn a_sequence_that_began_with_other_weights_is_refused() {
+    let (cluster, id) = one_worker(q8("a")).await;
+    let record = cluster.record(&id).await.unwrap();
+    let (model, class) = (
+        record.model.fingerprint.as_str(),
+        record.numeric_class.as_str(),
+    );
+    let ask = async |model: &str, class: &str| {
+        let asked = v1::GenerateSequenceRequest {
+            model: model.to_owned(),
+            numeric_class: class.to_owned(),
+            ..request("r", prompt(1, 5), &params(4))
+        };
+        cluster.generate(&id, asked).await
+    };
+    for (model, class) in [("0123456789abcdef", class), (model, "cpu-q4")] {
+        let refused = ask(model, class).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        let info = refused.get_details_error_info().unwrap();
+        assert_eq!(info.reason, "OTHER_WEIGHTS");
+    }
+    let stream = ask(model, class).await.unwrap();
+    assert_eq!(Said::read(stream).await.unwrap().ids.len(), 4);
+    cluster.stop().await;
+}

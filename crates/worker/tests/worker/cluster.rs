@@ -14,7 +14,7 @@ use tonic::{Status, Streaming};
 use tramontane_compute::WeightFormat;
 use tramontane_coordination::planner::{Intent, intent, set_intent};
 use tramontane_coordination::store::keys;
-use tramontane_coordination::{Entry, MemoryStore, Store, WorkerRecord};
+use tramontane_coordination::{Entry, MemoryStore, Store, Version, WorkerRecord};
 use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1::{self, sequence_event::Kind, worker_client::WorkerClient};
@@ -234,16 +234,15 @@ impl Cluster {
     pub(crate) async fn publish(&mut self, workers: &[&str], cut: impl Fn(usize) -> Cuts) {
         let placement = self.placement(workers, cut).await;
         let value = Bytes::from(serde_json::to_vec(&placement).unwrap());
-        self.store
-            .put(keys::PLACEMENT_PENDING, value.clone(), None)
-            .await
-            .unwrap();
+        let group = Version::of_placement(&placement).key();
+        let (published, pending) = (group.published(), group.pending());
+        self.store.put(&pending, value.clone(), None).await.unwrap();
         for id in workers {
             let loaded = async || self.record(id).await.unwrap().loaded >= placement.epoch;
             eventually("the pending slices are loaded", loaded).await;
         }
-        self.store.put(keys::PLACEMENT, value, None).await.unwrap();
-        self.store.delete(keys::PLACEMENT_PENDING).await.unwrap();
+        self.store.put(&published, value, None).await.unwrap();
+        self.store.delete(&pending).await.unwrap();
         for id in self.workers.keys() {
             // One that leaves may be gone by now.
             let record = self.record(id).await;
@@ -367,6 +366,7 @@ pub(crate) fn request(
         prompt_ids,
         sampling: Some(params.into()),
         num_resumed: 0,
+        ..v1::GenerateSequenceRequest::default()
     }
 }
 

@@ -7,6 +7,7 @@ mod intent;
 mod plan;
 mod roles;
 mod status;
+mod weights;
 mod workers;
 
 use std::pin::Pin;
@@ -146,6 +147,23 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::RebalanceResponse>, Status> {
         let asked = plan::rebalance(&self.app, request.into_inner());
         asked.await.map(Response::new)
+    }
+
+    async fn list_weights(
+        &self,
+        _request: Request<v1::ListWeightsRequest>,
+    ) -> Result<Response<v1::ListWeightsResponse>, Status> {
+        Ok(Response::new(weights::list(&self.app)))
+    }
+
+    async fn use_weights(
+        &self,
+        request: Request<v1::UseWeightsRequest>,
+    ) -> Result<Response<v1::UseWeightsResponse>, Status> {
+        let request = request.into_inner();
+        weights::use_weights(&self.app, &request)
+            .await
+            .map(Response::new)
     }
 
     async fn list_events(

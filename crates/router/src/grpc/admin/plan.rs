@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::Status;
-use tramontane_coordination::Intent;
 use tramontane_coordination::planner::{
     self, Candidate, Figures, PlanReport, PlanWish, PlannerView, Promise, WaitReason, explore,
 };
+use tramontane_coordination::{Intent, Members};
 use tramontane_proto::v1;
 use tramontane_types::SEGMENTS_PER_EXPERT;
 
@@ -44,7 +44,8 @@ pub(super) async fn rebalance(
     app: &Arc<App>,
     request: v1::RebalanceRequest,
 ) -> Result<v1::RebalanceResponse, Status> {
-    let Some(published) = app.cluster.placements().published.clone() else {
+    let placements = app.cluster.placements();
+    let Some(published) = placements.published() else {
         let error = ApiError::unavailable("no placement is published");
         return Err(refusal(&error));
     };
@@ -112,12 +113,17 @@ async fn report(app: &Arc<App>, intent: Intent, wish: PlanWish) -> Result<PlanRe
     let app = Arc::clone(app);
     let explored = tokio::task::spawn_blocking(move || {
         let (members, placements) = (app.cluster.members(), app.cluster.placements());
+        // What is planned is the version that serves; before one does, all are one.
+        let members = match &placements.serving {
+            Some(version) => members.of(version),
+            None => Members::clone(&members),
+        };
         let (behind_for, late) = (BTreeMap::new(), BTreeSet::new());
         let view = PlannerView {
             members: &members,
-            published: placements.published.as_deref(),
-            known: placements.published.as_deref(),
-            pending: placements.pending.as_deref(),
+            published: placements.published().map(|p| &**p),
+            known: placements.published().map(|p| &**p),
+            pending: placements.pending().map(|p| &**p),
             intent: &intent,
             config: &app.config.planner(),
             // What the planner waits for is said in words.

@@ -2,13 +2,13 @@
 //! without attention or experts unless an operator insists.
 
 use tonic::Status;
-use tramontane_coordination::{Intent, Members, Placements, Roles};
+use tramontane_coordination::{Intent, Members, Roles, Version, WorkerRecord};
 use tramontane_proto::v1;
 use tramontane_types::WorkerId;
 
 use super::intent::{change_intent, until_seen};
 use super::{not_found, refusal};
-use crate::cluster::{attention_workers, is_of_the_group};
+use crate::cluster::attention_workers;
 use crate::error::ApiError;
 use crate::run::App;
 
@@ -27,7 +27,7 @@ pub(super) async fn set_roles(
     };
     let mut after = seen.intent.clone();
     let before = after.roles.insert(id.clone(), wish).unwrap_or(record.roles);
-    let lacks = lacking(&id, wish, &after, (&members, &app.cluster.placements()));
+    let lacks = lacking(record, wish, &after, &members);
     if let Some(role) = lacks.filter(|_| !request.force) {
         return Err(refusal(&ApiError::precondition(format!(
             "no other worker that is ready has the role {role}; give it to another one first, or force it"
@@ -65,26 +65,24 @@ fn invalid(got: &str) -> Status {
     refusal(&ApiError::invalid("roles", message))
 }
 
-/// The role that nobody else has, of those that the worker is to give up.
+/// The role that nobody else with the same weights has, of those that the worker is to give up.
 fn lacking(
-    id: &WorkerId,
+    worker: &WorkerRecord,
     wish: Roles,
     after: &Intent,
-    (members, placements): (&Members, &Placements),
+    members: &Members,
 ) -> Option<&'static str> {
-    if !wish.attention
-        && attention_workers(members, placements, after)
-            .next()
-            .is_none()
-    {
+    let version = Version::of(worker);
+    let mut attend = attention_workers(members, &version, after);
+    if !wish.attention && attend.next().is_none() {
         return Some(NAMES[0]);
     }
     let holds = members.workers.values().any(|other| {
-        other.id != *id
+        other.id != worker.id
             && other.roles.experts
             && other.state.is_staying()
             && after.may_hold(&other.id)
-            && is_of_the_group(other, placements)
+            && version.has(other)
     });
     (!wish.experts && !holds).then_some(NAMES[1])
 }

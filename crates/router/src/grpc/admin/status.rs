@@ -1,20 +1,23 @@
 //! How the cluster is, in one answer, and its placement. Reads only what the watches last showed.
 
+use std::collections::BTreeMap;
+
 use tonic::Status;
-use tramontane_coordination::{Intent, Members, Placements, WorkerState, survives_one_loss};
+use tramontane_coordination::{
+    Intent, Members, Placements, Version, WorkerState, survives_one_loss,
+};
 use tramontane_proto::v1;
 use tramontane_runtime::build_info;
-use tramontane_types::{Placement, WorkerId};
+use tramontane_types::{Epoch, Placement, WorkerId};
 
 use super::{count, not_found, refusal};
-use crate::cluster::is_of_the_group;
 use crate::error::ApiError;
 use crate::run::App;
 
 pub(super) fn cluster_status(app: &App) -> v1::ClusterStatusResponse {
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let seen = app.cluster.intent();
-    let published = placements.published.as_deref();
+    let published = placements.published().map(|p| &**p);
     let admission = &app.dispatcher.admission;
     let ready = app.ready.check();
     let workers_ready = members
@@ -31,7 +34,7 @@ pub(super) fn cluster_status(app: &App) -> v1::ClusterStatusResponse {
             .map(|p| p.numeric_class.clone())
             .unwrap_or_default(),
         epoch: placements.published_epoch().0,
-        pending_epoch: placements.pending.as_ref().map_or(0, |p| p.epoch.0),
+        pending_epoch: pending_epoch(&placements),
         workers_ready: count(workers_ready.count()),
         workers_total: count(members.workers.len()),
         requests_running: count(admission.running()),
@@ -54,18 +57,58 @@ pub(super) fn cluster_status(app: &App) -> v1::ClusterStatusResponse {
         replicas_max: count(replicas_max),
         slices_per_expert: count(slices_per_expert),
         scalable: app.scaler.is_some(),
+        weights: model(placements.serving.as_deref()),
+        weights_wanted: model(seen.intent.weights.as_ref()),
+        other_weights: others(&members, &placements),
     }
+}
+
+fn model(version: Option<&Version>) -> String {
+    version.map_or_else(String::new, |version| version.model.to_string())
+}
+
+/// Of the version that serves or, before one does, of any.
+fn pending_epoch(placements: &Placements) -> u64 {
+    let any = || placements.groups.values().find_map(|g| g.pending.as_ref());
+    let pending = match &placements.serving {
+        Some(_) => placements.pending(),
+        None => any(),
+    };
+    pending.map_or(0, |p| p.epoch.0)
+}
+
+/// Versions that do not serve, with who has them.
+fn others(members: &Members, placements: &Placements) -> Vec<String> {
+    let Some(serving) = placements.serving.as_deref() else {
+        return Vec::new();
+    };
+    let mut others: BTreeMap<Version, Vec<&str>> = BTreeMap::new();
+    for worker in members.workers.values().filter(|w| !serving.has(w)) {
+        let ids = others.entry(Version::of(worker)).or_default();
+        ids.push(worker.id.as_str());
+    }
+    let shown = |(version, ids): (Version, Vec<&str>)| {
+        let epoch = placements
+            .of(&version)
+            .map_or(Epoch(0), |g| g.published_epoch());
+        let state = match epoch {
+            Epoch(0) => "not placed".to_owned(),
+            epoch => format!("epoch {epoch}"),
+        };
+        format!("{version} on {}: {state}", ids.join(" "))
+    };
+    others.into_iter().map(shown).collect()
 }
 
 pub(super) fn placement(app: &App) -> Result<v1::GetPlacementResponse, Status> {
     let placements = app.cluster.placements();
-    let Some(published) = placements.published.as_deref() else {
+    let Some(published) = placements.published() else {
         return Err(not_found(
             "no placement is published".to_owned(),
             "placement",
         ));
     };
-    let placement_json = serde_json::to_string(published).map_err(|error| {
+    let placement_json = serde_json::to_string(&**published).map_err(|error| {
         tracing::error!(%error, "placement cannot be written");
         refusal(&ApiError::internal())
     })?;
@@ -86,8 +129,14 @@ struct Plan {
 
 impl Plan {
     fn new(app: &App, placements: &Placements, intent: &Intent) -> Self {
-        let Some(status) = app.planning.as_ref().and_then(|p| p.status()) else {
+        let Some(statuses) = app.planning.as_ref().and_then(|p| p.status()) else {
             return Self::default();
+        };
+        let Some(status) = statuses.first() else {
+            return Self {
+                is_here: true,
+                ..Self::default()
+            };
         };
         let shortage = status.shortage.as_ref().map(|shortage| {
             format!(
@@ -95,12 +144,14 @@ impl Plan {
                 shortage.error, shortage.needed_bytes, shortage.offered_bytes
             )
         });
-        let fulfilled = status.fulfilled.as_ref() == Some(intent);
+        let wanted = intent.weights.as_ref();
+        let serves = wanted.is_none_or(|wanted| placements.serving.as_deref() == Some(wanted));
+        let fulfilled = serves && status.fulfilled.as_ref() == Some(intent);
         Self {
             is_here: true,
             doing: status.doing.clone(),
             shortage: shortage.unwrap_or_default(),
-            settled: fulfilled && placements.pending.is_none(),
+            settled: fulfilled && placements.pending().is_none(),
         }
     }
 }
@@ -116,15 +167,14 @@ fn replicas(placement: Option<&Placement>) -> (usize, usize) {
     (holders().min().unwrap_or(0), holders().max().unwrap_or(0))
 }
 
-/// Workers with memory for experts that the published placement cannot use.
+/// Workers with memory for experts that the version that serves cannot use.
 fn incompatible<'a>(
     members: &'a Members,
     placements: &'a Placements,
 ) -> impl Iterator<Item = &'a WorkerId> {
     let other = move |record: &&'a std::sync::Arc<tramontane_coordination::WorkerRecord>| {
-        record.roles.experts
-            && placements.published.is_some()
-            && !is_of_the_group(record, placements)
+        let serving = placements.serving.as_deref();
+        record.roles.experts && serving.is_some_and(|version| !version.has(record))
     };
     members
         .workers

@@ -1,11 +1,13 @@
 //! The workers: who they are, and what an operator does to them. Never ends a process itself.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::timeout;
 use tonic::Status;
 use tramontane_coordination::{
-    Intent, Members, Placements, WorkerRecord, WorkerState, essential_workers, remove_worker,
+    Intent, Members, Placements, Version, WorkerRecord, WorkerState, essential_workers,
+    remove_worker,
 };
 use tramontane_proto::v1;
 use tramontane_types::{Placement, WorkerId};
@@ -26,9 +28,13 @@ const PROBE_MAX: Duration = Duration::from_secs(3);
 pub(super) fn list(app: &App) -> v1::ListWorkersResponse {
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let seen = app.cluster.intent();
-    let published = placements.published.as_deref();
-    let essential = published.map(|p| essential_workers(&members, p));
-    let essential = essential.unwrap_or_default();
+    let published = placements
+        .groups
+        .values()
+        .filter_map(|g| g.published.as_deref());
+    let essential: BTreeSet<WorkerId> = published
+        .flat_map(|placement| essential_workers(&members, placement))
+        .collect();
     let workers = members.workers.values().map(|record| v1::WorkerSummary {
         essential: essential.contains(&record.id),
         ..summary(record, &members, &placements, &seen.intent)
@@ -68,8 +74,11 @@ pub(super) async fn remove(
     let id = WorkerId::new(&request.worker_id);
     let (members, placements) = (app.cluster.members(), app.cluster.placements());
     let record = members.workers.get(&id);
-    let slices = placements.published.as_deref();
-    let slices = slices.map_or(0, |placement| placement.slices_of(&id).count());
+    let published = placements
+        .groups
+        .values()
+        .filter_map(|g| g.published.as_deref());
+    let slices: usize = published.map(|p| p.slices_of(&id).count()).sum();
     let seen = app.cluster.intent();
     let is_known = seen.intent.cordoned.contains(&id) || seen.intent.roles.contains_key(&id);
     if record.is_none() && slices == 0 && !is_known {
@@ -149,7 +158,9 @@ fn summary(
     intent: &Intent,
 ) -> v1::WorkerSummary {
     let id = &record.id;
-    let (slices, segments) = held(placements.published.as_deref(), id);
+    let version = Version::of(record);
+    let published = placements.of(&version).and_then(|g| g.published.as_deref());
+    let (slices, segments) = held(published, id);
     let state = match record.state {
         WorkerState::Joining => "joining",
         WorkerState::Ready => "ready",
@@ -177,6 +188,7 @@ fn summary(
         cordoned: intent.cordoned.contains(id),
         unconfirmed: members.unconfirmed.contains(id),
         started_ms: record.started_ms,
+        weights: record.model.fingerprint.clone(),
     }
 }
 

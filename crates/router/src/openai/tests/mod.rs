@@ -464,6 +464,7 @@ fn head(logprobs: bool, include_usage: bool) -> Head {
         id: "x-1".to_owned(),
         created: 7,
         model: "demo".to_owned(),
+        system_fingerprint: "f1-cpu-q8".to_owned(),
         tokenizer: tokenizer(),
         logprobs,
         include_usage,
