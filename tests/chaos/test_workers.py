@@ -1,5 +1,6 @@
 """Workers die, hang and are cut off while sixteen streams run (F1 to F5, F7)."""
 
+import contextlib
 import itertools
 import signal
 import time
@@ -137,16 +138,25 @@ def test_f4_workers_cut_off_from_each_other(chaos, cluster, two_way):
         cluster.wait_settled()
 
 
-def test_f5_worker_cut_off_from_etcd(chaos, cluster):
-    victim = cluster.workers["worker-2"]
-    with chaos.row("F5", "partition between a worker and etcd") as row:
+@pytest.mark.parametrize("count", [1, 3])
+def test_f5_workers_cut_off_from_etcd(chaos, cluster, count):
+    """Their leases end, but they answer: nobody is left, also when all are affected."""
+    victims = list(cluster.workers.values())[-count:]
+    names = {victim.name for victim in victims}
+
+    def without_lease():
+        return {worker.id for worker in cluster.listed().values() if worker.unconfirmed}
+
+    name = "a worker" if count == 1 else "all workers"
+    with chaos.row("F5", f"partition between {name} and etcd") as row, contextlib.ExitStack() as faults:
         members = [member.host for member in cluster.etcd.members]
-        with victim.host.filter(*members) as fault:
-            row.began = time.monotonic()
-            wait_until(lambda: "worker-2" not in cluster.listed(), 30, "its lease ends")
-            row.load.wait_answers(24)
-            row.injected(fault.hits() and "packets dropped", row.began)
-        wait_until(lambda: "worker-2" in cluster.listed(), 30, "worker-2 registers again")
+        filters = [faults.enter_context(victim.host.filter(*members)) for victim in victims]
+        row.began = time.monotonic()
+        wait_until(lambda: without_lease() == names, 30, "their leases end")
+        row.load.wait_answers(24)
+        row.injected(all(fault.hits() for fault in filters) and "packets dropped, leases ended", row.began)
+        faults.close()
+        wait_until(lambda: not without_lease() and names <= set(cluster.listed()), 30, "they register again")
         row.load.wait_answers(8)
         cluster.wait_settled()
 

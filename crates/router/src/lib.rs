@@ -21,6 +21,7 @@ mod policy;
 mod pulse;
 mod random;
 mod request;
+mod roster;
 mod routes;
 mod run;
 pub mod scaler;

@@ -11,8 +11,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
-    Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss, watch_intent,
-    watch_members, watch_placements,
+    Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
+    watch_intent, watch_members, watch_placements,
 };
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
@@ -25,10 +25,11 @@ use crate::events::{self, EventLog};
 use crate::journal::Journal;
 use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
+use crate::roster::{PulseTasks, Roster};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
 use crate::worker_link::GrpcConnect;
-use crate::worker_pool::{PulseTasks, WorkerPool};
+use crate::worker_pool::WorkerPool;
 use crate::{Error, RouterConfig, grpc, http_server, routes};
 
 /// Bodies that are parsed and tokenized at once, per core.
@@ -286,7 +287,7 @@ struct Followed {
     ready: Readiness,
     events: Arc<EventLog>,
     planning: Option<Planning>,
-    pulses: PulseTasks,
+    roster: Roster,
 }
 
 fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) -> Arc<App> {
@@ -301,15 +302,10 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         ready,
         events,
         planning,
-        pulses,
+        roster,
     } = followed;
     let metrics = Arc::new(Metrics::new(&model.id));
-    let pool = WorkerPool::new(
-        cluster.clone(),
-        config.policy,
-        Arc::clone(&events),
-        (Arc::new(GrpcConnect), pulses),
-    );
+    let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,
         pool,
@@ -392,14 +388,20 @@ impl Background {
         stopping: CancellationToken,
     ) -> Followed {
         let (tasks, stop) = (&self.tasks, &self.stop);
+        let listed = watch_members(Arc::clone(store), tasks, stop.clone());
+        let pulses = PulseTasks {
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        };
+        let roster = Roster::follow(listed.clone(), Arc::new(GrpcConnect), pulses);
         let cluster = ClusterView {
-            members: watch_members(Arc::clone(store), tasks, stop.clone()),
+            members: roster.members(),
             placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),
             intent: watch_intent(Arc::clone(store), tasks, stop.clone()),
         };
         let planning = config
             .planner
-            .then(|| self.plan(config, Arc::clone(store), &cluster));
+            .then(|| self.plan(config, Arc::clone(store), listed, &cluster));
         let events = Arc::new(EventLog::default());
         tasks.spawn(events::record(
             Arc::clone(&events),
@@ -413,10 +415,7 @@ impl Background {
             ready,
             events,
             planning,
-            pulses: PulseTasks {
-                tasks: tasks.clone(),
-                stop: stop.clone(),
-            },
+            roster,
         }
     }
 
@@ -424,12 +423,13 @@ impl Background {
         &self,
         config: &RouterConfig,
         store: Arc<dyn Store>,
+        listed: watch::Receiver<Arc<Members>>,
         cluster: &ClusterView,
     ) -> Planning {
         let planner = Planner::new(
             Arc::clone(&store),
             config.planner(),
-            cluster.members.clone(),
+            listed,
             cluster.placements.clone(),
         );
         let leads = Arc::new(AtomicBool::new(false));

@@ -364,7 +364,7 @@ impl Sequence {
                     self.state.run = Some(run);
                     return Ok(());
                 }
-                Err(loss) => self.lost(worker.id.clone(), loss)?,
+                Err(loss) => self.lost(worker.contact.id.clone(), loss)?,
             }
         }
     }
@@ -403,7 +403,7 @@ impl Sequence {
     async fn open(&mut self, worker: &Arc<PoolWorker>) -> Result<Run, Loss> {
         let (occupied, version) = (worker.occupy(), Arc::clone(self.entry.version()));
         // A worker answers between two steps, and a step of a big model is long; its pulse says whether it lives.
-        let generate = worker.link.generate(self.entry.next_request());
+        let generate = worker.contact.link.generate(self.entry.next_request());
         let answer = tokio::select! {
             biased;
             answer = timeout(self.patience.silence_max, generate) => answer,
@@ -413,7 +413,7 @@ impl Sequence {
         };
         match answer {
             Ok(Ok(events)) => {
-                self.entry.move_to(worker.id.clone());
+                self.entry.move_to(worker.contact.id.clone());
                 Ok(Run {
                     worker: Arc::clone(worker),
                     events,

@@ -19,8 +19,9 @@ use crate::dispatch::{Dispatcher, Name};
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Metrics;
 use crate::request::{PreparedPrompt, PreparedRequest};
+use crate::roster::{PulseTasks, Roster};
 use crate::run::{Doors, dispatcher};
-use crate::worker_pool::{PulseTasks, WorkerPool};
+use crate::worker_pool::WorkerPool;
 
 pub use crate::worker_link::{
     Connect, GrpcConnect, GrpcLink, PING_INTERVAL, PING_TIMEOUT, SequenceEvents, WorkerLink,
@@ -100,15 +101,17 @@ impl RouterCore {
         connect: Arc<dyn Connect>,
     ) -> Self {
         let tasks = TaskTracker::new();
+        let pulses = PulseTasks::default();
+        let pulse_stop = pulses.stop.clone();
+        let roster = Roster::follow(quietly(members, &tasks), connect, pulses);
         let cluster = ClusterView {
-            members: quietly(members, &tasks),
+            members: roster.members(),
             placements: quietly(placements, &tasks),
             intent: quietly(intent, &tasks),
         };
         let metrics = Arc::new(Metrics::new("simulated"));
-        let (doors, pulses, events) = (Doors::default(), PulseTasks::default(), Arc::default());
-        let pulse_stop = pulses.stop.clone();
-        let pool = WorkerPool::new(cluster, config.policy, events, (connect, pulses));
+        let doors = Doors::default();
+        let pool = WorkerPool::new(cluster, config.policy, Arc::default(), roster);
         let dispatcher = dispatcher(config, pool, tokenizer, metrics, &doors);
         Self {
             dispatcher,

@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tramontane_coordination::{Members, Version, WorkerRecord};
 use tramontane_types::{TokenId, WorkerId};
 
@@ -18,8 +16,7 @@ use crate::cluster::{ClusterView, attention_workers};
 use crate::config::PolicyKind;
 use crate::events::EventLog;
 use crate::policy::{BlockHasher, Candidate, Policy, PromptBlocks, policy};
-use crate::pulse::Pulse;
-use crate::worker_link::{Connect, WorkerLink};
+use crate::roster::{Contact, Roster};
 
 /// How often a sequence on a silent worker looks whether another one lives.
 const LOOK_AROUND: Duration = Duration::from_millis(200);
@@ -27,12 +24,8 @@ const LOOK_AROUND: Duration = Duration::from_millis(200);
 /// One attention worker.
 #[derive(Debug)]
 pub(crate) struct PoolWorker {
-    pub(crate) id: WorkerId,
-    pub(crate) link: Arc<dyn WorkerLink>,
-    address: String,
-    incarnation: u64,
+    pub(crate) contact: Arc<Contact>,
     in_flight: Arc<AtomicUsize>,
-    pub(crate) pulse: Pulse,
 }
 
 impl PoolWorker {
@@ -46,26 +39,18 @@ impl PoolWorker {
 #[derive(Debug)]
 pub(crate) struct WorkerPool {
     cluster: ClusterView,
+    roster: Roster,
     hasher: BlockHasher,
     events: Arc<EventLog>,
     inner: Mutex<Inner>,
 }
 
-/// Where the pulses of workers are felt.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct PulseTasks {
-    pub(crate) tasks: TaskTracker,
-    pub(crate) stop: CancellationToken,
-}
-
 #[derive(Debug)]
 struct Inner {
-    connect: Arc<dyn Connect>,
     policy: Box<dyn Policy>,
     workers: HashMap<WorkerId, Arc<PoolWorker>>,
     /// The members that `workers` was made from.
     known: Arc<Members>,
-    pulses: PulseTasks,
 }
 
 impl WorkerPool {
@@ -73,17 +58,16 @@ impl WorkerPool {
         cluster: ClusterView,
         kind: PolicyKind,
         events: Arc<EventLog>,
-        (connect, pulses): (Arc<dyn Connect>, PulseTasks),
+        roster: Roster,
     ) -> Self {
         let inner = Inner {
-            connect,
-            pulses,
             policy: policy(kind),
             workers: HashMap::new(),
             known: Arc::default(),
         };
         Self {
             cluster,
+            roster,
             hasher: BlockHasher::default(),
             events,
             inner: Mutex::new(inner),
@@ -113,18 +97,21 @@ impl WorkerPool {
     ) -> Option<Arc<PoolWorker>> {
         let (members, seen) = (self.cluster.members(), self.cluster.intent());
         let mut inner = self.inner.lock();
-        inner.follow(&members);
+        inner.follow(&members, &self.roster);
         let mut found = Vec::new();
         for (id, record) in attention_workers(&members, version, &seen.intent) {
             if let Some(worker) = inner.workers.get(id).filter(|_| !excluded.contains(id)) {
                 found.push((Arc::clone(worker), record));
             }
         }
-        if found.iter().any(|(worker, _)| worker.pulse.is_alive()) {
-            found.retain(|(worker, _)| worker.pulse.is_alive());
+        if found
+            .iter()
+            .any(|(worker, _)| worker.contact.pulse.is_alive())
+        {
+            found.retain(|(worker, _)| worker.contact.pulse.is_alive());
         }
         let candidate = |(worker, record): &(Arc<PoolWorker>, &Arc<WorkerRecord>)| Candidate {
-            id: worker.id.clone(),
+            id: worker.contact.id.clone(),
             load: load(worker, record),
         };
         let candidates: Vec<Candidate> = found.iter().map(candidate).collect();
@@ -135,12 +122,12 @@ impl WorkerPool {
     /// Waits until `worker` shows no sign of life while another one of `version` does that could take over.
     pub(crate) async fn deserted(&self, worker: &PoolWorker, version: &Version) {
         loop {
-            worker.pulse.stops().await;
-            if self.has_alive(version, &worker.id) {
+            worker.contact.pulse.stops().await;
+            if self.has_alive(version, &worker.contact.id) {
                 return;
             }
             // Nobody else is there: perhaps it is this router that is cut off.
-            let _ = timeout(LOOK_AROUND, worker.pulse.returns()).await;
+            let _ = timeout(LOOK_AROUND, worker.contact.pulse.returns()).await;
         }
     }
 
@@ -148,10 +135,10 @@ impl WorkerPool {
     fn has_alive(&self, version: &Version, but: &WorkerId) -> bool {
         let (members, seen) = (self.cluster.members(), self.cluster.intent());
         let mut inner = self.inner.lock();
-        inner.follow(&members);
+        inner.follow(&members, &self.roster);
         attention_workers(&members, version, &seen.intent).any(|(id, _)| {
             let worker = inner.workers.get(id).filter(|_| id != but);
-            worker.is_some_and(|worker| worker.pulse.is_alive())
+            worker.is_some_and(|worker| worker.contact.pulse.is_alive())
         })
     }
 }
@@ -163,46 +150,32 @@ fn load(worker: &PoolWorker, record: &WorkerRecord) -> u32 {
 }
 
 impl Inner {
-    /// Connects to workers that came and drops those that left or were replaced.
-    fn follow(&mut self, members: &Arc<Members>) {
+    /// Takes in workers that came and drops those that left or were replaced.
+    fn follow(&mut self, members: &Arc<Members>, roster: &Roster) {
         if Arc::ptr_eq(&self.known, members) {
             return;
         }
         self.known = Arc::clone(members);
         let policy = &mut self.policy;
         self.workers.retain(|id, worker| {
-            let same = members.workers.get(id).is_some_and(|record| {
-                // One that gave attention up has no cached prefix any more.
-                record.address == worker.address
-                    && record.incarnation == worker.incarnation
-                    && record.roles.attention
-            });
+            // One that gave attention up has no cached prefix any more, and no contact either.
+            let contact = roster.contact(id);
+            let same = contact.is_some_and(|contact| Arc::ptr_eq(&contact, &worker.contact));
             if !same {
                 policy.forget(id);
             }
             same
         });
-        for (id, record) in &members.workers {
-            if !record.roles.attention || self.workers.contains_key(id) {
-                continue;
-            }
-            match self.connect.connect(&record.address) {
-                Ok(link) => {
-                    let PulseTasks { tasks, stop } = &self.pulses;
-                    let worker = PoolWorker {
-                        id: id.clone(),
-                        pulse: Pulse::start(id.clone(), Arc::clone(&link), tasks, stop),
-                        link,
-                        address: record.address.clone(),
-                        incarnation: record.incarnation,
-                        in_flight: Arc::default(),
-                    };
-                    self.workers.insert(id.clone(), Arc::new(worker));
-                }
-                Err(error) => {
-                    tracing::warn!(worker = %id, address = record.address, %error, "address not usable");
-                }
-            }
+        for id in members.workers.keys() {
+            let contact = roster
+                .contact(id)
+                .filter(|_| !self.workers.contains_key(id));
+            let Some(contact) = contact else { continue };
+            let worker = PoolWorker {
+                contact,
+                in_flight: Arc::default(),
+            };
+            self.workers.insert(id.clone(), Arc::new(worker));
         }
     }
 }

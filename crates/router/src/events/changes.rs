@@ -332,7 +332,7 @@ fn slices_moved(old: Option<&Placement>, new: &Placement) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::num::NonZeroUsize;
 
     use tramontane_coordination::registry::RECORD_SCHEMA;
@@ -341,7 +341,8 @@ mod tests {
 
     use super::*;
 
-    fn record(id: &str, state: WorkerState) -> WorkerRecord {
+    /// A worker in this state.
+    pub(crate) fn record(id: &str, state: WorkerState) -> WorkerRecord {
         WorkerRecord {
             schema: RECORD_SCHEMA,
             id: WorkerId::new(id),

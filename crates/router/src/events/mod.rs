@@ -1,7 +1,7 @@
 //! What happened in the cluster, as this router saw it: the last of it, in memory. Never holds up whoever
 //! reports something, and never grows.
 
-mod changes;
+pub(crate) mod changes;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
