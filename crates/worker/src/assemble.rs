@@ -14,7 +14,7 @@ use tramontane_coordination::WorkerState;
 use tramontane_engine::{Engine, StepReport};
 use tramontane_exchange::{
     CallLimits, Desk, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
-    GrpcTransportConfig, HostTransport, LinkSettings, Transport,
+    GrpcTransportConfig, HostTransport, LinkSettings, TcpDial, Transport,
 };
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
@@ -200,6 +200,7 @@ impl Plan<'_> {
             model: self.group.model.clone(),
             limits: CallLimits::new(self.checkpoint.geometry(), backend.row_format()),
             link: LinkSettings::default(),
+            dial: Arc::new(TcpDial),
         };
         let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
         let (desk, runtime) = (Arc::clone(desk), Handle::current());
