@@ -48,7 +48,7 @@ unit: check-rust $(PROTOX) packages $(VENV)/installed
 	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
 	  cargo test --workspace --locked
 	# Deliberate defects: each must be noticed. The whole workspace, so that no dependency is compiled anew for it.
-	cargo test --workspace --features tramontane-sim/mutations --test mutations --locked -- --nocapture
+	cargo test --workspace --features tramontane-sim/mutations --test mutations --test wire --locked -- --nocapture defect
 
 doc: check-rust $(PROTOX)
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked

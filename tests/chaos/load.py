@@ -182,11 +182,11 @@ class Load:
             assert time.monotonic() < deadline, "streams do not get going"
             time.sleep(0.005)
 
-    def wait_flowing(self, seconds=REQUEST_SECONDS):
-        """Waits until every gRPC stream has had a token, or has ended: nobody still waits because of a fault."""
+    def wait_flowing(self, tokens=1, seconds=REQUEST_SECONDS):
+        """Waits until every gRPC stream has had so many tokens, or has ended: nobody still waits because of a fault."""
         waiting = [(record, len(record.tokens)) for record in list(self.running.values())]
         deadline = time.monotonic() + seconds
-        while any(record.end is None and len(record.tokens) == seen for record, seen in waiting):
+        while any(record.end is None and len(record.tokens) < seen + tokens for record, seen in waiting):
             assert time.monotonic() < deadline, "a stream does not go on"
             time.sleep(0.005)
 

@@ -1,17 +1,24 @@
-"""One network namespace per process, joined by a bridge; faults are nftables rules and token buckets.
+"""One network namespace per process, joined by a bridge; faults are nftables rules, token buckets and a relay.
 
-This kernel family may lack netem, so loss is a random drop in nftables and slowness a token bucket. Every fault counts
-what it hit, so that a test can prove that it happened. The whole test run lives in namespaces of its own (see
-`make chaos`): nothing outside is touched, and nothing is left when it ends.
+This kernel family may lack netem, so loss is a random drop in nftables, slowness a token bucket, and what takes time or
+comes twice goes through a program between a host and the bridge (`relay.py`). Every fault counts what it hit, so that
+a test can prove that it happened. The whole test run lives in namespaces of its own (see `make chaos`): nothing outside
+is touched, and nothing is left when it ends.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
 import os
+import pathlib
 import subprocess
+import sys
 
 PREFIX = "10.77.0"
+RELAY = pathlib.Path(__file__).parent / "relay.py"
+# What a relay may hold a frame longer than it should, in the mean, before a row does not show what it says.
+RELAY_LATE_MS_MAX = 2.0
 # Network, host and broadcast address and the bridge itself take four of a /24.
 HOSTS_MAX = 250
 
@@ -49,7 +56,7 @@ class Namespace:
     """One host: a namespace with an address on the bridge."""
 
     def __init__(self, name, address, number):
-        self.name, self.address = name, address
+        self.name, self.address, self.number = name, address, number
         self.link = f"v{number}"
         sh(f"ip netns add {name}")
         sh(f"ip link add {self.link} type veth peer name eth0 netns {name}")
@@ -87,6 +94,66 @@ class Namespace:
         finally:
             self.run("tc qdisc del dev eth0 root", check=False)
             sh(f"tc qdisc del dev {self.link} root", check=False)
+
+    @contextlib.contextmanager
+    def relay(self, seed, **faults):
+        """Sends what comes and goes through a relay with these faults."""
+        relay = Relay(self, seed)
+        try:
+            relay.insert()
+            relay.ask(**faults)
+            yield relay
+            relay.ask(delay_ms=0)
+        finally:
+            relay.remove()
+
+
+class Relay:
+    """A program between a host and the bridge, `relay.py`: host - bridge of its own - tap - program - tap - bridge.
+
+    The frames of a tap are whole, with their checksums: the kernel cuts and sums what it would leave to a device.
+    """
+
+    def __init__(self, namespace, seed):
+        self.namespace = namespace
+        self.bridge, *self.taps = (f"{kind}{namespace.number}" for kind in "fab")
+        command = [sys.executable, RELAY, *self.taps, str(seed)]
+        self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(self.popen.kill)
+
+    def insert(self):
+        # Its first answer says that the taps are there.
+        self.popen.stdout.readline()
+        own, outer = self.taps
+        sh(f"ip link add {self.bridge} type bridge && ip link set {self.bridge} up")
+        sh(f"ip link set {own} master {self.bridge} up && ip link set {outer} master br0 up")
+        sh(f"ip link set {self.namespace.link} master {self.bridge}")
+
+    def ask(self, **faults):
+        """Lets only these faults happen from now on, if there are any. The counters."""
+        self.popen.stdin.write((json.dumps(faults) if faults else "") + "\n")
+        self.popen.stdin.flush()
+        return json.loads(self.popen.stdout.readline())
+
+    def did(self, *names):
+        """How often each of these happened, as a proof; empty if one never did."""
+        counts = self.ask()
+        assert counts["overflowed"] == 0, f"the relay lost frames: {counts}"
+        late = counts["late_ms"] / max(1, counts["frames"])
+        assert late < RELAY_LATE_MS_MAX, f"the relay was late by {late:.1f} ms in the mean: {counts}"
+        if not all(counts[name] for name in names):
+            return ""
+        return f"{counts['frames']} frames: " + ", ".join(f"{counts[name]} {name}" for name in names)
+
+    def remove(self):
+        sh(f"ip link set {self.namespace.link} master br0", check=False)
+        self.popen.stdin.close()
+        try:
+            self.popen.wait(5)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        sh(f"ip link del {self.bridge}", check=False)
 
 
 class Filter:

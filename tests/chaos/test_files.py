@@ -1,5 +1,7 @@
-"""Broken checkpoints, full caches and jumping clocks while sixteen streams run (F14, F15, F20)."""
+"""Full disks, broken checkpoints, full caches, no memory and jumping clocks while sixteen streams run (F13 to F15, F20)."""
 
+import contextlib
+import os
 import pathlib
 import shutil
 import signal
@@ -8,8 +10,77 @@ import time
 
 import pytest
 from cluster import BINARY, OPS, ROOT, metrics, wait_until
+from memory import MemoryGroup, may_limit_memory
+from net import sh
 
 DEMO = ROOT / "models" / "demo"
+
+
+# Room for what processes write down, and not much more.
+DISK = "128k"
+
+
+@contextlib.contextmanager
+def small_disk(path):
+    """A disk of its own; whoever still writes to it at the end does so into the void."""
+    path.mkdir()
+    sh(f"mount -t tmpfs -o size={DISK} none {path}")
+    try:
+        yield path
+    finally:
+        sh(f"umount -l {path}")
+
+
+def fill(disk):
+    """Until nothing more fits, not even a byte."""
+    with (disk / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(b"x" * 512)
+    return f"{os.statvfs(disk).f_bavail} blocks free"
+
+
+def refuse_writes(disk):
+    sh(f"mount -o remount,ro {disk}")
+    with pytest.raises(OSError):
+        (disk / "new").touch()
+    return "a write is refused"
+
+
+def test_f13_disks_that_take_nothing(chaos, cluster, tmp_path):
+    """Neither what processes write down for the next start nor their logs go anywhere: whoever serves needs no disk."""
+    victims = [cluster.workers["worker-1"], cluster.routers[1]]
+    log_paths = [victim.log_path for victim in victims]
+    with small_disk(tmp_path / "state") as state, small_disk(tmp_path / "logs") as logs:
+        for victim in victims:
+            victim.log_path = logs / victim.log_path.name
+            restart(cluster, victim, {"TRAMONTANE_ETCD__STATE_DIR": str(state)})
+        written = lambda: {path.name: path.read_text() for path in state.glob("*.json")}
+        try:
+            wait_until(lambda: len(written()) == 2, 30, "both have written down what they know")
+            with chaos.row("F13", "the disks of a worker and a router are full, then read-only; their logs too") as row:
+                for fault in (fill, refuse_writes):
+                    fill(logs)
+                    proof, before = fault(state), written()
+                    change_placement(row, cluster)
+                    row.injected(written() == before and f"{fault.__name__.replace('_', ' ')}: {proof}, nothing was written")
+                    row.load.wait_answers(8)
+            sh(f"mount -o remount,rw {state} && rm {state}/filler {logs}/filler")
+            wait_until(lambda: all(written()[name] != text for name, text in before.items()), 30, "both write again")
+        finally:
+            for victim, log_path in zip(victims, log_paths):
+                victim.log_path = log_path
+                restart(cluster, victim, {})
+
+
+def change_placement(row, cluster):
+    """A worker is gone long enough to be planned out, and comes back."""
+    victim, epoch = cluster.workers["worker-0"], cluster.status(0).epoch
+    victim.kill()
+    row.expected_exits.add(victim.name)
+    wait_until(lambda: cluster.status(0).epoch > epoch, 60, "the planner plans without it", every=0.1)
+    victim.start()
+    row.expected_exits.discard(victim.name)
+    cluster.wait_settled()
 
 
 def flip_a_byte(model):
@@ -106,6 +177,30 @@ def test_f15_kv_cache_full(chaos, cluster):
     finally:
         for worker in cluster.workers.values():
             restart(cluster, worker, {})
+
+
+@pytest.mark.skipif(not may_limit_memory(), reason="no memory control group of version 1 that may be written")
+def test_f15_out_of_memory(chaos, cluster):
+    """The kernel kills a worker that asks for a page too many: as any other death."""
+    victim = cluster.workers["worker-1"]
+    group = MemoryGroup(f"chaos-{os.getpid()}-{victim.name}")
+    try:
+        assert victim.stop() == 0, victim.log(2000)
+        victim.start()
+        group.take(victim.pid)
+        cluster.wait_settled()
+        with chaos.row("F15", "a worker runs out of memory and is killed by the kernel") as row:
+            row.expected_exits.add(victim.name)
+            squeezed = lambda: group.squeeze() or victim.popen.poll() is not None
+            wait_until(squeezed, 60, "the kernel kills it")
+            assert victim.popen.returncode == -signal.SIGKILL, victim.log(2000)
+            row.injected(group.kills() and f"{group.kills()} process killed in its control group")
+            row.load.wait_answers(16)
+            victim.start()
+            row.expected_exits.discard(victim.name)
+            cluster.wait_settled()
+    finally:
+        group.remove()
 
 
 def test_f20_clock_jumps(chaos, cluster, tmp_path):

@@ -1,10 +1,52 @@
-"""Routers die, stand still and leave while their clients stream (F21, F22, F25)."""
+"""Routers die, stand still, leave and are replaced while their clients stream (F19, F21, F22, F25)."""
 
+import os
 import signal
 import time
 
-from cluster import wait_until
+from cluster import BINARY, wait_until
 from load import Client, Record
+
+
+# The build that is upgraded from; this one where it is not set, which is a rolling restart.
+OLD_BINARY = "TRAMONTANE_OLD_BINARY"
+
+
+def replace(cluster, process, binary):
+    """As an operator upgrades one process: ask it to leave, start the other build."""
+    process.signal(signal.SIGTERM)
+    assert process.popen.wait(90) == 0, process.log(2000)
+    process.argv[0] = binary
+    process.start()
+    cluster.wait_settled()
+
+
+def is_of(process, binary):
+    return os.path.samefile(f"/proc/{process.pid}/exe", binary)
+
+
+def test_f19_rolling_upgrade(chaos, cluster):
+    """Routers first, then workers, one at a time: both builds serve together meanwhile."""
+    old = os.environ.get(OLD_BINARY, BINARY)
+    processes = [*cluster.routers, *cluster.workers.values()]
+    for process in processes:
+        replace(cluster, process, old)
+        assert is_of(process, old)
+    # While a router leaves and comes back it takes nothing new; its clients here do not ask the other one.
+    away = []
+    refused = lambda record: record.ended and not record.tokens and any(
+        cluster.routers[record.router] is process and since <= record.ended <= until for process, since, until in away
+    )
+    name = "a rolling restart" if old is BINARY else "a rolling upgrade from another build"
+    with chaos.row("F19", f"{name}: routers, then workers", may_fail=refused) as row:
+        for process in processes:
+            row.expected_exits.add(process.name)
+            began, before = time.monotonic(), process.pid
+            replace(cluster, process, BINARY)
+            away.append((process, began, time.monotonic()))
+            row.expected_exits.discard(process.name)
+            row.injected(is_of(process, BINARY) and process.pid != before and "exit 0, then another process", began)
+            row.load.wait_answers(8)
 
 
 def test_f21_router_killed(chaos, cluster):

@@ -10,7 +10,7 @@ use tramontane_types::{Epoch, ExpertSlice, LayerId, WorkerId};
 
 use crate::answers::{Answer, Routing};
 use crate::desk::Seat;
-use crate::mutation::late_answers_count;
+use crate::mutation::{Mutation, is_on};
 use crate::{Desk, Error, Job, Refusal, Reply, ReplySender};
 
 /// A dispatched layer. Hand it to [`Exchange::combine`](crate::Exchange::combine); dropped instead, its
@@ -145,7 +145,7 @@ impl Ticket {
             if !matches!(&answer, Ok(reply) if reply.outputs.len() == call.outputs_len) {
                 continue;
             }
-            if !self.drop_replacement(&call.jobs) && !late_answers_count() {
+            if !self.drop_replacement(&call.jobs) && !is_on(Mutation::LateAnswersCount) {
                 return Some(Arrival::Needless(call));
             }
             return Some(Arrival::Answer(call, answer));

@@ -41,7 +41,8 @@ pub use exchange::{Exchange, ExchangeConfig, ExpertExchange};
 pub use faults::{Cut, FAULTS_KEPT_MAX, Faults, FaultyTransport};
 pub use flight::Ticket;
 pub use grpc::{
-    ExpertService, ExpertServiceConfig, GrpcTransport, GrpcTransportConfig, LinkSettings,
+    Dial, ExpertService, ExpertServiceConfig, GrpcTransport, GrpcTransportConfig, LinkSettings,
+    TcpDial,
 };
 pub use host::{HostListener, HostTransport, PeerAddress};
 pub use limits::CallLimits;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tramontane_compute::{Experts, RowFormat};
-use tramontane_types::{Epoch, LayerId, ModelGeometry};
+use tramontane_types::{Epoch, ModelGeometry};
 
 use self::batch::{Scratch, take_layer};
 use crate::meters::Mean;
@@ -51,6 +51,8 @@ pub struct ExpertServerConfig {
     pub queue_max: usize,
     /// Most rows of one merged batch.
     pub merge_rows_max: usize,
+    /// Tells the time; a simulation has its own.
+    pub clock: fn() -> Instant,
 }
 
 impl ExpertServerConfig {
@@ -68,6 +70,7 @@ impl ExpertServerConfig {
             numeric_class,
             queue_max,
             merge_rows_max,
+            clock: Instant::now,
         }
     }
 }
@@ -190,6 +193,27 @@ impl ExpertServer {
         experts: Arc<dyn Experts>,
         epoch: Arc<AtomicU64>,
     ) -> Self {
+        let mut server = Self::without_thread(desk, config, experts, epoch);
+        let shared = Arc::clone(&server.handle.shared);
+        let name = "expert-server".to_owned();
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || run(&shared));
+        let thread = thread.map_err(|error| {
+            tracing::error!(%error, "no thread for the expert server, every call is refused");
+            server.handle.shared.queue.lock().stop = Stop::Now;
+        });
+        server.thread = thread.ok();
+        server
+    }
+
+    /// A server that computes only when it is told to.
+    pub(crate) fn without_thread(
+        desk: Arc<Desk>,
+        config: ExpertServerConfig,
+        experts: Arc<dyn Experts>,
+        epoch: Arc<AtomicU64>,
+    ) -> Self {
         let queue = Queue {
             calls: VecDeque::new(),
             rhythm: Rhythm::new(config.geometry.num_layers),
@@ -205,18 +229,9 @@ impl ExpertServer {
             scratch: Mutex::default(),
             counters: Counters::default(),
         });
-        let worker = Arc::clone(&shared);
-        let name = "expert-server".to_owned();
-        let thread = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || run(&worker));
-        let thread = thread.map_err(|error| {
-            tracing::error!(%error, "no thread for the expert server, every call is refused");
-            shared.queue.lock().stop = Stop::Now;
-        });
         Self {
             handle: ExpertServerHandle { shared },
-            thread: thread.ok(),
+            thread: None,
         }
     }
 
@@ -374,7 +389,7 @@ impl Shared {
         if queue.calls.len() >= self.config.queue_max {
             return Err(Box::new((reply, Refusal::Busy)));
         }
-        let arrived = Instant::now();
+        let arrived = self.now();
         if let Some(caller) = caller {
             queue.rhythm.called(caller, call.layer, arrived);
         }
@@ -402,9 +417,13 @@ impl Shared {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 
+    fn now(&self) -> Instant {
+        (self.config.clock)()
+    }
+
     /// Computes one batch, if one is ready.
     pub(crate) fn serve_one(&self) -> Served {
-        match self.next_batch(Instant::now()) {
+        match self.next_batch(self.now()) {
             Next::Batch(batch) => {
                 self.serve(batch, &mut self.scratch.lock());
                 Served::Batch
@@ -479,19 +498,5 @@ fn run(shared: &Shared) {
         let mut seat = shared.desk.sit(Some(rest.0));
         let until = Instant::now() + SITTING_MAX;
         let _left = seat.wait(until, &mut || shared.is_to_leave().then_some(()));
-    }
-}
-
-impl Queue {
-    /// Whether others are about to call for `layer`, and computing with them saves more than waiting costs.
-    fn is_worth_waiting(&self, layer: LayerId, now: Instant) -> bool {
-        let of_layer = || self.calls.iter().filter(|w| w.call.layer == layer);
-        let rows: usize = of_layer().map(|waiting| waiting.call.num_rows).sum();
-        let Some(first) = of_layer().next().filter(|_| rows <= WAIT_ROWS_MAX) else {
-            return false;
-        };
-        let is_here = |caller| of_layer().any(|waiting| waiting.caller == Some(caller));
-        let until = self.rhythm.wait_until(layer, first.arrived, is_here);
-        until.is_some_and(|until| now < until)
     }
 }

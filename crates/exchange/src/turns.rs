@@ -1,12 +1,34 @@
-//! A layer waited for in turns, by a caller that owns the clock and must not block: a simulation. The
-//! decisions are those of [`Exchange::combine`](crate::Exchange::combine). Never waits.
+//! A layer waited for, and calls computed, in turns, by a caller that owns the clock and must not block: a
+//! simulation. The decisions are those of [`Exchange::combine`](crate::Exchange::combine) and of the expert
+//! server's thread. Never waits.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
-use tramontane_compute::Contributions;
+use tramontane_compute::{Contributions, Experts};
 
 use crate::flight::Arrival;
-use crate::{Error, ExpertExchange, Ticket, answers};
+use crate::server::Served;
+use crate::{Error, ExpertExchange, ExpertServer, ExpertServerConfig, Ticket, answers};
+
+impl ExpertServer {
+    /// A server that computes in turns. `config` has the clock.
+    #[must_use]
+    pub fn in_turns(
+        config: ExpertServerConfig,
+        experts: Arc<dyn Experts>,
+        epoch: Arc<AtomicU64>,
+    ) -> Self {
+        Self::without_thread(Arc::default(), config, experts, epoch)
+    }
+
+    /// Computes one batch, if one is ready; whether there was one.
+    #[must_use]
+    pub fn turn(&self) -> bool {
+        self.handle().shared().serve_one() == Served::Batch
+    }
+}
 
 /// A dispatched layer whose answers are awaited.
 #[derive(Debug)]

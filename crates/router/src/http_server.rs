@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
+use tramontane_runtime::Accepted;
 
 use crate::run::Doors;
 
@@ -100,7 +101,7 @@ async fn connection(
     // Without it small events wait for acknowledgements; a socket that refuses is slow, not broken.
     let _ = stream.set_nodelay(true);
     let service = TowerToHyperService::new(routes);
-    let serving = builder.serve_connection(TokioIo::new(stream), service);
+    let serving = builder.serve_connection(TokioIo::new(Accepted::new(stream)), service);
     tokio::pin!(serving);
     let ended = tokio::select! {
         ended = serving.as_mut() => ended,
@@ -116,5 +117,35 @@ async fn connection(
     };
     if let Err(error) = ended {
         tracing::debug!(error, "connection ended early");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tramontane_runtime::HELLO_TIMEOUT;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_asks_does_not_keep_its_place() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let doors = Doors::default();
+        let tasks = TaskTracker::new();
+        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        // The begin of HTTP/2's hello: nobody knows yet which version it will be.
+        for said in ["", "PRI * HTTP/2.0"] {
+            let client = async {
+                let mut client = TcpStream::connect(address).await.unwrap();
+                client.write_all(said.as_bytes()).await.unwrap();
+                let mut got = Vec::new();
+                let _closed_or_reset = client.read_to_end(&mut got).await;
+            };
+            let cut_off = timeout(HELLO_TIMEOUT * 2, client).await;
+            assert!(cut_off.is_ok(), "{said:?}");
+        }
+        doors.refuse.cancel();
+        serving.await.unwrap();
     }
 }

@@ -149,7 +149,7 @@ impl Sequence {
         match self.open(&first).await {
             Ok(run) => self.state.run = Some(run),
             Err(loss) => {
-                self.lost(first.id.clone(), loss)?;
+                self.lost(first.contact.id.clone(), loss)?;
                 self.go_on().await?;
             }
         }

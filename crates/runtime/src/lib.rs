@@ -1,5 +1,6 @@
 //! What every process does at start and stop: configuration, logs and traces, metrics, health, shutdown.
 
+mod accepted;
 pub mod build_info;
 pub mod config;
 pub mod duration_text;
@@ -9,5 +10,6 @@ pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
 
+pub use accepted::{Accepted, HELLO_TIMEOUT};
 pub use readiness::{Readiness, ReadinessSetter};
 pub use shutdown::Shutdown;

@@ -12,7 +12,7 @@ pub mod experts;
 pub mod faults;
 pub mod model;
 pub mod net;
-mod panics;
+pub mod panics;
 mod rest;
 pub mod rng;
 pub mod router;

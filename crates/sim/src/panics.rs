@@ -10,7 +10,7 @@ thread_local! {
 static WATCHED: Once = Once::new();
 
 /// Counts from now on, in the whole process.
-pub(crate) fn watch() {
+pub fn watch() {
     WATCHED.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
@@ -21,6 +21,7 @@ pub(crate) fn watch() {
 }
 
 /// Panics of this thread.
-pub(crate) fn count() -> u64 {
+#[must_use]
+pub fn count() -> u64 {
     PANICS.get()
 }

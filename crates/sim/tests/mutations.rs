@@ -1,7 +1,7 @@
 //! Deliberately broken builds are noticed, each within a number of seeds. Needs the feature `mutations`.
 
 use tramontane_coordination::mutation::{Mutation, turn_on};
-use tramontane_exchange::mutation::let_late_answers_count;
+use tramontane_exchange::mutation as exchange;
 use tramontane_sim::{run_seed, run_seeds_with, tokenizer};
 
 /// A defect that survives so many seeds is not noticed.
@@ -17,7 +17,9 @@ fn every_defect_is_noticed_and_its_seed_is_clean_without_it() {
         }),
         ("no drop grace", || turn_on(Some(Mutation::NoDropGrace))),
         ("weights mixed", || turn_on(Some(Mutation::WeightsMixed))),
-        ("late answers count", || let_late_answers_count(true)),
+        ("late answers count", || {
+            exchange::turn_on(Some(exchange::Mutation::LateAnswersCount));
+        }),
     ];
     for (name, break_it) in defects {
         let broken = run_seeds_with(break_it, 0..SEEDS_MAX, true, &tokenizer);

@@ -13,7 +13,7 @@ use tramontane_compute::{Backend, Experts};
 use tramontane_coordination::{Roles, Version, WorkerState};
 use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
-    LinkSettings, Transport,
+    LinkSettings, TcpDial, Transport,
 };
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
@@ -146,6 +146,7 @@ impl Plan<'_> {
             model: self.version.model.to_string(),
             limits: CallLimits::new(self.checkpoint.geometry(), self.backend.row_format()),
             link: LinkSettings::default(),
+            dial: Arc::new(TcpDial),
         };
         let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
         let (desk, runtime) = (Arc::clone(desk), Handle::current());

@@ -9,11 +9,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::{Connected, TcpConnectInfo};
+use tramontane_runtime::Accepted;
 
 /// A TCP connection and what breaks it.
 #[derive(Debug)]
 pub(crate) struct Severable {
-    socket: TcpStream,
+    socket: Accepted<TcpStream>,
     cut: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
@@ -21,6 +22,7 @@ impl Severable {
     /// A connection that breaks with `cut`; never without one.
     pub(crate) fn new(socket: TcpStream, cut: Option<CancellationToken>) -> Self {
         let cut = cut.map(|cut| Box::pin(cut.cancelled_owned()));
+        let socket = Accepted::new(socket);
         Self { socket, cut }
     }
 

@@ -1,7 +1,7 @@
 //! The calling side: one task per peer that connects when there is something to send, and again after a
 //! loss. The engine's thread only ever touches a bounded queue.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +17,9 @@ use tramontane_proto::v1::{
 };
 use tramontane_types::WorkerId;
 
-use super::{CREDITS_MAX, Group, HTTP2_FRAME_BYTES, LinkSettings, codec};
+use super::{CREDITS_MAX, Dial, Group, HTTP2_FRAME_BYTES, LinkSettings, codec};
 use crate::local::Counters;
+use crate::mutation::{Mutation, NO_PING, is_on};
 use crate::stats::add;
 use crate::{CallLimits, ExpertCall, Refusal, Reply, ReplySender, Transport, TransportStats};
 
@@ -44,6 +45,8 @@ pub struct GrpcTransportConfig {
     pub limits: CallLimits,
     /// How connections are kept.
     pub link: LinkSettings,
+    /// How they are made.
+    pub dial: Arc<dyn Dial>,
 }
 
 /// One long-lived stream per peer.
@@ -102,7 +105,10 @@ impl GrpcTransport {
         let mut peers = self.peers.write();
         peers.retain(|worker, peer| addresses.get(worker) == Some(&peer.address));
         addresses.retain(|worker, _| !peers.contains_key(worker));
-        for (worker, address) in addresses {
+        // In one order, so that a simulation repeats itself.
+        let mut added: Vec<_> = addresses.into_iter().collect();
+        added.sort_unstable();
+        for (worker, address) in added {
             let (queue, waiting) = mpsc::channel(PEER_QUEUE_MAX);
             let task = PeerTask {
                 shared: Arc::clone(&self.shared),
@@ -213,9 +219,11 @@ impl PeerTask {
 
     async fn greet(&self) -> Result<Link, Refusal> {
         let config = &self.shared.config;
-        let channel = endpoint(&self.address, config.link)
-            .map_err(|error| Refusal::Lost(format!("address {}: {error}", self.address)))?
-            .connect()
+        let endpoint = endpoint(&self.address, config.link)
+            .map_err(|error| Refusal::Lost(format!("address {}: {error}", self.address)))?;
+        let channel = config
+            .dial
+            .dial(endpoint)
             .await
             .map_err(|error| Refusal::Lost(format!("{}: {}", self.address, causes(&error))))?;
         let group = config.group();
@@ -256,7 +264,8 @@ impl PeerTask {
 
     /// Carries calls until the connection is lost, or until the peer was removed and all is answered.
     async fn run_link(&mut self, mut link: Link, first: Queued) -> String {
-        let mut open = HashMap::new();
+        // In the order in which they were sent: so are they lost.
+        let mut open = BTreeMap::new();
         let mut next_id = 0;
         let mut removed = false;
         let mut queued = Some(first);
@@ -278,6 +287,7 @@ impl PeerTask {
                 break "the peer was removed".to_owned();
             }
             tokio::select! {
+                biased;
                 frame = link.incoming.message() => match frame {
                     Ok(Some(frame)) => self.on_frame(frame, &mut open),
                     Ok(None) => break "the peer ended the stream".to_owned(),
@@ -296,7 +306,7 @@ impl PeerTask {
         why
     }
 
-    fn on_frame(&self, frame: v1::ExpertFrame, open: &mut HashMap<u64, ReplySender>) {
+    fn on_frame(&self, frame: v1::ExpertFrame, open: &mut BTreeMap<u64, ReplySender>) {
         let (call_id, answer) = match frame.kind {
             Some(Kind::Reply(v1::ExpertReply {
                 call_id,
@@ -315,7 +325,12 @@ impl PeerTask {
             // A newer worker may say more than we know.
             Some(Kind::Hello(_) | Kind::Call(_) | Kind::Credit(_)) | None => return,
         };
-        let Some(reply) = open.remove(&call_id) else {
+        let found = if is_on(Mutation::AnyCallAnswered) {
+            open.pop_first().map(|(_, reply)| reply)
+        } else {
+            open.remove(&call_id)
+        };
+        let Some(reply) = found else {
             tracing::warn!(worker = %self.worker, call_id, "answer to a call that is not open");
             return;
         };
@@ -343,10 +358,15 @@ impl GrpcTransportConfig {
 }
 
 fn endpoint(address: &str, link: LinkSettings) -> Result<Endpoint, tonic::transport::Error> {
+    let pinged_every = if is_on(Mutation::NoPings) {
+        NO_PING
+    } else {
+        link.keepalive_interval
+    };
     let endpoint = Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(link.connect_timeout)
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(link.keepalive_interval)
+        .http2_keep_alive_interval(pinged_every)
         .keep_alive_timeout(link.keepalive_timeout)
         .keep_alive_while_idle(true)
         .max_frame_size(HTTP2_FRAME_BYTES)

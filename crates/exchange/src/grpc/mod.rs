@@ -3,11 +3,13 @@
 
 mod client;
 pub(crate) mod codec;
+mod dial;
 mod service;
 
 use std::time::Duration;
 
 pub use client::{GrpcTransport, GrpcTransportConfig, PEER_QUEUE_MAX};
+pub use dial::{Dial, TcpDial};
 pub use service::{ExpertService, ExpertServiceConfig};
 use tramontane_proto::v1;
 

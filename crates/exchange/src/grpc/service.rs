@@ -24,6 +24,7 @@ use super::{
 };
 use crate::faults::{Faults, Gate};
 use crate::host::new_caller;
+use crate::mutation::{Mutation, is_on};
 use crate::rhythm::Caller;
 use crate::stats::add;
 use crate::{ExpertServerHandle, Refusal, ReplySender};
@@ -218,7 +219,9 @@ impl ExpertService {
         let open = Arc::clone(&from.open);
         let reply = ReplySender::new(move |result| {
             // First the count: with the answer the caller may send its next call.
-            open.fetch_sub(1, Ordering::AcqRel);
+            if result.is_ok() || !is_on(Mutation::RefusalsKeepCredit) {
+                open.fetch_sub(1, Ordering::AcqRel);
+            }
             place.send(answer(result));
         });
         let Some(reply) = Gate::through(from.gate.as_ref(), reply) else {
@@ -270,9 +273,10 @@ impl ExpertExchange for ExpertService {
             let gone = outgoing.clone();
             let reading = service.read_calls(incoming, outgoing, gate);
             tokio::select! {
-                () = reading => {}
-                () = gone.closed() => {}
+                biased;
                 () = shutdown.cancelled() => {}
+                () = gone.closed() => {}
+                () = reading => {}
             }
         });
         Ok(Response::new(Answers {

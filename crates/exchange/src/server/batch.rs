@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tramontane_compute::ExpertJob;
 use tramontane_types::LayerId;
 
-use super::{ExpertServerHandle, Shared, WAIT_ROWS_MAX, Waiting};
+use super::{ExpertServerHandle, Queue, Shared, WAIT_ROWS_MAX, Waiting};
 use crate::call::outputs_of;
 use crate::exchange::borrow;
 use crate::failure::{Failure, panic_text};
@@ -51,6 +51,20 @@ pub(super) struct Scratch {
     masks: Vec<u8>,
 }
 
+impl Queue {
+    /// Whether others are about to call for `layer`, and computing with them saves more than waiting costs.
+    pub(super) fn is_worth_waiting(&self, layer: LayerId, now: Instant) -> bool {
+        let of_layer = || self.calls.iter().filter(|w| w.call.layer == layer);
+        let rows: usize = of_layer().map(|waiting| waiting.call.num_rows).sum();
+        let Some(first) = of_layer().next().filter(|_| rows <= WAIT_ROWS_MAX) else {
+            return false;
+        };
+        let is_here = |caller| of_layer().any(|waiting| waiting.caller == Some(caller));
+        let until = self.rhythm.wait_until(layer, first.arrived, is_here);
+        until.is_some_and(|until| now < until)
+    }
+}
+
 impl ExpertServerHandle {
     /// Nanoseconds that one segment takes in a batch of few rows, where reading the weights is most of the
     /// work; `None` before the first such batch.
@@ -77,7 +91,7 @@ impl Shared {
         if calls.is_empty() {
             return;
         }
-        let begin = Instant::now();
+        let begin = self.now();
         match self.compute_caught(&calls, scratch) {
             Ok(outputs) => {
                 self.note_batch(&batch, begin, scratch);
@@ -106,7 +120,7 @@ impl Shared {
         {
             add(&self.counters.batches, 1);
         }
-        let now = Instant::now();
+        let now = self.now();
         self.note_speed(batch, now - begin, &mut scratch.masks);
         let mut queue = self.queue.lock();
         let rows: usize = batch.iter().map(|waiting| waiting.call.num_rows).sum();
@@ -145,7 +159,10 @@ impl Shared {
             add(&self.counters.calls, 1);
             add(&self.counters.rows, waiting.call.num_rows);
         }
-        let service_us = waiting.arrived.elapsed().as_micros() as u64;
+        let service_us = self
+            .now()
+            .saturating_duration_since(waiting.arrived)
+            .as_micros() as u64;
         waiting.reply.send(Ok(Reply {
             outputs: outputs_of(outputs),
             service_us,

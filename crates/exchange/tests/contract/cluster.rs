@@ -15,7 +15,7 @@ use tramontane_compute::{Experts, RoutedRows, RowFormat, combine::add_expert_sum
 use tramontane_exchange::{
     CallLimits, Error, Exchange, ExchangeConfig, ExpertExchange, ExpertServer, ExpertServerConfig,
     ExpertService, ExpertServiceConfig, GrpcTransport, GrpcTransportConfig, LinkSettings,
-    LocalTransport, Transport,
+    LocalTransport, TcpDial, Transport,
 };
 use tramontane_types::{
     Epoch, ExpertId, LayerId, ModelGeometry, Placement, SegmentRange, SliceHolders, WorkerId,
@@ -89,6 +89,7 @@ pub(crate) fn transport_config(geometry: &ModelGeometry) -> GrpcTransportConfig 
         model: "demo".to_owned(),
         limits: CallLimits::new(geometry, RowFormat::F32),
         link: LinkSettings::default(),
+        dial: Arc::new(TcpDial),
     }
 }
 

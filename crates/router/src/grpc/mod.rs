@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -18,6 +19,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
+use tramontane_runtime::Accepted;
 
 use crate::Error;
 use crate::run::App;
@@ -56,7 +58,9 @@ pub(crate) fn serve(
     tasks.spawn(keep_health(reporter, app, stop.clone()));
     let reflection_v1 = reflection().build_v1().map_err(Error::Reflection)?;
     let reflection_v1alpha = reflection().build_v1alpha().map_err(Error::Reflection)?;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = TcpIncoming::from(listener)
+        .with_nodelay(Some(true))
+        .map(|socket| socket.map(Accepted::new));
     let server = Server::builder()
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
         .max_concurrent_streams(CALLS_PER_CONNECTION as u32)
