@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_coordination::{Placements, Registration, WorkerState};
+use tramontane_coordination::{Placements, Registration, WorkerRecord, WorkerState};
 use tramontane_model::{Checkpoint, load_slices};
 use tramontane_types::{Epoch, ExpertSlice, Placement};
 
@@ -31,6 +31,16 @@ const LOAD_RETRY: Duration = Duration::from_secs(5);
 pub(crate) struct Group {
     pub(crate) numeric_class: String,
     pub(crate) model: String,
+}
+
+impl Group {
+    /// The group that a worker of this record is of.
+    pub(crate) fn of(record: &WorkerRecord) -> Self {
+        Self {
+            numeric_class: record.numeric_class.clone(),
+            model: record.model.fingerprint.clone(),
+        }
+    }
 }
 
 /// Follows the placements for one worker.
