@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::BenchArgs;
 use crate::drill::DrillArgs;
 use crate::output::Format;
 
@@ -501,38 +502,6 @@ pub(crate) struct ChatArgs {
     /// Longest answer in tokens
     #[arg(long)]
     pub(crate) max_tokens: Option<u32>,
-}
-
-/// `tramontane bench`
-#[derive(Clone, Debug, Args)]
-pub(crate) struct BenchArgs {
-    /// The endpoint
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    pub(crate) url: String,
-    /// Model name; the endpoint's first when absent
-    #[arg(long)]
-    pub(crate) model: Option<String>,
-    /// Requests in flight
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub(crate) concurrency: u32,
-    /// Requests in all
-    #[arg(long, default_value_t = 32)]
-    pub(crate) requests: u64,
-    /// Tokens of each prompt
-    #[arg(long, default_value_t = 128)]
-    pub(crate) prompt_tokens: u32,
-    /// Tokens of each answer
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_tokens: u32,
-    /// Prompts are drawn from token ids 3 to this
-    #[arg(long, default_value_t = 4096)]
-    pub(crate) vocab: u32,
-    /// Seed of the prompts
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// How to print it
-    #[arg(long, short, value_enum, default_value_t)]
-    pub(crate) output: Format,
 }
 
 #[cfg(test)]

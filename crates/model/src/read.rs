@@ -129,7 +129,7 @@ impl Checkpoint {
                 head_dim: g.head_dim,
             },
         };
-        let read = |name: &str| self.read(name, Window::WHOLE);
+        let read = |name: &str| self.read(name, &Window::WHOLE);
         let mut layers = Vec::with_capacity(g.num_layers);
         for layer in 0..g.num_layers {
             let read = |tensor| read(&names.in_layer(layer, tensor));
@@ -174,23 +174,23 @@ impl Checkpoint {
         let ff = self.geometry().ff;
         let columns = segment_columns(ff, range.begin()).start
             ..segment_columns(ff, range.end().saturating_sub(1)).end;
-        let rows = || Window {
+        let rows = Window {
             rows: columns.clone(),
             ..Window::WHOLE
         };
         let cols = Window {
-            cols: columns.clone(),
+            cols: columns,
             ..Window::WHOLE
         };
         Ok(ExpertBytes {
-            w1: self.read(&w1, rows())?,
-            w2: self.read(&w2, cols)?,
-            w3: self.read(&w3, rows())?,
+            w1: self.read(&w1, &rows)?,
+            w2: self.read(&w2, &cols)?,
+            w3: self.read(&w3, &rows)?,
         })
     }
 
     /// Reads a tensor whose shape was checked.
-    fn read(&self, name: &str, window: Window) -> Result<TensorBytes, Error> {
+    fn read(&self, name: &str, window: &Window) -> Result<TensorBytes, Error> {
         let (shard, entry) = self.find(name)?;
         self.read_entry(shard, name, entry, window)
     }
@@ -200,7 +200,7 @@ impl Checkpoint {
         shard: &Shard,
         name: &str,
         entry: &Entry,
-        window: Window,
+        window: &Window,
     ) -> Result<TensorBytes, Error> {
         let len = entry.end - entry.begin;
         let cols = entry.shape.last().copied().unwrap_or(1).max(1);

@@ -34,7 +34,7 @@ impl Checkpoint {
         let digests = Mutex::new(Vec::new());
         parallel::for_each(self.shards(), |shard| {
             for (name, entry) in &shard.tensors {
-                let whole = self.read_entry(shard, name, entry, Window::WHOLE)?;
+                let whole = self.read_entry(shard, name, entry, &Window::WHOLE)?;
                 check_finite(shard, name, &whole)?;
                 tensors.fetch_add(1, Ordering::Relaxed);
             }

@@ -114,7 +114,7 @@ impl RoleKeeper {
             let (worker, roles) = (&self.node.id, RoleSet(wish));
             tracing::info!(%worker, %roles, "roles changed");
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     async fn take_attention_on(&self) {

@@ -94,9 +94,8 @@ pub async fn run(
     }
     let address = advertised(&config, &parts.grpc)?;
     let watched = Watched::start(&parts.store, &life);
-    let (weights, model) = (Arc::default(), parts.checkpoint.fingerprint());
-    let peers = watched.weights(&config, model, &weights, &life);
-    let checkpoint = Arc::new(parts.checkpoint.backed_by(peers));
+    let weights = Arc::default();
+    let checkpoint = watched.back(&parts.checkpoint, &config, &weights, &life);
     let backend = make_backend(&config, &checkpoint).await?;
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
@@ -124,9 +123,7 @@ pub async fn run(
     }
     let bound = worker.listen_on_host(&config, &parts.exchange, record.incarnation, &life);
     record.socket = bound.as_ref().and_then(BoundSocket::record);
-    let registry = metrics::registry(Arc::clone(&worker.node), &worker.maker.steps);
-    // Set once, here.
-    let _was_empty = ops.set((Arc::clone(&worker.node), registry));
+    worker.show(&ops);
 
     let services = worker.services(&config, &checkpoint, &drain, &life);
     let WorkerParts {
@@ -186,21 +183,22 @@ impl Watched {
         }
     }
 
-    /// Who is asked for weights that cannot be read here.
-    fn weights(
+    /// The checkpoint, with the other members to be asked for what cannot be read here.
+    fn back(
         &self,
+        checkpoint: &Checkpoint,
         config: &WorkerConfig,
-        model: &str,
         stats: &Arc<WeightStats>,
         life: &Life,
-    ) -> Arc<PeerWeights> {
+    ) -> Arc<Checkpoint> {
         let asker = v1::WeightsAsker {
             worker_id: config.id.clone(),
             cluster: config.cluster.clone(),
-            model: model.to_owned(),
+            model: checkpoint.fingerprint().to_owned(),
         };
         let (members, stats) = (self.members.clone(), Arc::clone(stats));
-        Arc::new(PeerWeights::new(asker, members, stats, life.ended.clone()))
+        let peers = PeerWeights::new(asker, members, stats, life.ended.clone());
+        Arc::new(checkpoint.backed_by(Arc::new(peers)))
     }
 }
 
@@ -314,6 +312,13 @@ impl Life {
 }
 
 impl Worker {
+    /// Liveness and metrics are those of this worker from now on.
+    fn show(&self, ops: &LateOps) {
+        let registry = metrics::registry(Arc::clone(&self.node), &self.maker.steps);
+        // Set once, here.
+        let _was_empty = ops.set((Arc::clone(&self.node), registry));
+    }
+
     /// Makes the attention half if that is to begin with; false when the worker is to stop meanwhile.
     async fn begin(&self, roles: Roles, shutdown: &Shutdown) -> Result<bool, Error> {
         if !roles.attention {

@@ -206,14 +206,15 @@ fn a_file_that_is_cut_off_or_gone_while_it_is_used_is_read_elsewhere() {
 fn a_description_that_does_not_fit_is_refused() {
     let folder = written();
     let other = Other::new(open(folder.path()));
-    let refused = |change: fn(&mut Description)| {
+    type Change = fn(&mut Description);
+    let refused = |change: Change| {
         let mut description = other.checkpoint.describe();
         change(&mut description);
         let source = Arc::clone(&other) as _;
         let error = Checkpoint::open_described(&description, None, source).unwrap_err();
         format!("{error}")
     };
-    let cases: [(fn(&mut Description), &str); 8] = [
+    let cases: [(Change, &str); 8] = [
         (
             |d| d.fingerprint = "00".repeat(8),
             "expected 0000000000000000",

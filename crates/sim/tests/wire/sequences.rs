@@ -364,7 +364,7 @@ impl Worker for TokenWorker {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         let sampling = request.sampling.unwrap_or_default();
-        let begin = Prefix::new(sampling.seed);
+        let begin = Prefix::new(sampling.seed, 0);
         let prompt = request.prompt_ids.iter();
         let mut parts = request.request_id.split('.');
         let life = Life {

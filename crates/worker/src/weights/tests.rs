@@ -35,6 +35,7 @@ struct Scene {
     members: watch::Sender<Arc<Members>>,
     stats: Arc<WeightStats>,
     ended: CancellationToken,
+    tasks: TaskTracker,
 }
 
 /// How a peer does not give what it was asked for.
@@ -118,6 +119,7 @@ impl Scene {
             members: watch::Sender::new(Arc::default()),
             stats: Arc::default(),
             ended: CancellationToken::new(),
+            tasks: TaskTracker::new(),
         }
     }
 
@@ -129,7 +131,7 @@ impl Scene {
             rate: WEIGHTS_RATE,
             stats: Arc::default(),
             ended: self.ended.clone(),
-            tasks: TaskTracker::new(),
+            tasks: self.tasks.clone(),
         })
     }
 
@@ -144,7 +146,7 @@ impl Scene {
                 TcpIncoming::from(listener),
                 stop.clone().cancelled_owned(),
             );
-        tokio::task::spawn(server);
+        self.tasks.spawn(server);
         stop
     }
 
@@ -383,7 +385,9 @@ async fn more_transfers_than_places_wait_and_more_than_may_wait_are_refused() {
     let waiting: Vec<_> = (0..TRANSFERS_WAITING_MAX)
         .map(|_| {
             let service = service.clone();
-            tokio::task::spawn(async move { service.take_place().await.map(drop) })
+            scene
+                .tasks
+                .spawn(async move { service.take_place().await.map(drop) })
         })
         .collect();
     while service.has_room() {
