@@ -2,6 +2,7 @@
 
 mod measured;
 mod outdated;
+mod roles;
 
 use std::num::NonZeroUsize;
 
