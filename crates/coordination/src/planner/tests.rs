@@ -2,6 +2,7 @@
 
 mod measured;
 mod outdated;
+mod roles;
 mod versions;
 
 use std::num::NonZeroUsize;

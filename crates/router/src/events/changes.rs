@@ -544,6 +544,29 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn roles_are_told_when_they_are_wanted_and_when_they_are_there() {
+        let before = snapshot(&[("a", WorkerState::Ready)]);
+        let mut wanted = before.clone();
+        let experts = Roles {
+            attention: false,
+            experts: true,
+        };
+        let intent = &mut Arc::make_mut(&mut wanted.intent).intent;
+        intent.roles.insert(WorkerId::new("a"), experts);
+        check(&before, &wanted, &["worker_roles_wanted a 0"]);
+        let mut there = wanted.clone();
+        let mut changed = record("a", WorkerState::Ready);
+        changed.roles = experts;
+        let members = Arc::make_mut(&mut there.members);
+        members
+            .workers
+            .insert(changed.id.clone(), Arc::new(changed));
+        check(&wanted, &there, &["worker_roles_changed a 0"]);
+        let text = &changes(&wanted, &there)[0].text;
+        assert_eq!(text, "does experts (before: attention,experts)");
+    }
+
+    #[test]
     fn a_store_that_goes_and_comes_back_and_whom_it_lost_are_told() {
         let here = snapshot(&[("a", WorkerState::Ready)]);
         let mut away = here.clone();
