@@ -313,7 +313,7 @@ fn the_fingerprint_changes_with_weights_shape_and_window_and_with_nothing_else()
 fn the_fingerprint_changes_with_each_single_tensor() {
     let folder = written(&TinyModel::mixtral());
     let path = folder.path().join(SINGLE);
-    let whole = std::fs::read(&path).unwrap();
+    let whole = fs::read(&path).unwrap();
     let fingerprint = || {
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         checkpoint.fingerprint().to_owned()
@@ -332,7 +332,7 @@ fn the_fingerprint_changes_with_each_single_tensor() {
         for byte in &mut changed[begin..end] {
             *byte ^= 0x80;
         }
-        std::fs::write(&path, changed).unwrap();
+        fs::write(&path, changed).unwrap();
         names.insert(fingerprint());
     }
     assert_eq!(names.len(), header.len() + 1);
