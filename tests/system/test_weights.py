@@ -141,7 +141,7 @@ def test_a_rolling_update_and_its_way_back(cluster, tmp_path):
     assert len(status["other_weights"]) == 1 and new in status["other_weights"][0], status
     unknown = cluster.tramontane("weights", "use", "ffff", check=False)
     assert unknown.returncode == 3 and "tramontane weights list" in unknown.stderr, unknown.stderr
-    dry = cluster.tramontane("weights", "use", new[:6], "--dry-run")
+    dry = cluster.tramontane("weights", "use", new[:6], "--dry-run", "--wait")
     assert new in dry.stderr and cluster.read("status")["weights_wanted"] is None
 
     # Over to it: the wish waits until it is placed.

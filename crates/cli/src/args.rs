@@ -160,8 +160,8 @@ pub(crate) enum WeightsCommand {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct UseArgs {
     /// Its fingerprint, or as much of the beginning as tells it apart
-    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    pub(crate) version: String,
+    #[arg(value_name = "VERSION", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub(crate) weights: String,
     /// Its numeric class, where workers compute with it in several
     #[arg(long)]
     pub(crate) class: Option<String>,
@@ -535,7 +535,7 @@ mod tests {
             ("placement apply --replicas 0", ErrorKind::ValueValidation),
             ("events --last 0", ErrorKind::ValueValidation),
             ("weights use", ErrorKind::MissingRequiredArgument),
-            ("weights use --version=", ErrorKind::UnknownArgument),
+            ("weights use ", ErrorKind::InvalidValue),
         ] {
             assert_eq!(parse(line).unwrap_err(), kind, "{line}");
         }

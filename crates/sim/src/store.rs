@@ -263,7 +263,7 @@ impl Store for Client {
                     {
                         return Ok(CasOutcome::Swapped(found.revision));
                     }
-                    _ => {}
+                    CasOutcome::Conflict(_) => {}
                 }
                 Ok(outcome)
             })

@@ -100,7 +100,7 @@ fn version_json(version: &v1::WeightsSummary) -> Value {
 async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
     let mut admin = connect(&args.change.router).await?;
     let request = v1::UseWeightsRequest {
-        version: args.version.clone(),
+        version: args.weights.clone(),
         numeric_class: args.class.clone().unwrap_or_default(),
         let_come: args.change.wait,
         dry_run: args.change.dry_run,
@@ -110,7 +110,7 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
             tonic::Code::FailedPrecondition => {
                 format!(
                     "tramontane weights use {} --wait, or {SEE_WEIGHTS}",
-                    args.version
+                    args.weights
                 )
             }
             _ => SEE_WEIGHTS.to_owned(),

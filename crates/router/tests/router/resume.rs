@@ -164,7 +164,7 @@ async fn what_is_not_the_same_request_does_not_go_on() {
     let (answer, _position) = id.rsplit_once('/').unwrap();
     let (two, far) = (format!("{answer}/1.1"), format!("{answer}/4000000000"));
     let table = [
-        (&other, id.as_str(), 409, "got"),
+        (&other, id.as_str(), 409, "of another request"),
         (&at_once, id.as_str(), 400, "stream is true"),
         (&body, "7", 400, "ANSWER/TAG/POSITION"),
         (

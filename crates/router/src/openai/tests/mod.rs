@@ -488,7 +488,7 @@ fn chat_chunks_have_the_documented_form() {
     let mut render = ChatRender::new(head(false, true));
     assert_eq!(
         render.open(0, None).unwrap().to_string(),
-        r#"{"id":"x-1","object":"chat.completion.chunk","created":7,"model":"demo","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#
+        r#"{"id":"x-1","object":"chat.completion.chunk","created":7,"model":"demo","system_fingerprint":"f1-cpu-q8","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#
     );
     let delta = Delta {
         choice: 2,
