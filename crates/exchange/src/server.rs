@@ -63,13 +63,12 @@ impl ExpertServerConfig {
         row_format: RowFormat,
         numeric_class: String,
     ) -> Self {
-        let (queue_max, merge_rows_max) = (SERVER_QUEUE_MAX, MERGE_ROWS_MAX);
         Self {
             geometry,
             row_format,
             numeric_class,
-            queue_max,
-            merge_rows_max,
+            queue_max: SERVER_QUEUE_MAX,
+            merge_rows_max: MERGE_ROWS_MAX,
             clock: Instant::now,
         }
     }
@@ -195,9 +194,8 @@ impl ExpertServer {
     ) -> Self {
         let mut server = Self::without_thread(desk, config, experts, epoch);
         let shared = Arc::clone(&server.handle.shared);
-        let name = "expert-server".to_owned();
         let thread = std::thread::Builder::new()
-            .name(name)
+            .name("expert-server".to_owned())
             .spawn(move || run(&shared));
         let thread = thread.map_err(|error| {
             tracing::error!(%error, "no thread for the expert server, every call is refused");

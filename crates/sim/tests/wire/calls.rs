@@ -278,51 +278,30 @@ impl Me {
         });
         drop(asked);
         let calls = self.calls.clone();
-        let reply = ReplySender::new(move |answer| calls.on_outcome(number, answer));
+        let reply = ReplySender::new(move |answer| calls.on_outcome(number, &answer));
         self.transport.send(to, call, reply);
     }
 }
 
 /// A call, and what it must get.
 fn by_chance(chance: &mut Rng, must_be_good: bool) -> (ExpertCall, Due) {
-    let num_rows = chance.range(1, 6) as u32;
+    let num_rows = chance.range(1, 6);
     let rows: Vec<u32> = (0..num_rows).map(|_| chance.next() as u32).collect();
-    let mut jobs = Vec::new();
-    let mut outputs = Vec::new();
-    for expert in (0..NUM_EXPERTS as u16).map(ExpertId) {
-        if !chance.chance(50) && !(jobs.is_empty() && usize::from(expert.0) + 1 == NUM_EXPERTS) {
-            continue;
+    let first = chance.range(0, NUM_EXPERTS as u64) as u16;
+    let (mut jobs, mut outputs) = (Vec::new(), Vec::new());
+    for expert in first..NUM_EXPERTS as u16 {
+        if expert == first || chance.chance(50) {
+            let job = job_by_chance(chance, ExpertId(expert), rows.len());
+            add_outputs(&job, &rows, &mut outputs);
+            jobs.push(job);
         }
-        let begin = chance.range(0, u64::from(SEGMENTS_PER_EXPERT)) as u8;
-        let end = chance.range(u64::from(begin) + 1, u64::from(SEGMENTS_PER_EXPERT) + 1) as u8;
-        let Ok(range) = SegmentRange::new(begin, end) else {
-            continue;
-        };
-        let row_ids: Vec<u32> = (0..num_rows)
-            .filter(|id| *id == 0 || chance.chance(60))
-            .collect();
-        for &row in &row_ids {
-            for node in range.nodes(SEGMENTS_PER_EXPERT) {
-                let value = |s| segment(VERSION, (HELD, expert, s), rows[row as usize]);
-                let sum: u64 = (node.begin..node.begin + node.len).map(value).sum();
-                outputs.extend((sum as f32).to_le_bytes());
-            }
-        }
-        jobs.push(Job {
-            expert,
-            range,
-            row_ids,
-        });
     }
+    let bytes: Vec<u8> = rows.iter().flat_map(|row| row.to_le_bytes()).collect();
     let mut call = ExpertCall {
         epoch: Epoch(EPOCH),
         layer: HELD,
-        num_rows: num_rows as usize,
-        rows: rows
-            .iter()
-            .flat_map(|row| row.to_le_bytes())
-            .collect::<Vec<u8>>()
-            .into(),
+        num_rows: rows.len(),
+        rows: bytes.into(),
         jobs,
     };
     let due = match chance.range(0, 10) {
@@ -331,7 +310,7 @@ fn by_chance(chance: &mut Rng, must_be_good: bool) -> (ExpertCall, Due) {
             Due::Stale
         }
         1 if !must_be_good => {
-            call.jobs[0].row_ids = vec![num_rows];
+            call.jobs[0].row_ids = vec![rows.len() as u32];
             Due::Invalid
         }
         _ => Due::Outputs(outputs.into()),
@@ -339,8 +318,31 @@ fn by_chance(chance: &mut Rng, must_be_good: bool) -> (ExpertCall, Due) {
     (call, due)
 }
 
+fn job_by_chance(chance: &mut Rng, expert: ExpertId, num_rows: usize) -> Job {
+    let segments = u64::from(SEGMENTS_PER_EXPERT);
+    let begin = chance.range(0, segments);
+    let end = chance.range(begin + 1, segments + 1);
+    let row_ids = (0..num_rows as u32).filter(|id| *id == 0 || chance.chance(60));
+    Job {
+        expert,
+        row_ids: row_ids.collect(),
+        range: SegmentRange::new(begin as u8, end as u8).unwrap(),
+    }
+}
+
+/// What the experts of the model say to a job.
+fn add_outputs(job: &Job, rows: &[u32], outputs: &mut Vec<u8>) {
+    for &row in &job.row_ids {
+        for node in job.range.nodes(SEGMENTS_PER_EXPERT) {
+            let value = |s| segment(VERSION, (HELD, job.expert, s), rows[row as usize]);
+            let sum: u64 = (node.begin..node.begin + node.len).map(value).sum();
+            outputs.extend((sum as f32).to_le_bytes());
+        }
+    }
+}
+
 impl Calls {
-    fn on_outcome(&self, number: usize, answer: Result<Reply, Refusal>) {
+    fn on_outcome(&self, number: usize, answer: &Result<Reply, Refusal>) {
         let now = self.history.now();
         let mut asked = self.asked.lock();
         let one = &mut asked[number];
@@ -350,14 +352,14 @@ impl Calls {
         let is_over = self.history.dead_for(&caller, one.life).is_some();
         // What is asked while hosts stop may be lost.
         let must_succeed = (HEALED..STOP).contains(&at);
-        let is_due = match (&answer, &one.due) {
+        let is_due = match (answer, &one.due) {
             (Ok(reply), Due::Outputs(outputs)) => reply.outputs == outputs,
             (Err(Refusal::Stale { epoch }), Due::Stale) => *epoch == Epoch(EPOCH),
             (Err(Refusal::Invalid(_)), Due::Invalid) => true,
             _ => false,
         };
         drop(asked);
-        let told = match &answer {
+        let told = match answer {
             Ok(_) => "answered".to_owned(),
             Err(why) => why.to_string(),
         };

@@ -4,6 +4,13 @@
 //! `TRAMONTANE_WIRE_SEED=531 cargo test -p tramontane-sim --test wire -- --nocapture` repeats one seed and prints
 //! what happens in it.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of tests are not seen as tests by the lints"
+)]
+
 mod calls;
 #[cfg(feature = "mutations")]
 mod defects;
