@@ -1,0 +1,128 @@
+// The emulator's version of kernels/ptx.cuh: the same names, the same fragments.
+#pragma once
+
+/// The block's dynamic shared memory, 1024-byte aligned.
+static inline unsigned char *tr_shared() { return emu::shared(); }
+static inline u32 shared_address(const void *p) { return emu::shared_address(p); }
+
+// Conversions.
+static inline u16 bf16_from(float x) {
+    u32 u = __float_as_uint(x);
+    return x != x ? 0x7FFF : static_cast<u16>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
+static inline float bf16_to(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
+static inline u32 bf16x2_from(float low, float high) {
+    return bf16_from(low) | static_cast<u32>(bf16_from(high)) << 16;
+}
+static inline float bf16x2_low(u32 x) { return __uint_as_float(x << 16); }
+static inline float bf16x2_high(u32 x) { return __uint_as_float(x & 0xFFFF0000U); }
+
+// Global memory.
+static inline uint4 load_stream_16(const void *p) {
+    emu::check_global(p, 16, 16, "a load");
+    return *static_cast<const uint4 *>(p);
+}
+static inline uint4 load_16(const void *p) { return load_stream_16(p); }
+static inline uint2 load_8(const void *p) {
+    emu::check_global(p, 8, 8, "a load");
+    return *static_cast<const uint2 *>(p);
+}
+static inline u32 load_4(const void *p) {
+    emu::check_global(p, 4, 4, "a load");
+    return *static_cast<const u32 *>(p);
+}
+
+// Asynchronous copies to shared memory.
+static inline void cp_async_16(u32 to, const void *from, int bytes) {
+    if (bytes < 0 || bytes > 16) {
+        emu::stop("cp.async of %d bytes", bytes);
+    }
+    emu::check_global(from, static_cast<size_t>(bytes), 16, "cp.async");
+    emu::copy_async(emu::shared_at(to, 16, 16, "cp.async"), from, bytes);
+}
+static inline void cp_async_commit() { emu::copy_async_commit(); }
+template <int LEFT> static inline void cp_async_wait() { emu::copy_async_wait(LEFT); }
+static inline void fence_proxy_async() {}
+
+// ldmatrix: matrix `i` of 8 x 8 b16 has its row addresses in lanes 8 i to 8 i + 7; lane `l` receives elements
+// 2 (l % 4) and the next of row l / 4, or with .trans those of column l / 4.
+struct EmuMatrix {
+    u32 address;
+    u32 *to;
+};
+template <int COUNT, bool TRANS> static inline void emu_ldmatrix(u32 *to, u32 address) {
+    EmuMatrix slot = {address, to};
+    emu::warp_collective(TRANS ? "ldmatrix.trans" : "ldmatrix", ~0U, &slot, [](void *const *slots, u32) {
+        for (int m = 0; m < COUNT; ++m) {
+            const u16 *rows[8];
+            for (int r = 0; r < 8; ++r) {
+                u32 at = static_cast<EmuMatrix *>(slots[m * 8 + r])->address;
+                rows[r] = static_cast<const u16 *>(emu::shared_at(at, 16, 16, "ldmatrix"));
+            }
+            for (int l = 0; l < 32; ++l) {
+                int a = l / 4, b = l % 4 * 2;
+                u32 low = TRANS ? rows[b][a] : rows[a][b];
+                u32 high = TRANS ? rows[b + 1][a] : rows[a][b + 1];
+                static_cast<EmuMatrix *>(slots[l])->to[m] = low | high << 16;
+            }
+        }
+    });
+}
+static inline void ldmatrix_x4(u32 (&to)[4], u32 address) { emu_ldmatrix<4, false>(to, address); }
+static inline void ldmatrix_x2(u32 (&to)[2], u32 address) { emu_ldmatrix<2, false>(to, address); }
+static inline void ldmatrix_x4_trans(u32 (&to)[4], u32 address) { emu_ldmatrix<4, true>(to, address); }
+static inline void ldmatrix_x2_trans(u32 (&to)[2], u32 address) { emu_ldmatrix<2, true>(to, address); }
+
+// mma.sync m16n8: lane l has rows l / 4 and l / 4 + 8 of A and D, column l / 4 of B, and columns 2 (l % 4) and the
+// next of D. A register holds 32 bits of k: those at (l % 4), and those 4 registers further.
+struct EmuMma {
+    float *d;
+    const u32 *a;
+    const u32 *b;
+};
+static inline float emu_e4m3(u32 x) {
+    u32 exponent = x >> 3 & 15, mantissa = x & 7;
+    float value = exponent == 15 && mantissa == 7 ? NAN
+                  : exponent == 0                 ? ldexpf(static_cast<float>(mantissa), -9)
+                                                  : ldexpf(static_cast<float>(8 + mantissa), static_cast<int>(exponent) - 10);
+    return x & 0x80 ? -value : value;
+}
+/// Element `i` of a register of elements of `BITS` bits.
+template <int BITS> static inline float emu_element(u32 word, int i) {
+    return BITS == 16 ? bf16_to(static_cast<u16>(word >> (16 * i))) : emu_e4m3(word >> (8 * i) & 255);
+}
+template <int BITS> static inline void emu_mma(void *const *slots) {
+    constexpr int PER = 32 / BITS;
+    float a[16][8 * PER], b[8][8 * PER];
+    for (int l = 0; l < 32; ++l) {
+        const auto *lane = static_cast<EmuMma *>(slots[l]);
+        for (int r = 0; r < 4; ++r) {
+            for (int i = 0; i < PER; ++i) {
+                a[l / 4 + r % 2 * 8][(l % 4 + r / 2 * 4) * PER + i] = emu_element<BITS>(lane->a[r], i);
+            }
+        }
+        for (int r = 0; r < 2; ++r) {
+            for (int i = 0; i < PER; ++i) {
+                b[l / 4][(l % 4 + r * 4) * PER + i] = emu_element<BITS>(lane->b[r], i);
+            }
+        }
+    }
+    for (int l = 0; l < 32; ++l) {
+        float *d = static_cast<EmuMma *>(slots[l])->d;
+        for (int i = 0; i < 4; ++i) {
+            double sum = d[i];
+            for (int k = 0; k < 8 * PER; ++k) {
+                sum += static_cast<double>(a[l / 4 + i / 2 * 8][k]) * b[l % 4 * 2 + i % 2][k];
+            }
+            d[i] = static_cast<float>(sum);
+        }
+    }
+}
+static inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    EmuMma slot = {d, a, b};
+    emu::warp_collective("mma.bf16", ~0U, &slot, [](void *const *slots, u32) { emu_mma<16>(slots); });
+}
+static inline void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    EmuMma slot = {d, a, b};
+    emu::warp_collective("mma.e4m3", ~0U, &slot, [](void *const *slots, u32) { emu_mma<8>(slots); });
+}

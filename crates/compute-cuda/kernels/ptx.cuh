@@ -1,0 +1,111 @@
+// Stands in front of every source: the types that headers would bring, and all inline PTX. NVRTC gets no include
+// path. emulator/ptx.h has the same functions for the host. Holds nothing that only one kernel could want.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+extern __shared__ __align__(1024) unsigned char tr_shared_memory[];
+
+/// The block's dynamic shared memory, 1024-byte aligned. Kernels have no other shared memory.
+__device__ __forceinline__ unsigned char *tr_shared() { return tr_shared_memory; }
+
+/// The address that the shared-memory instructions take.
+__device__ __forceinline__ u32 shared_address(const void *p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// bf16, to nearest, ties to even.
+
+__device__ __forceinline__ u16 bf16_from(float x) {
+    u16 out;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(x));
+    return out;
+}
+
+__device__ __forceinline__ float bf16_to(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
+
+__device__ __forceinline__ u32 bf16x2_from(float low, float high) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+__device__ __forceinline__ float bf16x2_low(u32 x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float bf16x2_high(u32 x) { return __uint_as_float(x & 0xFFFF0000U); }
+
+// Loads of what no kernel writes while this one runs.
+
+/// 16 bytes that are read once: weights. They pass by the L1 cache.
+__device__ __forceinline__ uint4 load_stream_16(const void *p) {
+    uint4 out;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "l"(p));
+    return out;
+}
+
+__device__ __forceinline__ uint4 load_16(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
+__device__ __forceinline__ uint2 load_8(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }
+__device__ __forceinline__ u32 load_4(const void *p) { return __ldg(static_cast<const u32 *>(p)); }
+
+// Asynchronous copies to shared memory.
+
+/// Copies `bytes` (0 to 16) and fills the rest of 16 with zero.
+__device__ __forceinline__ void cp_async_16(u32 to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits for all of this thread's groups but the youngest `LEFT`.
+template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Matrices of 8 x 8 b16: matrix i has its row addresses in lanes 8 i to 8 i + 7.
+
+__device__ __forceinline__ void ldmatrix_x4(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2(u32 (&to)[2], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2_trans(u32 (&to)[2], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+/// `d += a b` for 16 x 16 bf16 of A (rows) and 16 x 8 of B (columns), f32 sums.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#if __CUDA_ARCH__ >= 890
+/// `d += a b` for 16 x 32 e4m3 of A (rows) and 32 x 8 of B (columns), f32 sums.
+__device__ __forceinline__ void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
