@@ -171,3 +171,4 @@ static inline u32 __match_any_sync(u32 mask, u32 value) {
 }
 
 #include "ptx.h"
+#include "../kernels/tile.cuh"

@@ -17,6 +17,15 @@ static inline u32 bf16x2_from(float low, float high) {
 static inline float bf16x2_low(u32 x) { return __uint_as_float(x << 16); }
 static inline float bf16x2_high(u32 x) { return __uint_as_float(x & 0xFFFF0000U); }
 
+static inline u32 bf16x2_fma(u32 a, u32 b, u32 c) {
+    // Rounded twice (f32, then bf16), which the device does not: a difference in ties only.
+    auto fma_one = [](u32 x, u32 y, u32 z) { return bf16_from(fmaf(bf16_to(u16(x)), bf16_to(u16(y)), bf16_to(u16(z)))); };
+    return fma_one(a, b, c) | static_cast<u32>(fma_one(a >> 16, b >> 16, c >> 16)) << 16;
+}
+static inline u32 bf16x2_repeat_low(u32 x) { return (x & 0xFFFF) | x << 16; }
+static inline u32 bf16x2_repeat_high(u32 x) { return x >> 16 | (x & 0xFFFF0000U); }
+static inline void bar_sync(int id, int threads) { emu::barrier(id, threads); }
+
 // Global memory.
 static inline uint4 load_stream_16(const void *p) {
     emu::check_global(p, 16, 16, "a load");
@@ -91,19 +100,18 @@ static inline float emu_e4m3(u32 x) {
 template <int BITS> static inline float emu_element(u32 word, int i) {
     return BITS == 16 ? bf16_to(static_cast<u16>(word >> (16 * i))) : emu_e4m3(word >> (8 * i) & 255);
 }
-template <int BITS> static inline void emu_mma(void *const *slots) {
-    constexpr int PER = 32 / BITS;
+template <int PER, class Element> static inline void emu_mma_of(void *const *slots, Element element) {
     float a[16][8 * PER], b[8][8 * PER];
     for (int l = 0; l < 32; ++l) {
         const auto *lane = static_cast<EmuMma *>(slots[l]);
         for (int r = 0; r < 4; ++r) {
             for (int i = 0; i < PER; ++i) {
-                a[l / 4 + r % 2 * 8][(l % 4 + r / 2 * 4) * PER + i] = emu_element<BITS>(lane->a[r], i);
+                a[l / 4 + r % 2 * 8][(l % 4 + r / 2 * 4) * PER + i] = element(lane->a[r], i);
             }
         }
         for (int r = 0; r < 2; ++r) {
             for (int i = 0; i < PER; ++i) {
-                b[l / 4][(l % 4 + r * 4) * PER + i] = emu_element<BITS>(lane->b[r], i);
+                b[l / 4][(l % 4 + r * 4) * PER + i] = element(lane->b[r], i);
             }
         }
     }
@@ -118,6 +126,9 @@ template <int BITS> static inline void emu_mma(void *const *slots) {
         }
     }
 }
+template <int BITS> static inline void emu_mma(void *const *slots) {
+    emu_mma_of<32 / BITS>(slots, emu_element<BITS>);
+}
 static inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     EmuMma slot = {d, a, b};
     emu::warp_collective("mma.bf16", ~0U, &slot, [](void *const *slots, u32) { emu_mma<16>(slots); });
@@ -126,3 +137,32 @@ static inline void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2])
     EmuMma slot = {d, a, b};
     emu::warp_collective("mma.e4m3", ~0U, &slot, [](void *const *slots, u32) { emu_mma<8>(slots); });
 }
+
+// f16.
+static inline u16 emu_f16_from(float x) {
+    _Float16 half = static_cast<_Float16>(x);
+    u16 bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+static inline float emu_f16_to(u16 bits) {
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return static_cast<float>(half);
+}
+static inline u32 f16x2_from(float low, float high) {
+    return emu_f16_from(low) | static_cast<u32>(emu_f16_from(high)) << 16;
+}
+static inline void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    EmuMma slot = {d, a, b};
+    emu::warp_collective("mma.f16", ~0U, &slot, [](void *const *slots, u32) {
+        emu_mma_of<2>(slots, [](u32 word, int i) { return emu_f16_to(static_cast<u16>(word >> (16 * i))); });
+    });
+}
+static inline float exp2_fast(float x) { return exp2f(x); }
+static inline float2 load_fresh_8(const void *p) {
+    emu::check_global(p, 8, 8, "a load");
+    return *static_cast<const float2 *>(p);
+}
+static inline float reciprocal_fast(float x) { return 1.0F / x; }
+static inline float reciprocal_sqrt(float x) { return reciprocal_fast(sqrtf(x)); }

@@ -35,6 +35,16 @@ __device__ __forceinline__ u32 bf16x2_from(float low, float high) {
 __device__ __forceinline__ float bf16x2_low(u32 x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float bf16x2_high(u32 x) { return __uint_as_float(x & 0xFFFF0000U); }
 
+/// Two bf16 `a * b + c`, each rounded once.
+__device__ __forceinline__ u32 bf16x2_fma(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+__device__ __forceinline__ u32 bf16x2_repeat_low(u32 x) { return __byte_perm(x, x, 0x1010); }
+__device__ __forceinline__ u32 bf16x2_repeat_high(u32 x) { return __byte_perm(x, x, 0x3232); }
+
 // Loads of what no kernel writes while this one runs.
 
 /// 16 bytes that are read once: weights. They pass by the L1 cache.
@@ -49,6 +59,11 @@ __device__ __forceinline__ uint4 load_stream_16(const void *p) {
 __device__ __forceinline__ uint4 load_16(const void *p) { return __ldg(static_cast<const uint4 *>(p)); }
 __device__ __forceinline__ uint2 load_8(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }
 __device__ __forceinline__ u32 load_4(const void *p) { return __ldg(static_cast<const u32 *>(p)); }
+
+/// Waits until `threads` threads (a multiple of 32) came to barrier `id`; 0 is the barrier of __syncthreads.
+__device__ __forceinline__ void bar_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Asynchronous copies to shared memory.
 
@@ -109,3 +124,46 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[4], const u32 (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
+
+// f16: keys and values, and what is multiplied with them.
+
+__device__ __forceinline__ u32 f16x2_from(float low, float high) {
+    u32 out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+/// `d += a b` for 16 x 16 f16 of A (rows) and 16 x 8 of B (columns), f32 sums.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// 2^x to two units in the last place; exact at 0, 0 at minus infinity.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+/// What another block wrote in this launch, and a fence has shown to be there.
+__device__ __forceinline__ float2 load_fresh_8(const void *p) {
+    float2 out;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "l"(p) : "memory");
+    return out;
+}
+
+/// 1 / x to one unit in the last place.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+/// 1 / sqrt(x): the root to nearest, then its reciprocal as above.
+__device__ __forceinline__ float reciprocal_sqrt(float x) {
+    float root;
+    asm("sqrt.rn.f32 %0, %1;" : "=f"(root) : "f"(x));
+    return reciprocal_fast(root);
+}

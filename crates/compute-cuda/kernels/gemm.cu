@@ -1,0 +1,497 @@
+// Products with packed weights by mma.sync: dense matrices and grouped experts, sm_80 and later. The weights go
+// from memory to registers, once; only tokens pass through shared memory. gemm_wgmma.cu has the same for Hopper.
+//
+// One output element: its parts (tile.cuh) each from zero, k ascending, one mma after another; then the tree. All
+// variants of a format (n8 to n128) do just that, so they give the same bits: `emulator/tests/gemm.cpp`.
+//
+// Two ways to cut the work of a matrix with 8 parts:
+//   by parts   (n8, n16)  8 warps, each sums its own part of the same rows; the tree runs over shared memory.
+//                         For few tokens: a matrix of 4096 rows makes 256 blocks, all parts of K at work at once.
+//   in turn    (n32, n64) 4 warps of 16 rows walk over all parts; sums that wait for their right half are parked in
+//                         shared memory. For more tokens: 64 rows share each token tile that is read from L2.
+//
+// Bytes in flight (what decides the speed for few tokens): a warp keeps AHEAD steps of MT x 2 KiB under way. By parts,
+// n8: 8 warps x 2 steps x 2 KiB = 32 KiB a block, at 80 registers 3 blocks per SM: 96 KiB. An H200 needs 4.3 TB/s
+// x 0.9 us / 132 = 29 KiB per SM, an A100 17 KiB: enough for all of the bandwidth, as far as Little's law goes.
+
+/// Waits for the threads that share a token stage.
+template <int THREADS> __device__ __forceinline__ void group_sync(int barrier) {
+    if constexpr (THREADS == 32) {
+        __syncwarp();
+    } else {
+        bar_sync(barrier, THREADS);
+    }
+}
+
+/// One step of MT strips by N tokens. `lane_offset`: see first_offset.
+template <class Step, int N, int MT>
+__device__ __forceinline__ void multiply_step(float (&sum)[MT][N / 8][4], const Step (&weights)[MT], u32 stage,
+                                              u32 lane_offset, int count) {
+    u32 pair[4]; // N == 8: the B fragments of two tiles
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+        u32 a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            fragment(weights[m], tile, a[m]);
+        }
+        if constexpr (N == 8) {
+            if (tile % 2 == 0) {
+                ldmatrix_x4(pair, (stage + lane_offset) ^ (tile << 5));
+            }
+            u32 b[2] = {pair[tile % 2 * 2], pair[tile % 2 * 2 + 1]};
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                mma_step(weights[m], sum[m][0], a[m], b);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < N / 16; ++n) {
+                if (n * 16 < count) {
+                    u32 both[4];
+                    ldmatrix_x4(both, (stage + lane_offset + n * 16 * TOKEN_STEP_BYTES) ^ (tile << 5));
+                    u32 b0[2] = {both[0], both[1]}, b1[2] = {both[2], both[3]};
+#pragma unroll
+                    for (int m = 0; m < MT; ++m) {
+                        mma_step(weights[m], sum[m][2 * n], a[m], b0);
+                        mma_step(weights[m], sum[m][2 * n + 1], a[m], b1);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where a lane's ldmatrix row lies in a stage, for tile 0. Matrices: k low and high half of tokens 0 to 7, then of
+/// 8 to 15; for N == 8 the two halves of tile 0, then of tile 1. Tile t is at `^ t << 5`.
+template <int N> __device__ __forceinline__ u32 first_offset(int lane) {
+    int matrix = lane / 8, row = lane % 8;
+    if constexpr (N == 8) {
+        return row * TOKEN_STEP_BYTES + ((matrix ^ row) << 4);
+    }
+    return (matrix / 2 * 8 + row) * TOKEN_STEP_BYTES + ((matrix % 2 ^ row) << 4);
+}
+
+/// Walks over `parts` with MT strips of this warp and calls `finish(part, sum)` after each part.
+/// `strip_of(part)`: the first of the warp's strips. `thread` of THREADS that share the token stages.
+template <class Step, int N, int MT, int THREADS, int STAGES, int AHEAD, class StripOf, class Finish>
+__device__ __forceinline__ void walk(const Tokens &tokens, const Parts &parts, u32 stages, int thread, int barrier,
+                                     StripOf strip_of, Finish finish) {
+    constexpr int RING = AHEAD + 1;
+    constexpr u32 STAGE_BYTES = N * TOKEN_STEP_BYTES;
+    int lane = thread % 32, total = total_steps<Step>(parts);
+    u32 lane_offset = first_offset<N>(lane);
+    Step ring[RING][MT];
+    Cursor loads = first_step<Step>(parts), copies = loads, at = loads;
+    const u8 *strip = nullptr;
+    auto load = [&](Step(&to)[MT]) {
+        if (loads.part < parts.end) {
+            strip = loads.step == 0 ? strip_of(loads.part) : strip + Step::BYTES;
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                load_step(to[m], strip + static_cast<long long>(m) * loads.steps * Step::BYTES, lane);
+            }
+            advance<Step>(loads, parts);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        load(ring[i]);
+    }
+    TokenRows<N, THREADS> rows;
+    find_rows(rows, tokens, thread);
+    auto copy = [&](int slot) {
+        copy_step<Step, N, THREADS>(stages + slot * STAGE_BYTES, rows, tokens, parts, copies, thread);
+        if (copies.part < parts.end) {
+            advance<Step>(copies, parts);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+        copy(i);
+    }
+    float sum[MT][N / 8][4] = {};
+    int slot = 0, free_slot = STAGES - 1;
+    for (int first = 0; first < total; first += RING) {
+#pragma unroll
+        for (int r = 0; r < RING; ++r) {
+            if (first + r < total) {
+                cp_async_wait<STAGES - 2>();
+                group_sync<THREADS>(barrier);
+                load(ring[(r + AHEAD) % RING]);
+                copy(free_slot);
+                multiply_step<Step, N, MT>(sum, ring[r], stages + slot * STAGE_BYTES, lane_offset, tokens.count);
+                free_slot = slot;
+                slot = slot + 1 == STAGES ? 0 : slot + 1;
+                int part = at.part;
+                advance<Step>(at, parts);
+                if (at.part != part) {
+                    finish(part, sum);
+#pragma unroll
+                    for (int i = 0; i < MT * (N / 8) * 4; ++i) {
+                        sum[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0.0F;
+                    }
+                }
+            }
+        }
+    }
+    cp_async_wait<0>();
+}
+
+// ---- Scales of e4m3.
+
+/// Where the scales of a product lie. Weights: `weight(part)[packed row]`. Tokens: `token[row * stride + part * part_stride]`.
+struct TokenScales {
+    const float *scale;
+    int stride, part_stride;
+};
+
+__device__ __forceinline__ float token_scale(const TokenScales &scales, const Tokens &tokens, int part, int column) {
+    if (column >= tokens.count) {
+        return 0.0F;
+    }
+    long long row = tokens.first + column;
+    row = tokens.ids == nullptr ? row : tokens.ids[row];
+    return __ldg(scales.scale + row * scales.stride + part * scales.part_stride);
+}
+
+/// Scales the sums of one strip and part: row scale times token scale, once each.
+template <class Step, int N>
+__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales &scales,
+                                           const Tokens &tokens, int part, int lane) {
+    if constexpr (Step::WEIGHT == 8) {
+        float low = __ldg(row_scales + lane / 4), high = __ldg(row_scales + lane / 4 + 8);
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float token = token_scale(scales, tokens, part, j * 8 + lane % 4 * 2 + i);
+                sum[j][i] = __fmul_rn(__fmul_rn(sum[j][i], low), token);
+                sum[j][2 + i] = __fmul_rn(__fmul_rn(sum[j][2 + i], high), token);
+            }
+        }
+    }
+}
+
+// ---- A matrix with a tree.
+
+/// What a product writes: vector `first_vector + column * vectors + node`, element `row`.
+struct Output {
+    float *out;
+    long long first_vector;
+    int vectors, stride, rows;
+    bool is_added;
+};
+
+__device__ __forceinline__ void put(const Output &output, int column, int node, int row, float value) {
+    if (row < output.rows) {
+        float *to = output.out + (output.first_vector + static_cast<long long>(column) * output.vectors + node) * output.stride + row;
+        *to = output.is_added ? __fadd_rn(*to, value) : value;
+    }
+}
+
+/// By parts: 8 warps, MT strips each. Shared: 8 x STAGES x N x 128, then 8 x N x (MT x 16 + 4) f32.
+template <class Step, int N, int MT, int STAGES, class StripOf, class ScalesOf>
+__device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
+                                              const Output &output, const TokenScales &scales, StripOf strip_of,
+                                              ScalesOf scales_of) {
+    constexpr int ROWS = MT * 16, PITCH = ROWS + 4;
+    constexpr u32 STAGE_BYTES = STAGES * N * TOKEN_STEP_BYTES;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    auto *slots = reinterpret_cast<float *>(tr_shared() + 8 * STAGE_BYTES); // [part][column][PITCH]
+    Parts own = {parts.cols, parts.part_cols, warp, min(warp + 1, parts.end)};
+    if (warp >= parts.begin && warp < parts.end) {
+        auto finish = [&](int part, float(&sum)[MT][N / 8][4]) {
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                scale_sums<Step, N>(sum[m], scales_of(part) + m * 16, scales, tokens, part, lane);
+#pragma unroll
+                for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        int column = j * 8 + lane % 4 * 2 + i % 2, row = m * 16 + lane / 4 + i / 2 * 8;
+                        slots[(part * N + column) * PITCH + row] = sum[m][j][i];
+                    }
+                }
+            }
+        };
+        u32 stages = shared_address(tr_shared()) + warp * STAGE_BYTES;
+        walk<Step, N, MT, 32, STAGES, 2>(tokens, own, stages, lane, 0, strip_of, finish);
+    }
+    __syncthreads();
+    int end = tree_end(parts.end, num_segments);
+    for (int i = threadIdx.x; i < ROWS * N; i += 256) {
+        int row = i % ROWS, column = i / ROWS, node = 0;
+        if (column >= tokens.count) {
+            break;
+        }
+        float value[8];
+#pragma unroll
+        for (int part = 0; part < 8; ++part) {
+            value[part] = part >= parts.begin && part < parts.end ? slots[(part * N + column) * PITCH + row] : 0.0F;
+        }
+#pragma unroll
+        for (int length = 1; length < 8; length *= 2) {
+#pragma unroll
+            for (int at = 0; at < 8; at += 2 * length) {
+                bool is_whole = at >= parts.begin && at + 2 * length <= end;
+                if (is_whole && at + length < num_segments) {
+                    value[at] = __fadd_rn(value[at], value[at + length]);
+                }
+            }
+        }
+#pragma unroll
+        for (int at = 0; at < 8; ++at) {
+            bool is_output = at < num_segments
+                             && (is_node(at, 1, parts.begin, end) || (at % 2 == 0 && is_node(at, 2, parts.begin, end))
+                                 || (at % 4 == 0 && is_node(at, 4, parts.begin, end)) || (at == 0 && is_node(at, 8, parts.begin, end)));
+            if (is_output) {
+                put(output, column, node, first_row + row, value[at]);
+                node += 1;
+            }
+        }
+    }
+}
+
+/// Sums that wait for their right half, one place per level and thread.
+struct Parked {
+    float *place; // this thread's, [level][value][thread]
+    int threads, occupied;
+};
+
+/// Takes the sum of `part` up the tree as far as its left halves are there; calls `emit` for every node that is an
+/// output. `is_last`: no part follows; `is_tail_empty`: nor would any that has columns.
+template <int VALUES, class Emit>
+__device__ __forceinline__ void climb(Parked &parked, float (&value)[VALUES], int part, bool is_last, bool is_tail_empty,
+                                      Emit emit) {
+    int level = 0, at = part;
+    bool is_output = false;
+    while (true) {
+        bool is_right = level < 3 && (at >> level & 1) != 0;
+        if (level == 3 || (is_right && !(parked.occupied >> level & 1))) {
+            is_output = true;
+            break;
+        }
+        float *place = parked.place + level * VALUES * parked.threads;
+        if (is_right) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                value[i] = __fadd_rn(place[i * parked.threads], value[i]);
+            }
+            parked.occupied &= ~(1 << level);
+            at -= 1 << level;
+        } else if (!(is_last && is_tail_empty)) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                place[i * parked.threads] = value[i];
+            }
+            parked.occupied |= 1 << level;
+            break;
+        }
+        level += 1;
+    }
+    level = 2;
+    while (true) {
+        if (is_output) {
+            emit(value);
+        }
+        while (level >= 0 && !(parked.occupied >> level & 1)) {
+            level -= 1;
+        }
+        if (!is_last || is_tail_empty || level < 0) {
+            break;
+        }
+        is_output = true;
+        float *place = parked.place + level * VALUES * parked.threads;
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            value[i] = place[i * parked.threads];
+        }
+        level -= 1;
+    }
+}
+
+/// In turn: 4 warps of one strip each. Shared: STAGES x N x 128, then 3 x 64 x N f32.
+template <class Step, int N, int STAGES, class StripOf, class ScalesOf>
+__device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
+                                             const Output &output, const TokenScales &scales, StripOf strip_of,
+                                             ScalesOf scales_of) {
+    constexpr int VALUES = N / 2;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
+    auto *places = reinterpret_cast<float *>(tr_shared() + STAGES * N * TOKEN_STEP_BYTES);
+    Parked parked = {places + threadIdx.x, 128, 0};
+    int row = first_row + warp * 16 + lane / 4;
+    auto emit = [&](float(&value)[VALUES]) {
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (column < tokens.count) {
+                put(output, column, node, row + i / 2 % 2 * 8, value[i]);
+            }
+        }
+        node += 1;
+    };
+    auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
+        scale_sums<Step, N>(sum[0], scales_of(part), scales, tokens, part, lane);
+        float value[VALUES];
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            value[i] = sum[0][i / 4][i % 4];
+        }
+        climb(parked, value, part, part + 1 == parts.end, parts.end >= num_segments, emit);
+    };
+    walk<Step, N, 1, 128, STAGES, 2>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
+}
+
+template <class Step, int N, int MT, class StripOf, class ScalesOf>
+__device__ __forceinline__ void tree_product(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
+                                             const Output &output, const TokenScales &scales, StripOf strip_of,
+                                             ScalesOf scales_of) {
+    if constexpr (N <= 16) {
+        tree_by_parts<Step, N, MT, 3>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+    } else {
+        tree_in_turn<Step, N, 3>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+    }
+}
+
+/// Rows of one block of a product with a tree.
+template <int N> constexpr int TREE_ROWS = N == 8 ? 16 : N == 16 ? 32 : 64;
+
+// ---- Dense.
+
+/// The arguments of tr_linear_*: see README.md.
+struct Linear {
+    const u8 *weights;
+    const u8 *x;
+    const int *row_ids;
+    float *out;
+    const float *weight_scales, *x_scales;
+    int num_tokens, rows, cols, x_stride, out_stride, is_added;
+};
+
+template <class Step, int N> __device__ __forceinline__ void linear(const Linear &call) {
+    constexpr int ROWS = TREE_ROWS<N>;
+    int column = blockIdx.x * N, first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
+    Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
+    Parts parts = {call.cols, segment_cols(call.cols), 0, 0};
+    parts.end = divide_up(call.cols, parts.part_cols);
+    int strips = divide_up(call.rows, 64) * 4, strip = first_row / 16 + (N <= 16 ? 0 : warp);
+    long long part_bytes = static_cast<long long>(strips) * divide_up(parts.part_cols, Step::K) * Step::BYTES;
+    auto strip_of = [&](int part) {
+        int steps = divide_up(cols_of(parts, part), Step::K);
+        return call.weights + part * part_bytes + static_cast<long long>(strip) * steps * Step::BYTES;
+    };
+    auto scales_of = [&](int part) { return call.weight_scales + static_cast<long long>(part) * strips * 16 + strip * 16; };
+    Output output = {call.out, column, 1, call.out_stride, call.rows, call.is_added != 0};
+    TokenScales scales = {call.x_scales, 1, 0};
+    tree_product<Step, N, ROWS / 16>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
+}
+
+extern "C" __global__ void __launch_bounds__(256) tr_linear_bf16_n8(const Linear call) { linear<Bf16Step, 8>(call); }
+extern "C" __global__ void __launch_bounds__(256) tr_linear_bf16_n16(const Linear call) { linear<Bf16Step, 16>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_linear_bf16_n32(const Linear call) { linear<Bf16Step, 32>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_linear_bf16_n64(const Linear call) { linear<Bf16Step, 64>(call); }
+
+// ---- Experts.
+
+/// The arguments of tr_gate_up_*: see README.md.
+struct GateUp {
+    u16 *out; // [assignments, out_stride]
+    const Expert *experts;
+    const Job *jobs;
+    const int *offsets, *row_ids;
+    const u8 *x;
+    const float *x_scales;
+    int hidden, ff, x_stride, out_stride;
+};
+
+/// silu(gate) * up of one strip (8 columns of the intermediate row) for all tokens of the tile.
+template <int N>
+__device__ __forceinline__ void put_activation(const GateUp &call, const float (&sum)[N / 8][4], const Tokens &tokens,
+                                               int first, int ff_column, int lane) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        float even = __fmul_rn(silu(sum[j][0]), sum[j][2]), odd = __fmul_rn(silu(sum[j][1]), sum[j][3]);
+        // The neighbour row's value, so that a lane writes two columns of one token.
+        bool is_first = lane / 4 % 2 == 0;
+        float other = __shfl_xor_sync(~0U, is_first ? odd : even, 4);
+        int token = j * 8 + lane % 4 * 2 + (is_first ? 0 : 1);
+        u32 both = is_first ? bf16x2_from(even, other) : bf16x2_from(other, odd);
+        if (token < tokens.count) {
+            u16 *row = call.out + static_cast<long long>(first + token) * call.out_stride;
+            *reinterpret_cast<u32 *>(row + ff_column + lane / 8 * 2) = both;
+        }
+    }
+}
+
+/// 4 warps of one strip: 32 columns of the intermediate row. Shared: STAGES x N x 128.
+template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ void gate_up(const GateUp &call) {
+    Job job = call.jobs[blockIdx.z];
+    int first = call.offsets[blockIdx.z] + blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - first;
+    int part_cols = segment_cols(call.ff), tiles = part_cols / 32;
+    int segment = blockIdx.y / tiles, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (left <= 0 || segment < job.begin || segment >= job.end) {
+        return;
+    }
+    Tokens tokens = {call.x, call.row_ids, first, min(N, left), call.x_stride};
+    Parts parts = {call.hidden, call.hidden, 0, 1};
+    const Expert *expert = call.experts + job.expert;
+    int strip = blockIdx.y % tiles * 4 + warp;
+    auto strip_of = [&](int) {
+        return expert->gate_up[segment] + static_cast<long long>(strip) * divide_up(call.hidden, Step::K) * Step::BYTES;
+    };
+    auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
+        TokenScales scales = {call.x_scales, 1, 0};
+        scale_sums<Step, N>(sum[0], expert->gate_up_scales[segment] + strip * 16, scales, tokens, part, lane);
+        put_activation<N>(call, sum[0], tokens, first, segment * part_cols + strip * 8, lane);
+    };
+    walk<Step, N, 1, 128, STAGES, AHEAD>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
+}
+
+extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n8(const GateUp call) { gate_up<Bf16Step, 8, 4, 2>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n16(const GateUp call) { gate_up<Bf16Step, 16, 4, 2>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n32(const GateUp call) { gate_up<Bf16Step, 32, 4, 2>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n64(const GateUp call) { gate_up<Bf16Step, 64, 4, 1>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n128(const GateUp call) { gate_up<Bf16Step, 128, 3, 1>(call); }
+
+/// The arguments of tr_down_*: see README.md.
+struct Down {
+    float *out;
+    const Expert *experts;
+    const Job *jobs;
+    const int *offsets;
+    const u8 *x;
+    const float *x_scales;
+    int hidden, ff, x_stride;
+};
+
+template <class Step, int N> __device__ __forceinline__ void down(const Down &call) {
+    constexpr int ROWS = TREE_ROWS<N>;
+    Job job = call.jobs[blockIdx.z];
+    int begin = call.offsets[blockIdx.z], column = blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - begin - column;
+    if (left <= 0) {
+        return;
+    }
+    int first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
+    Tokens tokens = {call.x, nullptr, begin + column, min(N, left), call.x_stride};
+    Parts parts = {call.ff, segment_cols(call.ff), job.begin, job.end};
+    int num_segments = divide_up(call.ff, parts.part_cols);
+    parts.end = min(parts.end, num_segments);
+    const Expert *expert = call.experts + job.expert;
+    int strip = first_row / 16 + (N <= 16 ? 0 : warp);
+    auto strip_of = [&](int part) {
+        int steps = divide_up(cols_of(parts, part), Step::K);
+        return expert->down[part] + static_cast<long long>(strip) * steps * Step::BYTES;
+    };
+    auto scales_of = [&](int part) { return expert->down_scales[part] + strip * 16; };
+    int vectors = num_nodes(job.begin, job.end, num_segments);
+    long long out = job.out < 0 ? begin : job.out;
+    Output output = {call.out, out + static_cast<long long>(column) * vectors, vectors, call.hidden, call.hidden, false};
+    TokenScales scales = {call.x_scales, 8, 1};
+    tree_product<Step, N, ROWS / 16>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+}
+
+extern "C" __global__ void __launch_bounds__(256) tr_down_bf16_n8(const Down call) { down<Bf16Step, 8>(call); }
+extern "C" __global__ void __launch_bounds__(256) tr_down_bf16_n16(const Down call) { down<Bf16Step, 16>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_down_bf16_n32(const Down call) { down<Bf16Step, 32>(call); }
+extern "C" __global__ void __launch_bounds__(128) tr_down_bf16_n64(const Down call) { down<Bf16Step, 64>(call); }
