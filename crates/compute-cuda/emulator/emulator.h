@@ -50,6 +50,7 @@ static inline u32 __float_as_uint(float x) { u32 u; memcpy(&u, &x, 4); return u;
 static inline float __uint_as_float(u32 u) { float x; memcpy(&x, &u, 4); return x; }
 static inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
 static inline float __int_as_float(int u) { float x; memcpy(&x, &u, 4); return x; }
+static inline double __longlong_as_double(long long u) { double x; memcpy(&x, &u, 8); return x; }
 static inline int __popc(u32 x) { return __builtin_popcount(x); }
 static inline int __ffs(u32 x) { return __builtin_ffs(static_cast<int>(x)); }
 static inline int __clz(u32 x) { return x == 0 ? 32 : __builtin_clz(x); }
@@ -172,3 +173,4 @@ static inline u32 __match_any_sync(u32 mask, u32 value) {
 
 #include "ptx.h"
 #include "../kernels/tile.cuh"
+#include "../kernels/tree.cuh"

@@ -1,6 +1,8 @@
 // The emulator's version of kernels/ptx.cuh: the same names, the same fragments.
 #pragma once
 
+#include <vector>
+
 /// The block's dynamic shared memory, 1024-byte aligned.
 static inline unsigned char *tr_shared() { return emu::shared(); }
 static inline u32 shared_address(const void *p) { return emu::shared_address(p); }
@@ -166,3 +168,108 @@ static inline float2 load_fresh_8(const void *p) {
 }
 static inline float reciprocal_fast(float x) { return 1.0F / x; }
 static inline float reciprocal_sqrt(float x) { return reciprocal_fast(sqrtf(x)); }
+
+// wgmma: the sums of a group of 128 threads change when they are waited for, and B is read then and no sooner: what
+// overwrites it before the wait gives a wrong result here. A is taken at once: the compiler orders registers.
+struct EmuProduct {
+    u32 a[128][4];
+    float *d[128];
+    u64 b;
+    int columns, bits;
+};
+struct EmuGroup {
+    u64 block = 0;
+    std::vector<std::vector<EmuProduct>> groups; // the last is open
+};
+static inline EmuGroup &emu_group() {
+    static EmuGroup groups[8];
+    EmuGroup &group = groups[emu::thread_rank() / 128];
+    if (group.block != emu::block_serial()) {
+        group.block = emu::block_serial();
+        group.groups.assign(1, {});
+    }
+    return group;
+}
+/// One byte of row `n` of B: the swizzle exclusive-ors bits 4 to 6 of the address with bits 7 to 9.
+static inline u32 emu_b_word(u64 descriptor, int n, int byte) {
+    u32 start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || (start & 1023) >= 128) {
+        emu::stop("wgmma with a descriptor %llx that is not of the 128-byte swizzle", descriptor);
+    }
+    u32 address = start + static_cast<u32>(n / 8) * stride + static_cast<u32>(n % 8 * 128 + byte);
+    return *static_cast<u32 *>(emu::shared_at(address ^ (address >> 7 & 7) << 4, 4, 4, "wgmma"));
+}
+template <int BITS> static inline void emu_run(const EmuProduct &product) {
+    constexpr int PER = 32 / BITS, K = 8 * PER;
+    static float a[64][K], b[256][K];
+    for (int n = 0; n < product.columns * 8; ++n) {
+        for (int k = 0; k < K; ++k) {
+            b[n][k] = emu_element<BITS>(emu_b_word(product.b, n, k / PER * 4), k % PER);
+        }
+    }
+    for (int l = 0; l < 128; ++l) {
+        for (int r = 0; r < 4; ++r) {
+            for (int i = 0; i < PER; ++i) {
+                int row = l / 32 * 16 + l % 32 / 4 + r % 2 * 8;
+                a[row][(l % 4 + r / 2 * 4) * PER + i] = emu_element<BITS>(product.a[l][r], i);
+            }
+        }
+    }
+    for (int l = 0; l < 128; ++l) {
+        for (int j = 0; j < product.columns * 4; ++j) {
+            int row = l / 32 * 16 + l % 32 / 4 + j / 2 % 2 * 8, column = j / 4 * 8 + l % 4 * 2 + j % 2;
+            double sum = product.d[l][j];
+            for (int k = 0; k < K; ++k) {
+                sum += static_cast<double>(a[row][k]) * b[column][k];
+            }
+            product.d[l][j] = static_cast<float>(sum);
+        }
+    }
+}
+struct EmuWgmma {
+    float *d;
+    const u32 *a;
+    u64 b;
+    int columns, bits;
+};
+template <int BITS, int COLUMNS> static inline void emu_wgmma(float (&d)[COLUMNS][4], const u32 (&a)[4], u64 b) {
+    EmuWgmma slot = {&d[0][0], a, b, COLUMNS, BITS};
+    emu::group_collective("wgmma", &slot, [](void *const *slots, u32) {
+        const auto *first = static_cast<EmuWgmma *>(slots[0]);
+        EmuProduct product = {{}, {}, first->b, first->columns, first->bits};
+        for (int l = 0; l < 128; ++l) {
+            const auto *lane = static_cast<EmuWgmma *>(slots[l]);
+            if (lane->b != first->b) {
+                emu::stop("wgmma with different descriptors");
+            }
+            memcpy(product.a[l], lane->a, sizeof product.a[l]);
+            product.d[l] = lane->d;
+        }
+        emu_group().groups.back().push_back(product);
+    });
+}
+template <int COLUMNS> static inline void wgmma_bf16(float (&d)[COLUMNS][4], const u32 (&a)[4], u64 b) {
+    emu_wgmma<16>(d, a, b);
+}
+template <int COLUMNS> static inline void wgmma_e4m3(float (&d)[COLUMNS][4], const u32 (&a)[4], u64 b) {
+    emu_wgmma<8>(d, a, b);
+}
+static inline void wgmma_fence() {}
+static inline void wgmma_commit() {
+    emu::group_collective("wgmma.commit", nullptr, [](void *const *, u32) { emu_group().groups.emplace_back(); });
+}
+template <int LEFT> static inline void wgmma_wait() {
+    emu::group_collective("wgmma.wait", nullptr, [](void *const *, u32) {
+        auto &groups = emu_group().groups;
+        while (static_cast<int>(groups.size()) - 1 > LEFT) {
+            for (const EmuProduct &product : groups.front()) {
+                product.bits == 16 ? emu_run<16>(product) : emu_run<8>(product);
+            }
+            groups.erase(groups.begin());
+        }
+    });
+}
+template <int COLUMNS> static inline void wgmma_settle(float (&)[COLUMNS][4]) {}
+static inline u64 wgmma_descriptor(u32 stage) {
+    return static_cast<u64>(stage >> 4 & 0x3FFF) | 1ULL << 16 | 64ULL << 32 | 1ULL << 62;
+}

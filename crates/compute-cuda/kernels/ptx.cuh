@@ -79,6 +79,13 @@ template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+/// Makes this thread's writes to shared memory visible to wgmma (and other asynchronous readers).
+__device__ __forceinline__ void fence_proxy_async() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Matrices of 8 x 8 b16: matrix i has its row addresses in lanes 8 i to 8 i + 7.
 
 __device__ __forceinline__ void ldmatrix_x4(u32 (&to)[4], u32 address) {

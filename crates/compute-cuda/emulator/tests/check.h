@@ -2,12 +2,14 @@
 // the test with a sentence.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 extern "C" {
@@ -103,6 +105,18 @@ inline float from_bf16(uint16_t x) {
     float value;
     memcpy(&value, &u, 4);
     return value;
+}
+
+inline uint16_t to_f16(float x) {
+    auto half = static_cast<_Float16>(x);
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+inline float from_f16(uint16_t bits) {
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return static_cast<float>(half);
 }
 
 inline void check_close(const char *what, size_t at, double got, double expected, double tolerance) {

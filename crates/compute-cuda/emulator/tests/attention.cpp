@@ -1,0 +1,294 @@
+// Paged attention against a plain softmax in f64, and against itself: a row's bits do not depend on what else is computed.
+#include "check.h"
+
+constexpr uint32_t PAGE = 64, CHUNK = 8 * PAGE, ALL = 0xFFFFFFFFU;
+
+struct AttendItem {
+    uint32_t row_begin, num_rows, sequence, chunk_begin, chunk_end, num_parts, slot_begin, counter;
+};
+
+struct AttendArgs {
+    uint16_t *out;
+    const uint16_t *q, *pages;
+    const uint32_t *positions, *tables;
+    const AttendItem *items;
+    const uint32_t *num_items;
+    float *slot_outputs, *slot_softmax;
+    uint32_t *counters;
+    uint32_t out_stride, table_stride, num_heads, num_kv_heads, head_dim, window;
+};
+
+struct Shape {
+    uint32_t num_heads, num_kv_heads, head_dim, window;
+    bool is_f16;
+
+    uint32_t padded() const { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
+    uint32_t group() const { return num_heads / num_kv_heads; }
+    uint16_t round(float x) const { return is_f16 ? to_f16(x) : to_bf16(x); }
+    float value(uint16_t x) const { return is_f16 ? from_f16(x) : from_bf16(x); }
+};
+
+/// Sequences with known keys, values and queries, in pages that lie anywhere.
+struct Cache {
+    Shape shape;
+    std::vector<uint32_t> lengths;
+    uint32_t table_stride;
+    std::vector<uint16_t> keys, values, queries; // [sequence][position][head][head_dim], all sequences as long as the longest
+    Buffer<uint16_t> pages;
+    Buffer<uint32_t> tables;
+
+    static uint32_t longest(const std::vector<uint32_t> &lengths) {
+        uint32_t most = 0;
+        for (uint32_t length : lengths) most = std::max(most, length);
+        return most;
+    }
+    static uint32_t num_pages(const std::vector<uint32_t> &lengths) {
+        return static_cast<uint32_t>(lengths.size()) * ((longest(lengths) + PAGE - 1) / PAGE + 1);
+    }
+    size_t at(uint32_t sequence, uint32_t position, uint32_t head, uint32_t heads) const {
+        return ((static_cast<size_t>(sequence) * longest(lengths) + position) * heads + head) * shape.head_dim;
+    }
+
+    Cache(Shape shape, std::vector<uint32_t> lengths_, uint64_t seed)
+        : shape(shape), lengths(std::move(lengths_)), table_stride((longest(lengths) + PAGE - 1) / PAGE + 1),
+          keys(lengths.size() * longest(lengths) * shape.num_kv_heads * shape.head_dim), values(keys.size()),
+          queries(lengths.size() * longest(lengths) * shape.num_heads * shape.head_dim),
+          pages(static_cast<size_t>(num_pages(lengths)) * shape.num_kv_heads * 2 * PAGE * shape.padded()),
+          tables(lengths.size() * table_stride) {
+        Random random{seed};
+        for (auto &x : keys) x = shape.round(random.normal() * 2);
+        for (auto &x : values) x = shape.round(random.normal());
+        for (auto &x : queries) x = shape.round(random.normal() * 1.4427F / std::sqrt(static_cast<float>(shape.head_dim)));
+        std::vector<uint32_t> ids(num_pages(lengths));
+        for (uint32_t i = 0; i < ids.size(); ++i) ids[i] = i;
+        for (size_t i = ids.size(); i > 1; --i) std::swap(ids[i - 1], ids[random.below(static_cast<uint32_t>(i))]);
+        const uint32_t hd = shape.padded();
+        for (uint32_t s = 0, next = 0; s < lengths.size(); ++s) {
+            for (uint32_t p = 0; p < table_stride; ++p) {
+                tables[s * table_stride + p] = p * PAGE < lengths[s] ? ids[next++] : ALL;
+            }
+            for (uint32_t position = 0; position < lengths[s]; ++position) {
+                const uint32_t page = tables[s * table_stride + position / PAGE], token = position % PAGE;
+                for (uint32_t h = 0; h < shape.num_kv_heads; ++h) {
+                    uint16_t *k = pages.data + (static_cast<size_t>(page) * shape.num_kv_heads + h) * 2 * PAGE * hd;
+                    uint16_t *v = k + PAGE * hd;
+                    const size_t from = at(s, position, h, shape.num_kv_heads);
+                    for (uint32_t d = 0; d < hd; ++d) {
+                        k[token * hd + d] = d < shape.head_dim ? keys[from + d] : 0;
+                        v[d * PAGE + token] = d < shape.head_dim ? values[from + d] : 0;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is behind the window is given back: entries that must not be read.
+    void release(uint32_t sequence, uint32_t num_pages) {
+        for (uint32_t p = 0; p < num_pages; ++p) tables[sequence * table_stride + p] = ALL;
+    }
+};
+
+/// Rows of one sequence.
+struct Span {
+    uint32_t sequence, first, num_rows;
+};
+
+/// How a step is cut.
+struct Cut {
+    bool wide = false;       // wide tiles also where narrow ones would do
+    uint32_t parts = 1;      // at most
+    uint32_t blocks = 3;     // that share the items
+    uint32_t tile_rows = 64; // at most
+};
+
+struct Plan {
+    std::vector<AttendItem> narrow, wide;
+    uint32_t num_slots = 0;
+};
+
+/// The host's plan of a step, as README.md asks for it.
+static Plan plan(const Shape &shape, const std::vector<Span> &spans, Cut cut) {
+    Plan plan;
+    uint32_t row = 0;
+    for (const Span &span : spans) {
+        const bool is_narrow = span.num_rows * shape.group() <= 16 && !cut.wide;
+        uint32_t done = 0;
+        while (done < span.num_rows) {
+            const uint32_t position = span.first + done;
+            uint32_t rows = is_narrow ? span.num_rows : std::max(1U, 64 / shape.group());
+            rows = std::min({rows, span.num_rows - done, PAGE - position % PAGE, cut.tile_rows});
+            const uint32_t begin = (position + 1 > shape.window ? position + 1 - shape.window : 0) / CHUNK;
+            const uint32_t end = (position + rows + CHUNK - 1) / CHUNK, chunks = end - begin;
+            const uint32_t parts = std::min(cut.parts, chunks);
+            for (uint32_t part = 0; part < parts; ++part) {
+                (is_narrow ? plan.narrow : plan.wide)
+                    .push_back({row + done, rows, span.sequence, begin + chunks * part / parts, begin + chunks * (part + 1) / parts,
+                                parts, plan.num_slots, row + done});
+            }
+            plan.num_slots += parts > 1 ? rows * chunks : 0;
+            done += rows;
+        }
+        row += span.num_rows;
+    }
+    return plan;
+}
+
+/// Attention outputs of a step, [rows, num_heads * head_dim] bf16.
+static std::vector<uint16_t> attend(Cache &cache, const std::vector<Span> &spans, Cut cut) {
+    const Shape &shape = cache.shape;
+    const uint32_t hd = shape.padded(), width = shape.num_heads * shape.head_dim, stride = width + 8;
+    uint32_t num_rows = 0;
+    for (const Span &span : spans) num_rows += span.num_rows;
+    Buffer<uint16_t> q(static_cast<size_t>(num_rows) * shape.num_heads * hd), out(static_cast<size_t>(num_rows) * stride);
+    Buffer<uint32_t> positions(num_rows), counts(2), counters(std::vector<uint32_t>(num_rows * shape.num_kv_heads, 0));
+    uint32_t row = 0;
+    for (const Span &span : spans) {
+        for (uint32_t i = 0; i < span.num_rows; ++i, ++row) {
+            positions[row] = span.first + i;
+            for (uint32_t h = 0; h < shape.num_heads; ++h) {
+                for (uint32_t d = 0; d < hd; ++d) {
+                    const size_t from = cache.at(span.sequence, span.first + i, h, shape.num_heads) + d;
+                    q[(static_cast<size_t>(row) * shape.num_heads + h) * hd + d] = d < shape.head_dim ? cache.queries[from] : 0;
+                }
+            }
+        }
+    }
+    Plan planned = plan(shape, spans, cut);
+    counts[0] = static_cast<uint32_t>(planned.narrow.size());
+    counts[1] = static_cast<uint32_t>(planned.wide.size());
+    planned.narrow.push_back({ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL}); // behind the last: never read
+    planned.wide.push_back(planned.narrow.back());
+    Buffer<AttendItem> narrow(planned.narrow), wide(planned.wide);
+    Buffer<float> slot_outputs(static_cast<size_t>(planned.num_slots + 1) * shape.num_heads * hd);
+    Buffer<float> slot_softmax(static_cast<size_t>(planned.num_slots + 1) * shape.num_heads * 2);
+    AttendArgs args{out.data, q.data, cache.pages.data, positions.data, cache.tables.data, narrow.data, counts.data,
+                    slot_outputs.data, slot_softmax.data, counters.data, stride, cache.table_stride, shape.num_heads,
+                    shape.num_kv_heads, shape.head_dim, shape.window};
+    const std::string tail = std::string(shape.is_f16 ? "_f16_" : "_bf16_") + std::to_string(hd);
+    const Dim grid{cut.blocks, shape.num_kv_heads};
+    launch(("tr_attend_narrow" + tail).c_str(), grid, {128}, 2320, args);
+    args.items = wide.data;
+    args.num_items = counts.data + 1;
+    launch(("tr_attend_wide" + tail).c_str(), grid, {128}, 512 * hd + 16, args);
+    for (size_t i = 0; i < counters.count; ++i) {
+        if (counters[i] != 0) fail("counter %zu was left at %u", i, counters[i]);
+    }
+    std::vector<uint16_t> result;
+    for (row = 0; row < num_rows; ++row) {
+        const uint16_t *from = out.data + static_cast<size_t>(row) * stride;
+        result.insert(result.end(), from, from + width);
+        for (uint32_t i = width; i < stride; ++i) {
+            if (from[i] != 0xFFFF) fail("row %u: column %u behind the last was written", row, i);
+        }
+    }
+    return result;
+}
+
+static void check_against_softmax(const Cache &cache, const std::vector<Span> &spans, const std::vector<uint16_t> &out) {
+    const Shape &shape = cache.shape;
+    uint32_t row = 0;
+    for (const Span &span : spans) {
+        for (uint32_t i = 0; i < span.num_rows; ++i, ++row) {
+            const uint32_t position = span.first + i;
+            const uint32_t first = position + 1 > shape.window ? position + 1 - shape.window : 0;
+            for (uint32_t h = 0; h < shape.num_heads; ++h) {
+                std::vector<double> expected(shape.head_dim, 0.0);
+                double total = 0;
+                for (uint32_t p = first; p <= position; ++p) {
+                    const size_t q = cache.at(span.sequence, position, h, shape.num_heads);
+                    const size_t k = cache.at(span.sequence, p, h / shape.group(), shape.num_kv_heads);
+                    double score = 0;
+                    for (uint32_t d = 0; d < shape.head_dim; ++d) {
+                        score += static_cast<double>(shape.value(cache.queries[q + d])) * shape.value(cache.keys[k + d]);
+                    }
+                    const double weight = std::exp2(score);
+                    total += weight;
+                    for (uint32_t d = 0; d < shape.head_dim; ++d) expected[d] += weight * shape.value(cache.values[k + d]);
+                }
+                for (uint32_t d = 0; d < shape.head_dim; ++d) {
+                    const size_t at = (static_cast<size_t>(row) * shape.num_heads + h) * shape.head_dim + d;
+                    const double exact = expected[d] / total;
+                    check_close("attention", at, from_bf16(out[at]), exact, std::fabs(exact) / 256 + (shape.is_f16 ? 1e-3 : 8e-3));
+                }
+            }
+        }
+    }
+}
+
+/// The rows of a span of a step, by place of the span.
+static std::vector<uint16_t> rows_of(const Shape &shape, const std::vector<uint16_t> &out, uint32_t begin, uint32_t count) {
+    const size_t width = shape.num_heads * shape.head_dim;
+    return {out.begin() + static_cast<long>(begin * width), out.begin() + static_cast<long>((begin + count) * width)};
+}
+
+static void rows_are_a_softmax(Shape shape, const std::vector<Span> &spans) {
+    std::vector<uint32_t> lengths;
+    for (const Span &span : spans) {
+        if (lengths.size() <= span.sequence) lengths.resize(span.sequence + 1, 1);
+        lengths[span.sequence] = span.first + span.num_rows;
+    }
+    Cache cache(shape, lengths, shape.head_dim + shape.num_heads);
+    for (const Span &span : spans) {
+        const uint32_t first = span.first + 1 > shape.window ? span.first + 1 - shape.window : 0;
+        cache.release(span.sequence, first / PAGE);
+    }
+    const std::vector<uint16_t> together = attend(cache, spans, {});
+    check_against_softmax(cache, spans, together);
+    // Alone, in every way in which a step may be cut, and in any order of warps and blocks.
+    uint32_t begin = 0;
+    for (const Span &span : spans) {
+        const uint32_t last = span.first + span.num_rows - 1;
+        for (uint32_t position : {span.first, span.first + span.num_rows / 2, last}) {
+            const std::vector<uint16_t> expected = rows_of(shape, together, begin + position - span.first, 1);
+            for (Cut cut : {Cut{}, Cut{false, 64, 5, 64}, Cut{true, 1, 1, 64}, Cut{true, 3, 2, 64}}) {
+                tr_emulator_seed(position * 4 + cut.parts);
+                if (attend(cache, {{span.sequence, position, 1}}, cut) != expected) {
+                    fail("position %u of %u heads of %u differs alone (wide %d, %u parts)", position, shape.num_heads, shape.head_dim,
+                         cut.wide, cut.parts);
+                }
+            }
+        }
+        begin += span.num_rows;
+    }
+    // All of it cut otherwise.
+    if (attend(cache, spans, {true, 1, 2, 5}) != together || attend(cache, spans, {false, 2, 7, 64}) != together) {
+        fail("%u heads of %u differ when the step is cut otherwise", shape.num_heads, shape.head_dim);
+    }
+}
+
+/// A token that is not a number spoils the rows that see it and no others: tiles end with the page.
+static void what_is_not_a_number_stays_one() {
+    const Shape shape{4, 2, 32, ALL, true};
+    Cache cache(shape, {200}, 5);
+    const uint32_t bad = 130; // in the third page
+    for (uint32_t h = 0; h < 2; ++h) {
+        uint16_t *v = cache.pages.data + (static_cast<size_t>(cache.tables[bad / PAGE]) * 2 + h) * 2 * PAGE * 32 + PAGE * 32;
+        for (uint32_t d = 0; d < 32; ++d) v[d * PAGE + bad % PAGE] = 0x7E00;
+    }
+    const std::vector<uint16_t> out = attend(cache, {{0, 100, 100}}, {});
+    for (uint32_t row = 0; row < 100; ++row) {
+        const bool sees_it = 100 + row >= bad, shares_page = (100 + row) / PAGE == bad / PAGE;
+        for (uint32_t i = 0; i < 128; ++i) {
+            const bool is_nan = std::isnan(from_bf16(out[row * 128 + i]));
+            if (sees_it ? !is_nan : is_nan && !shares_page) fail("row at %u is %s", 100 + row, is_nan ? "NaN" : "finite");
+        }
+    }
+}
+
+int main() {
+    rows_are_a_softmax({1, 1, 32, ALL, true}, {{0, 0, 1}});
+    rows_are_a_softmax({4, 4, 32, ALL, true}, {{0, 0, 70}, {1, 63, 1}, {2, 64, 1}, {3, 0, 3}, {4, 127, 2}});
+    rows_are_a_softmax({8, 2, 64, ALL, false}, {{0, 10, 40}, {1, 130, 1}, {2, 5, 4}});
+    rows_are_a_softmax({8, 2, 64, 40, true}, {{0, 90, 50}, {1, 300, 1}});
+    rows_are_a_softmax({4, 1, 128, ALL, true}, {{0, 100, 33}, {1, 200, 1}, {2, 0, 1}});
+    rows_are_a_softmax({8, 1, 128, 64, false}, {{0, 127, 3}, {1, 63, 1}});
+    rows_are_a_softmax({32, 1, 24, ALL, true}, {{0, 60, 9}, {1, 0, 1}});
+    rows_are_a_softmax({6, 2, 12, 1, true}, {{0, 62, 6}});
+    rows_are_a_softmax({8, 1, 6, ALL, false}, {{0, 0, 66}});
+    rows_are_a_softmax({14, 2, 14, 16, true}, {{0, 0, 30}, {1, 64, 1}});
+    rows_are_a_softmax({8, 8, 64, ALL, true}, {{0, 511, 1}, {1, 512, 1}, {2, 500, 20}});
+    rows_are_a_softmax({4, 1, 32, ALL, false}, {{0, 1090, 10}, {1, 1600, 1}});
+    rows_are_a_softmax({3, 1, 32, 600, true}, {{0, 1100, 70}, {1, 1023, 2}});
+    what_is_not_a_number_stays_one();
+    puts("attention: passed");
+}

@@ -1,0 +1,254 @@
+// RMS norm of rows of the residual stream, with what stands before it (adding expert outputs) and behind it (the gate's
+// scores). Chooses no expert.
+//
+// y = x / sqrt(mean(x^2) + eps) * weight, as the reference backend; NaN where the mean is not finite. One block per row (8 rows
+// for the gate of a long batch). Thread t has elements 4 t to 4 t + 3 of every 1024, its squares are one chain of fmaf, then
+// the warps' butterflies, then the warps ascending: the order does not depend on the batch or on the kernel.
+// Scores are f32 products of the f32 row (not of its rounding) with the gate as loaded; see gate_scores for the order.
+//
+// grid (rows at most), block 256; gate8: grid (rows at most / 8, up). Shared bytes: NORM_SHARED_BYTES = 4 * 8 * 1024 + 256 with
+// a gate of 8 rows, 4 * 1024 + 256 with one row, else 256.
+// Bytes per row: 4 hidden read (8 + 4 top_k and 4 written with the combine), 2 hidden written; once per block 4 hidden weights and
+// 4 hidden num_experts of the gate, from the L2 cache: 128 KiB per block for Mixtral 8x7B, hence the 8 rows.
+
+constexpr u32 NORM_THREADS = 256;
+constexpr u32 NORM_WARPS = NORM_THREADS / 32;
+constexpr u32 NORM_STRIP = 4 * NORM_THREADS; // elements of a row that a block takes at once
+
+/// The rows and what is done to them.
+struct NormArgs {
+    u16 *out;             // [rows, out_stride] bf16; columns from hidden on become 0
+    float *residual;      // [step rows, hidden]
+    const float *weight;  // [hidden]
+    const u32 *num_rows;
+    const u32 *source;    // [rows]: row i is row source[i] of the residual stream; null: row i
+    float eps;
+    u32 hidden, out_stride; // out_stride is a multiple of 4
+};
+
+/// Expert outputs that are added before the norm, see combine.cu.
+struct ExpertOutputs {
+    const float *outputs;  // [slots, hidden]
+    const u32 *slot_of;    // [step rows, top_k]: the slot of a row's k-th expert, ascending by expert
+    const float *weights;  // [step rows, top_k]
+    u32 top_k;
+};
+
+/// The gate behind the norm.
+struct GateArgs {
+    const float *gate;  // [num_experts, hidden]
+    float *scores;      // [rows, num_experts]
+    u32 num_experts;
+};
+
+/// Elements i to i + 3 of a row, 0 behind its end. Rows lie on 16 bytes when hidden is a multiple of 4.
+__device__ __forceinline__ float4 load_four(const float *row, u32 i, u32 hidden) {
+    if (hidden % 4 == 0) {
+        return i < hidden ? *reinterpret_cast<const float4 *>(row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    return make_float4(i < hidden ? row[i] : 0.0f, i + 1 < hidden ? row[i + 1] : 0.0f, i + 2 < hidden ? row[i + 2] : 0.0f,
+                       i + 3 < hidden ? row[i + 3] : 0.0f);
+}
+
+__device__ __forceinline__ void store_four(float *row, u32 i, u32 hidden, float4 x) {
+    if (hidden % 4 == 0) {
+        if (i < hidden) {
+            *reinterpret_cast<float4 *>(row + i) = x;
+        }
+        return;
+    }
+    const float values[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (u32 j = 0; j < 4; ++j) {
+        if (i + j < hidden) {
+            row[i + j] = values[j];
+        }
+    }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (u32 bits = 16; bits > 0; bits /= 2) {
+        x = __fadd_rn(x, __shfl_xor_sync(~0U, x, bits));
+    }
+    return x;
+}
+
+__device__ __forceinline__ float add_square(float sum, float4 x) {
+    sum = __fmaf_rn(x.x, x.x, sum);
+    sum = __fmaf_rn(x.y, x.y, sum);
+    sum = __fmaf_rn(x.z, x.z, sum);
+    return __fmaf_rn(x.w, x.w, sum);
+}
+
+/// `x + w y`, rounded twice as `tramontane_compute::combine` does it.
+__device__ __forceinline__ float4 add_weighted(float4 x, float w, float4 y) {
+    return make_float4(__fadd_rn(x.x, __fmul_rn(w, y.x)), __fadd_rn(x.y, __fmul_rn(w, y.y)), __fadd_rn(x.z, __fmul_rn(w, y.z)),
+                       __fadd_rn(x.w, __fmul_rn(w, y.w)));
+}
+
+/// 1 / sqrt(mean + eps) from the threads' sums of squares, in all threads. `sums` is shared, one per warp.
+__device__ __forceinline__ float inverse_rms(float own, float *sums, const NormArgs &a) {
+    const float sum = warp_sum(own);
+    if (threadIdx.x % 32 == 0) {
+        sums[threadIdx.x / 32] = sum;
+    }
+    __syncthreads();
+    float total = sums[0];
+#pragma unroll
+    for (u32 w = 1; w < NORM_WARPS; ++w) {
+        total = __fadd_rn(total, sums[w]);
+    }
+    const float mean = __fdiv_rn(total, static_cast<float>(a.hidden));
+    const bool is_finite = fabsf(mean) < __uint_as_float(0x7F800000U);
+    // Squares beyond f32 would make zeros of the row: it is refused like one that is not finite.
+    return is_finite ? reciprocal_sqrt(__fadd_rn(mean, a.eps)) : __uint_as_float(0x7FFFFFFFU);
+}
+
+__device__ __forceinline__ float4 normed(float4 x, float inverse, float4 w) {
+    return make_float4(__fmul_rn(__fmul_rn(x.x, inverse), w.x), __fmul_rn(__fmul_rn(x.y, inverse), w.y),
+                       __fmul_rn(__fmul_rn(x.z, inverse), w.z), __fmul_rn(__fmul_rn(x.w, inverse), w.w));
+}
+
+/// Elements i to i + 3 of row `row` of the output. Behind the end they are 0, also where the row is NaN.
+__device__ __forceinline__ void write_normed(const NormArgs &a, u32 row, u32 i, float4 y) {
+    if (i < a.out_stride) {
+        uint2 bits = make_uint2(bf16x2_from(y.x, y.y), bf16x2_from(y.z, y.w));
+        if (i + 4 > a.hidden) {
+            const u32 left = i < a.hidden ? a.hidden - i : 0; // 0 to 3
+            bits.x &= left == 0 ? 0 : left == 1 ? 0xFFFFU : ~0U;
+            bits.y &= left < 3 ? 0 : 0xFFFFU;
+        }
+        *reinterpret_cast<uint2 *>(a.out + static_cast<size_t>(row) * a.out_stride + i) = bits;
+    }
+}
+
+__device__ __forceinline__ u32 source_of(const NormArgs &a, u32 row) { return a.source == nullptr ? row : a.source[row]; }
+
+__device__ __forceinline__ void norm_row(const NormArgs &a, u32 row, const float *x, float inverse) {
+    for (u32 i = 4 * threadIdx.x; i < a.out_stride; i += NORM_STRIP) {
+        write_normed(a, row, i, normed(load_four(x, i, a.hidden), inverse, load_four(a.weight, i, a.hidden)));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs a) {
+    auto *sums = reinterpret_cast<float *>(tr_shared());
+    const u32 row = blockIdx.x;
+    if (row >= *a.num_rows) {
+        return;
+    }
+    const float *x = a.residual + static_cast<size_t>(source_of(a, row)) * a.hidden;
+    float own = 0.0f;
+#pragma unroll 4
+    for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
+        own = add_square(own, load_four(x, i, a.hidden));
+    }
+    norm_row(a, row, x, inverse_rms(own, sums, a));
+}
+
+/// Adds the expert outputs to the row, then norms it: what stands between two layers.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(NormArgs a, ExpertOutputs experts) {
+    auto *sums = reinterpret_cast<float *>(tr_shared());
+    const u32 row = blockIdx.x;
+    if (row >= *a.num_rows) {
+        return;
+    }
+    const u32 source = source_of(a, row);
+    float *x = a.residual + static_cast<size_t>(source) * a.hidden;
+    const u32 *slot_of = experts.slot_of + static_cast<size_t>(source) * experts.top_k;
+    const float *weights = experts.weights + static_cast<size_t>(source) * experts.top_k;
+    float own = 0.0f;
+#pragma unroll 4
+    for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
+        float4 sum = load_four(x, i, a.hidden);
+        for (u32 k = 0; k < experts.top_k; ++k) {
+            const float *y = experts.outputs + static_cast<size_t>(slot_of[k]) * a.hidden;
+            sum = add_weighted(sum, weights[k], load_four(y, i, a.hidden));
+        }
+        store_four(x, i, a.hidden, sum);
+        own = add_square(own, sum);
+    }
+    norm_row(a, row, x, inverse_rms(own, sums, a)); // a thread reads what it wrote itself
+}
+
+/// Norms `ROWS` rows, strip by strip, and takes the gate's scores of each strip from shared memory.
+///
+/// Warp w has experts w, w + 8, ... Lane l adds elements 4 l to 4 l + 3 of every 128 to one chain of fmaf per (row, expert);
+/// then the butterfly. So a score's order depends on nothing but hidden.
+template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a, const GateArgs &g) {
+    auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]
+    float *strip = sums + 64;                            // [ROWS][NORM_STRIP]
+    const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows;
+    if (first >= num_rows) {
+        return;
+    }
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float inverse[ROWS];
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) {
+        float own = 0.0f;
+        if (first + r < num_rows) {
+            const float *x = a.residual + static_cast<size_t>(source_of(a, first + r)) * a.hidden;
+#pragma unroll 4
+            for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
+                own = add_square(own, load_four(x, i, a.hidden));
+            }
+        }
+        inverse[r] = inverse_rms(own, sums + r * NORM_WARPS, a);
+    }
+    // Experts beyond the first pass read the strips again.
+    for (u32 expert = warp; expert - warp < g.num_experts; expert += NORM_WARPS) {
+        const float *gate = g.gate + static_cast<size_t>(expert) * a.hidden;
+        float score[ROWS];
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            score[r] = 0.0f;
+        }
+        for (u32 begin = 0; begin < max(a.hidden, a.out_stride); begin += NORM_STRIP) {
+            const u32 i = begin + 4 * threadIdx.x;
+            const float4 w = load_four(a.weight, i, a.hidden);
+            __syncthreads(); // the strip before this one has been read
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) {
+                if (first + r < num_rows) {
+                    const float *x = a.residual + static_cast<size_t>(source_of(a, first + r)) * a.hidden;
+                    const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
+                    *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
+                    if (expert == warp) { // the first pass
+                        write_normed(a, first + r, i, y);
+                    }
+                }
+            }
+            __syncthreads();
+            if (expert >= g.num_experts) {
+                continue;
+            }
+#pragma unroll
+            for (u32 j = 0; j < NORM_STRIP; j += 128) {
+                const u32 at = j + 4 * lane;
+                const float4 w4 = load_four(gate, begin + at, a.hidden);
+#pragma unroll
+                for (u32 r = 0; r < ROWS; ++r) {
+                    // Behind the end both are 0, or the row is NaN anyway.
+                    const float4 y = *reinterpret_cast<const float4 *>(strip + r * NORM_STRIP + at);
+                    score[r] = __fmaf_rn(y.x, w4.x, score[r]);
+                    score[r] = __fmaf_rn(y.y, w4.y, score[r]);
+                    score[r] = __fmaf_rn(y.z, w4.z, score[r]);
+                    score[r] = __fmaf_rn(y.w, w4.w, score[r]);
+                }
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            const float total = warp_sum(score[r]);
+            if (lane == 0 && expert < g.num_experts && first + r < num_rows) {
+                g.scores[static_cast<size_t>(first + r) * g.num_experts + expert] = total;
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_bf16(NormArgs a, GateArgs g) { norm_gate<1>(a, g); }
+
+/// The same for 8 rows per block: less of the gate is read.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_bf16(NormArgs a, GateArgs g) { norm_gate<8>(a, g); }
