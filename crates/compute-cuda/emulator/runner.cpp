@@ -70,7 +70,7 @@ struct Device {
     std::map<std::string, Invoke> kernels;
     std::map<uintptr_t, Allocation> allocations; // by first byte
     std::string error;
-    uint64_t random = 1;
+    uint64_t random = 1, block_serial = 0;
     unsigned char *stacks = nullptr;
     unsigned char *shared = nullptr; // SHARED_MAX, SHARED_CANARY and a guard page
     std::vector<Fiber> fibers;
@@ -211,6 +211,7 @@ std::string describe_waiters() {
 }
 
 void run_block() {
+    D->block_serial += 1;
     D->live = D->threads;
     memset(D->barriers, 0, sizeof D->barriers);
     memset(D->shared, POISON, D->shared_bytes + SHARED_CANARY);
@@ -371,6 +372,7 @@ bool launch(const char *name, const Index3 &grid, const Index3 &block, size_t sh
 } // namespace
 
 const Place &place() { return D->current->place; }
+uint64_t block_serial() { return D->block_serial; }
 int thread_rank() { return D->current->rank; }
 unsigned char *shared() { return D->shared; }
 

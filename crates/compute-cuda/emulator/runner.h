@@ -34,6 +34,8 @@ using WarpAct = void (*)(void *const *slots, uint32_t lanes);
 void warp_collective(const char *what, uint32_t lanes, void *slot, WarpAct act);
 /// The same for the four warps of a warp group (128 consecutive threads).
 void group_collective(const char *what, void *slot, WarpAct act);
+/// Changes with every block that runs: what is kept for a block's threads is of this block only.
+uint64_t block_serial();
 /// Waits until `threads` threads came to barrier `id`; 0 stands for all that have not ended.
 void barrier(int id, int threads);
 /// Lets another warp run: where the order of warps could matter (atomics, fences).

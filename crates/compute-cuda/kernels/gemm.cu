@@ -138,67 +138,17 @@ __device__ __forceinline__ void walk(const Tokens &tokens, const Parts &parts, u
     cp_async_wait<0>();
 }
 
-// ---- Scales of e4m3.
-
-/// Where the scales of a product lie. Weights: `weight(part)[packed row]`. Tokens: `token[row * stride + part * part_stride]`.
-struct TokenScales {
-    const float *scale;
-    int stride, part_stride;
-};
-
-__device__ __forceinline__ float token_scale(const TokenScales &scales, const Tokens &tokens, int part, int column) {
-    if (column >= tokens.count) {
-        return 0.0F;
-    }
-    long long row = tokens.first + column;
-    row = tokens.ids == nullptr ? row : tokens.ids[row];
-    return __ldg(scales.scale + row * scales.stride + part * scales.part_stride);
-}
-
-/// Scales the sums of one strip and part: row scale times token scale, once each.
-template <class Step, int N>
-__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales &scales,
-                                           const Tokens &tokens, int part, int lane) {
-    if constexpr (Step::WEIGHT == 8) {
-        float low = __ldg(row_scales + lane / 4), high = __ldg(row_scales + lane / 4 + 8);
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float token = token_scale(scales, tokens, part, j * 8 + lane % 4 * 2 + i);
-                sum[j][i] = __fmul_rn(__fmul_rn(sum[j][i], low), token);
-                sum[j][2 + i] = __fmul_rn(__fmul_rn(sum[j][2 + i], high), token);
-            }
-        }
-    }
-}
-
 // ---- A matrix with a tree.
-
-/// What a product writes: vector `first_vector + column * vectors + node`, element `row`.
-struct Output {
-    float *out;
-    long long first_vector;
-    int vectors, stride, rows;
-    bool is_added;
-};
-
-__device__ __forceinline__ void put(const Output &output, int column, int node, int row, float value) {
-    if (row < output.rows) {
-        float *to = output.out + (output.first_vector + static_cast<long long>(column) * output.vectors + node) * output.stride + row;
-        *to = output.is_added ? __fadd_rn(*to, value) : value;
-    }
-}
 
 /// By parts: 8 warps, MT strips each. Shared: 8 x STAGES x N x 128, then 8 x N x (MT x 16 + 4) f32.
 template <class Step, int N, int MT, int STAGES, class StripOf, class ScalesOf>
 __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
                                               const Output &output, const TokenScales &scales, StripOf strip_of,
                                               ScalesOf scales_of) {
-    constexpr int ROWS = MT * 16, PITCH = ROWS + 4;
+    constexpr int ROWS = MT * 16;
     constexpr u32 STAGE_BYTES = STAGES * N * TOKEN_STEP_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    auto *slots = reinterpret_cast<float *>(tr_shared() + 8 * STAGE_BYTES); // [part][column][PITCH]
+    auto *slots = reinterpret_cast<float *>(tr_shared() + 8 * STAGE_BYTES); // see slot_at
     Parts own = {parts.cols, parts.part_cols, warp, min(warp + 1, parts.end)};
     if (warp >= parts.begin && warp < parts.end) {
         auto finish = [&](int part, float(&sum)[MT][N / 8][4]) {
@@ -210,7 +160,7 @@ __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts 
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         int column = j * 8 + lane % 4 * 2 + i % 2, row = m * 16 + lane / 4 + i / 2 * 8;
-                        slots[(part * N + column) * PITCH + row] = sum[m][j][i];
+                        slots[slot_at<N, ROWS>(part, column, row)] = sum[m][j][i];
                     }
                 }
             }
@@ -219,96 +169,7 @@ __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts 
         walk<Step, N, MT, 32, STAGES, 2>(tokens, own, stages, lane, 0, strip_of, finish);
     }
     __syncthreads();
-    int end = tree_end(parts.end, num_segments);
-    for (int i = threadIdx.x; i < ROWS * N; i += 256) {
-        int row = i % ROWS, column = i / ROWS, node = 0;
-        if (column >= tokens.count) {
-            break;
-        }
-        float value[8];
-#pragma unroll
-        for (int part = 0; part < 8; ++part) {
-            value[part] = part >= parts.begin && part < parts.end ? slots[(part * N + column) * PITCH + row] : 0.0F;
-        }
-#pragma unroll
-        for (int length = 1; length < 8; length *= 2) {
-#pragma unroll
-            for (int at = 0; at < 8; at += 2 * length) {
-                bool is_whole = at >= parts.begin && at + 2 * length <= end;
-                if (is_whole && at + length < num_segments) {
-                    value[at] = __fadd_rn(value[at], value[at + length]);
-                }
-            }
-        }
-#pragma unroll
-        for (int at = 0; at < 8; ++at) {
-            bool is_output = at < num_segments
-                             && (is_node(at, 1, parts.begin, end) || (at % 2 == 0 && is_node(at, 2, parts.begin, end))
-                                 || (at % 4 == 0 && is_node(at, 4, parts.begin, end)) || (at == 0 && is_node(at, 8, parts.begin, end)));
-            if (is_output) {
-                put(output, column, node, first_row + row, value[at]);
-                node += 1;
-            }
-        }
-    }
-}
-
-/// Sums that wait for their right half, one place per level and thread.
-struct Parked {
-    float *place; // this thread's, [level][value][thread]
-    int threads, occupied;
-};
-
-/// Takes the sum of `part` up the tree as far as its left halves are there; calls `emit` for every node that is an
-/// output. `is_last`: no part follows; `is_tail_empty`: nor would any that has columns.
-template <int VALUES, class Emit>
-__device__ __forceinline__ void climb(Parked &parked, float (&value)[VALUES], int part, bool is_last, bool is_tail_empty,
-                                      Emit emit) {
-    int level = 0, at = part;
-    bool is_output = false;
-    while (true) {
-        bool is_right = level < 3 && (at >> level & 1) != 0;
-        if (level == 3 || (is_right && !(parked.occupied >> level & 1))) {
-            is_output = true;
-            break;
-        }
-        float *place = parked.place + level * VALUES * parked.threads;
-        if (is_right) {
-#pragma unroll
-            for (int i = 0; i < VALUES; ++i) {
-                value[i] = __fadd_rn(place[i * parked.threads], value[i]);
-            }
-            parked.occupied &= ~(1 << level);
-            at -= 1 << level;
-        } else if (!(is_last && is_tail_empty)) {
-#pragma unroll
-            for (int i = 0; i < VALUES; ++i) {
-                place[i * parked.threads] = value[i];
-            }
-            parked.occupied |= 1 << level;
-            break;
-        }
-        level += 1;
-    }
-    level = 2;
-    while (true) {
-        if (is_output) {
-            emit(value);
-        }
-        while (level >= 0 && !(parked.occupied >> level & 1)) {
-            level -= 1;
-        }
-        if (!is_last || is_tail_empty || level < 0) {
-            break;
-        }
-        is_output = true;
-        float *place = parked.place + level * VALUES * parked.threads;
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) {
-            value[i] = place[i * parked.threads];
-        }
-        level -= 1;
-    }
+    put_tree<N, ROWS, 256>(slots, tokens.count, parts, num_segments, first_row, output);
 }
 
 /// In turn: 4 warps of one strip each. Shared: STAGES x N x 128, then 3 x 64 x N f32.
@@ -319,7 +180,7 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
     constexpr int VALUES = N / 2;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
     auto *places = reinterpret_cast<float *>(tr_shared() + STAGES * N * TOKEN_STEP_BYTES);
-    Parked parked = {places + threadIdx.x, 128, 0};
+    Parked<1> parked = {places + threadIdx.x, 128, 0, {}};
     int row = first_row + warp * 16 + lane / 4;
     auto emit = [&](float(&value)[VALUES]) {
 #pragma unroll
@@ -359,16 +220,6 @@ template <int N> constexpr int TREE_ROWS = N == 8 ? 16 : N == 16 ? 32 : 64;
 
 // ---- Dense.
 
-/// The arguments of tr_linear_*: see README.md.
-struct Linear {
-    const u8 *weights;
-    const u8 *x;
-    const int *row_ids;
-    float *out;
-    const float *weight_scales, *x_scales;
-    int num_tokens, rows, cols, x_stride, out_stride, is_added;
-};
-
 template <class Step, int N> __device__ __forceinline__ void linear(const Linear &call) {
     constexpr int ROWS = TREE_ROWS<N>;
     int column = blockIdx.x * N, first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
@@ -376,9 +227,9 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
     Parts parts = {call.cols, segment_cols(call.cols), 0, 0};
     parts.end = divide_up(call.cols, parts.part_cols);
     int strips = divide_up(call.rows, 64) * 4, strip = first_row / 16 + (N <= 16 ? 0 : warp);
-    long long part_bytes = static_cast<long long>(strips) * divide_up(parts.part_cols, Step::K) * Step::BYTES;
+    long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
     auto strip_of = [&](int part) {
-        int steps = divide_up(cols_of(parts, part), Step::K);
+        int steps = steps_of<Step>(cols_of(parts, part));
         return call.weights + part * part_bytes + static_cast<long long>(strip) * steps * Step::BYTES;
     };
     auto scales_of = [&](int part) { return call.weight_scales + static_cast<long long>(part) * strips * 16 + strip * 16; };
@@ -394,43 +245,14 @@ extern "C" __global__ void __launch_bounds__(128) tr_linear_bf16_n64(const Linea
 
 // ---- Experts.
 
-/// The arguments of tr_gate_up_*: see README.md.
-struct GateUp {
-    u16 *out; // [assignments, out_stride]
-    const Expert *experts;
-    const Job *jobs;
-    const int *offsets, *row_ids;
-    const u8 *x;
-    const float *x_scales;
-    int hidden, ff, x_stride, out_stride;
-};
-
-/// silu(gate) * up of one strip (8 columns of the intermediate row) for all tokens of the tile.
-template <int N>
-__device__ __forceinline__ void put_activation(const GateUp &call, const float (&sum)[N / 8][4], const Tokens &tokens,
-                                               int first, int ff_column, int lane) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-        float even = __fmul_rn(silu(sum[j][0]), sum[j][2]), odd = __fmul_rn(silu(sum[j][1]), sum[j][3]);
-        // The neighbour row's value, so that a lane writes two columns of one token.
-        bool is_first = lane / 4 % 2 == 0;
-        float other = __shfl_xor_sync(~0U, is_first ? odd : even, 4);
-        int token = j * 8 + lane % 4 * 2 + (is_first ? 0 : 1);
-        u32 both = is_first ? bf16x2_from(even, other) : bf16x2_from(other, odd);
-        if (token < tokens.count) {
-            u16 *row = call.out + static_cast<long long>(first + token) * call.out_stride;
-            *reinterpret_cast<u32 *>(row + ff_column + lane / 8 * 2) = both;
-        }
-    }
-}
-
 /// 4 warps of one strip: 32 columns of the intermediate row. Shared: STAGES x N x 128.
 template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ void gate_up(const GateUp &call) {
     Job job = call.jobs[blockIdx.z];
     int first = call.offsets[blockIdx.z] + blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - first;
     int part_cols = segment_cols(call.ff), tiles = part_cols / 32;
     int segment = blockIdx.y / tiles, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (left <= 0 || segment < job.begin || segment >= job.end) {
+    if (left <= 0 || segment < job.begin || segment >= job.end
+        || static_cast<int>(blockIdx.y % tiles) * 32 >= cols_of({call.ff, part_cols, 0, 8}, segment)) {
         return;
     }
     Tokens tokens = {call.x, call.row_ids, first, min(N, left), call.x_stride};
@@ -438,7 +260,7 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
     const Expert *expert = call.experts + job.expert;
     int strip = blockIdx.y % tiles * 4 + warp;
     auto strip_of = [&](int) {
-        return expert->gate_up[segment] + static_cast<long long>(strip) * divide_up(call.hidden, Step::K) * Step::BYTES;
+        return expert->gate_up[segment] + static_cast<long long>(strip) * steps_of<Step>(call.hidden) * Step::BYTES;
     };
     auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
         TokenScales scales = {call.x_scales, 1, 0};
@@ -453,17 +275,6 @@ extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n16(const Gate
 extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n32(const GateUp call) { gate_up<Bf16Step, 32, 4, 2>(call); }
 extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n64(const GateUp call) { gate_up<Bf16Step, 64, 4, 1>(call); }
 extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n128(const GateUp call) { gate_up<Bf16Step, 128, 3, 1>(call); }
-
-/// The arguments of tr_down_*: see README.md.
-struct Down {
-    float *out;
-    const Expert *experts;
-    const Job *jobs;
-    const int *offsets;
-    const u8 *x;
-    const float *x_scales;
-    int hidden, ff, x_stride;
-};
 
 template <class Step, int N> __device__ __forceinline__ void down(const Down &call) {
     constexpr int ROWS = TREE_ROWS<N>;
@@ -480,7 +291,7 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     const Expert *expert = call.experts + job.expert;
     int strip = first_row / 16 + (N <= 16 ? 0 : warp);
     auto strip_of = [&](int part) {
-        int steps = divide_up(cols_of(parts, part), Step::K);
+        int steps = steps_of<Step>(cols_of(parts, part));
         return expert->down[part] + static_cast<long long>(strip) * steps * Step::BYTES;
     };
     auto scales_of = [&](int part) { return expert->down_scales[part] + strip * 16; };

@@ -29,7 +29,7 @@ __device__ __forceinline__ u16 element(const Pack &call, const u16 *row, int col
     return row != nullptr && col < call.cols ? row[col] : static_cast<u16>(0);
 }
 
-/// bf16: one warp writes one step of one strip. Grid (steps, packed strips), block 32.
+/// bf16: one warp writes one step of one strip. Grid (steps of the part, packed strips), block 32.
 extern "C" __global__ void __launch_bounds__(32) tr_pack_bf16(const Pack call) {
     int lane = threadIdx.x, strip = blockIdx.y;
     const u16 *low = source_row(call, strip, lane / 4), *high = source_row(call, strip, lane / 4 + 8);

@@ -6,7 +6,7 @@
 // docs/adr/0001-summation-tree.md. So an output element's bits depend on its row, its token and nothing else.
 //
 // A packed part: strips of 16 rows (their number a multiple of 4), each a run of *steps*. A step is 16 rows by
-// 128 bytes of a token's row (64 bf16 or 128 e4m3), zero where the matrix ends:
+// 128 bytes of a token's row (64 bf16 or 128 e4m3), zero where the matrix ends; a part has an even number of them:
 //   bf16   4 tiles of 16 x 16; a tile is 32 lanes x 16 bytes, lane l's A fragment of m16n8k16 (registers 0 to 3:
 //          row l/4, row l/4+8, then both 8 columns further; each 2 columns from 2 (l%4))
 //   e4m3   4 tiles of 16 x 32, the A fragment of m16n8k32 (4 columns from 4 (l%4), then 16 columns further)
@@ -105,13 +105,16 @@ __device__ __forceinline__ int cols_of(const Parts &parts, int part) {
     return max(0, min(parts.part_cols, parts.cols - part * parts.part_cols));
 }
 
+/// Steps of a part: an even number, so that a loop can take two at a time.
+template <class Step> __device__ __forceinline__ int steps_of(int cols) { return divide_up(cols, 2 * Step::K) * 2; }
+
 /// A place on the walk: a step of a part.
 struct Cursor {
     int part, step, steps;
 };
 
 template <class Step> __device__ __forceinline__ Cursor first_step(const Parts &parts) {
-    Cursor at = {parts.begin, 0, divide_up(cols_of(parts, parts.begin), Step::K)};
+    Cursor at = {parts.begin, 0, steps_of<Step>(cols_of(parts, parts.begin))};
     return at;
 }
 
@@ -120,14 +123,14 @@ template <class Step> __device__ __forceinline__ void advance(Cursor &at, const 
     if (at.step == at.steps) {
         at.part += 1;
         at.step = 0;
-        at.steps = divide_up(cols_of(parts, at.part), Step::K);
+        at.steps = steps_of<Step>(cols_of(parts, at.part));
     }
 }
 
 template <class Step> __device__ __forceinline__ int total_steps(const Parts &parts) {
     int total = 0;
     for (int part = parts.begin; part < parts.end; ++part) {
-        total += divide_up(cols_of(parts, part), Step::K);
+        total += steps_of<Step>(cols_of(parts, part));
     }
     return total;
 }
@@ -188,48 +191,3 @@ __device__ __forceinline__ void copy_step(u32 stage, const TokenRows<N, THREADS>
     }
     cp_async_commit();
 }
-
-// ---- Experts.
-
-/// An expert's packed segments on the device; null where a segment is not held. 256 bytes.
-struct Expert {
-    const u8 *gate_up[8];
-    const u8 *down[8];
-    const float *gate_up_scales[8]; // e4m3: one per packed row; otherwise null
-    const float *down_scales[8];
-};
-
-/// A slice of an expert for `offsets[j + 1] - offsets[j]` rows. 16 bytes.
-struct Job {
-    int expert;     // index into the expert table
-    int begin, end; // segments
-    int out;        // index of its first output vector; -1 for offsets[j] (whole experts only)
-};
-
-/// Columns of a full segment (tramontane_types::slice::segment_len); also the part rule of dense matrices.
-__device__ __forceinline__ int segment_cols(int cols) { return divide_up(divide_up(cols, 8), 32) * 32; }
-
-// ---- The summation tree.
-
-/// The end of a range when empty segments behind the last count as held.
-__device__ __forceinline__ int tree_end(int end, int num_segments) { return end >= num_segments ? 8 : end; }
-
-/// Whether the node (begin, length) lies in the range but its parent does not: it is an output vector.
-__device__ __forceinline__ bool is_node(int at, int length, int begin, int end) {
-    bool is_inside = at >= begin && at + length <= end;
-    int parent = at & ~(2 * length - 1);
-    return is_inside && (length == 8 || parent < begin || parent + 2 * length > end);
-}
-
-/// Number of output vectors of a range (SegmentRange::num_nodes).
-__device__ __forceinline__ int num_nodes(int begin, int end, int num_segments) {
-    int count = 0;
-    for (int length = 1; length <= 8; length *= 2) {
-        for (int at = 0; at < num_segments; at += length) {
-            count += is_node(at, length, begin, tree_end(end, num_segments));
-        }
-    }
-    return count;
-}
-
-__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0F, expf(-x))); }

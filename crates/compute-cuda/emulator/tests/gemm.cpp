@@ -55,16 +55,47 @@ struct Variant {
 };
 static size_t by_parts(int n, int rows) { return 8 * 3 * n * 128 + 8 * n * (rows + 4) * 4; }
 static size_t in_turn(int n) { return 3 * n * 128 + 3 * 64 * n * 4; }
-static const Variant TREE[] = {
-    {"n8", 8, 16, 256, by_parts(8, 16)},
-    {"n16", 16, 32, 256, by_parts(16, 32)},
-    {"n32", 32, 64, 128, in_turn(32)},
-    {"n64", 64, 64, 128, in_turn(64)},
+static size_t group_by_parts(int n) { return 4 * 4 * n * 128 + 8 * n * 68 * 4; }
+static size_t group_in_turn(int n, int levels) { return 4 * n * 128 + levels * 128 * n * 4; }
+
+/// A numeric class: its variants give the same bits.
+struct Class {
+    const char *name;
+    std::vector<Variant> tree, gate_up;
 };
-static const Variant GATE_UP[] = {
-    {"n8", 8, 32, 128, 4 * 8 * 128},    {"n16", 16, 32, 128, 4 * 16 * 128},    {"n32", 32, 32, 128, 4 * 32 * 128},
-    {"n64", 64, 32, 128, 4 * 64 * 128}, {"n128", 128, 32, 128, 3 * 128 * 128},
+static const Class CLASSES[] = {
+    {"bf16",
+     {{"n8", 8, 16, 256, by_parts(8, 16)},
+      {"n16", 16, 32, 256, by_parts(16, 32)},
+      {"n32", 32, 64, 128, in_turn(32)},
+      {"n64", 64, 64, 128, in_turn(64)}},
+     {{"n8", 8, 32, 128, 4 * 8 * 128},
+      {"n16", 16, 32, 128, 4 * 16 * 128},
+      {"n32", 32, 32, 128, 4 * 32 * 128},
+      {"n64", 64, 32, 128, 4 * 64 * 128},
+      {"n128", 128, 32, 128, 3 * 128 * 128}}},
+    {"bf16_wg",
+     {{"n8", 8, 64, 512, group_by_parts(8)},
+      {"n16", 16, 64, 512, group_by_parts(16)},
+      {"n32", 32, 128, 256, group_in_turn(32, 3)},
+      {"n64", 64, 128, 256, group_in_turn(64, 3)},
+      {"n128", 128, 128, 256, group_in_turn(128, 2)}},
+     {{"n8", 8, 32, 128, 4 * 8 * 128},
+      {"n16", 16, 32, 128, 4 * 16 * 128},
+      {"n32", 32, 64, 256, 4 * 32 * 128},
+      {"n64", 64, 128, 512, 4 * 64 * 128},
+      {"n128", 128, 64, 256, 4 * 128 * 128},
+      {"n256", 256, 64, 256, 4 * 256 * 128}}},
 };
+
+static std::string kernel(const char *what, const Class &c, const Variant &v) {
+    return std::string("tr_") + what + "_" + c.name + "_" + v.suffix;
+}
+
+/// Blocks along the intermediate row: every segment begins a new one.
+static unsigned gate_up_blocks(int ff, const Variant &v) {
+    return static_cast<unsigned>(8 * divide_up(segment_cols(ff), v.rows));
+}
 
 static std::vector<uint16_t> random_bf16(Random &random, size_t count, float scale) {
     std::vector<uint16_t> values(count);
@@ -76,14 +107,14 @@ static std::vector<uint16_t> random_bf16(Random &random, size_t count, float sca
 static void pack(uint8_t *out, const uint16_t *a, const uint16_t *b, int rows, int cols, int stride) {
     Pack call = {out, nullptr, a, b, rows, cols, stride, nullptr, nullptr};
     unsigned strips = static_cast<unsigned>(divide_up(rows, b == nullptr ? 64 : 32) * 4);
-    launch("tr_pack_bf16", {static_cast<unsigned>(divide_up(cols, 64)), strips}, {32}, 0, call);
+    launch("tr_pack_bf16", {static_cast<unsigned>(divide_up(cols, 128) * 2), strips}, {32}, 0, call);
 }
 
 static size_t packed_bytes(int rows, int cols) {
-    return static_cast<size_t>(divide_up(rows, 64)) * 4 * static_cast<size_t>(divide_up(cols, 64)) * 2048;
+    return static_cast<size_t>(divide_up(rows, 64)) * 4 * static_cast<size_t>(divide_up(cols, 128) * 2) * 2048;
 }
 
-static void linear_is_a_product(int rows, int cols, int num_tokens, bool is_added, bool is_gathered) {
+static void linear_is_a_product(const Class &c, int rows, int cols, int num_tokens, bool is_added, bool is_gathered) {
     Random random{static_cast<uint64_t>(rows * 31 + cols * 7 + num_tokens)};
     auto w = random_bf16(random, static_cast<size_t>(rows) * cols, 0.1F);
     int x_rows = num_tokens + 5, stride = divide_up(cols, 8) * 8;
@@ -104,13 +135,13 @@ static void linear_is_a_product(int rows, int cols, int num_tokens, bool is_adde
     Buffer<int> d_ids(ids);
     std::vector<float> before(static_cast<size_t>(num_tokens) * rows), first;
     for (auto &v : before) v = random.normal();
-    for (const Variant &v : TREE) {
+    for (const Variant &v : c.tree) {
         Buffer<float> out(before.size());
         if (is_added) memcpy(out.data, before.data(), before.size() * 4);
         Linear call = {packed.data, reinterpret_cast<uint8_t *>(dx.data), is_gathered ? d_ids.data : nullptr, out.data,
                        nullptr, nullptr, num_tokens, rows, cols, stride * 2, rows, is_added};
         Dim grid = {static_cast<unsigned>(divide_up(num_tokens, v.n)), static_cast<unsigned>(divide_up(rows, v.rows))};
-        std::string name = std::string("tr_linear_bf16_") + v.suffix;
+        std::string name = kernel("linear", c, v);
         launch(name.c_str(), grid, {static_cast<unsigned>(v.threads)}, v.shared, call);
         std::vector<float> got(out.data, out.data + out.count);
         if (first.empty()) {
@@ -184,7 +215,7 @@ struct Experts {
 };
 
 /// Gate-up and down of several jobs: values against sums in double, bits of every pair of variants.
-static void experts_are_products(int hidden, int ff, std::vector<Job> jobs, std::vector<int> counts, bool is_routed) {
+static void experts_are_products(const Class &c, int hidden, int ff, std::vector<Job> jobs, std::vector<int> counts, bool is_routed) {
     Random random{static_cast<uint64_t>(hidden * 131 + ff)};
     Experts experts(random, 3, hidden, ff);
     int x_rows = 40, x_stride = divide_up(hidden, 8) * 8, h_stride = 8 * experts.part_cols;
@@ -204,45 +235,45 @@ static void experts_are_products(int hidden, int ff, std::vector<Job> jobs, std:
     Buffer<int> d_offsets(offsets), d_ids(ids);
     auto z = static_cast<unsigned>(jobs.size());
     std::vector<uint16_t> h;
-    for (const Variant &v : GATE_UP) {
+    for (const Variant &v : c.gate_up) {
         Buffer<uint16_t> out(ids.size() * h_stride);
         GateUp call = {out.data, table.data, d_jobs.data, d_offsets.data, d_ids.data, reinterpret_cast<uint8_t *>(dx.data),
                        nullptr, hidden, ff, x_stride * 2, h_stride};
         // One tile more than there are tokens: a graph's grid is for the worst case.
-        Dim grid = {static_cast<unsigned>(divide_up(most, v.n) + 1), static_cast<unsigned>(divide_up(ff, v.rows)), z};
-        launch((std::string("tr_gate_up_bf16_") + v.suffix).c_str(), grid, {static_cast<unsigned>(v.threads)}, v.shared, call);
+        Dim grid = {static_cast<unsigned>(divide_up(most, v.n) + 1), gate_up_blocks(ff, v), z};
+        launch(kernel("gate_up", c, v).c_str(), grid, {static_cast<unsigned>(v.threads)}, v.shared, call);
         std::vector<uint16_t> got(out.data, out.data + out.count);
         if (h.empty()) h = got;
-        if (got != h) fail("tr_gate_up_bf16_%s differs from n8, hidden %d, ff %d", v.suffix, hidden, ff);
+        if (got != h) fail("%s differs from n8, hidden %d, ff %d", kernel("gate_up", c, v).c_str(), hidden, ff);
     }
     for (size_t j = 0; j < jobs.size(); ++j) {
         const auto &w1 = experts.w1[jobs[j].expert], &w3 = experts.w3[jobs[j].expert];
         for (int i = offsets[j]; i < offsets[j + 1]; ++i) {
             const uint16_t *row = x.data() + static_cast<size_t>(ids[i]) * x_stride;
-            for (int c = jobs[j].begin * experts.part_cols; c < std::min(ff, jobs[j].end * experts.part_cols); ++c) {
+            for (int col = jobs[j].begin * experts.part_cols; col < std::min(ff, jobs[j].end * experts.part_cols); ++col) {
                 double gate = 0, up = 0;
                 for (int k = 0; k < hidden; ++k) {
-                    gate += from_bf16(w1[static_cast<size_t>(c) * hidden + k]) * from_bf16(row[k]);
-                    up += from_bf16(w3[static_cast<size_t>(c) * hidden + k]) * from_bf16(row[k]);
+                    gate += from_bf16(w1[static_cast<size_t>(col) * hidden + k]) * from_bf16(row[k]);
+                    up += from_bf16(w3[static_cast<size_t>(col) * hidden + k]) * from_bf16(row[k]);
                 }
                 double expected = silu(gate) * up;
-                check_close("gate_up", c, from_bf16(h[static_cast<size_t>(i) * h_stride + c]), expected,
+                check_close("gate_up", col, from_bf16(h[static_cast<size_t>(i) * h_stride + col]), expected,
                             std::fabs(expected) / 200 + 1e-5);
             }
         }
     }
     Buffer<uint16_t> dh(h);
     std::vector<float> first;
-    for (const Variant &v : TREE) {
+    for (const Variant &v : c.tree) {
         Buffer<float> out(static_cast<size_t>(vectors) * hidden);
         Down call = {out.data, table.data, d_jobs.data, d_offsets.data, reinterpret_cast<uint8_t *>(dh.data), nullptr,
                      hidden, ff, h_stride * 2};
         Dim grid = {static_cast<unsigned>(divide_up(most, v.n) + 1), static_cast<unsigned>(divide_up(hidden, v.rows)), z};
-        launch((std::string("tr_down_bf16_") + v.suffix).c_str(), grid, {static_cast<unsigned>(v.threads)}, v.shared, call);
+        launch(kernel("down", c, v).c_str(), grid, {static_cast<unsigned>(v.threads)}, v.shared, call);
         std::vector<float> got(out.data, out.data + out.count);
         if (first.empty()) first = got;
         if (memcmp(got.data(), first.data(), got.size() * 4) != 0) {
-            fail("tr_down_bf16_%s differs from n8, hidden %d, ff %d", v.suffix, hidden, ff);
+            fail("%s differs from n8, hidden %d, ff %d", kernel("down", c, v).c_str(), hidden, ff);
         }
     }
     size_t at = 0;
@@ -264,7 +295,7 @@ static void experts_are_products(int hidden, int ff, std::vector<Job> jobs, std:
 }
 
 /// The vector of a node has the same bits whoever holds what else.
-static void a_part_has_the_bits_of_the_whole() {
+static void a_part_has_the_bits_of_the_whole(const Class &c) {
     Random random{5};
     const int hidden = 48, ff = 8 * 64, h_stride = ff;
     Experts experts(random, 1, hidden, ff);
@@ -276,10 +307,10 @@ static void a_part_has_the_bits_of_the_whole() {
         Buffer<Job> job(std::vector<Job>{{0, begin, end, 0}});
         Buffer<int> offsets(std::vector<int>{0, 4});
         std::vector<float> first;
-        for (const Variant &v : TREE) {
+        for (const Variant &v : c.tree) {
             Buffer<float> out(static_cast<size_t>(4 * count) * hidden);
             Down call = {out.data, table.data, job.data, offsets.data, reinterpret_cast<uint8_t *>(dh.data), nullptr, hidden, ff, h_stride * 2};
-            launch((std::string("tr_down_bf16_") + v.suffix).c_str(), {1, static_cast<unsigned>(divide_up(hidden, v.rows))},
+            launch(kernel("down", c, v).c_str(), {1, static_cast<unsigned>(divide_up(hidden, v.rows))},
                    {static_cast<unsigned>(v.threads)}, v.shared, call);
             std::vector<float> got(out.data, out.data + out.count);
             if (first.empty()) first = got;
@@ -311,14 +342,16 @@ static void a_part_has_the_bits_of_the_whole() {
 }
 
 int main() {
-    linear_is_a_product(40, 64, 1, false, false);
-    linear_is_a_product(100, 200, 13, true, false);
-    linear_is_a_product(64, 520, 70, false, true);
-    linear_is_a_product(16, 32, 33, true, true);
-    linear_is_a_product(130, 1000, 9, false, false);
-    experts_are_products(64, 256, {{0, 0, 8, 0}, {1, 0, 8, 0}, {2, 0, 8, 0}}, {3, 0, 21}, true);
-    experts_are_products(72, 100, {{0, 0, 8, 0}, {2, 1, 8, 0}, {0, 3, 5, 0}, {1, 0, 3, 0}}, {9, 1, 2, 70}, false);
-    experts_are_products(200, 300, {{1, 0, 8, 0}, {0, 2, 3, 0}}, {17, 5}, false);
-    a_part_has_the_bits_of_the_whole();
+    for (const Class &c : CLASSES) {
+        linear_is_a_product(c, 40, 64, 1, false, false);
+        linear_is_a_product(c, 100, 200, 13, true, false);
+        linear_is_a_product(c, 64, 520, 70, false, true);
+        linear_is_a_product(c, 16, 32, 33, true, true);
+        linear_is_a_product(c, 130, 1000, 9, false, false);
+        experts_are_products(c, 64, 256, {{0, 0, 8, 0}, {1, 0, 8, 0}, {2, 0, 8, 0}}, {3, 0, 21}, true);
+        experts_are_products(c, 72, 100, {{0, 0, 8, 0}, {2, 1, 8, 0}, {0, 3, 5, 0}, {1, 0, 3, 0}}, {9, 1, 2, 70}, false);
+        experts_are_products(c, 200, 300, {{1, 0, 8, 0}, {0, 2, 3, 0}}, {17, 5}, false);
+        a_part_has_the_bits_of_the_whole(c);
+    }
     puts("gemm: passed");
 }
