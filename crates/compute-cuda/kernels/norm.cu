@@ -21,7 +21,7 @@ struct NormArgs {
     float *residual;      // [step rows, hidden]
     const float *weight;  // [hidden]
     const u32 *num_rows;
-    const u32 *source;    // [rows]: row i is row source[i] of the residual stream; null: row i
+    const u32 *source;    // [rows]: row i is row source[i] of the residual stream; null: row i (always with a gate)
     float eps;
     u32 hidden, out_stride; // out_stride is a multiple of 4
 };
@@ -188,7 +188,7 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
     for (u32 r = 0; r < ROWS; ++r) {
         float own = 0.0f;
         if (first + r < num_rows) {
-            const float *x = a.residual + static_cast<size_t>(source_of(a, first + r)) * a.hidden;
+            const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
 #pragma unroll 4
             for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
                 own = add_square(own, load_four(x, i, a.hidden));
@@ -211,7 +211,7 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
 #pragma unroll
             for (u32 r = 0; r < ROWS; ++r) {
                 if (first + r < num_rows) {
-                    const float *x = a.residual + static_cast<size_t>(source_of(a, first + r)) * a.hidden;
+                    const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
                     const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
                     *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
                     if (expert == warp) { // the first pass

@@ -73,14 +73,14 @@ struct Candidate {
 
 __device__ __forceinline__ bool is_better(Candidate a, Candidate b) { return a.p > b.p || (a.p == b.p && a.expert < b.expert); }
 
-__device__ __forceinline__ u32 best_left(const float (&p)[EXPERTS_PER_LANE], u32 taken, u32 num_experts) {
+__device__ __forceinline__ u32 best_left(const float (&p)[EXPERTS_PER_LANE], u32 taken) {
     const u32 lane = threadIdx.x % 32;
     Candidate best = {-2.0f, 0xFFFFFFFFU};
 #pragma unroll
     for (u32 i = 0; i < EXPERTS_PER_LANE; ++i) {
         const float value = p[i] == p[i] ? p[i] : -0.5f; // NaN: behind all numbers, before what is no expert
         const Candidate candidate = {value, 32 * i + lane};
-        if (!(taken >> i & 1) && candidate.expert < num_experts && is_better(candidate, best)) {
+        if (!(taken >> i & 1) && is_better(candidate, best)) {
             best = candidate;
         }
     }
@@ -108,7 +108,7 @@ __device__ __forceinline__ void choose_row(const RouteArgs &a, u32 row) {
     probabilities(p, a.scores + static_cast<size_t>(row) * a.num_experts, a.num_experts);
     u32 taken = 0; // bit i: expert 32 i + lane
     for (u32 k = 0; k < a.top_k; ++k) {
-        const u32 expert = best_left(p, taken, a.num_experts);
+        const u32 expert = best_left(p, taken);
         taken |= expert % 32 == lane ? 1U << expert / 32 : 0;
     }
     float sum = 0.0f;

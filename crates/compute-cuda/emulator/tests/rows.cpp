@@ -134,9 +134,17 @@ static void norms_and_scores(uint32_t hidden, uint32_t num_experts, uint32_t top
     args.source = source.data;
     args.num_rows = num_wanted.data;
     launch("tr_norm_bf16", {2}, {256}, NORM_SHARED, args);
+    Buffer<float> late(x);
+    Buffer<uint16_t> late_picked(2 * stride);
+    args.out = late_picked.data;
+    args.residual = late.data;
+    launch("tr_combine_norm_bf16", {2}, {256}, NORM_SHARED, args, experts);
     for (uint32_t i = 0; i < 2; ++i) {
-        if (memcmp(picked.data + i * stride, out.data + wanted[i] * stride, stride * 2) != 0) fail("a picked row differs");
+        const uint16_t *all = out.data + wanted[i] * stride;
+        if (memcmp(picked.data + i * stride, all, stride * 2) != 0) fail("a picked row differs");
+        if (memcmp(late_picked.data + i * stride, all, stride * 2) != 0) fail("a picked row differs when experts are added to it");
     }
+    if (late[0] != x[0]) fail("experts were added to a row that was not picked");
 }
 
 static void a_row_that_is_not_finite_is_nan() {
