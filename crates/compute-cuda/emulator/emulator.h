@@ -172,5 +172,8 @@ static inline u32 __match_any_sync(u32 mask, u32 value) {
 }
 
 #include "ptx.h"
+#include "../kernels/rows.cuh"
 #include "../kernels/tile.cuh"
 #include "../kernels/tree.cuh"
+#include "../kernels/gemm.cuh"
+#include "../kernels/gemm_wgmma.cuh"

@@ -48,6 +48,7 @@ struct AttendArgs {
     u32 out_stride, table_stride, num_heads, num_kv_heads, head_dim;
     u32 window;            // tokens that a row sees; 0xFFFFFFFF: all
 };
+static_assert(sizeof(AttendItem) == 32 && sizeof(AttendArgs) == 104, "as the host has them");
 
 /// What Q, K, V and P are rounded to.
 struct Bf16 {

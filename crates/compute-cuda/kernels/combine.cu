@@ -8,37 +8,6 @@
 
 constexpr u32 COMBINE_THREADS = 256;
 
-/// Elements i to i + 3 of a row, 0 behind its end.
-__device__ __forceinline__ float4 row_four(const float *row, u32 i, u32 hidden) {
-    if (hidden % 4 == 0) {
-        return *reinterpret_cast<const float4 *>(row + i);
-    }
-    return make_float4(row[i], i + 1 < hidden ? row[i + 1] : 0.0f, i + 2 < hidden ? row[i + 2] : 0.0f,
-                       i + 3 < hidden ? row[i + 3] : 0.0f);
-}
-
-__device__ __forceinline__ void set_row_four(float *row, u32 i, u32 hidden, float4 x) {
-    if (hidden % 4 == 0) {
-        *reinterpret_cast<float4 *>(row + i) = x;
-        return;
-    }
-    const float values[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (u32 j = 0; j < 4; ++j) {
-        if (i + j < hidden) {
-            row[i + j] = values[j];
-        }
-    }
-}
-
-__device__ __forceinline__ float4 plus(float4 x, float4 y) {
-    return make_float4(__fadd_rn(x.x, y.x), __fadd_rn(x.y, y.y), __fadd_rn(x.z, y.z), __fadd_rn(x.w, y.w));
-}
-
-__device__ __forceinline__ float4 times(float w, float4 y) {
-    return make_float4(__fmul_rn(w, y.x), __fmul_rn(w, y.y), __fmul_rn(w, y.z), __fmul_rn(w, y.w));
-}
-
 /// residual [rows, hidden] += outputs [slots, hidden] of the row's experts; slot_of and weights are [rows, top_k].
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     tr_combine(float *residual, const float *outputs, const u32 *slot_of, const float *weights, const u32 *num_rows, u32 top_k,
@@ -48,12 +17,12 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
         return;
     }
     float *x = residual + static_cast<size_t>(row) * hidden;
-    float4 sum = row_four(x, i, hidden);
+    float4 sum = load_four(x, i, hidden);
     for (u32 k = 0; k < top_k; ++k) {
         const size_t at = static_cast<size_t>(row) * top_k + k;
-        sum = plus(sum, times(weights[at], row_four(outputs + static_cast<size_t>(slot_of[at]) * hidden, i, hidden)));
+        sum = plus(sum, times(weights[at], load_four(outputs + static_cast<size_t>(slot_of[at]) * hidden, i, hidden)));
     }
-    set_row_four(x, i, hidden, sum);
+    store_four(x, i, hidden, sum);
 }
 
 /// Partial sums of the tree at most one per level: that of 1, 2 and 4 segments whose right half has not come yet.
@@ -118,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
         return;
     }
     float *x = residual + static_cast<size_t>(row) * hidden;
-    float4 sum = row_four(x, i, hidden);
+    float4 sum = load_four(x, i, hidden);
     for (u32 k = 0; k < top_k; ++k) {
         const size_t at = static_cast<size_t>(row) * top_k + k;
         Levels levels = {};
@@ -126,13 +95,12 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
         bool is_whole = false;
         for (u32 piece = sum_begins[at]; piece < sum_begins[at + 1]; ++piece) {
             const float *vector = outputs + piece_offsets[piece];
-            total = make_float4(vector[i], i + 1 < hidden ? vector[i + 1] : 0.0f, i + 2 < hidden ? vector[i + 2] : 0.0f,
-                                i + 3 < hidden ? vector[i + 3] : 0.0f);
+            total = load_four_singly(vector, i, hidden);
             is_whole = push(levels, total, piece_lens[piece]);
         }
         sum = plus(sum, times(weights[at], is_whole ? total : join_rest(levels)));
     }
-    set_row_four(x, i, hidden, sum);
+    store_four(x, i, hidden, sum);
 }
 
 /// to [ids, words] = from [rows, words] at ids; a word is 4 bytes. grid (ids at most, 1 or more), block 256.

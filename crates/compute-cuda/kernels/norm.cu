@@ -40,51 +40,13 @@ struct GateArgs {
     float *scores;      // [rows, num_experts]
     u32 num_experts;
 };
-
-/// Elements i to i + 3 of a row, 0 behind its end. Rows lie on 16 bytes when hidden is a multiple of 4.
-__device__ __forceinline__ float4 load_four(const float *row, u32 i, u32 hidden) {
-    if (hidden % 4 == 0) {
-        return i < hidden ? *reinterpret_cast<const float4 *>(row + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    return make_float4(i < hidden ? row[i] : 0.0f, i + 1 < hidden ? row[i + 1] : 0.0f, i + 2 < hidden ? row[i + 2] : 0.0f,
-                       i + 3 < hidden ? row[i + 3] : 0.0f);
-}
-
-__device__ __forceinline__ void store_four(float *row, u32 i, u32 hidden, float4 x) {
-    if (hidden % 4 == 0) {
-        if (i < hidden) {
-            *reinterpret_cast<float4 *>(row + i) = x;
-        }
-        return;
-    }
-    const float values[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (u32 j = 0; j < 4; ++j) {
-        if (i + j < hidden) {
-            row[i + j] = values[j];
-        }
-    }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (u32 bits = 16; bits > 0; bits /= 2) {
-        x = __fadd_rn(x, __shfl_xor_sync(~0U, x, bits));
-    }
-    return x;
-}
+static_assert(sizeof(NormArgs) == 56 && sizeof(ExpertOutputs) == 32 && sizeof(GateArgs) == 24, "as the host has them");
 
 __device__ __forceinline__ float add_square(float sum, float4 x) {
     sum = __fmaf_rn(x.x, x.x, sum);
     sum = __fmaf_rn(x.y, x.y, sum);
     sum = __fmaf_rn(x.z, x.z, sum);
     return __fmaf_rn(x.w, x.w, sum);
-}
-
-/// `x + w y`, rounded twice as `tramontane_compute::combine` does it.
-__device__ __forceinline__ float4 add_weighted(float4 x, float w, float4 y) {
-    return make_float4(__fadd_rn(x.x, __fmul_rn(w, y.x)), __fadd_rn(x.y, __fmul_rn(w, y.y)), __fadd_rn(x.z, __fmul_rn(w, y.z)),
-                       __fadd_rn(x.w, __fmul_rn(w, y.w)));
 }
 
 /// 1 / sqrt(mean + eps) from the threads' sums of squares, in all threads. `sums` is shared, one per warp.
@@ -163,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(
         float4 sum = load_four(x, i, a.hidden);
         for (u32 k = 0; k < experts.top_k; ++k) {
             const float *y = experts.outputs + static_cast<size_t>(slot_of[k]) * a.hidden;
-            sum = add_weighted(sum, weights[k], load_four(y, i, a.hidden));
+            sum = plus(sum, times(weights[k], load_four(y, i, a.hidden))); // as combine.cu
         }
         store_four(x, i, a.hidden, sum);
         own = add_square(own, sum);

@@ -24,6 +24,7 @@ struct RopeArgs {
     float q_scale;         // log2(e) / sqrt(head_dim)
     u32 table_stride, num_heads, num_kv_heads, head_dim;
 };
+static_assert(sizeof(RopeArgs) == 88, "as the host has them");
 
 struct RopeBf16 {};
 struct RopeF16 {};

@@ -22,22 +22,7 @@ struct RouteArgs {
     const u32 *num_rows;
     u32 num_experts, top_k;
 };
-
-__device__ __forceinline__ float route_max(float x) {
-#pragma unroll
-    for (u32 bits = 16; bits > 0; bits /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(~0U, x, bits));
-    }
-    return x;
-}
-
-__device__ __forceinline__ float route_sum(float x) {
-#pragma unroll
-    for (u32 bits = 16; bits > 0; bits /= 2) {
-        x = __fadd_rn(x, __shfl_xor_sync(~0U, x, bits));
-    }
-    return x;
-}
+static_assert(sizeof(RouteArgs) == 64, "as the host has them");
 
 /// Softmax of a row; lane l has experts l, l + 32, ... Behind the last expert -1, which is never chosen.
 __device__ __forceinline__ void probabilities(float (&p)[EXPERTS_PER_LANE], const float *scores, u32 num_experts) {
@@ -49,7 +34,7 @@ __device__ __forceinline__ void probabilities(float (&p)[EXPERTS_PER_LANE], cons
         p[i] = expert < num_experts ? scores[expert] : 0.0f;
         largest = expert < num_experts ? fmaxf(largest, p[i]) : largest;
     }
-    largest = route_max(largest);
+    largest = warp_max(largest);
     float sum = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < EXPERTS_PER_LANE; ++i) {
@@ -58,7 +43,7 @@ __device__ __forceinline__ void probabilities(float (&p)[EXPERTS_PER_LANE], cons
             sum = __fadd_rn(sum, p[i]);
         }
     }
-    sum = route_sum(sum);
+    sum = warp_sum(sum);
 #pragma unroll
     for (u32 i = 0; i < EXPERTS_PER_LANE; ++i) {
         p[i] = 32 * i + lane < num_experts ? __fdiv_rn(p[i], sum) : -1.0f;

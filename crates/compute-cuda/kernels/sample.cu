@@ -24,6 +24,7 @@ struct TopSum {
     float max;
     u32 zero;
 };
+static_assert(sizeof(Best) == 16 && sizeof(TopSum) == 16, "as the host has them");
 
 /// Larger keys are better tokens: f32's total order, then the lower id.
 __device__ __forceinline__ u64 key_of(float logit, u32 id) {
