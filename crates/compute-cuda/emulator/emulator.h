@@ -175,5 +175,5 @@ static inline u32 __match_any_sync(u32 mask, u32 value) {
 #include "../kernels/rows.cuh"
 #include "../kernels/tile.cuh"
 #include "../kernels/tree.cuh"
-#include "../kernels/gemm.cuh"
-#include "../kernels/gemm_wgmma.cuh"
+#include "../kernels/walk_mma.cuh"
+#include "../kernels/walk_wgmma.cuh"

@@ -84,6 +84,30 @@ static inline void ldmatrix_x2(u32 (&to)[2], u32 address) { emu_ldmatrix<2, fals
 static inline void ldmatrix_x4_trans(u32 (&to)[4], u32 address) { emu_ldmatrix<4, true>(to, address); }
 static inline void ldmatrix_x2_trans(u32 (&to)[2], u32 address) { emu_ldmatrix<2, true>(to, address); }
 
+static inline float f16_to(u16 x) {
+    _Float16 half;
+    memcpy(&half, &x, 2);
+    return static_cast<float>(half);
+}
+static inline u8 emu_e4m3_from(float x) {
+    u8 sign = std::signbit(x) ? 0x80 : 0;
+    float magnitude = fabsf(x);
+    if (x != x) {
+        return 0x7F;
+    }
+    if (magnitude >= 464) {
+        return sign | 0x7E; // 448; 464 is the tie with 480, which does not exist
+    }
+    int exponent = magnitude < 0x1p-6F ? -6 : ilogbf(magnitude);
+    auto steps = static_cast<u32>(nearbyintf(ldexpf(magnitude, 3 - exponent)));
+    // A mantissa of 8 carries into the exponent by itself.
+    u32 code = (exponent == -6 ? 0 : static_cast<u32>(exponent + 6) * 8) + steps;
+    return sign | static_cast<u8>(code > 0x7E ? 0x7E : code);
+}
+static inline u16 e4m3x2_from(float low, float high) {
+    return static_cast<u16>(emu_e4m3_from(low) | emu_e4m3_from(high) << 8);
+}
+
 // mma.sync m16n8: lane l has rows l / 4 and l / 4 + 8 of A and D, column l / 4 of B, and columns 2 (l % 4) and the
 // next of D. A register holds 32 bits of k: those at (l % 4), and those 4 registers further.
 struct EmuMma {
@@ -273,3 +297,60 @@ template <int COLUMNS> static inline void wgmma_settle(float (&)[COLUMNS][4]) {}
 static inline u64 wgmma_descriptor(u32 stage) {
     return static_cast<u64>(stage >> 4 & 0x3FFF) | 1ULL << 16 | 64ULL << 32 | 1ULL << 62;
 }
+
+// mbarrier: 64 bits of shared memory, here the phase, the arrivals of a phase, those still missing, and the bytes.
+struct EmuMbarrier {
+    u32 phase : 1, count : 15, missing : 16;
+    int32_t bytes;
+};
+static inline EmuMbarrier *emu_mbarrier(u32 address, const char *what) {
+    return static_cast<EmuMbarrier *>(emu::shared_at(address, 8, 8, what));
+}
+static inline void emu_complete(EmuMbarrier *barrier) {
+    if (barrier->missing == 0 && barrier->bytes == 0) {
+        barrier->phase ^= 1;
+        barrier->missing = barrier->count;
+        emu::signal();
+    }
+}
+static inline void mbarrier_init(u32 address, int count) {
+    *emu_mbarrier(address, "mbarrier.init") = {0, static_cast<u32>(count), static_cast<u32>(count), 0};
+}
+static inline void fence_mbarrier_init() {}
+static inline void emu_arrive(u32 address, int bytes) {
+    EmuMbarrier *barrier = emu_mbarrier(address, "mbarrier.arrive");
+    if (barrier->missing == 0) {
+        emu::stop("an arrival at an mbarrier that expects no more in this phase");
+    }
+    barrier->bytes += bytes;
+    barrier->missing -= 1;
+    emu_complete(barrier);
+}
+static inline void mbarrier_arrive(u32 address) { emu_arrive(address, 0); }
+static inline void mbarrier_arrive_expect(u32 address, int bytes) { emu_arrive(address, bytes); }
+static inline void mbarrier_wait(u32 address, u32 parity) {
+    while (emu_mbarrier(address, "mbarrier.wait")->phase == parity) {
+        emu::wait_event("mbarrier.wait");
+    }
+}
+struct EmuBulk {
+    EmuMbarrier *barrier;
+    int bytes;
+};
+static inline void bulk_copy(u32 to, const void *from, int bytes, u32 mbarrier) {
+    if (bytes <= 0 || bytes % 16 != 0) {
+        emu::stop("cp.async.bulk of %d bytes", bytes);
+    }
+    emu::check_global(from, static_cast<size_t>(bytes), 16, "cp.async.bulk");
+    void *target = emu::shared_at(to, static_cast<u32>(bytes), 16, "cp.async.bulk");
+    auto *context = new EmuBulk{emu_mbarrier(mbarrier, "cp.async.bulk"), bytes};
+    emu::bulk_copy(target, from, static_cast<size_t>(bytes), [](void *p) {
+        auto *copy = static_cast<EmuBulk *>(p);
+        copy->barrier->bytes -= copy->bytes;
+        emu_complete(copy->barrier);
+        delete copy;
+    }, context);
+}
+template <int COUNT> static inline void registers_down() {}
+template <int COUNT> static inline void registers_up() {}
+static inline uint4 shared_load_16(u32 address) { return *static_cast<uint4 *>(emu::shared_at(address, 16, 16, "a shared load")); }

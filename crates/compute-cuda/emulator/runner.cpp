@@ -32,7 +32,7 @@ constexpr unsigned char CANARY_BYTE = 0xA5;
 /// NaN as bf16, f32 and e4m3; -1 as an integer.
 constexpr int POISON = 0xFF;
 
-enum class State { Ready, Warp, Group, Barrier, Done };
+enum class State { Ready, Warp, Group, Barrier, Event, Done };
 
 struct Copy {
     void *to;
@@ -54,6 +54,14 @@ struct Fiber {
 #if !defined(__x86_64__)
     ucontext_t context;
 #endif
+};
+
+struct BulkCopy {
+    void *to;
+    const void *from;
+    size_t bytes;
+    void (*arrived)(void *);
+    void *context;
 };
 
 struct Barrier {
@@ -80,6 +88,7 @@ struct Device {
     int threads = 0, live = 0;
     uint32_t shared_bytes = 0;
     Barrier barriers[BARRIERS];
+    std::vector<BulkCopy> copies; // under way
     Fiber *current = nullptr;
     void *scheduler = nullptr;
 #if !defined(__x86_64__)
@@ -198,6 +207,18 @@ void prepare(Fiber &fiber, int rank) {
     fiber.groups.assign(1, {});
 }
 
+/// Lets the oldest copy under way arrive; false when there is none.
+bool finish_copy() {
+    if (D->copies.empty()) {
+        return false;
+    }
+    BulkCopy copy = D->copies.front();
+    D->copies.erase(D->copies.begin());
+    memcpy(copy.to, copy.from, copy.bytes);
+    copy.arrived(copy.context);
+    return true;
+}
+
 std::string describe_waiters() {
     std::string text;
     for (int i = 0; i < D->threads && text.size() < 600; ++i) {
@@ -214,6 +235,7 @@ void run_block() {
     D->block_serial += 1;
     D->live = D->threads;
     memset(D->barriers, 0, sizeof D->barriers);
+    D->copies.clear();
     memset(D->shared, POISON, D->shared_bytes + SHARED_CANARY);
     for (int i = 0; i < D->threads; ++i) {
         prepare(D->fibers[i], i);
@@ -231,10 +253,16 @@ void run_block() {
                 next = fiber->state == State::Ready ? fiber : nullptr;
             }
         }
+        if (next == nullptr && finish_copy()) {
+            continue;
+        }
         if (next == nullptr) {
             stop("no thread can go on:%s", describe_waiters().c_str());
         }
         to_fiber(&D->scheduler, next);
+    }
+    if (!D->copies.empty()) {
+        stop("a block ends before its copies arrived");
     }
     for (size_t i = D->shared_bytes; i < D->shared_bytes + SHARED_CANARY; ++i) {
         if (D->shared[i] != POISON) {
@@ -479,6 +507,27 @@ void barrier(int id, int threads) {
 void yield() {
     if (choose(4) == 0) {
         to_scheduler(D->current);
+    }
+}
+
+void wait_event(const char *what) {
+    D->current->what = what;
+    D->current->state = State::Event;
+    wait();
+}
+
+void signal() {
+    for (int i = 0; i < D->threads; ++i) {
+        if (D->fibers[i].state == State::Event) {
+            D->fibers[i].state = State::Ready;
+        }
+    }
+}
+
+void bulk_copy(void *to, const void *from, size_t bytes, void (*arrived)(void *), void *context) {
+    D->copies.push_back({to, from, bytes, arrived, context});
+    if (choose(2) == 0) {
+        finish_copy();
     }
 }
 

@@ -58,6 +58,12 @@ void copy_async(void *to, const void *from, int bytes_read);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
 
+/// Waits until `signal`, or until a copy of bulk_copy arrived; the caller looks again at what it waits for.
+void wait_event(const char *what);
+void signal();
+/// A copy that nobody's thread makes: arrives at some time, then `arrived(context)`.
+void bulk_copy(void *to, const void *from, size_t bytes, void (*arrived)(void *), void *context);
+
 using Invoke = void (*)(void **args);
 /// Puts a kernel into the launch table.
 struct Registrar {

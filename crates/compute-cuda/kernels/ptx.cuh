@@ -47,12 +47,14 @@ __device__ __forceinline__ u32 bf16x2_repeat_high(u32 x) { return __byte_perm(x,
 
 // Loads of what no kernel writes while this one runs.
 
-/// 16 bytes that are read once: weights. They pass by the L1 cache.
+/// 16 bytes that are read once: weights. They pass by the L1 cache. Not `.nc`: ptxas moves such loads behind barriers,
+/// down to their first use, and a load that was meant to be early is late.
 __device__ __forceinline__ uint4 load_stream_16(const void *p) {
     uint4 out;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-                 : "l"(p));
+                 : "l"(p)
+                 : "memory");
     return out;
 }
 
@@ -123,7 +125,21 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/// An f16 from the host's formats.
+__device__ __forceinline__ float f16_to(u16 x) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x));
+    return out;
+}
+
 #if __CUDA_ARCH__ >= 890
+/// Two e4m3, to nearest, ties to even; beyond 448 is 448, NaN is NaN.
+__device__ __forceinline__ u16 e4m3x2_from(float low, float high) {
+    u16 out;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
+    return out;
+}
+
 /// `d += a b` for 16 x 32 e4m3 of A (rows) and 32 x 8 of B (columns), f32 sums.
 __device__ __forceinline__ void mma_e4m3(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

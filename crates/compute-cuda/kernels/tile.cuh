@@ -1,4 +1,4 @@
-// What the products of gemm.cu and gemm_wgmma.cu share: packed weights in steps, tokens in shared memory, the
+// What the products of walk_mma.cuh and walk_wgmma.cuh share: packed weights in steps, tokens in shared memory, the
 // summation tree. Stands in front of every source, behind ptx.cuh.
 //
 // Weights are the A operand (rows), tokens the B operand (columns). A *part* is a range of K that is summed on its

@@ -55,8 +55,10 @@ struct Variant {
 };
 static size_t by_parts(int n, int rows) { return 8 * 3 * n * 128 + 8 * n * (rows + 4) * 4; }
 static size_t in_turn(int n) { return 3 * n * 128 + 3 * 64 * n * 4; }
-static size_t group_by_parts(int n) { return 4 * 4 * n * 128 + 8 * n * 68 * 4; }
-static size_t group_in_turn(int n, int levels) { return 4 * n * 128 + levels * 128 * n * 4; }
+static size_t stage(int n, int groups) { return groups * 8192 + n * 128; }
+static size_t group_by_parts(int n) { return 4 * 4 * stage(n, 1) + 8 * n * 68 * 4 + 4 * 4 * 16; }
+static size_t group_in_turn(int n, int stages, int levels) { return stages * stage(n, 2) + levels * 128 * n * 4 + stages * 16; }
+static size_t group_gate_up(int n, int groups, int stages) { return stages * (stage(n, groups) + 16); }
 
 /// A numeric class: its variants give the same bits.
 struct Class {
@@ -75,17 +77,17 @@ static const Class CLASSES[] = {
       {"n64", 64, 32, 128, 4 * 64 * 128},
       {"n128", 128, 32, 128, 3 * 128 * 128}}},
     {"bf16_wg",
-     {{"n8", 8, 64, 512, group_by_parts(8)},
-      {"n16", 16, 64, 512, group_by_parts(16)},
-      {"n32", 32, 128, 256, group_in_turn(32, 3)},
-      {"n64", 64, 128, 256, group_in_turn(64, 3)},
-      {"n128", 128, 128, 256, group_in_turn(128, 2)}},
-     {{"n8", 8, 32, 128, 4 * 8 * 128},
-      {"n16", 16, 32, 128, 4 * 16 * 128},
-      {"n32", 32, 64, 256, 4 * 32 * 128},
-      {"n64", 64, 128, 512, 4 * 64 * 128},
-      {"n128", 128, 64, 256, 4 * 128 * 128},
-      {"n256", 256, 64, 256, 4 * 256 * 128}}},
+     {{"n8", 8, 64, 640, group_by_parts(8)},
+      {"n16", 16, 64, 640, group_by_parts(16)},
+      {"n32", 32, 128, 288, group_in_turn(32, 5, 3)},
+      {"n64", 64, 128, 288, group_in_turn(64, 5, 3)},
+      {"n128", 128, 128, 384, group_in_turn(128, 3, 2)}},
+     {{"n8", 8, 32, 160, group_gate_up(8, 1, 6)},
+      {"n16", 16, 32, 160, group_gate_up(16, 1, 5)},
+      {"n32", 32, 64, 288, group_gate_up(32, 2, 4)},
+      {"n64", 64, 128, 544, group_gate_up(64, 4, 4)},
+      {"n128", 128, 64, 384, group_gate_up(128, 2, 6)},
+      {"n256", 256, 64, 384, group_gate_up(256, 2, 4)}}},
 };
 
 static std::string kernel(const char *what, const Class &c, const Variant &v) {

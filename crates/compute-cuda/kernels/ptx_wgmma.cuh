@@ -1,4 +1,4 @@
-// Warp-group products of Hopper: D (registers) += A (registers) B (shared memory). Stands in front of every source.
+// Warp-group products of Hopper, D (registers) += A (registers) B (shared memory), and copies that arrive on their own.
 // Only sm_90a knows them; the emulator has its own version in emulator/ptx.h. Asks nothing of kernels but order:
 // wgmma_fence, any number of products, wgmma_commit, wgmma_wait, wgmma_settle.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -23,6 +23,63 @@ template <int COLUMNS> __device__ __forceinline__ void wgmma_settle(float (&d)[C
 /// further along K is 2 more.
 __device__ __forceinline__ u64 wgmma_descriptor(u32 stage) {
     return static_cast<u64>(stage >> 4 & 0x3FFF) | 1ULL << 16 | 64ULL << 32 | 1ULL << 62;
+}
+
+/// Gives registers of this warp group back, or takes what others gave back: `COUNT` per thread, a multiple of 8.
+template <int COUNT> __device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// Barriers in shared memory (8 bytes each), for copies that arrive on their own.
+
+__device__ __forceinline__ void mbarrier_init(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+/// Makes initialised barriers visible to bulk copies; a __syncthreads must follow.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Arrives, and adds `bytes` to what the phase waits for.
+__device__ __forceinline__ void mbarrier_arrive_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/// Waits for the end of the phase with this parity. A barrier that was just made has ended a phase of parity 1.
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@done bra over;\n"
+                 "bra again;\n"
+                 "over:\n"
+                 "}" ::"r"(barrier), "r"(parity)
+                 : "memory");
+}
+
+/// Copies `bytes` (a multiple of 16, both ends aligned to 16) and reports to the barrier. One thread calls.
+__device__ __forceinline__ void bulk_copy(u32 to, const void *from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 shared_load_16(u32 address) {
+    uint4 out;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "r"(address)
+                 : "memory");
+    return out;
 }
 
 #define TR_D1(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])

@@ -1,5 +1,6 @@
-// Products with packed weights by mma.sync: dense matrices and grouped experts, sm_80 and later. The weights go
-// from memory to registers, once; only tokens pass through shared memory. gemm_wgmma.cu has the same for Hopper.
+// Products with packed weights by mma.sync: dense matrices and grouped experts, sm_80 and later; the kernels are in
+// gemm_<format>.cu. The weights go
+// from memory to registers, once; only tokens pass through shared memory. walk_wgmma.cuh has the same for Hopper.
 //
 // One output element: its parts (tile.cuh) each from zero, k ascending, one mma after another; then the tree. All
 // variants of a format (n8 to n128) do just that, so they give the same bits: `emulator/tests/gemm.cpp`.
@@ -166,7 +167,7 @@ __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts 
             }
         };
         u32 stages = shared_address(tr_shared()) + warp * STAGE_BYTES;
-        walk<Step, N, MT, 32, STAGES, 2>(tokens, own, stages, lane, 0, strip_of, finish);
+        walk<Step, N, MT, 32, STAGES, MT == 1 ? 2 : 1>(tokens, own, stages, lane, 0, strip_of, finish);
     }
     __syncthreads();
     put_tree<N, ROWS, 256>(slots, tokens.count, parts, num_segments, first_row, output);
@@ -201,7 +202,7 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
         }
         climb(parked, value, part, part + 1 == parts.end, parts.end >= num_segments, emit);
     };
-    walk<Step, N, 1, 128, STAGES, 2>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
+    walk<Step, N, 1, 128, STAGES, 1>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
 }
 
 template <class Step, int N, int MT, class StripOf, class ScalesOf>
@@ -238,11 +239,6 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
     tree_product<Step, N, ROWS / 16>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
 }
 
-extern "C" __global__ void __launch_bounds__(256) tr_linear_bf16_n8(const Linear call) { linear<Bf16Step, 8>(call); }
-extern "C" __global__ void __launch_bounds__(256) tr_linear_bf16_n16(const Linear call) { linear<Bf16Step, 16>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_linear_bf16_n32(const Linear call) { linear<Bf16Step, 32>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_linear_bf16_n64(const Linear call) { linear<Bf16Step, 64>(call); }
-
 // ---- Experts.
 
 /// 4 warps of one strip: 32 columns of the intermediate row. Shared: STAGES x N x 128.
@@ -270,12 +266,6 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
     walk<Step, N, 1, 128, STAGES, AHEAD>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
 }
 
-extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n8(const GateUp call) { gate_up<Bf16Step, 8, 4, 2>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n16(const GateUp call) { gate_up<Bf16Step, 16, 4, 2>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n32(const GateUp call) { gate_up<Bf16Step, 32, 4, 2>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n64(const GateUp call) { gate_up<Bf16Step, 64, 4, 1>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_gate_up_bf16_n128(const GateUp call) { gate_up<Bf16Step, 128, 3, 1>(call); }
-
 template <class Step, int N> __device__ __forceinline__ void down(const Down &call) {
     constexpr int ROWS = TREE_ROWS<N>;
     Job job = call.jobs[blockIdx.z];
@@ -301,8 +291,3 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     TokenScales scales = {call.x_scales, 8, 1};
     tree_product<Step, N, ROWS / 16>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
 }
-
-extern "C" __global__ void __launch_bounds__(256) tr_down_bf16_n8(const Down call) { down<Bf16Step, 8>(call); }
-extern "C" __global__ void __launch_bounds__(256) tr_down_bf16_n16(const Down call) { down<Bf16Step, 16>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_down_bf16_n32(const Down call) { down<Bf16Step, 32>(call); }
-extern "C" __global__ void __launch_bounds__(128) tr_down_bf16_n64(const Down call) { down<Bf16Step, 64>(call); }
