@@ -282,6 +282,55 @@ static void rows_are_gathered(uint32_t words) {
     }
 }
 
+struct RoundArgs {
+    uint8_t *out;
+    float *scales;
+    const uint16_t *rows;
+    const uint32_t *num_rows;
+    uint32_t cols, part_cols, row_stride, out_stride, scale_stride;
+};
+
+static float from_e4m3(uint8_t x) {
+    const int exponent = x >> 3 & 15, mantissa = x & 7;
+    if (exponent == 15 && mantissa == 7) return NAN;
+    const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    return x & 0x80 ? -value : value;
+}
+
+static void rows_are_rounded_to_e4m3(uint32_t cols, uint32_t part_cols) {
+    const uint32_t rows = 5, stride = (cols + 7) / 8 * 8 + 8, parts = (cols + part_cols - 1) / part_cols;
+    Random random{cols};
+    std::vector<uint16_t> values(rows * stride, 0x7FC0); // NaN behind the columns
+    for (uint32_t row = 0; row < rows; ++row) {
+        for (uint32_t i = 0; i < cols; ++i) values[row * stride + i] = row == 1 ? 0 : to_bf16(random.normal() * (row == 2 ? 1e-39F : 100));
+    }
+    values[3 * stride + cols - 1] = 0x7F80; // infinity
+    Buffer<uint16_t> from(values);
+    Buffer<uint8_t> to(rows * stride);
+    Buffer<float> scales(rows * parts);
+    Buffer<uint32_t> num_rows(std::vector<uint32_t>{rows});
+    launch("tr_round_e4m3", {rows + 1, parts + 1}, {256}, 64,
+           RoundArgs{to.data, scales.data, from.data, num_rows.data, cols, part_cols, stride, stride, parts});
+    for (uint32_t row = 0; row < rows; ++row) {
+        for (uint32_t part = 0; part < parts; ++part) {
+            const uint32_t begin = part * part_cols, end = std::min(cols, begin + part_cols);
+            float amax = 0;
+            for (uint32_t i = begin; i < end; ++i) amax = std::max(amax, std::fabs(from_bf16(values[row * stride + i])));
+            const float scale = scales[row * parts + part];
+            if (row == 3 && end == cols ? !std::isnan(scale) : row == 1 || row == 2 ? scale != 0 : std::fabs(scale * 448 - amax) > amax * 1e-6F) {
+                fail("scale of row %u is %g, its largest %g", row, scale, amax);
+            }
+            for (uint32_t i = begin; i < (end == cols ? stride : end); ++i) {
+                const float got = from_e4m3(to[row * stride + i]);
+                const bool is_zero = i >= end || scale == 0 || std::isnan(scale);
+                const double x = is_zero ? 0 : from_bf16(values[row * stride + i]) / static_cast<double>(scale);
+                // Half a step of three bits, or of the least exponent.
+                check_close("e4m3", row * stride + i, got, x, std::max(std::fabs(x) / 16, 1.0 / 1024) * 1.0001);
+            }
+        }
+    }
+}
+
 int main() {
     for (uint32_t hidden : {1U, 7U, 32U, 40U, 2050U}) embeddings_are_looked_up(hidden);
     norms_and_scores(32, 8, 2);
@@ -299,5 +348,9 @@ int main() {
     }
     for (uint32_t hidden : {4U, 33U, 1500U}) pieces_are_summed_along_the_tree(hidden);
     for (uint32_t words : {1U, 16U, 37U, 2048U}) rows_are_gathered(words);
+    rows_are_rounded_to_e4m3(1, 1);
+    rows_are_rounded_to_e4m3(40, 40);
+    rows_are_rounded_to_e4m3(4100, 4100);
+    rows_are_rounded_to_e4m3(300, 64);
     puts("rows: passed");
 }
