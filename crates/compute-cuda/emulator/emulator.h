@@ -51,6 +51,15 @@ static inline float __uint_as_float(u32 u) { float x; memcpy(&x, &u, 4); return 
 static inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
 static inline float __int_as_float(int u) { float x; memcpy(&x, &u, 4); return x; }
 static inline double __longlong_as_double(long long u) { double x; memcpy(&x, &u, 8); return x; }
+/// Byte i of the result is byte `selector >> 4 i & 7` of y:x.
+static inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+    u64 both = static_cast<u64>(y) << 32 | x;
+    u32 out = 0;
+    for (int i = 0; i < 4; ++i) {
+        out |= static_cast<u32>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    }
+    return out;
+}
 static inline int __popc(u32 x) { return __builtin_popcount(x); }
 static inline int __ffs(u32 x) { return __builtin_ffs(static_cast<int>(x)); }
 static inline int __clz(u32 x) { return x == 0 ? 32 : __builtin_clz(x); }
@@ -172,6 +181,7 @@ static inline u32 __match_any_sync(u32 mask, u32 value) {
 }
 
 #include "ptx.h"
+#include "../kernels/attention.cuh"
 #include "../kernels/rows.cuh"
 #include "../kernels/tile.cuh"
 #include "../kernels/tree.cuh"

@@ -354,3 +354,11 @@ static inline void bulk_copy(u32 to, const void *from, int bytes, u32 mbarrier) 
 template <int COUNT> static inline void registers_down() {}
 template <int COUNT> static inline void registers_up() {}
 static inline uint4 shared_load_16(u32 address) { return *static_cast<uint4 *>(emu::shared_at(address, 16, 16, "a shared load")); }
+static inline uint2 load_stream_8(const void *p) {
+    emu::check_global(p, 8, 8, "a load");
+    return *static_cast<const uint2 *>(p);
+}
+static inline u32 f16x2_sub(u32 a, u32 b) {
+    return f16x2_from(emu_f16_to(static_cast<u16>(a)) - emu_f16_to(static_cast<u16>(b)),
+                      emu_f16_to(static_cast<u16>(a >> 16)) - emu_f16_to(static_cast<u16>(b >> 16)));
+}

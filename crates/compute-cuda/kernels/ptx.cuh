@@ -190,3 +190,17 @@ __device__ __forceinline__ float reciprocal_sqrt(float x) {
     asm("sqrt.rn.f32 %0, %1;" : "=f"(root) : "f"(x));
     return reciprocal_fast(root);
 }
+
+/// 8 bytes that are read once, see load_stream_16.
+__device__ __forceinline__ uint2 load_stream_8(const void *p) {
+    uint2 out;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(out.x), "=r"(out.y) : "l"(p) : "memory");
+    return out;
+}
+
+/// Differences of two f16 each.
+__device__ __forceinline__ u32 f16x2_sub(u32 a, u32 b) {
+    u32 out;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}

@@ -9,7 +9,8 @@ struct AttendItem {
 
 struct AttendArgs {
     uint16_t *out;
-    const uint16_t *q, *pages;
+    const uint16_t *q;
+    const uint8_t *pages;
     const uint32_t *positions, *tables;
     const AttendItem *items;
     const uint32_t *num_items;
@@ -20,12 +21,12 @@ struct AttendArgs {
 
 struct Shape {
     uint32_t num_heads, num_kv_heads, head_dim, window;
-    bool is_f16;
+    bool is_q8;
 
     uint32_t padded() const { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
     uint32_t group() const { return num_heads / num_kv_heads; }
-    uint16_t round(float x) const { return is_f16 ? to_f16(x) : to_bf16(x); }
-    float value(uint16_t x) const { return is_f16 ? from_f16(x) : from_bf16(x); }
+    /// Bytes of a key head in a page.
+    size_t head_bytes() const { return is_q8 ? 2 * PAGE * padded() + 2 * PAGE * 4 : 2 * PAGE * padded() * 2; }
 };
 
 /// Sequences with known keys, values and queries, in pages that lie anywhere.
@@ -33,53 +34,67 @@ struct Cache {
     Shape shape;
     std::vector<uint32_t> lengths;
     uint32_t table_stride;
-    std::vector<uint16_t> keys, values, queries; // [sequence][position][head][head_dim], all sequences as long as the longest
-    Buffer<uint16_t> pages;
+    std::vector<float> keys, values; // as the cache has them: [sequence][position][head][head_dim], all as long as the longest
+    std::vector<uint16_t> queries;
+    Buffer<uint8_t> pages;
     Buffer<uint32_t> tables;
 
-    static uint32_t longest(const std::vector<uint32_t> &lengths) {
-        uint32_t most = 0;
-        for (uint32_t length : lengths) most = std::max(most, length);
-        return most;
-    }
+    static uint32_t longest(const std::vector<uint32_t> &lengths) { return *std::max_element(lengths.begin(), lengths.end()); }
     static uint32_t num_pages(const std::vector<uint32_t> &lengths) {
         return static_cast<uint32_t>(lengths.size()) * ((longest(lengths) + PAGE - 1) / PAGE + 1);
     }
     size_t at(uint32_t sequence, uint32_t position, uint32_t head, uint32_t heads) const {
         return ((static_cast<size_t>(sequence) * longest(lengths) + position) * heads + head) * shape.head_dim;
     }
+    uint8_t *head_of(uint32_t sequence, uint32_t position, uint32_t head) {
+        const size_t page = tables[sequence * table_stride + position / PAGE];
+        return pages.data + (page * shape.num_kv_heads + head) * shape.head_bytes();
+    }
 
     Cache(Shape shape, std::vector<uint32_t> lengths_, uint64_t seed)
         : shape(shape), lengths(std::move(lengths_)), table_stride((longest(lengths) + PAGE - 1) / PAGE + 1),
           keys(lengths.size() * longest(lengths) * shape.num_kv_heads * shape.head_dim), values(keys.size()),
           queries(lengths.size() * longest(lengths) * shape.num_heads * shape.head_dim),
-          pages(static_cast<size_t>(num_pages(lengths)) * shape.num_kv_heads * 2 * PAGE * shape.padded()),
-          tables(lengths.size() * table_stride) {
+          pages(num_pages(lengths) * shape.num_kv_heads * shape.head_bytes()), tables(lengths.size() * table_stride) {
         Random random{seed};
-        for (auto &x : keys) x = shape.round(random.normal() * 2);
-        for (auto &x : values) x = shape.round(random.normal());
-        for (auto &x : queries) x = shape.round(random.normal() * 1.4427F / std::sqrt(static_cast<float>(shape.head_dim)));
+        for (auto &x : keys) x = random.normal() * 2;
+        for (auto &x : values) x = random.normal();
+        for (auto &x : queries) x = to_f16(random.normal() * 1.4427F / std::sqrt(static_cast<float>(shape.head_dim)));
         std::vector<uint32_t> ids(num_pages(lengths));
         for (uint32_t i = 0; i < ids.size(); ++i) ids[i] = i;
         for (size_t i = ids.size(); i > 1; --i) std::swap(ids[i - 1], ids[random.below(static_cast<uint32_t>(i))]);
-        const uint32_t hd = shape.padded();
         for (uint32_t s = 0, next = 0; s < lengths.size(); ++s) {
-            for (uint32_t p = 0; p < table_stride; ++p) {
-                tables[s * table_stride + p] = p * PAGE < lengths[s] ? ids[next++] : ALL;
-            }
+            for (uint32_t p = 0; p < table_stride; ++p) tables[s * table_stride + p] = p * PAGE < lengths[s] ? ids[next++] : ALL;
             for (uint32_t position = 0; position < lengths[s]; ++position) {
-                const uint32_t page = tables[s * table_stride + position / PAGE], token = position % PAGE;
                 for (uint32_t h = 0; h < shape.num_kv_heads; ++h) {
-                    uint16_t *k = pages.data + (static_cast<size_t>(page) * shape.num_kv_heads + h) * 2 * PAGE * hd;
-                    uint16_t *v = k + PAGE * hd;
                     const size_t from = at(s, position, h, shape.num_kv_heads);
-                    for (uint32_t d = 0; d < hd; ++d) {
-                        k[token * hd + d] = d < shape.head_dim ? keys[from + d] : 0;
-                        v[d * PAGE + token] = d < shape.head_dim ? values[from + d] : 0;
-                    }
+                    put(head_of(s, position, h), position % PAGE, keys.data() + from, false);
+                    put(head_of(s, position, h), position % PAGE, values.data() + from, true);
                 }
             }
         }
+    }
+
+    /// Writes a key or value into its page, and rounds `x` to what is there.
+    void put(uint8_t *head, uint32_t token, float *x, bool is_value) const {
+        const uint32_t hd = shape.padded();
+        float amax = 0;
+        for (uint32_t d = 0; d < shape.head_dim; ++d) amax = std::max(amax, std::fabs(x[d]));
+        const float scale = amax / 127;
+        for (uint32_t d = 0; d < hd; ++d) {
+            const size_t place = (is_value ? PAGE * hd : 0) + (is_value ? d * PAGE + token : token * hd + d);
+            const float value = d < shape.head_dim ? x[d] : 0;
+            if (shape.is_q8) {
+                const auto q = static_cast<int8_t>(std::nearbyint(value / scale));
+                head[place] = static_cast<uint8_t>(q);
+                if (d < shape.head_dim) x[d] = q * scale;
+            } else {
+                const uint16_t half = to_f16(value);
+                memcpy(head + 2 * place, &half, 2);
+                if (d < shape.head_dim) x[d] = from_f16(half);
+            }
+        }
+        if (shape.is_q8) memcpy(head + 2 * PAGE * hd + 4 * ((is_value ? PAGE : 0) + token), &scale, 4);
     }
 
     /// What is behind the window is given back: entries that must not be read.
@@ -164,12 +179,12 @@ static std::vector<uint16_t> attend(Cache &cache, const std::vector<Span> &spans
     AttendArgs args{out.data, q.data, cache.pages.data, positions.data, cache.tables.data, narrow.data, counts.data,
                     slot_outputs.data, slot_softmax.data, counters.data, stride, cache.table_stride, shape.num_heads,
                     shape.num_kv_heads, shape.head_dim, shape.window};
-    const std::string tail = std::string(shape.is_f16 ? "_f16_" : "_bf16_") + std::to_string(hd);
+    const std::string tail = std::string(shape.is_q8 ? "_q8_" : "_f16_") + std::to_string(hd);
     const Dim grid{cut.blocks, shape.num_kv_heads};
-    launch(("tr_attend_narrow" + tail).c_str(), grid, {128}, 2320, args);
+    launch(("tr_attend_narrow" + tail).c_str(), grid, {128}, 4368, args);
     args.items = wide.data;
     args.num_items = counts.data + 1;
-    launch(("tr_attend_wide" + tail).c_str(), grid, {128}, 512 * hd + 16, args);
+    launch(("tr_attend_wide" + tail).c_str(), grid, {128}, (shape.is_q8 ? 384 : 512) * hd + 16, args);
     for (size_t i = 0; i < counters.count; ++i) {
         if (counters[i] != 0) fail("counter %zu was left at %u", i, counters[i]);
     }
@@ -199,16 +214,16 @@ static void check_against_softmax(const Cache &cache, const std::vector<Span> &s
                     const size_t k = cache.at(span.sequence, p, h / shape.group(), shape.num_kv_heads);
                     double score = 0;
                     for (uint32_t d = 0; d < shape.head_dim; ++d) {
-                        score += static_cast<double>(shape.value(cache.queries[q + d])) * shape.value(cache.keys[k + d]);
+                        score += static_cast<double>(from_f16(cache.queries[q + d])) * cache.keys[k + d];
                     }
                     const double weight = std::exp2(score);
                     total += weight;
-                    for (uint32_t d = 0; d < shape.head_dim; ++d) expected[d] += weight * shape.value(cache.values[k + d]);
+                    for (uint32_t d = 0; d < shape.head_dim; ++d) expected[d] += weight * cache.values[k + d];
                 }
                 for (uint32_t d = 0; d < shape.head_dim; ++d) {
                     const size_t at = (static_cast<size_t>(row) * shape.num_heads + h) * shape.head_dim + d;
                     const double exact = expected[d] / total;
-                    check_close("attention", at, from_bf16(out[at]), exact, std::fabs(exact) / 256 + (shape.is_f16 ? 1e-3 : 8e-3));
+                    check_close("attention", at, from_bf16(out[at]), exact, std::fabs(exact) / 256 + 1e-3);
                 }
             }
         }
@@ -256,39 +271,64 @@ static void rows_are_a_softmax(Shape shape, const std::vector<Span> &spans) {
     }
 }
 
-/// A token that is not a number spoils the rows that see it and no others: tiles end with the page.
-static void what_is_not_a_number_stays_one() {
-    const Shape shape{4, 2, 32, ALL, true};
+/// A token that is not a number spoils the rows that see it. Of the others: with q8 none, with f16 none of an earlier page.
+static void what_is_not_a_number_stays_one(bool is_q8) {
+    const Shape shape{4, 2, 32, ALL, is_q8};
     Cache cache(shape, {200}, 5);
-    const uint32_t bad = 130; // in the third page
+    const uint32_t bad = 130, nan = 0x7FC00000; // in the third page
     for (uint32_t h = 0; h < 2; ++h) {
-        uint16_t *v = cache.pages.data + (static_cast<size_t>(cache.tables[bad / PAGE]) * 2 + h) * 2 * PAGE * 32 + PAGE * 32;
-        for (uint32_t d = 0; d < 32; ++d) v[d * PAGE + bad % PAGE] = 0x7E00;
+        uint8_t *head = cache.head_of(0, bad, h);
+        for (uint32_t d = 0; d < 32 && !is_q8; ++d) head[2 * (PAGE * 32 + d * PAGE + bad % PAGE) + 1] = 0x7E;
+        if (is_q8) memcpy(head + 2 * PAGE * 32 + 4 * (PAGE + bad % PAGE), &nan, 4);
     }
-    const std::vector<uint16_t> out = attend(cache, {{0, 100, 100}}, {});
-    for (uint32_t row = 0; row < 100; ++row) {
-        const bool sees_it = 100 + row >= bad, shares_page = (100 + row) / PAGE == bad / PAGE;
-        for (uint32_t i = 0; i < 128; ++i) {
-            const bool is_nan = std::isnan(from_bf16(out[row * 128 + i]));
-            if (sees_it ? !is_nan : is_nan && !shares_page) fail("row at %u is %s", 100 + row, is_nan ? "NaN" : "finite");
+    for (bool is_wide : {true, false}) {
+        const std::vector<uint16_t> out = is_wide ? attend(cache, {{0, 100, 100}}, {}) : attend(cache, {{0, 126, 8}}, {});
+        const uint32_t first = is_wide ? 100 : 126;
+        for (uint32_t row = 0; row < out.size() / 128; ++row) {
+            const bool sees_it = first + row >= bad, shares_page = (first + row) / PAGE == bad / PAGE;
+            for (uint32_t i = 0; i < 128; ++i) {
+                const bool is_nan = std::isnan(from_bf16(out[row * 128 + i]));
+                if (sees_it ? !is_nan : is_nan && (is_q8 || !shares_page)) fail("row at %u is %s", first + row, is_nan ? "NaN" : "finite");
+            }
         }
     }
 }
 
+/// Values that are small or large keep their bits.
+static void scales_of_any_size(float factor) {
+    const Shape shape{4, 1, 32, ALL, true};
+    Cache cache(shape, {90}, 6), scaled(shape, {90}, 6);
+    for (uint32_t position = 0; position < 90; ++position) {
+        float scale;
+        uint8_t *at = scaled.head_of(0, position, 0) + 2 * PAGE * 32 + 4 * (PAGE + position % PAGE);
+        memcpy(&scale, at, 4);
+        scale *= factor;
+        memcpy(at, &scale, 4);
+    }
+    const std::vector<uint16_t> plain = attend(cache, {{0, 89, 1}}, {}), other = attend(scaled, {{0, 89, 1}}, {});
+    for (size_t i = 0; i < plain.size(); ++i) {
+        const float expected = from_bf16(plain[i]) * factor;
+        check_close("a scaled value", i, from_bf16(other[i]), expected, std::fabs(expected) / 100 + factor * (factor < 1e-3F ? 1e-3 : 2e-4));
+    }
+}
+
 int main() {
-    rows_are_a_softmax({1, 1, 32, ALL, true}, {{0, 0, 1}});
-    rows_are_a_softmax({4, 4, 32, ALL, true}, {{0, 0, 70}, {1, 63, 1}, {2, 64, 1}, {3, 0, 3}, {4, 127, 2}});
-    rows_are_a_softmax({8, 2, 64, ALL, false}, {{0, 10, 40}, {1, 130, 1}, {2, 5, 4}});
-    rows_are_a_softmax({8, 2, 64, 40, true}, {{0, 90, 50}, {1, 300, 1}});
-    rows_are_a_softmax({4, 1, 128, ALL, true}, {{0, 100, 33}, {1, 200, 1}, {2, 0, 1}});
-    rows_are_a_softmax({8, 1, 128, 64, false}, {{0, 127, 3}, {1, 63, 1}});
-    rows_are_a_softmax({32, 1, 24, ALL, true}, {{0, 60, 9}, {1, 0, 1}});
-    rows_are_a_softmax({6, 2, 12, 1, true}, {{0, 62, 6}});
+    for (bool is_q8 : {false, true}) {
+        rows_are_a_softmax({1, 1, 32, ALL, is_q8}, {{0, 0, 1}});
+        rows_are_a_softmax({4, 4, 32, ALL, is_q8}, {{0, 0, 70}, {1, 63, 1}, {2, 64, 1}, {3, 0, 3}, {4, 127, 2}});
+        rows_are_a_softmax({8, 2, 64, ALL, is_q8}, {{0, 10, 40}, {1, 130, 1}, {2, 5, 4}});
+        rows_are_a_softmax({4, 1, 128, ALL, is_q8}, {{0, 100, 33}, {1, 200, 1}, {2, 0, 1}});
+        rows_are_a_softmax({32, 1, 24, ALL, is_q8}, {{0, 60, 9}, {1, 0, 1}});
+        rows_are_a_softmax({3, 1, 32, 600, is_q8}, {{0, 1100, 70}, {1, 1023, 2}});
+        what_is_not_a_number_stays_one(is_q8);
+    }
+    rows_are_a_softmax({8, 2, 64, 40, false}, {{0, 90, 50}, {1, 300, 1}});
+    rows_are_a_softmax({8, 1, 128, 64, true}, {{0, 127, 3}, {1, 63, 1}});
+    rows_are_a_softmax({6, 2, 12, 1, false}, {{0, 62, 6}});
     rows_are_a_softmax({8, 1, 6, ALL, false}, {{0, 0, 66}});
     rows_are_a_softmax({14, 2, 14, 16, true}, {{0, 0, 30}, {1, 64, 1}});
-    rows_are_a_softmax({8, 8, 64, ALL, true}, {{0, 511, 1}, {1, 512, 1}, {2, 500, 20}});
-    rows_are_a_softmax({4, 1, 32, ALL, false}, {{0, 1090, 10}, {1, 1600, 1}});
-    rows_are_a_softmax({3, 1, 32, 600, true}, {{0, 1100, 70}, {1, 1023, 2}});
-    what_is_not_a_number_stays_one();
+    rows_are_a_softmax({8, 8, 64, ALL, false}, {{0, 511, 1}, {1, 512, 1}, {2, 500, 20}});
+    rows_are_a_softmax({4, 1, 32, ALL, true}, {{0, 1090, 10}, {1, 1600, 1}});
+    for (float factor : {1e-4F, 1e-2F, 6e3F}) scales_of_any_size(factor);
     puts("attention: passed");
 }

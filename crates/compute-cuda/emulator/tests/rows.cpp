@@ -24,7 +24,8 @@ struct GateArgs {
 };
 
 struct RopeArgs {
-    uint16_t *q, *pages;
+    uint16_t *q;
+    uint8_t *pages;
     const float *qkv, *angles;
     const uint32_t *positions, *sequences, *tables, *num_rows;
     float q_scale;
@@ -163,9 +164,41 @@ static void a_row_that_is_not_finite_is_nan() {
     }
 }
 
-static void heads_are_rotated_and_kept(uint32_t heads, uint32_t kv_heads, uint32_t head_dim, bool is_f16) {
+static void check_f16(const char *what, uint16_t got, float expected) {
+    const float value = from_f16(got), kept = std::isfinite(expected) ? std::copysign(std::min(std::fabs(expected), 65504.0F), expected) : expected;
+    if (!std::isfinite(kept)) {
+        if (std::isnan(value) != std::isnan(kept) || (!std::isnan(kept) && value != kept)) fail("%s is %g, expected %g", what, value, kept);
+        return;
+    }
+    check_close(what, 0, value, kept, std::fabs(kept) / 2000 + 1e-6);
+}
+
+/// A head as the host's Q8Head rounds it, to the bit.
+static void check_q8(const uint8_t *head, const std::vector<float> &x, bool is_value, uint32_t token, uint32_t hd, std::vector<bool> &written, size_t base) {
+    float amax = 0;
+    bool is_finite = true;
+    for (float v : x) {
+        amax = std::max(amax, std::fabs(v));
+        is_finite = is_finite && std::isfinite(v);
+    }
+    float scale = is_finite ? amax / 127 : NAN, inverse = scale > 0 ? 1 / scale : 0;
+    if (scale > 0 && std::isinf(inverse)) scale = inverse = 0;
+    const size_t scale_at = 128 * hd + 4 * ((is_value ? 64 : 0) + token);
+    float got;
+    memcpy(&got, head + scale_at, 4);
+    if (std::isnan(scale) ? !std::isnan(got) : got != scale) fail("scale is %g, expected %g", got, scale);
+    for (uint32_t i = 0; i < 4; ++i) written[base + scale_at + i] = true;
+    for (uint32_t i = 0; i < hd; ++i) {
+        const size_t at = is_value ? 64 * hd + i * 64 + token : token * hd + i;
+        const float product = inverse == 0 ? 0 : x[i] * inverse;
+        if (static_cast<int8_t>(head[at]) != static_cast<int8_t>(std::nearbyint(product))) fail("byte %u of a head of %u", i, hd);
+        written[base + at] = true;
+    }
+}
+
+static void heads_are_rotated_and_kept(uint32_t heads, uint32_t kv_heads, uint32_t head_dim, bool is_q8) {
     const uint32_t hd = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128, half = head_dim / 2, width = (heads + 2 * kv_heads) * head_dim;
-    const std::vector<uint32_t> positions{0, 63, 64, 130, 5}, sequences{0, 0, 0, 0, 1};
+    const std::vector<uint32_t> positions{0, 63, 64, 130, 5, 6, 7}, sequences{0, 0, 0, 0, 1, 1, 1};
     const std::vector<uint32_t> tables{6, 2, 4, 0xFFFFFFFF, 1, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
     const auto rows = static_cast<uint32_t>(positions.size());
     std::vector<float> qkv = noise(head_dim, rows * width), angles(200 * half * 2);
@@ -176,53 +209,51 @@ static void heads_are_rotated_and_kept(uint32_t heads, uint32_t kv_heads, uint32
             angles[(p * half + i) * 2 + 1] = static_cast<float>(std::sin(angle));
         }
     }
-    qkv[width - 1] = 1e6F; // a value of row 0: f16 keeps its largest
-    qkv[width - 2] = -INFINITY;
-    qkv[width - 3] = NAN;
+    qkv[width - 1] = 1e6F; // the last value of row 0: f16 keeps its largest
+    qkv[2 * width - 2] = -INFINITY;
+    qkv[3 * width - 3] = NAN;
+    for (uint32_t i = 0; i < head_dim; ++i) qkv[5 * width - 1 - i] = 0, qkv[6 * width - 1 - i] = 1e-43F;
     Buffer<float> device_qkv(qkv), device_angles(angles);
     Buffer<uint32_t> device_positions(positions), device_sequences(sequences), device_tables(tables), num_rows(std::vector<uint32_t>{rows});
-    const uint32_t head_size = 2 * 64 * hd;
-    Buffer<uint16_t> q(rows * heads * hd), pages(7 * kv_heads * head_size);
+    const uint32_t head_bytes = is_q8 ? 128 * hd + 512 : 256 * hd;
+    Buffer<uint16_t> q(rows * heads * hd);
+    Buffer<uint8_t> pages(7 * kv_heads * head_bytes);
     const float q_scale = 1.44269504F / std::sqrt(static_cast<float>(head_dim));
-    const std::string name = std::string("tr_rope_kv") + (is_f16 ? "_f16_" : "_bf16_") + std::to_string(hd);
-    launch(name.c_str(), {rows + 1, 3}, {128}, 0,
+    launch((std::string("tr_rope_kv") + (is_q8 ? "_q8_" : "_f16_") + std::to_string(hd)).c_str(), {rows + 1, 3}, {128}, 0,
            RopeArgs{q.data, pages.data, device_qkv.data, device_angles.data, device_positions.data, device_sequences.data,
                     device_tables.data, num_rows.data, q_scale, 4, heads, kv_heads, head_dim});
     std::vector<bool> written(pages.count, false);
-    auto check_one = [&](const char *what, uint16_t got, double expected) {
-        const double largest = is_f16 ? std::copysign(std::min(std::fabs(expected), 65504.0), expected) : expected;
-        const double value = is_f16 ? from_f16(got) : from_bf16(got);
-        if (!std::isfinite(expected)) {
-            if (std::isnan(value) != std::isnan(expected) || (!std::isnan(value) && value != expected)) fail("%s is %g, expected %g", what, value, expected);
-            return;
-        }
-        check_close(what, 0, value, largest, std::fabs(largest) / (is_f16 ? 1000 : 250) + 1e-6);
-    };
     for (uint32_t row = 0; row < rows; ++row) {
         for (uint32_t h = 0; h < heads + 2 * kv_heads; ++h) {
             const float *x = qkv.data() + row * width + h * head_dim;
+            std::vector<float> expected(hd, 0.0F);
+            for (uint32_t i = 0; i < head_dim; ++i) {
+                const float *angle = angles.data() + (positions[row] * half + i % half) * 2;
+                volatile float own = x[i] * angle[0], turned = x[i < half ? i + half : i - half] * angle[1];
+                expected[i] = h >= heads + kv_heads ? x[i] : i < half ? own - turned : own + turned;
+            }
+            if (h < heads) {
+                for (uint32_t i = 0; i < hd; ++i) check_f16("query", q[(row * heads + h) * hd + i], expected[i] * q_scale);
+                continue;
+            }
+            const bool is_value = h >= heads + kv_heads;
+            const uint32_t kv_head = h - heads - (is_value ? kv_heads : 0), token = positions[row] % 64;
+            const size_t base = (tables[sequences[row] * 4 + positions[row] / 64] * kv_heads + kv_head) * head_bytes;
+            if (is_q8) {
+                check_q8(pages.data + base, expected, is_value, token, hd, written, base);
+                continue;
+            }
             for (uint32_t i = 0; i < hd; ++i) {
-                double expected = i < head_dim ? x[i] : 0;
-                if (i < head_dim && h < heads + kv_heads) {
-                    const float *angle = angles.data() + (positions[row] * half + i % half) * 2;
-                    expected = i < half ? static_cast<double>(x[i]) * angle[0] - static_cast<double>(x[i + half]) * angle[1]
-                                        : static_cast<double>(x[i]) * angle[0] + static_cast<double>(x[i - half]) * angle[1];
-                }
-                if (h < heads) {
-                    check_one("query", q[(row * heads + h) * hd + i], expected * q_scale);
-                    continue;
-                }
-                const bool is_value = h >= heads + kv_heads;
-                const uint32_t kv_head = h - heads - (is_value ? kv_heads : 0), token = positions[row] % 64;
-                const uint32_t page = tables[sequences[row] * 4 + positions[row] / 64];
-                const size_t at = (page * kv_heads + kv_head) * head_size + (is_value ? 64 * hd + i * 64 + token : token * hd + i);
-                check_one(is_value ? "value" : "key", pages[at], expected);
-                written[at] = true;
+                const size_t at = base + 2 * (is_value ? 64 * hd + i * 64 + token : token * hd + i);
+                uint16_t got;
+                memcpy(&got, pages.data + at, 2);
+                check_f16(is_value ? "value" : "key", got, expected[i]);
+                written[at] = written[at + 1] = true;
             }
         }
     }
     for (size_t i = 0; i < pages.count; ++i) {
-        if (!written[i] && pages[i] != 0xFFFF) fail("element %zu of the cache was written", i);
+        if (!written[i] && pages[i] != 0xFF) fail("byte %zu of the cache was written", i);
     }
 }
 
@@ -339,12 +370,12 @@ int main() {
     norms_and_scores(1024, 17, 2);
     norms_and_scores(2330, 6, 3);
     a_row_that_is_not_finite_is_nan();
-    for (bool is_f16 : {false, true}) {
-        heads_are_rotated_and_kept(4, 2, 32, is_f16);
-        heads_are_rotated_and_kept(8, 1, 6, is_f16);
-        heads_are_rotated_and_kept(3, 3, 64, is_f16);
-        heads_are_rotated_and_kept(2, 1, 40, is_f16);
-        heads_are_rotated_and_kept(4, 4, 128, is_f16);
+    for (bool is_q8 : {false, true}) {
+        heads_are_rotated_and_kept(4, 2, 32, is_q8);
+        heads_are_rotated_and_kept(8, 1, 6, is_q8);
+        heads_are_rotated_and_kept(3, 3, 64, is_q8);
+        heads_are_rotated_and_kept(2, 1, 40, is_q8);
+        heads_are_rotated_and_kept(4, 4, 128, is_q8);
     }
     for (uint32_t hidden : {4U, 33U, 1500U}) pieces_are_summed_along_the_tree(hidden);
     for (uint32_t words : {1U, 16U, 37U, 2048U}) rows_are_gathered(words);
