@@ -176,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_THREADS) tr_expert_lists(Rout
     build_lists(a, reinterpret_cast<u32 *>(tr_shared()));
 }
 
-extern "C" __global__ void __launch_bounds__(ROUTE_THREADS) tr_route(RouteArgs a) {
+extern "C" __global__ void __launch_bounds__(ROUTE_THREADS, 1) tr_route(RouteArgs a) {
     for (u32 row = threadIdx.x / 32; row < *a.num_rows; row += blockDim.x / 32) {
         choose_row(a, row);
     }
