@@ -38,6 +38,11 @@ static inline uint2 load_8(const void *p) {
     emu::check_global(p, 8, 8, "a load");
     return *static_cast<const uint2 *>(p);
 }
+static inline int computed_here(int x) { return x; }
+static inline float load_in_place(const float *p) {
+    emu::check_global(p, 4, 4, "a load");
+    return *p;
+}
 static inline u32 load_4(const void *p) {
     emu::check_global(p, 4, 4, "a load");
     return *static_cast<const u32 *>(p);

@@ -67,6 +67,20 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/// A load that stays where it is written: for a loop of many whose values shall not all live at once.
+__device__ __forceinline__ float load_in_place(const float *p) {
+    float out;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(out) : "l"(p) : "memory");
+    return out;
+}
+
+/// `x`, of which the compiler knows nothing more: what is computed from it is not computed ahead of a loop, where it
+/// would hold registers.
+__device__ __forceinline__ int computed_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Asynchronous copies to shared memory.
 
 /// Copies `bytes` (0 to 16) and fills the rest of 16 with zero.

@@ -76,17 +76,16 @@ __device__ __forceinline__ int num_nodes(int begin, int end, int num_segments) {
     return count;
 }
 
-/// What a product writes: vector `first_vector + column * vectors + node`, element `row`.
+/// What a product writes: vector `column * vectors + node`, element `row`.
 struct Output {
     float *out;
-    long long first_vector;
     int vectors, stride, rows;
     bool is_added;
 };
 
 __device__ __forceinline__ void put(const Output &output, int column, int node, int row, float value) {
     if (row < output.rows) {
-        float *to = output.out + (output.first_vector + static_cast<long long>(column) * output.vectors + node) * output.stride + row;
+        float *to = output.out + static_cast<long long>(column * output.vectors + node) * output.stride + row;
         *to = output.is_added ? __fadd_rn(*to, value) : value;
     }
 }
@@ -200,32 +199,30 @@ __device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUE
 
 // ---- Scales of e4m3.
 
-/// Where the scales of a product lie. Weights: `weight(part)[packed row]`. Tokens: `token[row * stride + part * part_stride]`.
-struct TokenScales {
-    const float *scale;
-    int stride, part_stride;
+/// The scales of tokens' rows: one for the row, or one for each of PARTS parts.
+template <int PARTS> struct TokenScales {
+    const float *scale; // [rows, PARTS]
 };
 
-__device__ __forceinline__ float token_scale(const TokenScales &scales, const Tokens &tokens, int part, int column) {
-    if (column >= tokens.count) {
-        return 0.0F;
-    }
-    long long row = tokens.first + column;
-    row = tokens.ids == nullptr ? row : tokens.ids[row];
-    return __ldg(scales.scale + row * scales.stride + part * scales.part_stride);
-}
-
 /// Scales the sums of one strip and part: row scale times token scale, once each.
-template <class Step, int N>
-__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales &scales,
+template <class Step, int N, int PARTS>
+__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales<PARTS> &scales,
                                            const Tokens &tokens, int part, int lane) {
     if constexpr (Step::WEIGHT == 8) {
-        float low = __ldg(row_scales + lane / 4), high = __ldg(row_scales + lane / 4 + 8);
+        float low = load_in_place(row_scales + lane / 4), high = load_in_place(row_scales + lane / 4 + 8);
+        int first = lane % 4 * 2;
+        const int *ids = tokens.ids == nullptr ? nullptr : tokens.ids + tokens.first + first;
+        const float *base = scales.scale + (PARTS == 1 ? 0 : part);
+        base += ids == nullptr ? static_cast<long long>(tokens.first + first) * PARTS : 0;
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                float token = token_scale(scales, tokens, part, j * 8 + lane % 4 * 2 + i);
+                int column = j * 8 + i;
+                float token = 0.0F;
+                if (column + first < tokens.count) {
+                    token = load_in_place(base + static_cast<long long>(ids == nullptr ? column : ids[column]) * PARTS);
+                }
                 sum[j][i] = __fmul_rn(__fmul_rn(sum[j][i], low), token);
                 sum[j][2 + i] = __fmul_rn(__fmul_rn(sum[j][2 + i], high), token);
             }

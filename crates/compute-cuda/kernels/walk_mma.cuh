@@ -142,9 +142,9 @@ __device__ __forceinline__ void walk(const Tokens &tokens, const Parts &parts, u
 // ---- A matrix with a tree.
 
 /// By parts: 8 warps, MT strips each. Shared: 8 x STAGES x N x 128, then 8 x N x (MT x 16 + 4) f32.
-template <class Step, int N, int MT, int STAGES, class StripOf, class ScalesOf>
+template <class Step, int N, int MT, int STAGES, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                              const Output &output, const TokenScales &scales, StripOf strip_of,
+                                              const Output &output, const Scales &scales, StripOf strip_of,
                                               ScalesOf scales_of) {
     constexpr int ROWS = MT * 16;
     constexpr u32 STAGE_BYTES = STAGES * N * TOKEN_STEP_BYTES;
@@ -174,9 +174,9 @@ __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts 
 }
 
 /// In turn: 4 warps of one strip each. Shared: STAGES x N x 128, then 3 x 64 x N f32.
-template <class Step, int N, int STAGES, class StripOf, class ScalesOf>
+template <class Step, int N, int STAGES, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                             const Output &output, const TokenScales &scales, StripOf strip_of,
+                                             const Output &output, const Scales &scales, StripOf strip_of,
                                              ScalesOf scales_of) {
     constexpr int VALUES = N / 2;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
@@ -184,11 +184,13 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
     Parked<1> parked = {places + threadIdx.x, 128, 0, {}};
     int row = first_row + warp * 16 + lane / 4;
     auto emit = [&](float(&value)[VALUES]) {
+        Output here = output;
+        here.vectors = computed_here(output.vectors);
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
             int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (column < tokens.count) {
-                put(output, column, node, row + i / 2 % 2 * 8, value[i]);
+                put(here, column, node, row + i / 2 % 2 * 8, value[i]);
             }
         }
         node += 1;
@@ -205,9 +207,9 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
     walk<Step, N, 1, 128, STAGES, 1>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
 }
 
-template <class Step, int N, int MT, class StripOf, class ScalesOf>
+template <class Step, int N, int MT, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void tree_product(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                             const Output &output, const TokenScales &scales, StripOf strip_of,
+                                             const Output &output, const Scales &scales, StripOf strip_of,
                                              ScalesOf scales_of) {
     if constexpr (N <= 16) {
         tree_by_parts<Step, N, MT, 3>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
@@ -234,8 +236,8 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
         return call.weights + part * part_bytes + static_cast<long long>(strip) * steps * Step::BYTES;
     };
     auto scales_of = [&](int part) { return call.weight_scales + static_cast<long long>(part) * strips * 16 + strip * 16; };
-    Output output = {call.out, column, 1, call.out_stride, call.rows, call.is_added != 0};
-    TokenScales scales = {call.x_scales, 1, 0};
+    Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
+    TokenScales<1> scales = {call.x_scales};
     tree_product<Step, N, ROWS / 16>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
 }
 
@@ -259,7 +261,7 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
         return expert->gate_up[segment] + static_cast<long long>(strip) * steps_of<Step>(call.hidden) * Step::BYTES;
     };
     auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
-        TokenScales scales = {call.x_scales, 1, 0};
+        TokenScales<1> scales = {call.x_scales};
         scale_sums<Step, N>(sum[0], expert->gate_up_scales[segment] + strip * 16, scales, tokens, part, lane);
         put_activation<N>(call, sum[0], tokens, first, segment * part_cols + strip * 8, lane);
     };
@@ -287,7 +289,7 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     auto scales_of = [&](int part) { return expert->down_scales[part] + strip * 16; };
     int vectors = num_nodes(job.begin, job.end, num_segments);
     long long out = job.out < 0 ? begin : job.out;
-    Output output = {call.out, out + static_cast<long long>(column) * vectors, vectors, call.hidden, call.hidden, false};
-    TokenScales scales = {call.x_scales, 8, 1};
+    Output output = {call.out + (out + static_cast<long long>(column) * vectors) * call.hidden, vectors, call.hidden, call.hidden, false};
+    TokenScales<8> scales = {call.x_scales};
     tree_product<Step, N, ROWS / 16>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
 }

@@ -111,18 +111,20 @@ __device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES> &rin
     }
 }
 
-/// A block of 384 threads begins with 168 registers each; producers of a whole warp group need fewer, sums of many tokens more.
-constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+/// A block of 384 threads begins with 168 registers each: 64,512. Producers of a whole warp group need fewer (more for
+/// more tokens, whose places they keep), sums of many tokens need more.
+template <int N> constexpr int PRODUCER_REGISTERS = N == 128 ? 72 : 88;
+template <int N> constexpr int CONSUMER_REGISTERS = N == 128 ? 216 : 208;
 
-template <int PRODUCERS> __device__ __forceinline__ void become_producer() {
+template <int N, int PRODUCERS> __device__ __forceinline__ void become_producer() {
     if constexpr (PRODUCERS == 128) {
-        registers_down<PRODUCER_REGISTERS>();
+        registers_down<PRODUCER_REGISTERS<N>>();
     }
 }
 
-template <int PRODUCERS> __device__ __forceinline__ void become_consumer() {
+template <int N, int PRODUCERS> __device__ __forceinline__ void become_consumer() {
     if constexpr (PRODUCERS == 128) {
-        registers_up<CONSUMER_REGISTERS>();
+        registers_up<CONSUMER_REGISTERS<N>>();
     }
 }
 
@@ -131,9 +133,8 @@ template <int PRODUCERS> __device__ __forceinline__ void become_consumer() {
 template <class Step, int N, int GROUPS, int STAGES, class Finish>
 __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &ring, const Parts &parts, int warp, int lane,
                                         Finish finish) {
-    int slot = 0, before = STAGES - 1;
+    int slot = 0, before = -1;
     u32 parity = 0;
-    bool is_first = true;
     for (int part = parts.begin; part < parts.end; ++part) {
         float sum[N / 8][4] = {};
         wgmma_settle(sum);
@@ -158,10 +159,9 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &rin
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
-                if (lane == 0 && !is_first) {
+                if (lane == 0 && before >= 0) {
                     mbarrier_arrive(ring.barriers + 16 * before + 8);
                 }
-                is_first = false;
                 before = slot;
                 slot = slot + 1 == STAGES ? 0 : slot + 1;
                 parity ^= slot == 0;
@@ -177,9 +177,9 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &rin
 
 /// By parts: 4 groups of the same 64 rows, two parts each, and a producer warp for each group. Block 640.
 /// Shared: 4 rings, then 8 x N x 68 f32, then 4 x STAGES x 16.
-template <class Step, int N, int STAGES, class StripOf, class ScalesOf>
+template <class Step, int N, int STAGES, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                    const Output &output, const TokenScales &scales, StripOf strip_of,
+                                                    const Output &output, const Scales &scales, StripOf strip_of,
                                                     ScalesOf scales_of) {
     int is_producer = threadIdx.x >= 512, lane = threadIdx.x % 32;
     int group = is_producer ? (threadIdx.x - 512) / 32 : threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
@@ -214,9 +214,9 @@ __device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const 
 
 /// In turn: 2 groups of 64 rows each and PRODUCERS threads. Block 256 + PRODUCERS.
 /// Shared: the ring, then LEVELS x 128 x N f32 (3, or 2 for N = 128), then STAGES x 16.
-template <class Step, int N, int STAGES, int PRODUCERS, class StripOf, class ScalesOf>
+template <class Step, int N, int STAGES, int PRODUCERS, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                   const Output &output, const TokenScales &scales, StripOf strip_of,
+                                                   const Output &output, const Scales &scales, StripOf strip_of,
                                                    ScalesOf scales_of) {
     constexpr int VALUES = N / 2, KEPT = N == 128 ? VALUES : 1, LEVELS = N == 128 ? 2 : 3;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
@@ -228,20 +228,22 @@ __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const P
     }
     __syncthreads();
     if (warp >= 8) {
-        become_producer<PRODUCERS>();
+        become_producer<N, PRODUCERS>();
         produce<Step, N, 2, STAGES, PRODUCERS>(ring, tokens, parts, threadIdx.x - 256, strip_of);
         return;
     }
-    become_consumer<PRODUCERS>();
+    become_consumer<N, PRODUCERS>();
     auto *places = reinterpret_cast<float *>(tr_shared() + ring.BYTES);
     Parked<KEPT> parked = {places + threadIdx.x, 256, 0, {}};
-    int row = first_row + warp * 16 + lane / 4;
     auto emit = [&](float(&value)[VALUES]) {
+        Output here = output;
+        here.vectors = computed_here(output.vectors);
+        int row = computed_here(first_row) + warp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
             int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (column < tokens.count) {
-                put(output, column, node, row + i / 2 % 2 * 8, value[i]);
+                put(here, column, node, row + i / 2 % 2 * 8, value[i]);
             }
         }
         node += 1;
@@ -258,9 +260,9 @@ __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const P
     consume(ring, parts, warp, lane, finish);
 }
 
-template <class Step, int N, class StripOf, class ScalesOf>
+template <class Step, int N, class Scales, class StripOf, class ScalesOf>
 __device__ __forceinline__ void group_tree(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                           const Output &output, const TokenScales &scales, StripOf strip_of, ScalesOf scales_of) {
+                                           const Output &output, const Scales &scales, StripOf strip_of, ScalesOf scales_of) {
     if constexpr (N <= 16) {
         group_tree_by_parts<Step, N, 4>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
     } else if constexpr (N <= 64) {
@@ -288,8 +290,8 @@ template <class Step, int N> __device__ __forceinline__ void linear_group(const 
     auto scales_of = [&](int part, int warp) {
         return call.weight_scales + (static_cast<long long>(part) * strips + min(first_row / 16 + warp, strips - 1)) * 16;
     };
-    Output output = {call.out, column, 1, call.out_stride, call.rows, call.is_added != 0};
-    TokenScales scales = {call.x_scales, 1, 0};
+    Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
+    TokenScales<1> scales = {call.x_scales};
     group_tree<Step, N>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
 }
 
@@ -312,8 +314,8 @@ template <class Step, int N> __device__ __forceinline__ void down_group(const Do
     auto scales_of = [&](int part, int warp) { return expert->down_scales[part] + min(first_row / 16 + warp, strips - 1) * 16; };
     int vectors = num_nodes(job.begin, job.end, num_segments);
     long long out = job.out < 0 ? begin : job.out;
-    Output output = {call.out, out + static_cast<long long>(column) * vectors, vectors, call.hidden, call.hidden, false};
-    TokenScales scales = {call.x_scales, 8, 1};
+    Output output = {call.out + (out + static_cast<long long>(column) * vectors) * call.hidden, vectors, call.hidden, call.hidden, false};
+    TokenScales<8> scales = {call.x_scales};
     group_tree<Step, N>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
 }
 
@@ -343,16 +345,16 @@ __device__ __forceinline__ void gate_up_group(const GateUp &call) {
     }
     __syncthreads();
     if (warp >= GROUPS * 4) {
-        become_producer<PRODUCERS>();
+        become_producer<N, PRODUCERS>();
         auto strip_of = [&](int, int w) {
             return expert->gate_up[segment] + static_cast<long long>(strip_at(w)) * steps_of<Step>(call.hidden) * Step::BYTES;
         };
         produce<Step, N, GROUPS, STAGES, PRODUCERS>(ring, tokens, parts, threadIdx.x - GROUPS * 128, strip_of);
         return;
     }
-    become_consumer<PRODUCERS>();
+    become_consumer<N, PRODUCERS>();
     auto finish = [&](int part, float(&sum)[N / 8][4]) {
-        TokenScales scales = {call.x_scales, 1, 0};
+        TokenScales<1> scales = {call.x_scales};
         scale_sums<Step, N>(sum, expert->gate_up_scales[segment] + strip_at(warp) * 16, scales, tokens, part, lane);
         if (first_tile + warp / 4 < tiles) {
             put_activation<N>(call, sum, tokens, first, segment * part_cols + strip_at(warp) * 8, lane);
