@@ -15,11 +15,12 @@
 // the first step and (4,5 | 6,7) for the second; Q is loaded by the same rule, so every product meets its partner. Tile j of
 // a block of 32 tokens has token 8 (n / 2) + 2 j + n % 2 in column n: the C fragment of S is the A fragment of P for V's rule.
 //
-// Bytes: K and V of the visible context once per tile: 4 HD (Q8: 2 HD + 8) per token and key head. Narrow tiles hold one page in
-// registers: 32 KiB (16) under way per block while the page before is multiplied, at 2 blocks per SM 64 KiB (32); an H200 needs 29 KiB
-// per SM (4.3 TB/s, 0.9 us). One sequence at 4k is 64 blocks of 512 tokens. Wide tiles read a page once per 64 (row, head):
-// 64 flops per byte from L2; the products of 16 (row, head) by 64 tokens read 128 bytes of shared memory per clock, as many
-// as there are: about half of the tensor rate at most, on 4 % of the flops of a prefill of 4k.
+// Bytes: K and V of the visible context once per tile: 4 HD (Q8: 2 HD + 8) per token and key head. Narrow tiles hold a page in
+// registers and ask for the next keys when these are multiplied, for values likewise: up to 32 KiB (16) under way per block, at 2
+// blocks per SM 64 KiB (32); an H200 needs 29 KiB per SM (4.3 TB/s, 0.9 us). One sequence at 4k is 64 blocks of 512 tokens, which
+// is less than the SMs can ask for: such a layer takes as long as 8 pages one after another. Wide tiles read a page once per 64
+// (row, head): 64 flops per byte from L2. For 16 (row, head) it is 32 KiB of shared memory and 132 products: on an A100 256
+// cycles of either, on Hopper half of what its tensor cores could do; attention is 4 % of the flops of a prefill of 4k.
 
 using namespace attention;
 

@@ -133,10 +133,46 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(
     norm_row(a, row, x, inverse_rms(own, sums, a)); // a thread reads what it wrote itself
 }
 
+/// A lane's part of a strip of an expert's gate; 0 where there is none.
+__device__ __forceinline__ void load_gate(float4 (&to)[NORM_STRIP / 128], const NormArgs &a, const GateArgs &g, u32 expert, u32 begin) {
+    const float *gate = g.gate + static_cast<size_t>(expert) * a.hidden;
+#pragma unroll
+    for (u32 j = 0; j < NORM_STRIP / 128; ++j) {
+        const u32 at = begin + 128 * j + 4 * (threadIdx.x % 32);
+        to[j] = expert < g.num_experts ? load_four(gate, at, a.hidden) : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    }
+}
+
+__device__ __forceinline__ float add_products(float sum, float4 x, float4 w) {
+    sum = __fmaf_rn(x.x, w.x, sum);
+    sum = __fmaf_rn(x.y, w.y, sum);
+    sum = __fmaf_rn(x.z, w.z, sum);
+    return __fmaf_rn(x.w, w.w, sum);
+}
+
+/// Puts a strip of the normed rows into shared memory, and once also into the output.
+template <u32 ROWS>
+__device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, const float (&inverse)[ROWS], u32 begin, bool is_written) {
+    const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows, i = begin + 4 * threadIdx.x;
+    const float4 w = load_four(a.weight, i, a.hidden);
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) {
+        if (first + r < num_rows) {
+            const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
+            const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
+            *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
+            if (is_written) {
+                write_normed(a, first + r, i, y);
+            }
+        }
+    }
+}
+
 /// Norms `ROWS` rows, strip by strip, and takes the gate's scores of each strip from shared memory.
 ///
 /// Warp w has experts w, w + 8, ... Lane l adds elements 4 l to 4 l + 3 of every 128 to one chain of fmaf per (row, expert);
-/// then the butterfly. So a score's order depends on nothing but hidden.
+/// then the butterfly. So a score's order depends on nothing but hidden. The gate is asked for one strip ahead: with one row it comes
+/// from the L2 cache while the row is normed.
 template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a, const GateArgs &g) {
     auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]
     float *strip = sums + 64;                            // [ROWS][NORM_STRIP]
@@ -144,11 +180,13 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
     if (first >= num_rows) {
         return;
     }
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = max(a.hidden, a.out_stride);
+    float4 gate[NORM_STRIP / 128];
+    load_gate(gate, a, g, warp, 0);
     float inverse[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; ++r) {
-        float own = 0.0f;
+        float own = 0.0F;
         if (first + r < num_rows) {
             const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
 #pragma unroll 4
@@ -160,45 +198,21 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
     }
     // Experts beyond the first pass read the strips again.
     for (u32 expert = warp; expert - warp < g.num_experts; expert += NORM_WARPS) {
-        const float *gate = g.gate + static_cast<size_t>(expert) * a.hidden;
-        float score[ROWS];
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) {
-            score[r] = 0.0f;
-        }
-        for (u32 begin = 0; begin < max(a.hidden, a.out_stride); begin += NORM_STRIP) {
-            const u32 i = begin + 4 * threadIdx.x;
-            const float4 w = load_four(a.weight, i, a.hidden);
+        float score[ROWS] = {};
+        for (u32 begin = 0; begin < width; begin += NORM_STRIP) {
             __syncthreads(); // the strip before this one has been read
-#pragma unroll
-            for (u32 r = 0; r < ROWS; ++r) {
-                if (first + r < num_rows) {
-                    const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
-                    const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
-                    *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
-                    if (expert == warp) { // the first pass
-                        write_normed(a, first + r, i, y);
-                    }
-                }
-            }
+            share_strip<ROWS>(strip, a, inverse, begin, expert == warp);
             __syncthreads();
-            if (expert >= g.num_experts) {
-                continue;
-            }
 #pragma unroll
-            for (u32 j = 0; j < NORM_STRIP; j += 128) {
-                const u32 at = j + 4 * lane;
-                const float4 w4 = load_four(gate, begin + at, a.hidden);
+            for (u32 j = 0; j < NORM_STRIP / 128; ++j) {
 #pragma unroll
                 for (u32 r = 0; r < ROWS; ++r) {
                     // Behind the end both are 0, or the row is NaN anyway.
-                    const float4 y = *reinterpret_cast<const float4 *>(strip + r * NORM_STRIP + at);
-                    score[r] = __fmaf_rn(y.x, w4.x, score[r]);
-                    score[r] = __fmaf_rn(y.y, w4.y, score[r]);
-                    score[r] = __fmaf_rn(y.z, w4.z, score[r]);
-                    score[r] = __fmaf_rn(y.w, w4.w, score[r]);
+                    score[r] = add_products(score[r], *reinterpret_cast<const float4 *>(strip + r * NORM_STRIP + 128 * j + 4 * lane), gate[j]);
                 }
             }
+            const bool has_more = begin + NORM_STRIP < width;
+            load_gate(gate, a, g, has_more ? expert : expert + NORM_WARPS, has_more ? begin + NORM_STRIP : 0);
         }
 #pragma unroll
         for (u32 r = 0; r < ROWS; ++r) {

@@ -312,7 +312,21 @@ static void scales_of_any_size(float factor) {
     }
 }
 
+static void random_steps(uint64_t seed) {
+    Random random{seed * 7919 + 1};
+    const uint32_t kv_heads = 1 + random.below(8), group = 1 + random.below(9);
+    const uint32_t windows[] = {ALL, ALL, 1 + random.below(64), 64 + random.below(600)};
+    const Shape shape{kv_heads * group, kv_heads, 2 * (1 + random.below(64)), windows[random.below(4)], random.below(2) == 0};
+    std::vector<Span> spans;
+    for (uint32_t s = 0; s < 1 + random.below(3); ++s) {
+        const uint32_t first = random.below(3) == 0 ? random.below(700) : random.below(130);
+        spans.push_back({s, first, random.below(2) == 0 ? 1 : 1 + random.below(std::max(2U, 24 / kv_heads))});
+    }
+    rows_are_a_softmax(shape, spans);
+}
+
 int main() {
+    for (uint64_t seed = 0; seed < 12; ++seed) random_steps(seed);
     for (bool is_q8 : {false, true}) {
         rows_are_a_softmax({1, 1, 32, ALL, is_q8}, {{0, 0, 1}});
         rows_are_a_softmax({4, 4, 32, ALL, is_q8}, {{0, 0, 70}, {1, 63, 1}, {2, 64, 1}, {3, 0, 3}, {4, 127, 2}});
