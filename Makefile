@@ -46,6 +46,7 @@ lint: check-rust $(PROTOX)
 
 unit: check-rust $(PROTOX) packages $(VENV)/installed
 	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
+	TRAMONTANE_TEST_CUDA_LIBRARIES="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/lib)" \
 	  cargo test --workspace --locked
 	# Deliberate defects: each must be noticed. The whole workspace, so that no dependency is compiled anew for it.
 	cargo test --workspace --features tramontane-sim/mutations --test mutations --locked -- --nocapture

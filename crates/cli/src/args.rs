@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
+use tramontane_compute_cuda::{DeviceChoice, Target};
 
 use crate::drill::DrillArgs;
 use crate::output::Format;
@@ -54,6 +55,9 @@ pub(crate) enum Command {
     /// Look into a checkpoint
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Compile CUDA kernels, with or without a GPU
+    #[command(subcommand)]
+    Kernels(KernelsCommand),
     /// Check configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -231,6 +235,26 @@ pub(crate) enum ModelCommand {
     },
 }
 
+/// `tramontane kernels ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelsCommand {
+    /// Compile all kernels into the cache and print what each takes of a device; needs NVRTC and no GPU
+    Build {
+        /// What to compile for, such as sm_90a; everything when absent
+        #[arg(long = "target", value_parser = str::parse::<Target>)]
+        targets: Vec<Target>,
+        /// Directory of compiled kernels; the user's cache when absent
+        #[arg(long, env = "TRAMONTANE_WORKER__KERNEL_CACHE")]
+        cache: Option<PathBuf>,
+        /// Directory of NVRTC, where it is not where the system looks
+        #[arg(long, env = "TRAMONTANE_WORKER__CUDA_LIBRARIES")]
+        libraries: Option<PathBuf>,
+        /// How to print it
+        #[arg(long, short, value_enum, default_value_t)]
+        output: Format,
+    },
+}
+
 /// `tramontane config ...`
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
@@ -330,6 +354,9 @@ pub(crate) struct ServeArgs {
     /// Workers in this process
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: u16,
+    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
@@ -410,6 +437,9 @@ pub(crate) struct WorkerArgs {
     /// What it does: attention, experts or both
     #[arg(long)]
     pub(crate) roles: Option<String>,
+    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
@@ -461,9 +491,65 @@ pub(crate) struct ChatArgs {
     pub(crate) max_tokens: Option<u32>,
 }
 
+/// `tramontane bench model`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    /// Shape of the model; its weights are random
+    #[arg(long, value_enum)]
+    pub(crate) random: RandomShape,
+    /// The GPU
+    #[arg(long, default_value_t = DeviceChoice::Cuda(0), value_parser = str::parse::<DeviceChoice>)]
+    pub(crate) device: DeviceChoice,
+    /// Layers, for devices that have no room for all; those of the model when absent
+    #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) layers: Option<usize>,
+    /// Sequences that are decoded at once
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32, 64, 128, 256], value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    pub(crate) batch: Vec<usize>,
+    /// Tokens that each of them has already
+    #[arg(long, default_value_t = 128, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
+    pub(crate) context: usize,
+    /// Lengths of prompts
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 4096], value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) prefill: Vec<usize>,
+    /// Directory of compiled kernels; the user's cache when absent
+    #[arg(long, env = "TRAMONTANE_WORKER__KERNEL_CACHE")]
+    pub(crate) cache: Option<PathBuf>,
+    /// Directory of NVRTC, where it is not where the system looks
+    #[arg(long, env = "TRAMONTANE_WORKER__CUDA_LIBRARIES")]
+    pub(crate) libraries: Option<PathBuf>,
+    /// How to print it
+    #[arg(long, short, value_enum, default_value_t)]
+    pub(crate) output: Format,
+}
+
+/// Published shapes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RandomShape {
+    /// 47 B weights, 13 B per token
+    #[value(name = "mixtral-8x7b")]
+    Mixtral8x7b,
+    /// 141 B weights, 39 B per token
+    #[value(name = "mixtral-8x22b")]
+    Mixtral8x22b,
+    /// 7 B weights
+    #[value(name = "mistral-7b")]
+    Mistral7b,
+}
+
+/// What else can be measured.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure a GPU with a model of full size and random weights, without a server
+    Model(BenchModelArgs),
+}
+
 /// `tramontane bench`
 #[derive(Clone, Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<BenchCommand>,
     /// The endpoint
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,

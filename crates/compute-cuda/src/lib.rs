@@ -8,6 +8,7 @@
     reason = "calls into libraries that are opened at run time, and launches of kernels"
 )]
 
+mod backend;
 mod cache;
 mod choose;
 mod cubin;
@@ -17,12 +18,15 @@ pub mod device;
 pub mod emulator;
 pub mod kernels;
 mod libraries;
+pub mod measure;
 pub mod nccl;
 pub mod nvrtc;
 mod target;
 
+pub use backend::{CudaBackend, RandomModel, check_geometry};
 pub use cache::KernelCache;
 pub use choose::{CudaConfig, DeviceChoice, Unusable, find, open};
 pub use cubin::KernelUsage;
+pub use cuda::DeviceSummary;
 pub use libraries::{LibraryDirs, NotFound};
 pub use target::Target;

@@ -30,7 +30,13 @@ fn dirs() -> (LibraryDirs, bool) {
 /// The compiler with a cache that stays below the target folder: `cargo test` compiles what has changed.
 fn builder() -> Option<KernelBuilder> {
     let (dirs, is_promised) = dirs();
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "tests/gpu/run.sh keeps everything in one place"
+    )]
+    let named = std::env::var("TRAMONTANE_TEST_DIR").ok();
+    let dir = named.map_or(PathBuf::from(env!("CARGO_TARGET_TMPDIR")), PathBuf::from);
+    let cache = dir.join("kernels");
     let builder = KernelBuilder::new(&dirs, Some(KernelCache::new(cache)));
     if let Err(missing) = builder.nvrtc() {
         assert!(!is_promised, "{missing}");
@@ -165,13 +171,47 @@ fn the_machine_code_is_what_was_meant() {
                         .any(|word| word == spilled || word.starts_with(&format!("{spilled}.")));
                     assert!(!is_there, "{kernel} for {target} has {spilled}");
                 }
-                let is_wgmma = kernel.contains("wgmma");
+                let is_wgmma = kernel.contains("_wg_");
                 assert_eq!(text.contains("HGMMA"), is_wgmma, "{kernel} for {target}");
                 tensor_kernels += usize::from(text.contains("HMMA") || is_wgmma);
             }
         }
     }
     assert!(tensor_kernels > 0 || sources().is_empty());
+}
+
+#[test]
+fn registers_are_what_the_toolkit_says() {
+    let Some(all) = all_modules() else { return };
+    let Some(program) = disassembler("cuobjdump") else {
+        println!("skipped: cuobjdump is not installed");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    for (target, modules) in all {
+        // One small module of each target is enough: the format is the same.
+        let module = modules.iter().min_by_key(|m| m.cubin.len()).unwrap();
+        let path = dir.path().join(format!("{target}.cubin"));
+        std::fs::write(&path, &module.cubin).unwrap();
+        let output = Command::new(&program)
+            .arg("-res-usage")
+            .arg(&path)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        for (kernel, usage) in &module.kernels {
+            let (_, said) = text.split_once(&format!("Function {kernel}:")).unwrap();
+            let said = said.lines().nth(1).unwrap_or_default();
+            let ours = format!(
+                "REG:{} STACK:{} SHARED:",
+                usage.registers, usage.stack_bytes
+            );
+            assert!(
+                said.trim().starts_with(&ours),
+                "{kernel}: {ours} is not {said}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ use tramontane_exchange::{
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
 
+use crate::device::ChosenDevice;
 use crate::drill::Drills;
 use crate::engine_thread::EngineThread;
 use crate::expert_keeper::KeptExperts;
@@ -49,13 +50,15 @@ pub(crate) struct Halves {
 /// Packs the attention weights, on a thread that may take its time.
 pub(crate) async fn build(
     config: &WorkerConfig,
+    device: &ChosenDevice,
     checkpoint: &Arc<Checkpoint>,
 ) -> Result<Halves, Error> {
     let (config, checkpoint) = (config.clone(), Arc::clone(checkpoint));
+    let device = device.clone();
     let what = "packing the attention weights";
     tokio::task::spawn_blocking(move || {
         let geometry = checkpoint.geometry();
-        let backend = backend::make(&config, geometry)?;
+        let backend = backend::make(&config, &device, geometry)?;
         let roles = config.roles.0;
         let attention = if roles.attention {
             let weights = checkpoint.attention_weights().map_err(Error::Checkpoint)?;

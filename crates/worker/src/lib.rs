@@ -7,6 +7,7 @@
 mod assemble;
 mod backend;
 pub mod config;
+pub mod device;
 mod drain;
 mod drill;
 pub mod engine_thread;

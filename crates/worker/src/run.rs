@@ -23,7 +23,7 @@ use crate::follower::{Follower, Group};
 use crate::host_socket::BoundSocket;
 use crate::server::Services;
 use crate::state::Node;
-use crate::{Error, WorkerConfig, metrics, peers, registration, server};
+use crate::{Error, WorkerConfig, device, metrics, peers, registration, server};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -72,11 +72,12 @@ fn advertised(config: &WorkerConfig, grpc: &TcpListener) -> Result<String, Error
 /// When it cannot start, or its engine or server ended by itself. An absent store, peer or planner is
 /// no error: the worker waits for them.
 pub async fn run(
-    config: WorkerConfig,
+    mut config: WorkerConfig,
     mut parts: WorkerParts,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     config.validate()?;
+    let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (life, drain) = (Life::default(), CancellationToken::new());
     let (setter, readiness) = Readiness::starting("loading");
     let ops = LateOps::default();
@@ -85,7 +86,7 @@ pub async fn run(
     }
     let address = advertised(&config, &parts.grpc)?;
     let checkpoint = Arc::clone(&parts.checkpoint);
-    let halves = build(&config, &checkpoint).await?;
+    let halves = build(&config, &device, &checkpoint).await?;
     let name = &parts.model_name;
     let mut record = registration::record(&config, &*halves.backend, &checkpoint, name, address);
     let group = Group {

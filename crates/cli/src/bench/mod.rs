@@ -2,6 +2,7 @@
 //!
 //! Prompts are random token ids sent to `/v1/completions`, so no tokenizer stands between the numbers.
 
+mod model;
 mod report;
 
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, BenchCommand};
 use crate::openai_client::Client;
 use crate::output;
 
@@ -30,6 +31,9 @@ struct Sample {
 
 /// Runs the load and prints the report.
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if let Some(BenchCommand::Model(args)) = args.command {
+        return tokio::task::spawn_blocking(move || model::run(&args)).await?;
+    }
     let client = Client::new(&args.url)?;
     let model = match args.model.clone() {
         Some(model) => model,

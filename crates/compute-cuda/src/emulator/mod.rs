@@ -4,8 +4,9 @@
 //! early is seen. Addresses must lie in allocations, which CUDA does not promise to notice.
 
 mod build;
+mod queue;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::fmt;
 use std::path::Path;
@@ -17,6 +18,7 @@ use parking_lot::Mutex;
 
 use crate::device::{Args, Device, DeviceError, DeviceInfo, Handle, Kernel, Shape};
 use crate::target::Target;
+use queue::{Host, Operation, State};
 
 /// What `tr_emulator_abi` says.
 const ABI: c_int = 1;
@@ -43,46 +45,6 @@ struct Api {
     seed: Symbol<unsafe extern "C" fn(c_ulonglong)>,
     // Last: what the symbols point into.
     library: Library,
-}
-
-/// One thing that a stream does.
-#[derive(Clone)]
-enum Operation {
-    CopyIn(u64, Host, usize),
-    CopyOut(Host, u64, usize),
-    CopyWithin(u64, u64, usize),
-    Fill(u64, u8, usize),
-    Launch(Kernel, Shape, Args),
-    Graph(Arc<[Self]>),
-    /// What an event's record left in the queue.
-    Mark(u64),
-    /// Another stream is run until it has passed this mark.
-    Await(Handle, u64),
-}
-
-/// Memory of the host that somebody keeps until the stream was waited for.
-#[derive(Clone, Copy)]
-struct Host(*mut u8);
-
-// SAFETY: the promise of `Device`'s unsafe functions: good until the stream has passed it, whoever runs it.
-unsafe impl Send for Host {}
-// SAFETY: as above; only the thread that holds the state's lock uses it.
-unsafe impl Sync for Host {}
-
-#[derive(Default)]
-struct State {
-    next_handle: u64,
-    /// Bytes of every allocation, by address.
-    allocations: BTreeMap<u64, usize>,
-    queues: HashMap<u64, VecDeque<Operation>>,
-    /// What a stream that captures has seen.
-    captures: HashMap<u64, Vec<Operation>>,
-    graphs: HashMap<u64, Arc<[Operation]>>,
-    /// Where and at which mark an event was last recorded.
-    events: HashMap<u64, (Handle, u64)>,
-    /// The first error; as with CUDA, nothing works after it.
-    failed: Option<DeviceError>,
-    launches: u64,
 }
 
 /// Runs kernels on the host.
@@ -262,34 +224,6 @@ impl Emulator {
             "{} with {shape:?}",
             text.to_string_lossy()
         )))
-    }
-}
-
-impl State {
-    /// A place in an allocation.
-    fn place(
-        &self,
-        what: &'static str,
-        address: u64,
-        bytes: usize,
-    ) -> Result<*mut u8, DeviceError> {
-        let below = self.allocations.range(..=address).next_back();
-        let (begin, size) = below.map_or((0, 0), |(begin, size)| (*begin, *size));
-        let first = (address - begin) as usize;
-        if first.saturating_add(bytes) > size {
-            return Err(DeviceError::Outside {
-                what,
-                begin: first,
-                end: first.saturating_add(bytes),
-                bytes: size,
-            });
-        }
-        Ok(ptr::with_exposed_provenance_mut(address as usize))
-    }
-
-    fn handle(&mut self) -> Handle {
-        self.next_handle += 1;
-        Handle(self.next_handle)
     }
 }
 

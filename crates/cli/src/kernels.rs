@@ -1,0 +1,108 @@
+//! `tramontane kernels build`: compiles every kernel with no GPU at hand, and says what each takes of one.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use serde::Serialize;
+use tramontane_compute_cuda::kernels::{BuildError, KernelBuilder, Module, sources};
+use tramontane_compute_cuda::{KernelCache, LibraryDirs, Target};
+use tramontane_runtime::config::cache_dir;
+
+use crate::args::KernelsCommand;
+use crate::exit::{Exit, refusal};
+use crate::output::{self, Format};
+
+/// What one kernel takes of a device of one target.
+#[derive(Debug, Serialize)]
+struct Line {
+    kernel: String,
+    target: &'static str,
+    registers: u32,
+    shared_bytes: u32,
+    stack_bytes: u32,
+}
+
+/// Runs `kernels build`.
+pub(crate) fn run(command: KernelsCommand) -> anyhow::Result<()> {
+    let KernelsCommand::Build {
+        targets,
+        cache,
+        libraries,
+        output,
+    } = command;
+    build(targets, cache, libraries, output)
+}
+
+fn build(
+    mut targets: Vec<Target>,
+    cache: Option<PathBuf>,
+    libraries: Option<PathBuf>,
+    format: Format,
+) -> anyhow::Result<()> {
+    if targets.is_empty() {
+        targets.extend(Target::ALL);
+    }
+    targets.sort();
+    targets.dedup();
+    let cache = cache
+        .or_else(cache_dir)
+        .context("no directory for compiled kernels: name one with --cache")?;
+    let builder = KernelBuilder::new(
+        &LibraryDirs { named: libraries },
+        Some(KernelCache::new(cache.clone())),
+    );
+    if let Ok(nvrtc) = builder.nvrtc() {
+        let (major, minor) = nvrtc.version();
+        let path = nvrtc.path().display();
+        output::note(&format!("NVRTC {major}.{minor} ({path})"));
+    }
+    let mut lines = Vec::new();
+    let mut num_compiled = 0;
+    for target in targets {
+        for source in sources() {
+            let module = builder.build(source, target).map_err(advised)?;
+            num_compiled += usize::from(!module.from_cache);
+            lines.extend(lines_of(&module, target));
+        }
+    }
+    output::note(&format!(
+        "{num_compiled} modules compiled, the rest was there, all in {}",
+        cache.display()
+    ));
+    if format.is_data() {
+        return output::data(format, &lines);
+    }
+    let row = |line: &Line| {
+        vec![
+            line.kernel.clone(),
+            line.target.to_owned(),
+            line.registers.to_string(),
+            line.shared_bytes.to_string(),
+            line.stack_bytes.to_string(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = lines.iter().map(row).collect();
+    let head = ["KERNEL", "TARGET", "REGISTERS", "SHARED", "STACK"];
+    Ok(output::table(&head, &rows)?)
+}
+
+fn lines_of(module: &Module, target: Target) -> impl Iterator<Item = Line> {
+    module.kernels.iter().map(move |(kernel, usage)| Line {
+        kernel: kernel.clone(),
+        target: target.name(),
+        registers: usage.registers,
+        shared_bytes: usage.shared_bytes,
+        stack_bytes: usage.stack_bytes,
+    })
+}
+
+fn advised(error: BuildError) -> anyhow::Error {
+    let BuildError::NoCompiler { source, .. } = &error else {
+        return anyhow::Error::new(error);
+    };
+    refusal(
+        Exit::Failed,
+        format!("{error}: {source}"),
+        "pip install nvidia-cuda-nvrtc==13.0.88, then --libraries with its directory nvidia/cu13/lib",
+    )
+}
