@@ -367,3 +367,4 @@ static inline u32 f16x2_sub(u32 a, u32 b) {
     return f16x2_from(emu_f16_to(static_cast<u16>(a)) - emu_f16_to(static_cast<u16>(b)),
                       emu_f16_to(static_cast<u16>(a >> 16)) - emu_f16_to(static_cast<u16>(b >> 16)));
 }
+static inline void prefetch_line(const void *p) { emu::check_global(p, 128, 128, "a prefetch"); }

@@ -17,14 +17,28 @@
 //
 // Bytes: K and V of the visible context once per tile: 4 HD (Q8: 2 HD + 8) per token and key head. Narrow tiles hold a page in
 // registers and ask for the next keys when these are multiplied, for values likewise: up to 32 KiB (16) under way per block, at 2
-// blocks per SM 64 KiB (32); an H200 needs 29 KiB per SM (4.3 TB/s, 0.9 us). One sequence at 4k is 64 blocks of 512 tokens, which
-// is less than the SMs can ask for: such a layer takes as long as 8 pages one after another. Wide tiles read a page once per 64
-// (row, head): 64 flops per byte from L2. For 16 (row, head) it is 32 KiB of shared memory and 132 products: on an A100 256
-// cycles of either, on Hopper half of what its tensor cores could do; attention is 4 % of the flops of a prefill of 4k.
+// blocks per SM 64 KiB (32); an H200 needs 29 KiB per SM (4.3 TB/s, 0.9 us). One sequence at 4k is 64 blocks of 512 tokens: there
+// what counts is how long 8 pages take one after another, so those PREFETCH_PAGES further are on their way to L2 by then (two
+// pages in 264 blocks are 17 MiB of it).
+// Wide tiles read a page once per 64 (row, head): 64 flops per byte from L2. For 16 (row, head) it is 32 KiB of shared memory and
+// 132 products: on an A100 256 cycles of either, on Hopper half of what its tensor cores could do; attention is 4 % of the
+// flops of a prefill of 4k.
 
 using namespace attention;
 
 // ---- narrow: at most 16 (row, head); a page is spread over the warps, twice: by tokens for S, by dims for O -------------
+
+/// How far ahead of the page that is multiplied pages are asked for.
+constexpr u32 PREFETCH_PAGES = 3;
+
+template <class F, u32 HD> __device__ __forceinline__ void prefetch(const HeadPages &pages, u32 page, u32 end) {
+    if (page < end) {
+        const u8 *keys = keys_of(pages, page);
+        for (u32 i = threadIdx.x * 128; i < HEAD_BYTES<F, HD>; i += THREADS * 128) {
+            prefetch_line(keys + i);
+        }
+    }
+}
 
 /// Shared memory of a narrow tile. One of each is enough: between two writes all threads pass the barrier of the other.
 struct NarrowShared {
@@ -164,10 +178,14 @@ __device__ __forceinline__ void attend_narrow_item(const AttendArgs &a, const At
     load_keys<F, HD>(k, next, warp, g, t);
     load_values<F, HD>(v, next, warp, g, t);
     NarrowScales scales = load_scales<F, HD>(next, warp, t);
+    for (u32 i = 1; i < PREFETCH_PAGES; ++i) {
+        prefetch<F, HD>(pages, range.begin + i, range.end);
+    }
     for (u32 page = range.begin; page < range.end; ++page) {
         const u32 position = page * PAGE_TOKENS;
         const bool edge = is_edge(item, tile, position), has_next = page + 1 < range.end;
         next = keys_of(pages, has_next ? page + 1 : page);
+        prefetch<F, HD>(pages, page + PREFETCH_PAGES, range.end);
         float c[2][4];
         clear(c);
 #pragma unroll
