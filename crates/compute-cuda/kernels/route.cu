@@ -4,8 +4,8 @@
 // counts as least), ascending by id, each over the sum of those chosen (added ascending). One warp per row, so the batch has no
 // part in it. Lists are in the order of rows within an expert, whoever writes them.
 //
-// choose: grid (rows at most / 8, up), block 256. lists: grid 1, block 32 * min(32, num_experts). route (both): grid 1, block 1024,
-// for up to a few hundred rows. Shared bytes: choose 0, the others ROUTE_SHARED_BYTES = 4 * (EXPERTS_MAX + 1).
+// choose: grid (rows at most / 8, up), block 256. lists: grid 1, block up to 1024 (a multiple of 32). route (both): grid 1, block
+// 1024, for up to a few hundred rows. Shared bytes: choose 0, the others ROUTE_SHARED_BYTES = 4 * (EXPERTS_MAX + 1).
 
 constexpr u32 EXPERTS_MAX = 256;
 constexpr u32 EXPERTS_PER_LANE = EXPERTS_MAX / 32;
@@ -116,52 +116,99 @@ __device__ __forceinline__ void choose_row(const RouteArgs &a, u32 row) {
     }
 }
 
-/// Which of a row's choices an expert is; top_k when it is none. Rows behind the last have none.
-__device__ __forceinline__ u32 choice_of(const RouteArgs &a, u32 row, u32 num_rows, u32 expert) {
+/// Which of a row's choices an expert is; top_k when it is none. Rows from `end` on have none.
+__device__ __forceinline__ u32 choice_of(const RouteArgs &a, u32 row, u32 end, u32 expert) {
+    const u32 *ids = a.topk_ids + static_cast<size_t>(row) * a.top_k;
+    if (row >= end) {
+        return a.top_k;
+    }
+    if (a.top_k == 2) { // one load, so that those of several rows are under way
+        const uint2 pair = *reinterpret_cast<const uint2 *>(ids);
+        return pair.x == expert ? 0 : pair.y == expert ? 1 : 2;
+    }
     u32 found = a.top_k;
-    for (u32 k = 0; row < num_rows && k < a.top_k; ++k) {
-        found = a.topk_ids[static_cast<size_t>(row) * a.top_k + k] == expert ? k : found;
+    for (u32 k = 0; k < a.top_k; ++k) {
+        found = ids[k] == expert ? k : found;
     }
     return found;
 }
 
-/// Counts, then lists: one warp per expert goes through the rows twice, 32 at a time. `shared`: [num_experts + 1].
-__device__ __forceinline__ void build_lists(const RouteArgs &a, u32 *shared) {
-    const u32 lane = threadIdx.x % 32, num_warps = blockDim.x / 32, num_rows = *a.num_rows;
-    for (u32 expert = threadIdx.x / 32; expert < a.num_experts; expert += num_warps) {
-        u32 count = 0;
-        for (u32 begin = 0; begin < num_rows; begin += 32) {
-            count += __popc(__ballot_sync(~0U, choice_of(a, begin + lane, num_rows, expert) < a.top_k));
+/// Rows that a warp looks at together.
+constexpr u32 SCAN_ROWS = 128;
+
+/// Goes through rows `begin` to `end`, one warp: `visit(row, k, before)` for each that chose the expert as its k-th, with the number of those
+/// before it. Returns how many there are.
+template <class Visit>
+__device__ __forceinline__ u32 scan_rows(const RouteArgs &a, u32 begin, u32 end, u32 expert, Visit visit) {
+    const u32 lane = threadIdx.x % 32;
+    u32 count = 0;
+    for (; begin < end; begin += SCAN_ROWS) {
+        u32 k[SCAN_ROWS / 32];
+#pragma unroll
+        for (u32 j = 0; j < SCAN_ROWS / 32; ++j) {
+            k[j] = choice_of(a, begin + 32 * j + lane, end, expert);
         }
-        if (lane == 0) {
-            shared[expert + 1] = count;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 sum = 0;
-        shared[0] = 0;
-        a.offsets[0] = 0;
-        for (u32 expert = 0; expert < a.num_experts; ++expert) {
-            sum += shared[expert + 1];
-            shared[expert + 1] = sum;
-            a.offsets[expert + 1] = sum;
-        }
-    }
-    __syncthreads();
-    for (u32 expert = threadIdx.x / 32; expert < a.num_experts; expert += num_warps) {
-        u32 next = shared[expert];
-        for (u32 begin = 0; begin < num_rows; begin += 32) {
-            const u32 row = begin + lane;
-            const u32 k = choice_of(a, row, num_rows, expert);
-            const u32 chosen = __ballot_sync(~0U, k < a.top_k);
-            if (k < a.top_k) {
-                const u32 slot = next + __popc(chosen & ((1U << lane) - 1));
-                a.row_of[slot] = row;
-                a.slot_of[static_cast<size_t>(row) * a.top_k + k] = slot;
+#pragma unroll
+        for (u32 j = 0; j < SCAN_ROWS / 32; ++j) {
+            const u32 chosen = __ballot_sync(~0U, k[j] < a.top_k);
+            if (k[j] < a.top_k) {
+                visit(begin + 32 * j + lane, k[j], count + __popc(chosen & ((1U << lane) - 1)));
             }
-            next += __popc(chosen);
+            count += __popc(chosen);
         }
+    }
+    return count;
+}
+
+/// Counts become the sums of those before them, by one warp; the sum of all is behind the last.
+__device__ __forceinline__ void sum_up(u32 *counts, u32 num) {
+    const u32 lane = threadIdx.x % 32;
+    u32 before = 0;
+    for (u32 begin = 0; begin < num; begin += 32) {
+        const u32 own = begin + lane < num ? counts[begin + lane] : 0;
+        u32 sum = own;
+#pragma unroll
+        for (u32 delta = 1; delta < 32; delta *= 2) {
+            const u32 left = __shfl_up_sync(~0U, sum, delta);
+            sum += lane >= delta ? left : 0;
+        }
+        if (begin + lane < num) {
+            counts[begin + lane] = before + sum - own;
+        }
+        before += __shfl_sync(~0U, sum, 31);
+    }
+    if (lane == 0) {
+        counts[num] = before;
+    }
+}
+
+/// Counts, then lists. A warp has an expert and, where there are more warps than experts, a part of the rows; it goes through them twice.
+/// `counts`: one per expert and part, and one more: EXPERTS_MAX + 1 at most.
+__device__ __forceinline__ void build_lists(const RouteArgs &a, u32 *counts) {
+    const u32 warp = threadIdx.x / 32, num_warps = blockDim.x / 32, num_rows = *a.num_rows;
+    const u32 num_parts = max(num_warps / a.num_experts, 1U), num_pieces = a.num_experts * num_parts;
+    const u32 part_rows = (num_rows + num_parts - 1) / num_parts;
+    for (u32 piece = warp; piece < num_pieces; piece += num_warps) {
+        const u32 begin = piece % num_parts * part_rows, end = min(begin + part_rows, num_rows);
+        const u32 count = scan_rows(a, begin, end, piece / num_parts, [](u32, u32, u32) {});
+        if (threadIdx.x % 32 == 0) {
+            counts[piece] = count;
+        }
+    }
+    __syncthreads();
+    if (warp == 0) {
+        sum_up(counts, num_pieces);
+    }
+    __syncthreads();
+    for (u32 expert = threadIdx.x; expert <= a.num_experts; expert += blockDim.x) {
+        a.offsets[expert] = counts[expert * num_parts];
+    }
+    for (u32 piece = warp; piece < num_pieces; piece += num_warps) {
+        const u32 begin = piece % num_parts * part_rows, end = min(begin + part_rows, num_rows), first = counts[piece];
+        scan_rows(a, begin, end, piece / num_parts, [&](u32 row, u32 k, u32 before) {
+            a.row_of[first + before] = row;
+            a.slot_of[static_cast<size_t>(row) * a.top_k + k] = first + before;
+        });
     }
 }
 
@@ -172,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) tr_choose_experts(R
     }
 }
 
-extern "C" __global__ void __launch_bounds__(ROUTE_THREADS) tr_expert_lists(RouteArgs a) {
+extern "C" __global__ void __launch_bounds__(ROUTE_THREADS, 1) tr_expert_lists(RouteArgs a) {
     build_lists(a, reinterpret_cast<u32 *>(tr_shared()));
 }
 

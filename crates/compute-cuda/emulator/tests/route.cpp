@@ -45,7 +45,8 @@ static Routed route(const std::vector<float> &scores, uint32_t rows, uint32_t nu
         launch("tr_route", {1}, {1024}, ROUTE_SHARED, args);
     } else {
         launch("tr_choose_experts", {(rows + 7) / 8 + 1}, {256}, 0, args);
-        launch("tr_expert_lists", {1}, {32 * std::min(32U, num_experts)}, ROUTE_SHARED, args);
+        const uint32_t threads = rows % 2 == 0 ? 1024 : 32 * std::min(32U, num_experts);
+        launch("tr_expert_lists", {1}, {threads}, ROUTE_SHARED, args);
     }
     auto all = [](auto &buffer) { return std::vector(buffer.data, buffer.data + buffer.count); };
     return {all(ids), all(offsets), all(row_of), all(slot_of), all(weights)};
@@ -182,6 +183,8 @@ int main() {
     }
     experts_are_chosen(1, 8, 2);
     experts_are_chosen(300, 8, 2);
+    experts_are_chosen(1001, 8, 2);
+    experts_are_chosen(130, 3, 3);
     experts_are_chosen(40, 33, 5);
     experts_are_chosen(10, 256, 7);
     odd_scores_give_distinct_experts();
