@@ -338,6 +338,14 @@ static inline void mbarrier_wait(u32 address, u32 parity) {
         emu::wait_event("mbarrier.wait");
     }
 }
+static inline void mbarrier_arrive_copied(u32 address) {
+    auto arrived = [](void *barrier) {
+        auto *at = static_cast<EmuMbarrier *>(barrier);
+        at->missing -= 1;
+        emu_complete(at);
+    };
+    emu::copy_async_then(arrived, emu_mbarrier(address, "cp.async.mbarrier.arrive"));
+}
 struct EmuBulk {
     EmuMbarrier *barrier;
     int bytes;

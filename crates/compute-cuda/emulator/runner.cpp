@@ -59,8 +59,8 @@ struct Fiber {
 struct BulkCopy {
     void *to;
     const void *from;
-    size_t bytes;
-    void (*arrived)(void *);
+    size_t bytes, filled; // zero behind `bytes`
+    void (*arrived)(void *); // or null
     void *context;
 };
 
@@ -214,8 +214,13 @@ bool finish_copy() {
     }
     BulkCopy copy = D->copies.front();
     D->copies.erase(D->copies.begin());
-    memcpy(copy.to, copy.from, copy.bytes);
-    copy.arrived(copy.context);
+    if (copy.to != nullptr) {
+        memset(copy.to, 0, copy.filled);
+        memcpy(copy.to, copy.from, copy.bytes);
+    }
+    if (copy.arrived != nullptr) {
+        copy.arrived(copy.context);
+    }
     return true;
 }
 
@@ -525,7 +530,7 @@ void signal() {
 }
 
 void bulk_copy(void *to, const void *from, size_t bytes, void (*arrived)(void *), void *context) {
-    D->copies.push_back({to, from, bytes, arrived, context});
+    D->copies.push_back({to, from, bytes, bytes, arrived, context});
     if (choose(2) == 0) {
         finish_copy();
     }
@@ -579,6 +584,17 @@ void copy_async_wait(int groups_left) {
         }
         groups.erase(groups.begin());
     }
+}
+
+void copy_async_then(void (*arrived)(void *), void *context) {
+    auto &open = D->current->groups.back();
+    for (const Copy &copy : open) {
+        if (!copy.done) {
+            D->copies.push_back({copy.to, copy.from, static_cast<size_t>(copy.bytes), 16, nullptr, nullptr});
+        }
+    }
+    open.clear();
+    D->copies.push_back({nullptr, nullptr, 0, 0, arrived, context});
 }
 
 Registrar::Registrar(const char *name, Invoke invoke) {

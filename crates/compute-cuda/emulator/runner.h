@@ -57,6 +57,8 @@ uint32_t choose(uint32_t below);
 void copy_async(void *to, const void *from, int bytes_read);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+/// Calls `arrived(context)` when the copies of this thread that no group holds yet are there: by themselves.
+void copy_async_then(void (*arrived)(void *), void *context);
 
 /// Waits until `signal`, or until a copy of bulk_copy arrived; the caller looks again at what it waits for.
 void wait_event(const char *what);

@@ -66,6 +66,11 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
                  : "memory");
 }
 
+/// Arrives when all copies that this thread began with cp.async are there; one of the arrivals that were counted.
+__device__ __forceinline__ void mbarrier_arrive_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 /// Copies `bytes` (a multiple of 16, both ends aligned to 16) and reports to the barrier. One thread calls.
 __device__ __forceinline__ void bulk_copy(u32 to, const void *from, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

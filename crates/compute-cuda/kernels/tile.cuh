@@ -169,7 +169,6 @@ __device__ __forceinline__ void find_rows(TokenRows<N, THREADS> &rows, const Tok
 }
 
 /// Starts the copy of one step of every token; absent tokens and what lies behind the part's end become zero.
-/// Commits a group even when there is nothing left to copy, so that groups can be counted.
 template <class Step, int N, int THREADS>
 __device__ __forceinline__ void copy_step(u32 stage, const TokenRows<N, THREADS> &rows, const Tokens &tokens,
                                           const Parts &parts, const Cursor &at, int thread) {
@@ -189,5 +188,4 @@ __device__ __forceinline__ void copy_step(u32 stage, const TokenRows<N, THREADS>
             }
         }
     }
-    cp_async_commit();
 }

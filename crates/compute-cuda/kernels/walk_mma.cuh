@@ -103,6 +103,7 @@ __device__ __forceinline__ void walk(const Tokens &tokens, const Parts &parts, u
     find_rows(rows, tokens, thread);
     auto copy = [&](int slot) {
         copy_step<Step, N, THREADS>(stages + slot * STAGE_BYTES, rows, tokens, parts, copies, thread);
+        cp_async_commit(); // even when there is nothing left to copy, so that groups can be counted
         if (copies.part < parts.end) {
             advance<Step>(copies, parts);
         }
@@ -182,10 +183,10 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
     auto *places = reinterpret_cast<float *>(tr_shared() + STAGES * N * TOKEN_STEP_BYTES);
     Parked<1> parked = {places + threadIdx.x, 128, 0, {}};
-    int row = first_row + warp * 16 + lane / 4;
     auto emit = [&](float(&value)[VALUES]) {
         Output here = output;
         here.vectors = computed_here(output.vectors);
+        int row = computed_here(first_row) + warp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
             int column = i / 4 * 8 + lane % 4 * 2 + i % 2;

@@ -3,8 +3,8 @@
 //
 // A block is one or more warp groups that multiply and some threads that fetch: weights by bulk copies (2 KiB per strip
 // and step), tokens by cp.async, because the rows of an expert lie anywhere. What is under way is shared memory, not
-// registers, and only the fetching threads pay for the fence between cp.async and wgmma (a MEMBAR, which waits for all
-// loads of its thread: in a thread that also streams weights it would undo the streaming).
+// registers. wgmma reads shared memory by another path than cp.async writes it, so a fence (a MEMBAR) stands between them:
+// in the warps that multiply, which have no loads of their own under way that it could wait for.
 //
 // Bytes of weights under way, all stages but the one that is read; an H200 needs 4.3 TB/s x 0.9 us / 132 = 29 KiB per SM:
 //   gate_up n8, n16   5 x 8 and 4 x 8 KiB a block, 4 blocks per SM by shared memory: 160, 128 KiB; B = 1: 896 blocks, 1.7 waves
@@ -69,45 +69,33 @@ __device__ __forceinline__ void start_ring(const Ring<Step, N, GROUPS, STAGES> &
 }
 
 /// Fills the stages, `thread` of PRODUCERS. Weights come by bulk copies, one per strip; tokens, which may lie
-/// anywhere, by cp.async. Only these threads pay for the fence that shows what they copied to wgmma.
+/// anywhere, by cp.async. Nothing here waits for a copy: both kinds report to the stage's barrier.
 /// `strip_of(part, warp)`: the strip of a consumer warp.
 template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class StripOf>
 __device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES> &ring, const Tokens &tokens, const Parts &parts,
                                         int thread, StripOf strip_of) {
-    // Copies of tokens under way. Of the other two stages one is read and one is given back only after the next is
-    // full: with one copy more both sides would wait for each other.
-    constexpr int BEHIND = STAGES - 2;
-    static_assert(BEHIND >= 1 && GROUPS * 4 <= PRODUCERS, "stages for both sides, and one thread per strip");
+    static_assert(GROUPS * 4 <= PRODUCERS, "one thread per strip");
     TokenRows<N, PRODUCERS> rows;
     find_rows(rows, tokens, thread);
     Cursor at = first_step<Step>(parts);
     const u8 *strip = nullptr;
-    int slot = 0, done_slot = 0, total = total_steps<Step>(parts);
+    int slot = 0, total = total_steps<Step>(parts);
     u32 parity = 1;
-    for (int i = 0; i < total + BEHIND; ++i) {
-        if (i < total) {
-            u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
-            mbarrier_wait(full + 8, parity);
-            if (thread == 0) {
-                mbarrier_arrive_expect(full, ring.WARPS * Step::BYTES);
-            }
-            if (thread < ring.WARPS) {
-                strip = at.step == 0 ? strip_of(at.part, thread) : strip + Step::BYTES;
-                bulk_copy(stage + thread * Step::BYTES, strip, Step::BYTES, full);
-            }
-            copy_step<Step, N, PRODUCERS>(stage + ring.TOKENS_AT, rows, tokens, parts, at, thread);
-            advance<Step>(at, parts);
-            slot = slot + 1 == STAGES ? 0 : slot + 1;
-            parity ^= slot == 0;
-        } else {
-            cp_async_commit();
+    for (int i = 0; i < total; ++i) {
+        u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
+        mbarrier_wait(full + 8, parity);
+        if (thread == 0) {
+            mbarrier_arrive_expect(full, ring.WARPS * Step::BYTES);
         }
-        if (i >= BEHIND) {
-            cp_async_wait<BEHIND>();
-            fence_proxy_async();
-            mbarrier_arrive(ring.barriers + 16 * done_slot);
-            done_slot = done_slot + 1 == STAGES ? 0 : done_slot + 1;
+        if (thread < ring.WARPS) {
+            strip = at.step == 0 ? strip_of(at.part, thread) : strip + Step::BYTES;
+            bulk_copy(stage + thread * Step::BYTES, strip, Step::BYTES, full);
         }
+        copy_step<Step, N, PRODUCERS>(stage + ring.TOKENS_AT, rows, tokens, parts, at, thread);
+        mbarrier_arrive_copied(full);
+        advance<Step>(at, parts);
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        parity ^= slot == 0;
     }
 }
 
@@ -144,6 +132,7 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &rin
             for (int half = 0; half < 2; ++half) {
                 u32 stage = ring.stages + slot * ring.STAGE_BYTES;
                 mbarrier_wait(ring.barriers + 16 * slot, parity);
+                fence_proxy_async(); // between the writes of cp.async, which the barrier has shown, and wgmma
                 Step weights;
                 load_shared_step(weights, stage + warp * Step::BYTES, lane);
                 u32 a[4][4];
