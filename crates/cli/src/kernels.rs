@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use serde::Serialize;
-use tramontane_compute_cuda::kernels::{BuildError, KernelBuilder, Module, sources};
+use tramontane_compute_cuda::kernels::{BuildError, KernelBuilder, Module};
 use tramontane_compute_cuda::{KernelCache, LibraryDirs, Target};
 use tramontane_runtime::config::cache_dir;
 
@@ -59,8 +59,7 @@ fn build(
     let mut lines = Vec::new();
     let mut num_compiled = 0;
     for target in targets {
-        for source in sources() {
-            let module = builder.build(source, target).map_err(advised)?;
+        for module in builder.build_all(target).map_err(advised)? {
             num_compiled += usize::from(!module.from_cache);
             lines.extend(lines_of(&module, target));
         }

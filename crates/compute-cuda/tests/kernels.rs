@@ -1,5 +1,10 @@
 //! Every kernel compiles for every target, and its machine code is what was meant. Needs NVRTC and no GPU.
-#![expect(clippy::unwrap_used, reason = "a test may panic, its functions too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test may panic and say what it skips, its functions too"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -46,40 +51,24 @@ fn builder() -> Option<KernelBuilder> {
     Some(builder)
 }
 
+/// The modules of every target.
+type Built = Vec<(Target, Vec<Module>)>;
+
 /// All modules of all targets, compiled once for all tests; `None` without a compiler.
 fn all_modules() -> Option<&'static [(Target, Vec<Module>)]> {
-    static ALL: OnceLock<Option<Vec<(Target, Vec<Module>)>>> = OnceLock::new();
+    static ALL: OnceLock<Option<Built>> = OnceLock::new();
     ALL.get_or_init(|| Some(build_all(&builder()?))).as_deref()
 }
 
-fn build_all(builder: &KernelBuilder) -> Vec<(Target, Vec<Module>)> {
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let built = std::sync::Mutex::new(Vec::new());
-    let jobs: Vec<_> = Target::ALL
-        .into_iter()
-        .flat_map(|target| sources().iter().map(move |source| (target, source)))
-        .collect();
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                while let Some((target, source)) =
-                    jobs.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
-                {
-                    let module = builder.build(source, *target).unwrap_or_else(|error| {
-                        let cause = std::error::Error::source(&error).map(ToString::to_string);
-                        panic!("{error}: {}", cause.unwrap_or_default())
-                    });
-                    built.lock().unwrap().push((*target, module));
-                }
-            });
-        }
-    });
-    let built = built.into_inner().unwrap();
-    let of = |target| built.iter().filter(move |(t, _)| *t == target);
-    Target::ALL
-        .into_iter()
-        .map(|target| (target, of(target).map(|(_, m)| m.clone()).collect()))
-        .collect()
+fn build_all(builder: &KernelBuilder) -> Built {
+    let build = |target| {
+        let modules = builder.build_all(target).unwrap_or_else(|error| {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            panic!("{error}: {}", cause.unwrap_or_default())
+        });
+        (target, modules)
+    };
+    Target::ALL.into_iter().map(build).collect()
 }
 
 #[test]

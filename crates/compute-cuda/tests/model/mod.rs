@@ -164,11 +164,20 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
+        Self::with_kv(checkpoint, backend, cuts, KvFormat::F16)
+    }
+
+    pub(crate) fn with_kv(
+        checkpoint: &Checkpoint,
+        backend: &dyn Backend,
+        cuts: &[u8],
+        kv_format: KvFormat,
+    ) -> Self {
         let geometry = checkpoint.geometry.clone();
         let config = AttentionConfig {
             num_pages: NUM_PAGES,
             max_rows: MAX_ROWS,
-            kv_format: KvFormat::F16,
+            kv_format,
         };
         let attention = backend.attention(&checkpoint.attention(), config).unwrap();
         let ranges = cuts
