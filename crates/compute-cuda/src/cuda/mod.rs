@@ -89,7 +89,8 @@ impl CudaDevice {
             modules: Vec::new(),
             functions: BTreeMap::new(),
         };
-        for module in modules {
+        // Some are for other targets only.
+        for module in modules.iter().filter(|module| !module.kernels.is_empty()) {
             opened.load(module)?;
         }
         Ok(opened)
