@@ -46,6 +46,7 @@ lint: check-rust $(PROTOX)
 
 unit: check-rust $(PROTOX) packages $(VENV)/installed
 	TRAMONTANE_TEST_TOKENIZERS="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/mistral_common/data)" \
+	TRAMONTANE_TEST_CUDA_LIBRARIES="$$(ls -d $(abspath $(VENV))/lib/python3*/site-packages/nvidia/cu13/lib)" \
 	  cargo test --workspace --locked
 	# Deliberate defects: each must be noticed. The whole workspace, so that no dependency is compiled anew for it.
 	cargo test --workspace --features tramontane-sim/mutations --test mutations --test wire --locked -- --nocapture defect
@@ -90,6 +91,7 @@ tools: $(PROTOX) packages $(VENV)/installed
 check-rust:
 	@command -v cargo >/dev/null || { echo 'Rust is missing: install rustc and cargo 1.95 or newer (rustup.rs)'; exit 1; }
 	@command -v cc >/dev/null || { echo 'A C compiler is missing: install gcc (Debian: apt-get install build-essential)'; exit 1; }
+	@command -v g++ >/dev/null || { echo 'g++ is missing: install it (Debian: apt-get install build-essential)'; exit 1; }
 
 # etcd-client's build script wants a protoc; protox is one in pure Rust.
 $(PROTOX):

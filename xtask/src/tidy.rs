@@ -13,7 +13,7 @@ use anyhow::Context as _;
 const LINES_MAX: usize = 500;
 
 /// Row of each crate in the table of ARCHITECTURE.md: a crate may use only crates of lower rows.
-const ROWS: [(&str, u8); 15] = [
+const ROWS: [(&str, u8); 16] = [
     ("types", 0),
     ("testkit", 1),
     ("runtime", 1),
@@ -23,6 +23,7 @@ const ROWS: [(&str, u8); 15] = [
     ("coordination", 2),
     ("model", 2),
     ("compute-cpu", 2),
+    ("compute-cuda", 2),
     ("exchange", 3),
     ("engine", 4),
     ("router", 5),
@@ -32,16 +33,17 @@ const ROWS: [(&str, u8); 15] = [
 ];
 
 /// Each big dependency has its doors: only these crates may name it (tests may use any).
-const DOORS: [(&str, &[&str]); 5] = [
+const DOORS: [(&str, &[&str]); 6] = [
     ("etcd-client", &["coordination"]),
     ("axum", &["router", "runtime"]),
     ("opentelemetry", &["runtime"]),
     ("candle-core", &["compute", "model"]),
+    ("cudarc", &["compute-cuda"]),
     ("anyhow", &["cli", "testkit"]),
 ];
 
 /// Crates that may contain `unsafe`.
-const UNSAFE: [&str; 1] = ["compute-cpu"];
+const UNSAFE: [&str; 2] = ["compute-cpu", "compute-cuda"];
 
 /// All findings in the repository at `root`.
 pub(crate) fn check(root: &Path) -> anyhow::Result<Vec<String>> {

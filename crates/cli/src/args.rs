@@ -7,8 +7,9 @@ use std::time::Duration;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 
-use crate::bench::BenchArgs;
+use crate::bench::args::BenchArgs;
 use crate::drill::DrillArgs;
+use crate::kernels::KernelsCommand;
 use crate::output::Format;
 
 /// Serves Mixtral and the Mistral family from one machine or many.
@@ -58,6 +59,9 @@ pub(crate) enum Command {
     /// Look into a checkpoint
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Compile CUDA kernels, with or without a GPU
+    #[command(subcommand)]
+    Kernels(KernelsCommand),
     /// Check configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -369,6 +373,9 @@ pub(crate) struct ServeArgs {
     /// Workers in this process
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: u16,
+    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,
@@ -453,6 +460,9 @@ pub(crate) struct WorkerArgs {
     /// What it does: attention, experts or both
     #[arg(long)]
     pub(crate) roles: Option<String>,
+    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
+    #[arg(long)]
+    pub(crate) device: Option<String>,
     /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
     #[arg(long)]
     pub(crate) weights: Option<String>,

@@ -6,6 +6,7 @@ mod chat;
 mod config_check;
 mod drill;
 mod exit;
+mod kernels;
 mod model;
 mod openai_client;
 mod operator;
@@ -70,6 +71,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Chat(args) => chat::run(args).await?,
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,
+        Command::Kernels(command) => kernels::run(command)?,
         Command::Config(command) => config_check::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();

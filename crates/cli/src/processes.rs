@@ -12,6 +12,7 @@ use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
+use tramontane_worker::device::{self, ChosenDevice};
 use tramontane_worker::{
     ExchangeKind, PeerModel, ProcessKind, WorkerConfig, WorkerParts, open_from_peers,
 };
@@ -92,6 +93,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     if !has_weights {
         config.weights = checkpoint.weight_format()?;
     }
+    let _device = choose_device(&mut config, &checkpoint)?;
     let parts = WorkerParts {
         store,
         checkpoint,
@@ -157,6 +159,7 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     );
     flags.set("worker", "id", args.id.clone());
     flags.set("worker", "roles", args.roles.clone());
+    flags.set("worker", "device", args.device.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());
@@ -187,6 +190,14 @@ fn listen(default: &str, host: Option<std::net::IpAddr>, port: Option<u16>) -> O
     let default: SocketAddr = default.parse().ok()?;
     let address = SocketAddr::new(host.unwrap_or(default.ip()), port.unwrap_or(default.port()));
     Some(address.to_string())
+}
+
+/// Decides what to compute on before a port is opened; a device that cannot be used is a misuse.
+pub(crate) fn choose_device(
+    config: &mut WorkerConfig,
+    checkpoint: &Checkpoint,
+) -> anyhow::Result<ChosenDevice> {
+    device::choose(config, checkpoint.geometry()).map_err(|e| misuse(format!("worker.{e}")))
 }
 
 /// Listens on `host:port`.

@@ -19,7 +19,7 @@ use tramontane_worker::WorkerConfig;
 use crate::args::ServeArgs;
 use crate::model::{open_model, open_tokenizer};
 use crate::output;
-use crate::processes::bind;
+use crate::processes::{bind, choose_device};
 use crate::settings::{self, Flags, Settings, misuse};
 use crate::supervisor::{Supervisor, WorkerRecipe, share_of};
 
@@ -36,6 +36,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     if !has_weights {
         settings.worker.weights = checkpoint.weight_format()?;
     }
+    let _device = choose_device(&mut settings.worker, &checkpoint)?;
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let intent = Intent {
@@ -83,6 +84,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     let mut flags = Flags::default();
     flags.set("telemetry", "log", args.process.log.clone());
+    flags.set("worker", "device", args.device.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "drills", args.drills.then_some(true));

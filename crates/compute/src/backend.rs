@@ -1,5 +1,6 @@
 //! The seam between the engine and what computes: coarse, so that a backend may fuse between exchanges.
 
+use std::any::Any;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -204,6 +205,24 @@ pub trait Attention: Send + fmt::Debug {
     /// # Errors
     /// When a row is out of range.
     fn logits(&mut self, batch: &StepBatch, out: &mut Vec<f32>) -> Result<(), Error>;
+
+    /// Computes a whole step in one call, from the embeddings to the logits, with `experts` that are all of the
+    /// model's: a backend that has both halves on one device need not come back between layers. Has the bits that
+    /// `begin`, `attend`, `combine` and `logits` would give.
+    ///
+    /// `false`, and nothing was done: not with these experts, or not on this backend.
+    ///
+    /// # Errors
+    /// As `begin` and `logits`.
+    fn step(
+        &mut self,
+        batch: &StepBatch,
+        experts: &dyn Experts,
+        logits: &mut Vec<f32>,
+    ) -> Result<bool, Error> {
+        let (_, _, _) = (batch, experts, logits);
+        Ok(false)
+    }
 }
 
 /// Rows that one expert slice is to compute.
@@ -249,6 +268,12 @@ pub trait Experts: Send + Sync + fmt::Debug {
         jobs: &[ExpertJob<'_>],
         out: &mut Vec<f32>,
     ) -> Result<(), Error>;
+
+    /// The store itself, for the [`Attention`] half of the same backend: see [`Attention::step`]. One that watches
+    /// another hands on the other's.
+    fn on_device(&self) -> Option<&dyn Any> {
+        None
+    }
 }
 
 /// Length in f32 of what [`Experts::compute`] returns for one job.

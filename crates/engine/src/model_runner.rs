@@ -49,6 +49,45 @@ impl ModelRunner {
         times: &mut StepTimes,
     ) -> Result<(), Error> {
         let mut lap = Lap(Instant::now());
+        if !self.run_whole(batch, logits, times, &mut lap)? {
+            self.run_layers(batch, logits, times, &mut lap)?;
+        }
+        let expected = batch.logits_rows.len() * self.vocab;
+        if logits.len() != expected {
+            return Err(Error::LogitsLen {
+                expected,
+                got: logits.len(),
+            });
+        }
+        Ok(())
+    }
+
+    /// One call for everything, when all experts are this worker's and the backend can; otherwise `false`.
+    fn run_whole(
+        &mut self,
+        batch: &StepBatch,
+        logits: &mut Vec<f32>,
+        times: &mut StepTimes,
+        lap: &mut Lap,
+    ) -> Result<bool, Error> {
+        let Some(experts) = self.exchange.whole_model() else {
+            return Ok(false);
+        };
+        let is_done = self
+            .attention
+            .step(batch, &*experts, logits)
+            .map_err(refused("compute a step"))?;
+        times.attend_us += lap.take_us();
+        Ok(is_done)
+    }
+
+    fn run_layers(
+        &mut self,
+        batch: &StepBatch,
+        logits: &mut Vec<f32>,
+        times: &mut StepTimes,
+        lap: &mut Lap,
+    ) -> Result<(), Error> {
         self.attention
             .begin(batch)
             .map_err(refused("begin a step"))?;
@@ -69,13 +108,6 @@ impl ModelRunner {
                 .map_err(refused("compute logits"))?;
         }
         times.logits_us += lap.take_us();
-        let expected = batch.logits_rows.len() * self.vocab;
-        if logits.len() != expected {
-            return Err(Error::LogitsLen {
-                expected,
-                got: logits.len(),
-            });
-        }
         Ok(())
     }
 

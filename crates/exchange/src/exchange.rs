@@ -60,6 +60,12 @@ pub trait Exchange: Send + fmt::Debug {
         add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
     ) -> Result<(), Error>;
 
+    /// The experts of the whole model, when the placement gives all of them to this worker: then nothing travels,
+    /// and a backend that can may compute a step without an exchange. Which experts such a step chooses is not counted.
+    fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
+        None
+    }
+
     /// The engine has nothing to do until further notice.
     fn rest(&mut self) {}
 }
@@ -115,6 +121,8 @@ pub struct ExpertExchange {
     links: Links,
     stats: Arc<ExchangeStats>,
     turn: usize,
+    /// Of the placement of an epoch: whether it gives this worker every slice.
+    has_all: (Epoch, bool),
 }
 
 impl ExpertExchange {
@@ -146,6 +154,7 @@ impl ExpertExchange {
             links,
             stats,
             turn,
+            has_all: (Epoch(0), false),
         }
     }
 
@@ -455,6 +464,16 @@ impl Exchange for ExpertExchange {
             self.left.push_back(left);
         }
         Ok(())
+    }
+
+    fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
+        let local = self.local.as_ref()?;
+        let placement = self.placement.load();
+        let placement = placement.as_deref()?;
+        if self.has_all.0 != placement.epoch {
+            self.has_all = (placement.epoch, plan::gives_all(placement, &self.config.me));
+        }
+        self.has_all.1.then(|| Arc::clone(local))
     }
 
     fn rest(&mut self) {

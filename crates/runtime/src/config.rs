@@ -4,7 +4,7 @@
 //! result is decoded once, unknown keys are refused, and every value remembers which layer set it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -92,6 +92,21 @@ pub fn environment() -> Vec<(String, String)> {
     std::env::vars()
         .filter(|(name, _)| name.starts_with(ENV_PREFIX) && name.contains("__"))
         .collect()
+}
+
+/// Where compiled kernels are kept when nobody says where: below the user's cache directory.
+#[must_use]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the environment is read here and nowhere else"
+)]
+pub fn cache_dir() -> Option<PathBuf> {
+    let named = |name: &str| {
+        let path = std::env::var(name).ok().map(PathBuf::from);
+        path.filter(|path| path.is_absolute())
+    };
+    let caches = named("XDG_CACHE_HOME").or_else(|| named("HOME").map(|home| home.join(".cache")));
+    Some(caches?.join("tramontane").join("kernels"))
 }
 
 /// Merges the layers over `T::default()` and decodes the result.
@@ -313,7 +328,7 @@ mod tests {
         assert!(wrong.contains("many"), "{wrong}");
     }
 
-    fn tempfile() -> (std::path::PathBuf, std::fs::File) {
+    fn tempfile() -> (PathBuf, std::fs::File) {
         let path =
             std::env::temp_dir().join(format!("tramontane-config-{}.toml", std::process::id()));
         (path.clone(), std::fs::File::create(path).unwrap())

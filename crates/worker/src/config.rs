@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tramontane_compute::{KV_PAGE_TOKENS, KvFormat, WeightFormat};
+use tramontane_compute_cuda::DeviceChoice;
 use tramontane_coordination::Roles;
 use tramontane_engine::EngineConfig;
 use tramontane_runtime::duration_text;
@@ -49,6 +51,12 @@ pub struct WorkerConfig {
     pub advertise: Option<String>,
     /// What it does: `attention`, `experts`, or both with a comma.
     pub roles: RoleSet,
+    /// What it computes on: `auto`, `cpu` or `cuda:N`.
+    pub device: DeviceChoice,
+    /// Directory of CUDA's libraries (NVRTC, NCCL), where they are not where the system looks.
+    pub cuda_libraries: Option<PathBuf>,
+    /// Directory of compiled kernels; the user's cache when absent.
+    pub kernel_cache: Option<PathBuf>,
     /// How weights are kept in memory; `f32` takes the reference backend.
     pub weights: WeightFormat,
     /// How keys and values are kept in memory; part of the numeric class, like `weights`.
@@ -97,6 +105,9 @@ impl Default for WorkerConfig {
             cluster: CLUSTER.to_owned(),
             advertise: None,
             roles: RoleSet::default(),
+            device: DeviceChoice::default(),
+            cuda_libraries: None,
+            kernel_cache: None,
             weights: WeightFormat::Bf16,
             kv_format: KvFormat::default(),
             threads: None,

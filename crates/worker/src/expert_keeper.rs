@@ -1,6 +1,7 @@
 //! The expert slices of this worker: checks what is loaded, and knows when retired ones were last asked
 //! for. Never decides which slices to hold.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -299,6 +300,10 @@ impl Experts for KeptExperts {
             self.note_use(layer, jobs);
         }
         self.inner.compute(layer, rows, num_rows, jobs, out)
+    }
+
+    fn on_device(&self) -> Option<&dyn Any> {
+        self.inner.on_device()
     }
 }
 

@@ -8,6 +8,7 @@ mod assemble;
 mod attention;
 mod backend;
 pub mod config;
+pub mod device;
 mod drain;
 mod drill;
 pub mod engine_thread;

@@ -23,6 +23,7 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use tramontane_types::WorkerId;
 
 use crate::assemble::{Life, Plan, Serving, Worker};
+use crate::device::ChosenDevice;
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::Follower;
@@ -31,7 +32,7 @@ use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
 use crate::weights::{PeerWeights, WeightStats, WeightsServing};
-use crate::{Error, WorkerConfig, backend, metrics, peers, registration, roles, server};
+use crate::{Error, WorkerConfig, backend, device, metrics, peers, registration, roles, server};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -80,11 +81,12 @@ fn advertised(config: &WorkerConfig, grpc: &TcpListener) -> Result<String, Error
 /// When it cannot start, or its engine or server ended by itself. An absent store, peer or planner is
 /// no error: the worker waits for them.
 pub async fn run(
-    config: WorkerConfig,
+    mut config: WorkerConfig,
     mut parts: WorkerParts,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     config.validate()?;
+    let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (life, drain) = (Life::default(), CancellationToken::new());
     let _ended = life.ended.clone().drop_guard();
     let (setter, readiness) = Readiness::starting("loading");
@@ -96,7 +98,7 @@ pub async fn run(
     let watched = Watched::start(&parts.store, &life);
     let weights = Arc::default();
     let checkpoint = watched.back(&parts.checkpoint, &config, &weights, &life);
-    let backend = make_backend(&config, &checkpoint).await?;
+    let backend = make_backend(&config, &device, &checkpoint).await?;
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
     let mut record = registration::record(&config, roles, &*backend, &checkpoint, name);
@@ -158,11 +160,12 @@ pub async fn run(
 /// The backend, made on a thread that may take its time.
 async fn make_backend(
     config: &WorkerConfig,
+    device: &ChosenDevice,
     checkpoint: &Arc<Checkpoint>,
 ) -> Result<Arc<dyn Backend>, Error> {
-    let (config, checkpoint) = (config.clone(), Arc::clone(checkpoint));
+    let (config, device, checkpoint) = (config.clone(), device.clone(), Arc::clone(checkpoint));
     let what = "making the backend";
-    tokio::task::spawn_blocking(move || backend::make(&config, checkpoint.geometry()))
+    tokio::task::spawn_blocking(move || backend::make(&config, &device, checkpoint.geometry()))
         .await
         .map_err(|source| Error::Task { what, source })?
 }

@@ -2,6 +2,8 @@
 //!
 //! Prompts are random token ids sent to `/v1/completions`, so no tokenizer stands between the numbers.
 
+pub(crate) mod args;
+mod model;
 mod report;
 
 use std::sync::Arc;
@@ -9,45 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::Args;
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::openai_client::Client;
-use crate::output::{self, Format};
-
-/// `tramontane bench`
-#[derive(Clone, Debug, Args)]
-pub(crate) struct BenchArgs {
-    /// The endpoint
-    #[arg(long, default_value = "http://127.0.0.1:8000")]
-    pub(crate) url: String,
-    /// Model name; the endpoint's first when absent
-    #[arg(long)]
-    pub(crate) model: Option<String>,
-    /// Requests in flight
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub(crate) concurrency: u32,
-    /// Requests in all
-    #[arg(long, default_value_t = 32)]
-    pub(crate) requests: u64,
-    /// Tokens of each prompt
-    #[arg(long, default_value_t = 128)]
-    pub(crate) prompt_tokens: u32,
-    /// Tokens of each answer
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_tokens: u32,
-    /// Prompts are drawn from token ids 3 to this
-    #[arg(long, default_value_t = 4096)]
-    pub(crate) vocab: u32,
-    /// Seed of the prompts
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// How to print it
-    #[arg(long, short, value_enum, default_value_t)]
-    pub(crate) output: Format,
-}
+use crate::output;
+use args::{BenchArgs, BenchCommand};
 
 /// What one request measured.
 #[derive(Clone, Debug)]
@@ -62,6 +32,9 @@ struct Sample {
 
 /// Runs the load and prints the report.
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if let Some(BenchCommand::Model(args)) = args.command {
+        return tokio::task::spawn_blocking(move || model::run(&args)).await?;
+    }
     let client = Client::new(&args.url)?;
     let model = match args.model.clone() {
         Some(model) => model,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::BenchArgs;
 use super::Sample;
+use super::args::BenchArgs;
 use crate::output;
 
 /// Failures listed in a report; the rest is only counted.

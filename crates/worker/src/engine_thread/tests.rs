@@ -12,6 +12,7 @@ use tramontane_types::{
 };
 
 use super::*;
+use crate::device::ChosenDevice;
 use crate::expert_keeper::KeptExperts;
 use crate::{WorkerConfig, backend};
 
@@ -25,7 +26,8 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
         weights: WeightFormat::Q8,
         ..WorkerConfig::default()
     };
-    let backend: Arc<dyn Backend> = backend::make(&config, geometry).unwrap();
+    let backend: Arc<dyn Backend> =
+        backend::make(&config, &ChosenDevice::default(), geometry).unwrap();
     let bytes = checkpoint.attention_weights().unwrap();
     let sizes = AttentionConfig {
         num_pages: PAGES,

@@ -1,0 +1,204 @@
+//! The stateful half of the backend: residual stream and KV cache of one attention worker. It calls no expert but in a
+//! whole step.
+
+use std::fmt;
+use std::sync::Arc;
+
+use tramontane_compute::error::check_index;
+use tramontane_compute::{
+    Attention, AttentionConfig, AttentionWeights, Contributions, Error, Experts, RoutedRows,
+    RowFormat, StepBatch,
+};
+use tramontane_types::{ExpertId, LayerId};
+
+use super::call::row_stride;
+use super::combine::{Combine, Target};
+use super::context::{Context, failed};
+use super::core::Core;
+use super::experts::CudaExperts;
+use super::step::WholeStep;
+use crate::device::{DeviceError, Pinned};
+
+/// See the module; made by [`CudaBackend`](super::CudaBackend).
+pub(super) struct CudaAttention {
+    /// From the first step that is computed whole on. Before `core`: graphs end before what they read.
+    whole: Option<WholeStep>,
+    core: Core,
+    /// Rows and choices on their way to other workers.
+    routed: Pinned,
+    combine: Combine,
+}
+
+impl fmt::Debug for CudaAttention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaAttention")
+            .field("max_rows", &self.core.max_rows())
+            .finish_non_exhaustive()
+    }
+}
+
+impl CudaAttention {
+    pub(super) fn new(
+        context: Arc<Context>,
+        weights: &AttentionWeights<'_>,
+        config: AttentionConfig,
+    ) -> Result<Self, Error> {
+        Self::with_core(Core::new(context, weights, config)?)
+    }
+
+    /// With everything on the device already.
+    pub(super) fn with_core(core: Core) -> Result<Self, Error> {
+        let context = &core.context;
+        let geometry = &context.geometry;
+        let per_row = row_stride(geometry.hidden) + 8 * geometry.top_k;
+        Ok(Self {
+            whole: None,
+            routed: context.pinned(core.max_rows() * per_row)?,
+            combine: Combine::new(context)?,
+            core,
+        })
+    }
+
+    fn layer_index(&self, layer: LayerId) -> Result<usize, Error> {
+        let layer = usize::from(layer.0);
+        check_index("layer", self.core.context.geometry.num_layers, layer)?;
+        Ok(layer)
+    }
+
+    fn check_same_batch(&self, batch: &StepBatch) -> Result<(), Error> {
+        if batch == self.core.batch() {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            what: "batch other than the one given to begin, rows".to_owned(),
+            expected: self.core.batch().num_rows(),
+            got: batch.num_rows(),
+        })
+    }
+
+    /// Copies rows and choices to the host and waits for them.
+    fn fetch_routed(&mut self, num_rows: usize, routed: &mut RoutedRows) -> Result<(), Error> {
+        let (core, buffers) = (&self.core, &self.core.buffers);
+        let geometry = &core.context.geometry;
+        let stride = row_stride(geometry.hidden);
+        let rows_bytes = num_rows * stride;
+        let ids_bytes = num_rows * geometry.top_k * size_of::<u32>();
+        let weights_at = rows_bytes + ids_bytes;
+        let copies = [
+            (buffers.x.address(), 0, rows_bytes),
+            (buffers.topk_ids.address(), rows_bytes, ids_bytes),
+            (buffers.topk_weights.address(), weights_at, ids_bytes),
+        ];
+        let to = self.routed.as_mut_slice::<u8>();
+        let mut fetch = || -> Result<(), DeviceError> {
+            for (from, at, bytes) in copies {
+                let (to, stream) = (to[at..at + bytes].as_mut_ptr(), core.stream.handle());
+                // SAFETY: both ranges exist, and the wait below ends before anybody reads.
+                unsafe { core.context.device.copy_out(to, from, bytes, stream)? };
+            }
+            core.stream.synchronize()
+        };
+        fetch().map_err(failed("computing attention"))?;
+        let bytes = self.routed.as_slice::<u8>();
+        let row_bytes = RowFormat::Bf16.row_bytes(geometry.hidden);
+        routed.num_rows = num_rows;
+        routed.rows.clear();
+        for row in bytes[..rows_bytes].chunks_exact(stride) {
+            routed.rows.extend_from_slice(&row[..row_bytes]);
+        }
+        let numbers = |at: usize| bytes[at..at + ids_bytes].as_chunks::<4>().0.iter();
+        let ids = numbers(rows_bytes).map(|b| u32::from_ne_bytes(*b));
+        routed.topk_ids.clear();
+        // In range: there are at most `EXPERTS_MAX`.
+        routed.topk_ids.extend(ids.map(|id| ExpertId(id as u16)));
+        let weights = numbers(weights_at).map(|b| f32::from_ne_bytes(*b));
+        routed.topk_weights.clear();
+        routed.topk_weights.extend(weights);
+        Ok(())
+    }
+}
+
+impl Attention for CudaAttention {
+    fn begin(&mut self, batch: &StepBatch) -> Result<(), Error> {
+        self.core.send(batch)?;
+        // SAFETY: everything lives in `core`, which waits before it changes anything; and so below.
+        let queued = unsafe { self.core.queue(batch.num_rows()).embed() };
+        queued.map_err(failed("looking up embeddings"))
+    }
+
+    fn attend(
+        &mut self,
+        layer: LayerId,
+        batch: &StepBatch,
+        routed: &mut RoutedRows,
+    ) -> Result<(), Error> {
+        let layer = self.layer_index(layer)?;
+        self.check_same_batch(batch)?;
+        let queue = self.core.queue(batch.num_rows());
+        let weights = &queue.weights.layers[layer];
+        let norm = queue.norm_args(&weights.input_norm);
+        // SAFETY: as in `begin`.
+        let queued = unsafe {
+            queue
+                .norm(norm)
+                .and_then(|()| queue.attention(layer))
+                .and_then(|()| queue.route(weights))
+        };
+        queued.map_err(failed("computing attention"))?;
+        self.fetch_routed(batch.num_rows(), routed)
+    }
+
+    fn combine(&mut self, layer: LayerId, contributions: &Contributions<'_>) -> Result<(), Error> {
+        self.layer_index(layer)?;
+        let target = Target {
+            context: &self.core.context,
+            stream: &self.core.stream,
+            residual: &self.core.buffers.residual,
+            num_rows: self.core.batch().num_rows(),
+        };
+        self.combine.run(&target, contributions)
+    }
+
+    fn logits(&mut self, batch: &StepBatch, out: &mut Vec<f32>) -> Result<(), Error> {
+        self.check_same_batch(batch)?;
+        out.clear();
+        let (num_logits, most) = (batch.logits_rows.len(), self.core.logits_max());
+        for first in (0..num_logits).step_by(most) {
+            let rows = most.min(num_logits - first);
+            let queue = self.core.queue(rows);
+            let norm = queue.logits_norm_args(first);
+            // SAFETY: as in `begin`.
+            let queued = unsafe { queue.norm(norm).and_then(|()| queue.lm_head()) };
+            queued.map_err(failed("computing logits"))?;
+            self.core.take_logits(rows, out)?;
+        }
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        batch: &StepBatch,
+        experts: &dyn Experts,
+        logits: &mut Vec<f32>,
+    ) -> Result<bool, Error> {
+        let experts = experts.on_device();
+        let experts = experts.and_then(|experts| experts.downcast_ref::<CudaExperts>());
+        let Some(experts) = experts.filter(|e| Arc::ptr_eq(e.context(), &self.core.context)) else {
+            return Ok(false);
+        };
+        let held = experts.hold();
+        if !held.is_whole(self.core.context.geometry.num_segments()) {
+            return Ok(false);
+        }
+        let whole = match &mut self.whole {
+            Some(whole) => whole,
+            none => none.insert(WholeStep::new(&self.core.context, self.core.max_rows())?),
+        };
+        let done = whole.run(&mut self.core, &held, batch, logits);
+        if done.is_err() {
+            // Whatever is queued still reads the experts.
+            let _ = self.core.wait();
+        }
+        done.map(|()| true)
+    }
+}

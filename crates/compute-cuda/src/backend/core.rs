@@ -1,0 +1,467 @@
+//! One attention worker's side of the device: its memory, and what a step queues for each layer. Decides nothing.
+
+use std::sync::Arc;
+
+use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch};
+use tramontane_types::PageId;
+
+use super::abi::{AttendArgs, GateArgs, NormArgs, RopeArgs, RouteArgs};
+use super::call::row_stride;
+use super::context::{Context, Out, Rows, failed};
+use super::input::StepInput;
+use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
+use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
+use super::weights::{LayerWeights, Weights};
+use crate::device::{Args, Buffer, DeviceError, Kernel, Pinned, Shape, Stream};
+
+/// Logits that are computed at once; a step that wants more takes several turns.
+const LOGITS_ROWS: usize = 256;
+/// Blocks of the attention kernels per multiprocessor.
+const ATTEND_BLOCKS: usize = 4;
+
+/// Buffers of a step, reserved for `max_rows` rows.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// The residual stream, `[rows, hidden]` f32.
+    pub(super) residual: Buffer,
+    /// Normalised rows, `[rows, x_stride]` bf16.
+    pub(super) x: Buffer,
+    /// Queries, keys and values, `[rows, (num_heads + 2 num_kv_heads) * head_dim]` f32.
+    qkv: Buffer,
+    /// Rotated queries, `[rows, num_heads, padded head]`.
+    q: Buffer,
+    /// Attention outputs, `[rows, num_heads * head_dim]` bf16.
+    attended: Buffer,
+    /// `[rows, num_experts]` f32.
+    scores: Buffer,
+    /// `[rows, top_k]`, as the next three.
+    pub(super) topk_ids: Buffer,
+    pub(super) topk_weights: Buffer,
+    pub(super) row_of: Buffer,
+    pub(super) slot_of: Buffer,
+    /// `[num_experts + 1]`.
+    pub(super) offsets: Buffer,
+    /// Keys and values of all layers.
+    cache: Buffer,
+    cache_layer_bytes: usize,
+    slot_outputs: Buffer,
+    slot_softmax: Buffer,
+    counters: Buffer,
+    /// `[LOGITS_ROWS, vocab]` f32.
+    pub(super) logits: Buffer,
+}
+
+impl Buffers {
+    fn new(
+        context: &Context,
+        config: AttentionConfig,
+        attend: &AttendKernels,
+    ) -> Result<Self, Error> {
+        let (g, rows) = (&context.geometry, config.max_rows);
+        let padded = attend.padded_dim;
+        let heads = g.num_heads * g.head_dim;
+        let choices = rows * g.top_k * 4;
+        let cache_layer_bytes = config.num_pages * g.num_kv_heads * attend.page_bytes;
+        let logits_rows = rows.min(LOGITS_ROWS);
+        let zeros = |len: usize| context.upload(&vec![0; len]);
+        Ok(Self {
+            residual: context.buffer(rows * g.hidden * 4)?,
+            x: context.buffer(rows * row_stride(g.hidden))?,
+            qkv: context.buffer(rows * (heads + 2 * g.num_kv_heads * g.head_dim) * 4)?,
+            q: context.buffer(rows * g.num_heads * padded * 2)?,
+            attended: context.buffer(rows * row_stride(heads))?,
+            scores: context.buffer(rows * g.num_experts * 4)?,
+            topk_ids: context.buffer(choices)?,
+            topk_weights: context.buffer(choices)?,
+            row_of: context.buffer(choices)?,
+            slot_of: context.buffer(choices)?,
+            offsets: context.buffer((g.num_experts + 1) * 4)?,
+            cache: context.buffer(g.num_layers * cache_layer_bytes)?,
+            cache_layer_bytes,
+            slot_outputs: context.buffer(SLOTS_MAX * g.num_heads * padded * 4)?,
+            slot_softmax: context.buffer(SLOTS_MAX * g.num_heads * 2 * 4)?,
+            counters: zeros(COUNTERS_MAX * g.num_kv_heads * 4)?,
+            logits: context.buffer(logits_rows * g.vocab * 4)?,
+        })
+    }
+}
+
+/// One attention worker's side of the device.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) context: Arc<Context>,
+    config: AttentionConfig,
+    pub(super) stream: Stream,
+    pub(super) weights: Weights,
+    pub(super) buffers: Buffers,
+    attend: AttendKernels,
+    input: StepInput,
+    plan: AttendPlan,
+    logits: Pinned,
+    /// The batch that was sent.
+    batch: StepBatch,
+    /// Pages that the step writes.
+    written: Vec<PageId>,
+}
+
+impl Core {
+    pub(super) fn new(
+        context: Arc<Context>,
+        weights: &AttentionWeights<'_>,
+        config: AttentionConfig,
+    ) -> Result<Self, Error> {
+        let weights = Weights::load(&context, weights)?;
+        Self::with_weights(context, weights, config)
+    }
+
+    /// With weights that are on the device already.
+    pub(super) fn with_weights(
+        context: Arc<Context>,
+        weights: Weights,
+        config: AttentionConfig,
+    ) -> Result<Self, Error> {
+        let (head_dim, kv_format) = (context.geometry.head_dim, config.kv_format);
+        let attend = AttendKernels::find(&*context.device, head_dim, kv_format);
+        let attend = attend.map_err(failed("finding the attention kernels"))?;
+        let buffers = Buffers::new(&context, config, &attend)?;
+        Ok(Self {
+            attend,
+            stream: context.stream()?,
+            weights,
+            input: StepInput::new(&context, config)?,
+            plan: AttendPlan::default(),
+            logits: context.pinned(buffers.logits.bytes())?,
+            batch: StepBatch::default(),
+            written: Vec::with_capacity(config.max_rows),
+            buffers,
+            config,
+            context,
+        })
+    }
+
+    /// Keys and values of zeros everywhere, as if that had been computed.
+    pub(super) fn clear_cache(&self) -> Result<(), Error> {
+        let filled = self.stream.fill(&self.buffers.cache, 0);
+        filled.map_err(failed("clearing the cache"))?;
+        self.wait()
+    }
+
+    pub(super) const fn max_rows(&self) -> usize {
+        self.config.max_rows
+    }
+
+    /// Logits rows of one turn.
+    pub(super) fn logits_max(&self) -> usize {
+        self.config.max_rows.min(LOGITS_ROWS)
+    }
+
+    /// The batch of the running step.
+    pub(super) const fn batch(&self) -> &StepBatch {
+        &self.batch
+    }
+
+    /// Checks a batch, plans it and queues its copy to the device; what was there before is done.
+    pub(super) fn send(&mut self, batch: &StepBatch) -> Result<(), Error> {
+        batch.check(&self.context.geometry, self.config, &mut self.written)?;
+        // A step that failed half-way may still be running, and reads what is written now.
+        self.wait()?;
+        self.batch.clone_from(batch);
+        let blocks = attend_blocks(&self.context);
+        self.plan.plan(&self.context.geometry, batch, blocks);
+        self.input.send(&self.stream, batch, &self.plan)
+    }
+
+    /// Waits until everything that is queued is done.
+    pub(super) fn wait(&self) -> Result<(), Error> {
+        let waited = self.stream.synchronize();
+        waited.map_err(failed("computing a step"))
+    }
+
+    /// For queueing the step that was sent, with grids for so many rows.
+    pub(super) fn queue(&self, rows: usize) -> Queue<'_> {
+        Queue {
+            context: &self.context,
+            stream: &self.stream,
+            weights: &self.weights,
+            buffers: &self.buffers,
+            attend: &self.attend,
+            input: &self.input,
+            rows,
+            has_narrow: !self.plan.narrow.is_empty(),
+            has_wide: !self.plan.wide.is_empty(),
+        }
+    }
+
+    /// Copies the first logits to the host, waits for them and appends them.
+    pub(super) fn take_logits(&mut self, rows: usize, out: &mut Vec<f32>) -> Result<(), Error> {
+        let len = rows * self.context.geometry.vocab;
+        let bytes = len * size_of::<f32>();
+        // SAFETY: both live in `self`, and the wait is below.
+        let queued = unsafe {
+            self.stream
+                .download(&mut self.logits, &self.buffers.logits, 0, bytes)
+        };
+        queued.map_err(failed("computing logits"))?;
+        self.wait()?;
+        out.extend_from_slice(&self.logits.as_slice::<f32>()[..len]);
+        Ok(())
+    }
+}
+
+/// One step on its way: everything that launches read, and for how many rows.
+#[derive(Clone, Copy)]
+pub(super) struct Queue<'a> {
+    pub(super) context: &'a Context,
+    pub(super) stream: &'a Stream,
+    pub(super) weights: &'a Weights,
+    pub(super) buffers: &'a Buffers,
+    pub(super) attend: &'a AttendKernels,
+    pub(super) input: &'a StepInput,
+    /// Rows that grids have blocks for: those of the step, or more.
+    pub(super) rows: usize,
+    /// Whether there may be narrow and wide tiles.
+    pub(super) has_narrow: bool,
+    pub(super) has_wide: bool,
+}
+
+impl Queue<'_> {
+    /// # Safety
+    /// As [`Stream::launch`], and so for all functions here: buffers, weights and input outlive what is queued.
+    unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: Args) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.launch(kernel, shape, args) }
+    }
+
+    /// The embeddings of the step's tokens become the residual stream.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(super) unsafe fn embed(&self) -> Result<(), DeviceError> {
+        let args = Args::new()
+            .address(self.buffers.residual.address())
+            .address(self.weights.embed.address())
+            .address(self.input.tokens())
+            .address(self.input.num_rows())
+            .size(self.context.geometry.hidden);
+        let shape = Shape::new(self.rows as u32, 256, 0);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(self.context.kernels.embed, shape, args) }
+    }
+
+    /// What the final norm reads and writes, for the logits rows from the `first` on.
+    pub(super) fn logits_norm_args(&self, first: usize) -> NormArgs {
+        NormArgs {
+            // Where this counts more rows than a turn has, its grid has no blocks for them.
+            num_rows: self.input.num_logits(),
+            source: self.input.logits_rows(first),
+            ..self.norm_args(&self.weights.norm)
+        }
+    }
+
+    /// What a norm of rows of the residual stream reads and writes.
+    pub(super) fn norm_args(&self, weight: &Buffer) -> NormArgs {
+        let geometry = &self.context.geometry;
+        NormArgs {
+            out: self.buffers.x.address(),
+            residual: self.buffers.residual.address(),
+            weight: weight.address(),
+            num_rows: self.input.num_rows(),
+            source: 0,
+            eps: geometry.rms_eps as f32,
+            hidden: geometry.hidden as u32,
+            out_stride: (row_stride(geometry.hidden) / 2) as u32,
+            pad: 0,
+        }
+    }
+
+    /// A norm with nothing before and behind it.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(super) unsafe fn norm(&self, args: NormArgs) -> Result<(), DeviceError> {
+        let (kernel, shape) = self.context.kernels.norm(self.rows);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(kernel, shape, Args::new().pod(&args)) }
+    }
+
+    /// Attention of a layer on normalised rows, added to the residual stream.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(super) unsafe fn attention(&self, layer: usize) -> Result<(), DeviceError> {
+        let (weights, buffers) = (&self.weights.layers[layer], self.buffers);
+        let geometry = &self.context.geometry;
+        let rows = |buffer: &Buffer, cols: usize| Rows {
+            address: buffer.address(),
+            num_tokens: self.rows,
+            stride: row_stride(cols),
+        };
+        let out = |buffer: &Buffer, is_added| Out {
+            address: buffer.address(),
+            is_added,
+        };
+        let x = rows(&buffers.x, geometry.hidden);
+        let attended = rows(&buffers.attended, geometry.num_heads * geometry.head_dim);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let qkv = out(&buffers.qkv, false);
+            self.context.linear(self.stream, &weights.qkv, x, qkv)?;
+            self.rope(layer)?;
+            self.attend_pages(layer)?;
+            let residual = out(&buffers.residual, true);
+            self.context
+                .linear(self.stream, &weights.o, attended, residual)
+        }
+    }
+
+    fn pages(&self, layer: usize) -> u64 {
+        self.buffers
+            .cache
+            .at(layer * self.buffers.cache_layer_bytes)
+    }
+
+    unsafe fn rope(&self, layer: usize) -> Result<(), DeviceError> {
+        let geometry = &self.context.geometry;
+        let args = RopeArgs {
+            q: self.buffers.q.address(),
+            pages: self.pages(layer),
+            qkv: self.buffers.qkv.address(),
+            angles: self.weights.angles.address(),
+            positions: self.input.positions(),
+            sequences: self.input.sequences(),
+            tables: self.input.tables(),
+            num_rows: self.input.num_rows(),
+            q_scale: std::f32::consts::LOG2_E / (geometry.head_dim as f32).sqrt(),
+            table_stride: self.input.table_stride() as u32,
+            num_heads: geometry.num_heads as u32,
+            num_kv_heads: geometry.num_kv_heads as u32,
+            head_dim: geometry.head_dim as u32,
+            pad: 0,
+        };
+        // A few rows alone would leave most of the device idle.
+        let heads = geometry.num_heads + 2 * geometry.num_kv_heads;
+        let shares = if self.rows < 64 {
+            heads.div_ceil(4) as u32
+        } else {
+            2
+        };
+        let shape = Shape::grid2(self.rows as u32, shares, 128, 0);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(self.attend.rope, shape, Args::new().pod(&args)) }
+    }
+
+    unsafe fn attend_pages(&self, layer: usize) -> Result<(), DeviceError> {
+        let (geometry, kernels) = (&self.context.geometry, self.attend);
+        let args = AttendArgs {
+            out: self.buffers.attended.address(),
+            q: self.buffers.q.address(),
+            pages: self.pages(layer),
+            positions: self.input.positions(),
+            tables: self.input.tables(),
+            items: self.input.narrow(),
+            num_items: self.input.num_narrow(),
+            slot_outputs: self.buffers.slot_outputs.address(),
+            slot_softmax: self.buffers.slot_softmax.address(),
+            counters: self.buffers.counters.address(),
+            out_stride: (row_stride(geometry.num_heads * geometry.head_dim) / 2) as u32,
+            table_stride: self.input.table_stride() as u32,
+            num_heads: geometry.num_heads as u32,
+            num_kv_heads: geometry.num_kv_heads as u32,
+            head_dim: geometry.head_dim as u32,
+            window: geometry
+                .sliding_window
+                .map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX)),
+        };
+        let wide = AttendArgs {
+            items: self.input.wide(),
+            num_items: self.input.num_wide(),
+            ..args
+        };
+        let kv_heads = geometry.num_kv_heads;
+        let blocks = attend_blocks(self.context).div_ceil(kv_heads) as u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.has_narrow {
+                let shape = AttendKernels::narrow_shape(blocks, kv_heads as u32);
+                self.launch(kernels.narrow, shape, Args::new().pod(&args))?;
+            }
+            if self.has_wide {
+                let shape = kernels.wide_shape(blocks, kv_heads as u32);
+                self.launch(kernels.wide, shape, Args::new().pod(&wide))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The norm before the experts, the gate, and which expert gets which row.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(super) unsafe fn route(&self, weights: &LayerWeights) -> Result<(), DeviceError> {
+        let (geometry, kernels) = (&self.context.geometry, &self.context.kernels);
+        let (buffers, norm) = (self.buffers, self.norm_args(&weights.post_norm));
+        let args = RouteArgs {
+            topk_ids: buffers.topk_ids.address(),
+            topk_weights: buffers.topk_weights.address(),
+            offsets: buffers.offsets.address(),
+            row_of: buffers.row_of.address(),
+            slot_of: buffers.slot_of.address(),
+            scores: weights
+                .gate
+                .as_ref()
+                .map_or(0, |_| buffers.scores.address()),
+            num_rows: self.input.num_rows(),
+            num_experts: geometry.num_experts as u32,
+            top_k: geometry.top_k as u32,
+        };
+        let args = || Args::new().pod(&args);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if let Some(gate) = &weights.gate {
+                let gate = GateArgs {
+                    gate: gate.address(),
+                    scores: buffers.scores.address(),
+                    num_experts: geometry.num_experts as u32,
+                    pad: 0,
+                };
+                let (kernel, shape) = kernels.norm_gate(self.rows);
+                self.launch(kernel, shape, Args::new().pod(&norm).pod(&gate))?;
+            } else {
+                self.norm(norm)?;
+            }
+            if self.rows <= ROUTE_ROWS_MAX {
+                return self.launch(kernels.route, Kernels::route_shape(), args());
+            }
+            let shape = Kernels::choose_shape(self.rows);
+            self.launch(kernels.choose, shape, args())?;
+            let shape = Kernels::lists_shape(geometry.num_experts);
+            self.launch(kernels.lists, shape, args())
+        }
+    }
+
+    /// Logits of normalised rows.
+    ///
+    /// # Safety
+    /// As `launch`.
+    pub(super) unsafe fn lm_head(&self) -> Result<(), DeviceError> {
+        let x = Rows {
+            address: self.buffers.x.address(),
+            num_tokens: self.rows,
+            stride: row_stride(self.context.geometry.hidden),
+        };
+        let out = Out {
+            address: self.buffers.logits.address(),
+            is_added: false,
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.context
+                .linear(self.stream, &self.weights.lm_head, x, out)
+        }
+    }
+}
+
+/// Blocks of attention that keep the device busy.
+fn attend_blocks(context: &Context) -> usize {
+    ATTEND_BLOCKS * context.device.info().multiprocessors.max(1) as usize
+}

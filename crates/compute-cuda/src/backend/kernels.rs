@@ -1,0 +1,290 @@
+//! The kernels that the backend launches, found once, with their shapes from `kernels/README.md`. Launches nothing.
+
+use tramontane_compute::KvFormat;
+
+use crate::device::{Device, DeviceError, Kernel, Shape};
+use crate::target::Target;
+
+/// A product kernel and its tile.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiled {
+    pub(super) kernel: Kernel,
+    /// Tokens of one block.
+    pub(super) tokens: usize,
+    /// Rows of the matrix of one block.
+    rows: usize,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl Tiled {
+    /// Blocks for so many tokens and rows of a matrix; `z` of them side by side.
+    pub(super) fn shape(&self, tokens: usize, rows: usize, z: usize) -> Shape {
+        self.grid(tokens, rows.div_ceil(self.rows), z)
+    }
+
+    /// The same where each of eight segments of `columns` rows begins a block.
+    pub(super) fn segments_shape(&self, tokens: usize, columns: usize, z: usize) -> Shape {
+        self.grid(tokens, 8 * columns.div_ceil(self.rows), z)
+    }
+
+    fn grid(&self, tokens: usize, y: usize, z: usize) -> Shape {
+        let grid = [tokens.div_ceil(self.tokens) as u32, y as u32, z as u32];
+        Shape::grid3(grid, self.threads, self.shared_bytes)
+    }
+}
+
+/// Variants of one product by tokens of a tile, ascending; all give the same bits.
+#[derive(Clone, Debug)]
+pub(super) struct Variants(Vec<Tiled>);
+
+impl Variants {
+    /// The smallest that holds so many tokens, or the largest.
+    pub(super) fn for_tokens(&self, tokens: usize) -> &Tiled {
+        let fits = self.0.iter().position(|tiled| tokens <= tiled.tokens);
+        &self.0[fits.unwrap_or(self.0.len() - 1)]
+    }
+
+    fn find(device: &dyn Device, variants: &[Variant]) -> Result<Self, DeviceError> {
+        let one = |&(name, tokens, rows, threads, shared_bytes): &Variant| {
+            Ok(Tiled {
+                kernel: device.kernel(name, shared_bytes)?,
+                tokens,
+                rows,
+                threads,
+                shared_bytes,
+            })
+        };
+        Ok(Self(variants.iter().map(one).collect::<Result<_, _>>()?))
+    }
+}
+
+/// Name, tokens, rows, threads, shared bytes.
+type Variant = (&'static str, usize, usize, u32, u32);
+
+const LINEAR: [Variant; 4] = [
+    ("tr_linear_bf16_n8", 8, 16, 256, 29_696),
+    ("tr_linear_bf16_n16", 16, 32, 256, 67_584),
+    ("tr_linear_bf16_n32", 32, 64, 128, 36_864),
+    ("tr_linear_bf16_n64", 64, 64, 128, 73_728),
+];
+const DOWN: [Variant; 4] = [
+    ("tr_down_bf16_n8", 8, 16, 256, 29_696),
+    ("tr_down_bf16_n16", 16, 32, 256, 67_584),
+    ("tr_down_bf16_n32", 32, 64, 128, 36_864),
+    ("tr_down_bf16_n64", 64, 64, 128, 73_728),
+];
+const GATE_UP: [Variant; 5] = [
+    ("tr_gate_up_bf16_n8", 8, 32, 128, 4_096),
+    ("tr_gate_up_bf16_n16", 16, 32, 128, 8_192),
+    ("tr_gate_up_bf16_n32", 32, 32, 128, 16_384),
+    ("tr_gate_up_bf16_n64", 64, 32, 128, 32_768),
+    ("tr_gate_up_bf16_n128", 128, 32, 128, 49_152),
+];
+
+/// By wgmma: a numeric class of its own, on Hopper.
+const LINEAR_WG: [Variant; 5] = [
+    ("tr_linear_bf16_wg_n8", 8, 64, 640, 165_120),
+    ("tr_linear_bf16_wg_n16", 16, 64, 640, 198_912),
+    ("tr_linear_bf16_wg_n32", 32, 128, 288, 151_632),
+    ("tr_linear_bf16_wg_n64", 64, 128, 288, 221_264),
+    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424),
+];
+const DOWN_WG: [Variant; 5] = [
+    ("tr_down_bf16_wg_n8", 8, 64, 640, 165_120),
+    ("tr_down_bf16_wg_n16", 16, 64, 640, 198_912),
+    ("tr_down_bf16_wg_n32", 32, 128, 288, 151_632),
+    ("tr_down_bf16_wg_n64", 64, 128, 288, 221_264),
+    ("tr_down_bf16_wg_n128", 128, 128, 384, 229_424),
+];
+const GATE_UP_WG: [Variant; 6] = [
+    ("tr_gate_up_bf16_wg_n8", 8, 32, 160, 55_392),
+    ("tr_gate_up_bf16_wg_n16", 16, 32, 160, 51_280),
+    ("tr_gate_up_bf16_wg_n32", 32, 64, 288, 81_984),
+    ("tr_gate_up_bf16_wg_n64", 64, 128, 544, 163_904),
+    ("tr_gate_up_bf16_wg_n128", 128, 64, 384, 196_704),
+    ("tr_gate_up_bf16_wg_n256", 256, 64, 384, 196_672),
+];
+
+/// Widths of heads that there are kernels for; others are padded.
+const HEAD_DIMS: [usize; 3] = [32, 64, 128];
+/// Rope, narrow and wide attention of each width, for 16 bits and for 8.
+const ATTEND_F16: [[&str; 3]; 3] = [
+    [
+        "tr_rope_kv_f16_32",
+        "tr_attend_narrow_f16_32",
+        "tr_attend_wide_f16_32",
+    ],
+    [
+        "tr_rope_kv_f16_64",
+        "tr_attend_narrow_f16_64",
+        "tr_attend_wide_f16_64",
+    ],
+    [
+        "tr_rope_kv_f16_128",
+        "tr_attend_narrow_f16_128",
+        "tr_attend_wide_f16_128",
+    ],
+];
+const ATTEND_Q8: [[&str; 3]; 3] = [
+    [
+        "tr_rope_kv_q8_32",
+        "tr_attend_narrow_q8_32",
+        "tr_attend_wide_q8_32",
+    ],
+    [
+        "tr_rope_kv_q8_64",
+        "tr_attend_narrow_q8_64",
+        "tr_attend_wide_q8_64",
+    ],
+    [
+        "tr_rope_kv_q8_128",
+        "tr_attend_narrow_q8_128",
+        "tr_attend_wide_q8_128",
+    ],
+];
+
+/// Widest head that there are kernels for.
+pub(super) const HEAD_DIM_MAX: usize = HEAD_DIMS[HEAD_DIMS.len() - 1];
+/// Most experts of a layer that the route kernels know.
+pub(super) const EXPERTS_MAX: usize = 256;
+/// (row, head) pairs of a tile of the two attention kernels.
+pub(super) const NARROW_PAIRS: usize = 16;
+pub(super) const WIDE_PAIRS: usize = 64;
+/// Rows of a block of `tr_norm_gate8_bf16`.
+pub(super) const GATE_ROWS: usize = 8;
+/// From here on several blocks choose experts, and one builds the lists.
+pub(super) const ROUTE_ROWS_MAX: usize = 256;
+
+const NARROW_SHARED: u32 = 4_368;
+/// Of `tr_norm*`: with no gate, with one row, and with eight.
+const NORM_SHARED: u32 = 256;
+const GATE_SHARED: u32 = 4 * 1024 + 256;
+const GATE8_SHARED: u32 = 4 * 8 * 1024 + 256;
+const ROUTE_SHARED: u32 = 4 * (EXPERTS_MAX as u32 + 1);
+
+/// All of them.
+#[derive(Clone, Debug)]
+pub(super) struct Kernels {
+    pub(super) linear: Variants,
+    pub(super) gate_up: Variants,
+    pub(super) down: Variants,
+    pub(super) pack: Kernel,
+    pub(super) embed: Kernel,
+    norm: Kernel,
+    combine_norm: Kernel,
+    norm_gate: Kernel,
+    norm_gate8: Kernel,
+    pub(super) choose: Kernel,
+    pub(super) lists: Kernel,
+    pub(super) route: Kernel,
+    pub(super) combine_pieces: Kernel,
+}
+
+/// Those that know how keys and values are kept.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AttendKernels {
+    pub(super) rope: Kernel,
+    pub(super) narrow: Kernel,
+    pub(super) wide: Kernel,
+    /// Width that heads are padded to.
+    pub(super) padded_dim: usize,
+    wide_shared: u32,
+    /// Keys and values of one page and one head.
+    pub(super) page_bytes: usize,
+}
+
+impl AttendKernels {
+    pub(super) fn find(
+        device: &dyn Device,
+        head_dim: usize,
+        kv_format: KvFormat,
+    ) -> Result<Self, DeviceError> {
+        let width = HEAD_DIMS.iter().position(|&padded| head_dim <= padded);
+        let width = width.unwrap_or(HEAD_DIMS.len() - 1);
+        let padded_dim = HEAD_DIMS[width];
+        let ([rope, narrow, wide], wide_shared, page_bytes) = match kv_format {
+            KvFormat::F16 => (ATTEND_F16[width], 512 * padded_dim + 16, 256 * padded_dim),
+            KvFormat::Q8 => (
+                ATTEND_Q8[width],
+                384 * padded_dim + 16,
+                128 * padded_dim + 512,
+            ),
+        };
+        let wide_shared = wide_shared as u32;
+        Ok(Self {
+            rope: device.kernel(rope, 0)?,
+            narrow: device.kernel(narrow, NARROW_SHARED)?,
+            wide: device.kernel(wide, wide_shared)?,
+            padded_dim,
+            wide_shared,
+            page_bytes,
+        })
+    }
+
+    pub(super) fn narrow_shape(blocks: u32, num_kv_heads: u32) -> Shape {
+        Shape::grid2(blocks, num_kv_heads, 128, NARROW_SHARED)
+    }
+
+    pub(super) fn wide_shape(&self, blocks: u32, num_kv_heads: u32) -> Shape {
+        Shape::grid2(blocks, num_kv_heads, 128, self.wide_shared)
+    }
+}
+
+impl Kernels {
+    pub(super) fn find(device: &dyn Device) -> Result<Self, DeviceError> {
+        let kernel = |name| device.kernel(name, 0);
+        let (linear, gate_up, down) = match device.info().target {
+            Target::Sm90a => (&LINEAR_WG[..], &GATE_UP_WG[..], &DOWN_WG[..]),
+            _ => (&LINEAR[..], &GATE_UP[..], &DOWN[..]),
+        };
+        Ok(Self {
+            linear: Variants::find(device, linear)?,
+            gate_up: Variants::find(device, gate_up)?,
+            down: Variants::find(device, down)?,
+            pack: kernel("tr_pack_bf16")?,
+            embed: kernel("tr_embed_bf16")?,
+            norm: kernel("tr_norm_bf16")?,
+            combine_norm: kernel("tr_combine_norm_bf16")?,
+            norm_gate: kernel("tr_norm_gate_bf16")?,
+            norm_gate8: kernel("tr_norm_gate8_bf16")?,
+            choose: kernel("tr_choose_experts")?,
+            lists: kernel("tr_expert_lists")?,
+            route: kernel("tr_route")?,
+            combine_pieces: kernel("tr_combine_pieces")?,
+        })
+    }
+
+    pub(super) fn norm(&self, rows: usize) -> (Kernel, Shape) {
+        (self.norm, Shape::new(rows as u32, 256, NORM_SHARED))
+    }
+
+    pub(super) fn combine_norm(&self, rows: usize) -> (Kernel, Shape) {
+        (self.combine_norm, Shape::new(rows as u32, 256, NORM_SHARED))
+    }
+
+    /// Both kernels give the same bits.
+    pub(super) fn norm_gate(&self, rows: usize) -> (Kernel, Shape) {
+        if rows < 4 * GATE_ROWS {
+            return (self.norm_gate, Shape::new(rows as u32, 256, GATE_SHARED));
+        }
+        let blocks = rows.div_ceil(GATE_ROWS) as u32;
+        (self.norm_gate8, Shape::new(blocks, 256, GATE8_SHARED))
+    }
+
+    pub(super) fn choose_shape(rows: usize) -> Shape {
+        Shape::new(rows.div_ceil(8) as u32, 256, 0)
+    }
+
+    pub(super) fn lists_shape(num_experts: usize) -> Shape {
+        Shape::new(1, 32 * num_experts.min(32) as u32, ROUTE_SHARED)
+    }
+
+    pub(super) fn route_shape() -> Shape {
+        Shape::new(1, 1024, ROUTE_SHARED)
+    }
+
+    pub(super) fn combine_shape(rows: usize, hidden: usize) -> Shape {
+        Shape::grid2(rows as u32, hidden.div_ceil(1024) as u32, 256, 0)
+    }
+}

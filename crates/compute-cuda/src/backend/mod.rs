@@ -1,0 +1,81 @@
+//! The CUDA backend on the seam of [`device`](crate::device): checks the model's shape once and makes the two halves.
+//!
+//! Weights are packed once at load ([`context`]). A step is queued on one stream: layer by layer with the host in
+//! between when rows go to other workers ([`attention`]), or whole, as a graph where it is short, when all experts
+//! are here ([`step`]). The kernels give a row the same bits either way.
+
+mod abi;
+mod attention;
+mod call;
+mod combine;
+mod context;
+mod core;
+mod experts;
+mod input;
+mod kernels;
+mod plan;
+mod random;
+mod step;
+mod weights;
+
+use std::sync::Arc;
+
+use tramontane_compute::{
+    Attention, AttentionConfig, AttentionWeights, Backend, Error, Experts, RowFormat,
+};
+use tramontane_types::ModelGeometry;
+
+use crate::device::Device;
+use attention::CudaAttention;
+use context::Context;
+pub use context::check_geometry;
+use experts::CudaExperts;
+pub use random::RandomModel;
+
+/// Computes on a GPU, with weights as bf16.
+#[derive(Debug)]
+pub struct CudaBackend {
+    context: Arc<Context>,
+    class: String,
+}
+
+impl CudaBackend {
+    /// A backend for one model.
+    ///
+    /// # Errors
+    /// When the geometry contradicts itself or there are no kernels for it, or the device has no memory left.
+    pub fn new(device: &Arc<dyn Device>, geometry: &ModelGeometry) -> Result<Self, Error> {
+        let context = Arc::new(Context::new(device, geometry)?);
+        let class = device.info().target.class("bf16");
+        let name = &device.info().name;
+        tracing::info!(name, class, "cuda backend ready");
+        Ok(Self { context, class })
+    }
+}
+
+impl Backend for CudaBackend {
+    fn numeric_class(&self) -> &str {
+        &self.class
+    }
+
+    fn row_format(&self) -> RowFormat {
+        RowFormat::Bf16
+    }
+
+    fn segment_bytes(&self) -> u64 {
+        experts::segment_bytes(&self.context) as u64
+    }
+
+    fn attention(
+        &self,
+        weights: &AttentionWeights<'_>,
+        config: AttentionConfig,
+    ) -> Result<Box<dyn Attention>, Error> {
+        let attention = CudaAttention::new(Arc::clone(&self.context), weights, config)?;
+        Ok(Box::new(attention))
+    }
+
+    fn experts(&self) -> Arc<dyn Experts> {
+        Arc::new(CudaExperts::new(Arc::clone(&self.context)))
+    }
+}

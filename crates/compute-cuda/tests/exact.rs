@@ -1,0 +1,375 @@
+//! The exactness contract of the CUDA backend, host code and kernels together: on the emulator, and on a GPU where there is one.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic and say what it skips, its functions too"
+)]
+
+mod model;
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use tramontane_compute::reference::ReferenceBackend;
+use tramontane_compute::{
+    Backend, Contributions, Error, ExpertJob, KvFormat, RoutedRows, StepBatch,
+};
+use tramontane_compute_cuda::device::Device;
+use tramontane_compute_cuda::emulator::Emulator;
+use tramontane_compute_cuda::{
+    CudaBackend, CudaConfig, KernelCache, LibraryDirs, Target, check_geometry, open,
+};
+use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
+
+use model::{Checkpoint, Model, NUM_PAGES, Prompt, bits, geometry, load};
+
+/// With it, tests are for the GPU alone, and one must be there: `tests/gpu/run.sh` sets it.
+const REQUIRE_GPU: &str = "TRAMONTANE_TEST_REQUIRE_GPU";
+
+/// The devices of this machine: the emulator as two kinds, and the first GPU if there is one.
+fn devices() -> Vec<Arc<dyn Device>> {
+    let is_required = variable(REQUIRE_GPU).is_some();
+    let mut devices: Vec<Arc<dyn Device>> = match is_required {
+        true => vec![],
+        // Hopper has the products by wgmma.
+        false => [Target::Sm80, Target::Sm90a].map(emulator).to_vec(),
+    };
+    match gpu() {
+        Ok(gpu) => devices.push(gpu),
+        Err(error) => {
+            assert!(!is_required, "{error}");
+            println!("skipped on a GPU: {error}");
+        }
+    }
+    devices
+}
+
+fn emulator(target: Target) -> Arc<dyn Device> {
+    Emulator::new(&work_dir().join("emulator"), target).unwrap()
+}
+
+/// Where tests keep what they compile.
+fn work_dir() -> PathBuf {
+    let dir = variable("TRAMONTANE_TEST_DIR").map(PathBuf::from);
+    dir.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")))
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "tests are told by make what is installed"
+)]
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// The first GPU, opened once for all tests.
+fn gpu() -> Result<Arc<dyn Device>, String> {
+    static GPU: OnceLock<Result<Arc<dyn Device>, String>> = OnceLock::new();
+    let open_it = || {
+        let config = CudaConfig {
+            libraries: LibraryDirs {
+                named: variable("TRAMONTANE_TEST_CUDA_LIBRARIES").map(PathBuf::from),
+            },
+            cache: Some(KernelCache::new(work_dir().join("kernels"))),
+        };
+        open(0, &config).map_err(|error| error.to_string())
+    };
+    GPU.get_or_init(open_it).clone()
+}
+
+fn backend(device: &Arc<dyn Device>, geometry: &ModelGeometry) -> CudaBackend {
+    CudaBackend::new(device, geometry).unwrap()
+}
+
+#[test]
+fn logits_are_those_of_the_reference() {
+    let shapes = [
+        geometry(),
+        ModelGeometry {
+            num_experts: 1,
+            top_k: 1,
+            sliding_window: None,
+            ..geometry()
+        },
+        ModelGeometry {
+            hidden: 64,
+            num_heads: 8,
+            num_kv_heads: 1,
+            head_dim: 64,
+            ff: 96,
+            num_experts: 6,
+            top_k: 3,
+            ..geometry()
+        },
+    ];
+    for device in devices() {
+        for geometry in &shapes {
+            let checkpoint = Checkpoint::new(geometry.clone());
+            let reference = ReferenceBackend::new(geometry);
+            let mut exact = Model::new(&checkpoint, &reference, &[0, 8]);
+            let mut ours = Model::new(&checkpoint, &backend(&device, geometry), &[0, 8]);
+            let (error, rows) = distance(&mut exact, &mut ours, geometry);
+            assert!(error < 2e-2, "{device:?}: error {error} over {rows} rows");
+        }
+    }
+}
+
+/// How far our logits of a prompt are from the reference's, over the rows whose experts are the same in both: a rounded
+/// gate may choose another one where two are nearly equal, and then all later rows differ.
+fn distance(exact: &mut Model, ours: &mut Model, geometry: &ModelGeometry) -> (f32, usize) {
+    let mut batch = StepBatch::default();
+    Prompt::new(3, 70, 0).add_to(&mut batch, 0..70, true);
+    let (expected, got) = (exact.step(&batch), ours.step(&batch));
+    let same = |row: usize| {
+        let chosen = row * geometry.top_k..(row + 1) * geometry.top_k;
+        let mut pairs = exact.chosen.iter().zip(&ours.chosen);
+        pairs.all(|(a, b)| a[chosen.clone()] == b[chosen.clone()])
+    };
+    let until = (0..70).find(|&row| !same(row)).unwrap_or(70);
+    assert!(until >= 8, "{until} rows chose the same experts");
+    let values = ..until * geometry.vocab;
+    let (expected, got) = (&expected[values], &got[values]);
+    let off: f32 = expected.iter().zip(got).map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f32 = expected.iter().map(|a| a.powi(2)).sum();
+    ((off / size).sqrt(), until)
+}
+
+#[test]
+fn keys_and_values_of_eight_bits_are_those_of_the_reference() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let kv = KvFormat::Q8;
+        let reference = ReferenceBackend::new(&geometry());
+        let mut exact = Model::with_kv(&checkpoint, &reference, &[0, 8], kv);
+        let ours = backend(&device, &geometry());
+        let mut model = Model::with_kv(&checkpoint, &ours, &[0, 8], kv);
+        let (error, rows) = distance(&mut exact, &mut model, &geometry());
+        assert!(error < 3e-2, "{device:?}: error {error} over {rows} rows");
+        let expected = model.prompt(&Prompt::new(1, 110, 0), 110);
+        let mut whole = Model::with_kv(&checkpoint, &ours, &[0, 8], kv);
+        whole.is_whole = true;
+        assert!(whole.prompt(&Prompt::new(1, 110, 9), 40) == expected);
+    }
+}
+
+#[test]
+fn chunks_pages_and_slices_change_no_bit() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let mut whole = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+        let expected = whole.prompt(&Prompt::new(1, 110, 0), 110);
+        assert!(expected.iter().all(|&x| f32::from_bits(x).is_finite()));
+        for (chunk, first_page, cuts) in [
+            (7, 3, &[0, 4, 8][..]),
+            (64, 9, &[0, 1, 2, 3, 4, 5, 6, 8]),
+            (110, 20, &[0, 5, 8]),
+        ] {
+            let mut model = Model::new(&checkpoint, &backend(&device, &geometry()), cuts);
+            let prompt = Prompt::new(1, 110, first_page);
+            let got = model.prompt(&prompt, chunk);
+            assert!(got == expected, "{chunk} {cuts:?}");
+        }
+    }
+}
+
+#[test]
+fn the_order_of_warps_changes_no_bit() {
+    if variable(REQUIRE_GPU).is_some() {
+        println!("skipped: a GPU has an order of its own");
+        return;
+    }
+    let checkpoint = Checkpoint::new(geometry());
+    for target in [Target::Sm80, Target::Sm90a] {
+        let run = |seed| {
+            let emulator = Emulator::new(&work_dir().join("emulator"), target).unwrap();
+            emulator.set_seed(seed);
+            let device: Arc<dyn Device> = emulator;
+            let mut model = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+            model.is_whole = true;
+            model.prompt(&Prompt::new(1, 70, 0), 35)
+        };
+        let expected = run(1);
+        assert!(run(2) == expected && run(77) == expected, "{target}");
+    }
+}
+
+#[test]
+fn a_whole_step_has_the_bits_of_its_layers() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let mut by_layers = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 3, 8]);
+        let expected = by_layers.prompt(&Prompt::new(1, 110, 0), 110);
+        for chunk in [9, 40, 110] {
+            let mut whole = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+            whole.is_whole = true;
+            let got = whole.prompt(&Prompt::new(1, 110, 7), chunk);
+            assert!(got == expected, "{chunk}");
+            // Again, by graphs that are there already, over what the pages held.
+            let got = whole.prompt(&Prompt::new(1, 110, 5), chunk);
+            assert!(got == expected, "{chunk} again");
+        }
+    }
+}
+
+#[test]
+fn a_step_of_more_rows_than_a_graph_has_the_same_bits() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let prompt = Prompt::new(2, 270, 0);
+        let mut by_layers = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+        let expected = by_layers.prompt(&prompt, 270);
+        let mut whole = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+        whole.is_whole = true;
+        assert!(whole.prompt(&prompt, 270) == expected);
+    }
+}
+
+#[test]
+fn the_rest_of_a_batch_changes_no_bit() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let mut alone = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+        let expected = alone.prompt(&Prompt::new(5, 40, 0), 40);
+        let mut model = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 2, 8]);
+        let others: Vec<Prompt> = (0..11)
+            .map(|i| Prompt::new(40 + i, 90, 3 * i + 6))
+            .collect();
+        let prompt = Prompt::new(5, 40, 62);
+        let (mut got, mut next) = (vec![], 0);
+        for (step, len) in [3, 1, 1, 20, 2, 13].into_iter().enumerate() {
+            let mut batch = StepBatch::default();
+            let before = (5 * step) % others.len();
+            for other in &others[..before] {
+                other.add_to(&mut batch, step..step + 1, false);
+            }
+            let begin = batch.num_rows();
+            prompt.add_to(&mut batch, next..next + len, true);
+            for other in &others[before..] {
+                other.add_to(&mut batch, step..step + 1, false);
+            }
+            model.is_whole = false;
+            let logits = model.step(&batch);
+            assert_eq!(logits.len(), len * 75, "from row {begin}");
+            got.extend(bits(&logits));
+            next += len;
+        }
+        assert!(got == expected);
+    }
+}
+
+#[test]
+fn a_long_context_is_shared_and_joined_with_the_same_bits() {
+    let geometry = ModelGeometry {
+        sliding_window: None,
+        num_layers: 1,
+        ..geometry()
+    };
+    let checkpoint = Checkpoint::new(geometry.clone());
+    for device in devices() {
+        let run = |first_page, chunk| {
+            let mut model = Model::new(&checkpoint, &backend(&device, &geometry), &[0, 8]);
+            model.is_whole = true;
+            // The last row alone: a narrow tile of three chunks, which several blocks share.
+            model.prompt(&Prompt::new(1, 1_100, first_page), chunk)[1_099 * 75..].to_vec()
+        };
+        let expected = run(0, 550);
+        assert!(run(9, 1_099 / 7) == expected);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_changes_nothing() {
+    let checkpoint = Checkpoint::new(geometry());
+    let device = devices().remove(0);
+    let mut model = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
+    let mut good = StepBatch::default();
+    Prompt::new(1, 130, 0).add_to(&mut good, 100..130, false);
+    good.logits_rows = vec![0, 29];
+    let changes: [fn(&mut StepBatch); 6] = [
+        |b| b.tokens[5] = 75,
+        |b| b.positions[5] = 9,
+        |b| b.sequences[0].num_rows = 29,
+        |b| b.sequences[0].block_table.truncate(2),
+        |b| b.sequences[0].block_table[2] = PageId(NUM_PAGES as u32),
+        |b| b.logits_rows = vec![30],
+    ];
+    model.attention.begin(&good).unwrap();
+    for (i, change) in changes.iter().enumerate() {
+        let mut bad = good.clone();
+        change(&mut bad);
+        assert!(model.attention.begin(&bad).is_err(), "change {i}");
+        let refused = model
+            .attention
+            .attend(LayerId(0), &bad, &mut RoutedRows::default());
+        assert!(refused.is_err(), "change {i}");
+    }
+    let mut routed = RoutedRows::default();
+    model
+        .attention
+        .attend(LayerId(0), &good, &mut routed)
+        .unwrap();
+    let nothing = Contributions {
+        buffers: &[],
+        pieces: &[],
+        sums: &[],
+        num_segments: geometry().num_segments(),
+    };
+    assert!(model.attention.combine(LayerId(0), &nothing).is_err());
+    assert!(
+        check_geometry(&ModelGeometry {
+            head_dim: 130,
+            ..geometry()
+        })
+        .is_err()
+    );
+}
+
+#[test]
+fn experts_refuse_what_they_do_not_hold_and_a_whole_step_then_is_none() {
+    let checkpoint = Checkpoint::new(geometry());
+    let device = devices().remove(0);
+    let backend = backend(&device, &geometry());
+    let experts = backend.experts();
+    assert_eq!(experts.held(LayerId(0), ExpertId(0)), 0x80);
+    load(&checkpoint, &*experts, SegmentRange::WHOLE);
+    let rows = vec![0; 100 * 144];
+    let mut out = vec![4.0];
+    let mut compute = |layer, rows: &[u8], expert, row| {
+        let jobs = [ExpertJob {
+            expert: ExpertId(expert),
+            range: SegmentRange::WHOLE,
+            row_ids: &[row],
+        }];
+        experts.compute(LayerId(layer), rows, 100, &jobs, &mut out)
+    };
+    compute(0, &rows, 3, 99).unwrap();
+    let whole = ExpertSlice {
+        layer: LayerId(1),
+        expert: ExpertId(3),
+        range: SegmentRange::WHOLE,
+    };
+    let mut model = Model::new(&checkpoint, &backend, &[0, 8]);
+    let mut batch = StepBatch::default();
+    Prompt::new(1, 3, 0).add_to(&mut batch, 0..3, true);
+    let mut logits = vec![];
+    assert!(
+        model
+            .attention
+            .step(&batch, &*experts, &mut logits)
+            .unwrap()
+    );
+    assert_eq!(logits.len(), 3 * 75);
+    experts.unload(whole);
+    assert!(
+        !model
+            .attention
+            .step(&batch, &*experts, &mut logits)
+            .unwrap()
+    );
+    let refused = compute(1, &rows, 3, 99);
+    assert!(matches!(refused, Err(Error::NotHeld { slice }) if slice == whole));
+    assert!(compute(2, &rows, 3, 99).is_err());
+    assert!(compute(0, &rows[1..], 3, 99).is_err());
+    assert!(compute(0, &rows, 4, 99).is_err());
+    assert!(compute(0, &rows, 3, 100).is_err());
+}

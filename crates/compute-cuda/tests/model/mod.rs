@@ -1,0 +1,369 @@
+//! A small model with random weights, and a driver that runs it step by step on any backend. Asserts nothing of its own.
+#![expect(clippy::unwrap_used, reason = "a test may panic, its functions too")]
+
+use std::sync::Arc;
+
+use half::bf16;
+use tramontane_compute::{
+    Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
+    DType, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece, RoutedRows,
+    SequenceSpan, StepBatch,
+};
+use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
+
+pub(crate) const NUM_PAGES: usize = 64;
+const MAX_ROWS: usize = 600;
+
+/// Odd on purpose: columns that fill no block, seven segments of which the last is short, a window that
+/// ends inside a page.
+pub(crate) fn geometry() -> ModelGeometry {
+    ModelGeometry {
+        hidden: 72,
+        num_layers: 2,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 24,
+        ff: 200,
+        num_experts: 4,
+        top_k: 2,
+        vocab: 75,
+        rope_theta: 1e4,
+        rms_eps: 1e-5,
+        sliding_window: Some(100),
+        max_positions: 2048,
+    }
+}
+
+fn noise(seed: u64, len: usize, scale: f32) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(4 * len);
+    for _ in 0..len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let x = ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * scale;
+        // A number of bf16: the reference has the same weights.
+        let x = bf16::from_f32(x).to_f32();
+        bytes.extend_from_slice(&x.to_le_bytes());
+    }
+    bytes
+}
+
+struct Owned {
+    rows: usize,
+    cols: usize,
+    data: Vec<u8>,
+}
+
+impl Owned {
+    fn new(seed: u64, rows: usize, cols: usize) -> Self {
+        let scale = 2.0 / (cols as f32).sqrt();
+        let data = noise(seed, rows * cols, scale);
+        Self { rows, cols, data }
+    }
+
+    fn view(&self) -> HostTensor<'_> {
+        HostTensor {
+            dtype: DType::F32,
+            rows: self.rows,
+            cols: self.cols,
+            order: Default::default(),
+            data: &self.data,
+        }
+    }
+}
+
+/// The tensors of a checkpoint, by layer.
+pub(crate) struct Checkpoint {
+    geometry: ModelGeometry,
+    embed: Owned,
+    norm: Owned,
+    lm_head: Owned,
+    /// input norm, q, k, v, o, post norm, gate.
+    layers: Vec<[Owned; 7]>,
+    /// w1, w2, w3 by layer and expert.
+    experts: Vec<[Owned; 3]>,
+}
+
+impl Checkpoint {
+    pub(crate) fn new(geometry: ModelGeometry) -> Self {
+        let g = &geometry;
+        let (q, kv) = (g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
+        let layer = |l: u64| {
+            [
+                Owned::new(100 * l + 1, 1, g.hidden),
+                Owned::new(100 * l + 2, q, g.hidden),
+                Owned::new(100 * l + 3, kv, g.hidden),
+                Owned::new(100 * l + 4, kv, g.hidden),
+                Owned::new(100 * l + 5, g.hidden, q),
+                Owned::new(100 * l + 6, 1, g.hidden),
+                Owned::new(100 * l + 7, g.num_experts, g.hidden),
+            ]
+        };
+        let expert = |e: u64| {
+            [
+                Owned::new(5000 + 10 * e, g.ff, g.hidden),
+                Owned::new(5001 + 10 * e, g.hidden, g.ff),
+                Owned::new(5002 + 10 * e, g.ff, g.hidden),
+            ]
+        };
+        Self {
+            embed: Owned::new(1, g.vocab, g.hidden),
+            norm: Owned::new(2, 1, g.hidden),
+            lm_head: Owned::new(3, g.vocab, g.hidden),
+            layers: (1..=g.num_layers as u64).map(layer).collect(),
+            experts: (0..(g.num_layers * g.num_experts) as u64)
+                .map(expert)
+                .collect(),
+            geometry,
+        }
+    }
+
+    fn attention(&self) -> AttentionWeights<'_> {
+        let layers = self.layers.iter();
+        AttentionWeights {
+            embed: self.embed.view(),
+            layers: layers
+                .map(
+                    |[input_norm, q, k, v, o, post_norm, gate]| AttentionLayerWeights {
+                        input_norm: input_norm.view(),
+                        q: q.view(),
+                        k: k.view(),
+                        v: v.view(),
+                        o: o.view(),
+                        post_norm: post_norm.view(),
+                        gate: self.geometry.has_gate().then(|| gate.view()),
+                    },
+                )
+                .collect(),
+            norm: self.norm.view(),
+            lm_head: self.lm_head.view(),
+        }
+    }
+
+    fn expert(&self, layer: usize, expert: usize) -> ExpertWeights<'_> {
+        let [w1, w2, w3] = &self.experts[layer * self.geometry.num_experts + expert];
+        ExpertWeights {
+            w1: w1.view(),
+            w2: w2.view(),
+            w3: w3.view(),
+        }
+    }
+}
+
+/// A model whose experts are cut at the given segments and spread over that many workers.
+pub(crate) struct Model {
+    geometry: ModelGeometry,
+    pub(crate) attention: Box<dyn Attention>,
+    /// Whether steps are computed in one call.
+    pub(crate) is_whole: bool,
+    /// Experts of every row of the last step, layer after layer.
+    pub(crate) chosen: Vec<Vec<ExpertId>>,
+    workers: Vec<(SegmentRange, Arc<dyn Experts>)>,
+}
+
+impl Model {
+    pub(crate) fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
+        Self::with_kv(checkpoint, backend, cuts, KvFormat::F16)
+    }
+
+    pub(crate) fn with_kv(
+        checkpoint: &Checkpoint,
+        backend: &dyn Backend,
+        cuts: &[u8],
+        kv_format: KvFormat,
+    ) -> Self {
+        let geometry = checkpoint.geometry.clone();
+        let config = AttentionConfig {
+            num_pages: NUM_PAGES,
+            max_rows: MAX_ROWS,
+            kv_format,
+        };
+        let attention = backend.attention(&checkpoint.attention(), config).unwrap();
+        let ranges = cuts
+            .windows(2)
+            .map(|w| SegmentRange::new(w[0], w[1]).unwrap());
+        let workers = ranges
+            .map(|range| {
+                let experts = backend.experts();
+                load(checkpoint, &*experts, range);
+                (range, experts)
+            })
+            .collect();
+        Self {
+            geometry,
+            attention,
+            is_whole: false,
+            chosen: vec![],
+            workers,
+        }
+    }
+
+    /// The logits of one step.
+    pub(crate) fn step(&mut self, batch: &StepBatch) -> Vec<f32> {
+        let mut routed = RoutedRows::default();
+        self.chosen.clear();
+        if self.is_whole {
+            let (_, experts) = &self.workers[0];
+            let mut logits = vec![1.0; 3];
+            assert!(self.attention.step(batch, &**experts, &mut logits).unwrap());
+            return logits;
+        }
+        self.attention.begin(batch).unwrap();
+        for layer in 0..self.geometry.num_layers as u16 {
+            let layer = LayerId(layer);
+            self.attention.attend(layer, batch, &mut routed).unwrap();
+            self.exchange(layer, &routed);
+            self.chosen.push(routed.topk_ids.clone());
+        }
+        let mut logits = vec![];
+        self.attention.logits(batch, &mut logits).unwrap();
+        logits
+    }
+
+    fn exchange(&mut self, layer: LayerId, routed: &RoutedRows) {
+        let top_k = self.geometry.top_k;
+        let num_segments = self.geometry.num_segments();
+        let hidden = self.geometry.hidden;
+        let rows_of = |expert: usize| -> Vec<u32> {
+            let chosen = routed.topk_ids.iter().enumerate();
+            chosen
+                .filter(|(_, id)| usize::from(id.0) == expert)
+                .map(|(i, _)| (i / top_k) as u32)
+                .collect()
+        };
+        let rows: Vec<Vec<u32>> = (0..self.geometry.num_experts).map(rows_of).collect();
+        let mut buffers = vec![];
+        // (row, expert, piece) of every vector.
+        let mut pieces = vec![];
+        for (range, experts) in &self.workers {
+            let jobs: Vec<ExpertJob<'_>> = rows
+                .iter()
+                .enumerate()
+                .map(|(expert, row_ids)| ExpertJob {
+                    expert: ExpertId(expert as u16),
+                    range: *range,
+                    row_ids,
+                })
+                .collect();
+            let mut out = vec![1.0; 3];
+            experts
+                .compute(layer, &routed.rows, routed.num_rows, &jobs, &mut out)
+                .unwrap();
+            let mut offset = 0;
+            for job in &jobs {
+                for &row in job.row_ids {
+                    for node in range.nodes(num_segments) {
+                        let buffer = buffers.len() as u32;
+                        let piece = Piece {
+                            node,
+                            buffer,
+                            offset,
+                        };
+                        pieces.push((row, job.expert, piece));
+                        offset += hidden;
+                    }
+                }
+            }
+            assert_eq!(offset, out.len());
+            buffers.push(out);
+        }
+        pieces.sort_by_key(|(row, expert, piece)| (*row, *expert, piece.node));
+        let sums: Vec<ExpertSum> = (0..routed.topk_ids.len())
+            .map(|i| {
+                let key = ((i / top_k) as u32, routed.topk_ids[i]);
+                let begin = pieces.partition_point(|p| (p.0, p.1) < key) as u32;
+                let end = pieces.partition_point(|p| (p.0, p.1) <= key) as u32;
+                ExpertSum {
+                    row: key.0,
+                    weight: routed.topk_weights[i],
+                    pieces: begin..end,
+                }
+            })
+            .collect();
+        let pieces: Vec<Piece> = pieces.into_iter().map(|p| p.2).collect();
+        let buffers: Vec<&[f32]> = buffers.iter().map(Vec::as_slice).collect();
+        let contributions = Contributions {
+            buffers: &buffers,
+            pieces: &pieces,
+            sums: &sums,
+            num_segments,
+        };
+        self.attention.combine(layer, &contributions).unwrap();
+    }
+
+    /// The bits of the logits of every position, the prompt cut into chunks.
+    pub(crate) fn prompt(&mut self, prompt: &Prompt, chunk: usize) -> Vec<u32> {
+        let mut bits = vec![];
+        let mut begin = 0;
+        while begin < prompt.tokens.len() {
+            let end = (begin + chunk).min(prompt.tokens.len());
+            let mut batch = StepBatch::default();
+            prompt.add_to(&mut batch, begin..end, true);
+            bits.extend(self::bits(&self.step(&batch)));
+            begin = end;
+        }
+        bits
+    }
+}
+
+/// The bits of numbers.
+pub(crate) fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+pub(crate) fn load(checkpoint: &Checkpoint, experts: &dyn Experts, range: SegmentRange) {
+    for layer in 0..checkpoint.geometry.num_layers {
+        for expert in 0..checkpoint.geometry.num_experts {
+            let slice = ExpertSlice {
+                layer: LayerId(layer as u16),
+                expert: ExpertId(expert as u16),
+                range,
+            };
+            experts
+                .load(slice, &checkpoint.expert(layer, expert))
+                .unwrap();
+        }
+    }
+}
+
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<u32>,
+    pages: Vec<PageId>,
+}
+
+impl Prompt {
+    pub(crate) fn new(seed: u32, len: usize, first_page: u32) -> Self {
+        let num_pages = len.div_ceil(64) as u32;
+        Self {
+            tokens: (0..len as u32)
+                .map(|i| (i * i + 7 * i + seed) % 75)
+                .collect(),
+            // Not in order.
+            pages: (0..num_pages)
+                .rev()
+                .map(|p| PageId(first_page + p))
+                .collect(),
+        }
+    }
+
+    pub(crate) fn add_to(
+        &self,
+        batch: &mut StepBatch,
+        rows: std::ops::Range<usize>,
+        wants_logits: bool,
+    ) {
+        let row_begin = batch.num_rows() as u32;
+        batch.tokens.extend(&self.tokens[rows.clone()]);
+        batch.positions.extend(rows.clone().map(|p| p as u32));
+        batch.sequences.push(SequenceSpan {
+            row_begin,
+            num_rows: rows.len() as u32,
+            block_table: self.pages.clone(),
+        });
+        if wants_logits {
+            let end = batch.num_rows() as u32;
+            batch.logits_rows.extend(row_begin..end);
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Decides once what a worker computes on, and what memory that has. Computes nothing.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use tramontane_compute::WeightFormat;
+use tramontane_compute_cuda::device::Device;
+use tramontane_compute_cuda::{
+    CudaConfig, DeviceChoice, DeviceSummary, KernelCache, LibraryDirs, Unusable,
+};
+use tramontane_runtime::config::cache_dir;
+use tramontane_types::ModelGeometry;
+
+use crate::{ConfigError, WorkerConfig};
+
+/// Of a device's memory, the share that is offered for experts when nobody says how much: of Mixtral's weights they
+/// are 97 %.
+const EXPERTS_OF_TEN: u64 = 7;
+/// The share for the KV cache. What is left takes the other weights and the buffers of a step.
+const KV_OF_TEN: u64 = 2;
+
+/// Devices of this process that are in use, by number: workers of one process share them.
+static IN_USE: Mutex<BTreeMap<u32, Weak<dyn Device>>> = Mutex::new(BTreeMap::new());
+
+/// Keeps the chosen device in use, so that what follows finds it open.
+#[derive(Clone, Debug, Default)]
+pub struct ChosenDevice {
+    device: Option<Arc<dyn Device>>,
+}
+
+impl ChosenDevice {
+    /// The GPU; none is the CPU.
+    #[must_use]
+    pub const fn gpu(&self) -> Option<&Arc<dyn Device>> {
+        self.device.as_ref()
+    }
+}
+
+/// Decides what `config` computes a model of `geometry` on, and puts it there: the device, and the memory where none
+/// was said. `auto` says in one line of the log what it takes and why not a GPU.
+///
+/// # Errors
+/// When a GPU was asked for that cannot be used: what is missing, and how to go on.
+pub fn choose(
+    config: &mut WorkerConfig,
+    geometry: &ModelGeometry,
+) -> Result<ChosenDevice, ConfigError> {
+    match config.device {
+        DeviceChoice::Cpu => Ok(ChosenDevice::default()),
+        DeviceChoice::Cuda(ordinal) => {
+            let fits = fits(config, geometry);
+            let opened = fits.and_then(|()| open(config, ordinal).map_err(|e| with_cause(&e)));
+            let device = opened.map_err(|why| {
+                let rule = format!("a device that can be used, but {why}");
+                ConfigError::new("device", &rule, &config.device)
+            })?;
+            take(config, &*device);
+            Ok(ChosenDevice {
+                device: Some(device),
+            })
+        }
+        DeviceChoice::Auto => Ok(automatic(config, geometry)),
+    }
+}
+
+/// A GPU if one can be used, otherwise the CPU.
+fn automatic(config: &mut WorkerConfig, geometry: &ModelGeometry) -> ChosenDevice {
+    let found = fits(config, geometry).and_then(|()| {
+        let find = |summary: DeviceSummary| Ok((open(config, summary.ordinal)?, summary.ordinal));
+        let found = tramontane_compute_cuda::find().and_then(find);
+        found.map_err(|error| with_cause(&error))
+    });
+    match found {
+        Ok((device, ordinal)) => {
+            tracing::info!(
+                device = ordinal,
+                name = device.info().name,
+                "computing on a gpu"
+            );
+            config.device = DeviceChoice::Cuda(ordinal);
+            take(config, &*device);
+            ChosenDevice {
+                device: Some(device),
+            }
+        }
+        Err(why_no_gpu) => {
+            tracing::info!(why_no_gpu, "computing on the cpu");
+            config.device = DeviceChoice::Cpu;
+            ChosenDevice::default()
+        }
+    }
+}
+
+/// Whether the CUDA backend has these formats and shapes.
+fn fits(config: &WorkerConfig, geometry: &ModelGeometry) -> Result<(), String> {
+    if config.weights != WeightFormat::Bf16 {
+        return Err(format!(
+            "the CUDA backend has weights as bf16, not as {}",
+            config.weights
+        ));
+    }
+    tramontane_compute_cuda::check_geometry(geometry).map_err(|error| error.to_string())
+}
+
+/// Memory that nobody said is a share of the device's.
+fn take(config: &mut WorkerConfig, device: &dyn Device) {
+    let tenth = device.info().memory_bytes / 10;
+    config.expert_memory.get_or_insert(EXPERTS_OF_TEN * tenth);
+    config.kv_memory.get_or_insert(KV_OF_TEN * tenth);
+}
+
+/// The device, opened by whoever asks first.
+fn open(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, Unusable> {
+    let mut in_use = IN_USE.lock();
+    if let Some(device) = in_use.get(&ordinal).and_then(Weak::upgrade) {
+        return Ok(device);
+    }
+    let cache = config.kernel_cache.clone().or_else(cache_dir);
+    let config = CudaConfig {
+        libraries: LibraryDirs {
+            named: config.cuda_libraries.clone(),
+        },
+        cache: cache.map(KernelCache::new),
+    };
+    let device = tramontane_compute_cuda::open(ordinal, &config)?;
+    in_use.insert(ordinal, Arc::downgrade(&device));
+    Ok(device)
+}
+
+fn with_cause(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(cause) if !error.to_string().contains(&cause.to_string()) => {
+            format!("{error}: {}", with_cause(cause))
+        }
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry() -> ModelGeometry {
+        ModelGeometry {
+            hidden: 64,
+            num_layers: 1,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            ff: 96,
+            num_experts: 4,
+            top_k: 2,
+            vocab: 50,
+            rope_theta: 1e6,
+            rms_eps: 1e-5,
+            sliding_window: None,
+            max_positions: 256,
+        }
+    }
+
+    fn config(device: DeviceChoice, weights: WeightFormat) -> WorkerConfig {
+        WorkerConfig {
+            device,
+            weights,
+            ..WorkerConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_gpu_for_weights_that_it_does_not_have_is_refused_by_name() {
+        let mut config = config(DeviceChoice::Cuda(0), WeightFormat::Q8);
+        let error = choose(&mut config, &geometry()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "device must be a device that can be used, but the CUDA backend has weights as bf16, not as q8, got cuda:0"
+        );
+    }
+
+    #[test]
+    fn automatic_takes_the_cpu_where_the_formats_need_it() {
+        let mut config = config(DeviceChoice::Auto, WeightFormat::Q4);
+        assert!(choose(&mut config, &geometry()).unwrap().gpu().is_none());
+        assert_eq!(config.device, DeviceChoice::Cpu);
+        assert_eq!(config.expert_memory, None);
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_a_configuration_error() {
+        // No machine has so many.
+        let mut config = config(DeviceChoice::Cuda(99), WeightFormat::Bf16);
+        let error = choose(&mut config, &geometry()).unwrap_err();
+        assert_eq!(
+            (error.key.as_str(), error.got.as_str()),
+            ("device", "cuda:99")
+        );
+    }
+}
