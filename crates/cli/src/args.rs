@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::drill::DrillArgs;
 use crate::kernels::KernelsCommand;
+use crate::operator::WeightsCommand;
 use crate::output::Format;
 
 /// Serves Mixtral and the Mistral family from one machine or many.
@@ -149,28 +150,6 @@ pub(crate) enum PlacementCommand {
     Plan(PlanArgs),
     /// Have the planner plan again for load and speed now
     Rebalance(RebalanceArgs),
-}
-
-/// `tramontane weights ...`
-#[derive(Debug, Subcommand)]
-pub(crate) enum WeightsCommand {
-    /// List the versions that workers have
-    List(ReadArgs),
-    /// Have new requests begin with a version; what runs goes on with its own
-    Use(UseArgs),
-}
-
-/// `tramontane weights use`
-#[derive(Clone, Debug, Args)]
-pub(crate) struct UseArgs {
-    /// Its fingerprint, or as much of the beginning as tells it apart
-    #[arg(value_name = "VERSION", value_parser = clap::builder::NonEmptyStringValueParser::new())]
-    pub(crate) weights: String,
-    /// Its numeric class, where workers compute with it in several
-    #[arg(long)]
-    pub(crate) class: Option<String>,
-    #[command(flatten)]
-    pub(crate) change: ChangeArgs,
 }
 
 /// `tramontane placement apply`

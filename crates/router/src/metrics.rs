@@ -2,11 +2,12 @@
 //!
 //! Names with the prefix `vllm:` mean what they mean in vLLM, so that existing dashboards work.
 
+mod labels;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -17,6 +18,7 @@ use tramontane_runtime::metrics as shared;
 use tramontane_types::{FinishReason, Usage};
 
 use crate::error::ErrorKind;
+use labels::{LossLabels, OutcomeLabels, RefusalLabels, RequestLabels, WeightsLabels};
 
 /// Metrics of one router.
 #[derive(Debug)]
@@ -137,34 +139,6 @@ pub(crate) enum LossReason {
     Confused,
     /// It does not take a sequence that another worker took.
     Refused,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RequestLabels {
-    route: &'static str,
-    code: u16,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RefusalLabels {
-    reason: &'static str,
-}
-
-/// The version that takes new requests, one series: an operator's choice, never a client's.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct WeightsLabels {
-    version: String,
-    numeric_class: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct LossLabels {
-    reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OutcomeLabels {
-    finished_reason: &'static str,
 }
 
 impl Gauges {
@@ -381,10 +355,7 @@ impl Metrics {
         // One series: those that served before would only pile up.
         gauges.weights.clear();
         if let Some(version) = reading.serving {
-            let labels = WeightsLabels {
-                version: version.model.to_string(),
-                numeric_class: version.numeric_class.to_string(),
-            };
+            let labels = WeightsLabels::of(&version);
             gauges.weights.get_or_create(&labels).set(1);
         }
         shared::render(&self.registry)

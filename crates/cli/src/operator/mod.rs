@@ -22,7 +22,7 @@ pub(crate) use events::events;
 pub(crate) use placement::placement;
 pub(crate) use status::status;
 pub(crate) use top::top;
-pub(crate) use weights::weights;
+pub(crate) use weights::{WeightsCommand, weights};
 pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;

@@ -1,12 +1,36 @@
 //! `tramontane weights ...`: the versions of the weights, a rolling update and its way back.
 
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use tramontane_proto::v1;
 
 use super::wait::{Look, Progress, wait};
 use super::{Admin, SEE_STATUS, SEE_WEIGHTS, connect, refused};
-use crate::args::{ReadArgs, UseArgs, WeightsCommand};
+use crate::args::{ChangeArgs, ReadArgs};
 use crate::output;
+
+/// `tramontane weights ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum WeightsCommand {
+    /// List the versions that workers have
+    List(ReadArgs),
+    /// Have new requests begin with a version; what runs goes on with its own
+    Use(UseArgs),
+}
+
+/// `tramontane weights use`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct UseArgs {
+    /// Its fingerprint, or as much of the beginning as tells it apart
+    #[arg(value_name = "VERSION", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) weights: String,
+    /// Its numeric class, where workers compute with it in several
+    #[arg(long)]
+    pub(crate) class: Option<String>,
+    #[command(flatten)]
+    pub(crate) change: ChangeArgs,
+}
 
 /// `tramontane weights ...`
 pub(crate) async fn weights(command: WeightsCommand) -> anyhow::Result<()> {

@@ -1,0 +1,65 @@
+//! The labels of metrics. Never text of a client.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use tramontane_coordination::Version;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct RequestLabels {
+    pub(super) route: &'static str,
+    pub(super) code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct RefusalLabels {
+    pub(super) reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct LossLabels {
+    pub(super) reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct OutcomeLabels {
+    pub(super) finished_reason: &'static str,
+}
+
+/// The version that takes new requests, one series: an operator's choice, never a client's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct WeightsLabels {
+    version: String,
+    numeric_class: String,
+}
+
+impl WeightsLabels {
+    pub(super) fn of(version: &Version) -> Self {
+        Self {
+            version: plain(&version.model),
+            numeric_class: plain(&version.numeric_class),
+        }
+    }
+}
+
+/// Text from the store: whatever it says, the page stays readable.
+fn plain(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    text.chars()
+        .map(|c| if is_plain(c) { c } else { '_' })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hostile_version_cannot_break_the_page() {
+        let version = Version {
+            model: "f\"} 1\nfake 2\n{\\".into(),
+            numeric_class: "cpu-q8".into(),
+        };
+        let labels = WeightsLabels::of(&version);
+        assert_eq!(labels.version, "f___1_fake_2___");
+        assert_eq!(labels.numeric_class, "cpu-q8");
+    }
+}
