@@ -72,7 +72,11 @@ impl LibraryDirs {
 /// Opens one file or name and keeps its symbols visible.
 pub(crate) fn open(path: &Path) -> Result<Library, String> {
     // SAFETY: the libraries that are opened here are CUDA's, whose constructors ask nothing of the caller.
-    unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())
+    let opened = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
+    opened.map_err(|error| match std::error::Error::source(&error) {
+        Some(said) => format!("{error}: {said}"),
+        None => error.to_string(),
+    })
 }
 
 /// A wheel's directory, `nvidia/cu13/lib`, and those of the other wheels beside it.
