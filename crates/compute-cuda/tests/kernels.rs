@@ -173,7 +173,9 @@ fn the_machine_code_is_what_was_meant() {
                     assert!(!is_there, "{kernel} for {target} has {spilled}");
                 }
                 let is_wgmma = kernel.contains("_wg_");
-                assert_eq!(text.contains("HGMMA"), is_wgmma, "{kernel} for {target}");
+                // Of bf16 and of e4m3.
+                let has_wgmma = text.contains("HGMMA") || text.contains("QGMMA");
+                assert_eq!(has_wgmma, is_wgmma, "{kernel} for {target}");
                 tensor_kernels += usize::from(text.contains("HMMA") || is_wgmma);
             }
         }
