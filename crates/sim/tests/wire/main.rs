@@ -30,7 +30,7 @@ use self::storm::{Counts, Outcome};
 /// Seeds of every test run, of each kind of run.
 const SEEDS: u64 = 300;
 /// Seeds of which it is checked that they repeat themselves.
-const REPEATED: u64 = 8;
+const REPEATED: u64 = 20;
 /// The variable that names the one seed to run.
 const SEED: &str = "TRAMONTANE_WIRE_SEED";
 

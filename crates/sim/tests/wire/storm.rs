@@ -60,6 +60,21 @@ impl fmt::Display for Fault {
     }
 }
 
+impl Fault {
+    /// The two hosts whose link it is about.
+    fn link(&self) -> Option<[&str; 2]> {
+        match self {
+            Self::Partition(a, b) | Self::OneWay(a, b) | Self::Hold(a, b) | Self::Slow(a, b, _) => {
+                Some([a, b])
+            }
+            Self::Crash(_) => None,
+        }
+    }
+}
+
+/// When, what, and whether it begins or ends.
+type Event = (Duration, Fault, bool);
+
 /// What a run is made of.
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -68,8 +83,8 @@ pub(crate) struct Plan {
     pub(crate) callers: Vec<String>,
     /// Longest way of a message, where no fault says otherwise.
     latency: Duration,
-    /// (when, what, whether it begins or ends), in order.
-    events: Vec<(Duration, Fault, bool)>,
+    /// In order.
+    events: Vec<Event>,
 }
 
 impl Plan {
@@ -144,18 +159,18 @@ impl Plan {
         end: Duration,
         mut look: impl FnMut(Duration),
     ) {
-        let mut events = self.events.iter().peekable();
+        let mut next = 0;
         let mut repaired = false;
         while sim.elapsed() < end {
             let now = sim.elapsed();
             history.set_now(now);
-            while let Some((_, fault, begins)) = events.next_if(|(at, ..)| *at <= now) {
-                history.note(format_args!(
-                    "{}{fault}",
-                    if *begins { "FAULT " } else { "END of " }
-                ));
-                self.apply(sim, fault, *begins);
+            let is_due = |(at, ..): &&Event| *at <= now;
+            while let Some((_, fault, begins)) = self.events.get(next).filter(is_due) {
+                let what = if *begins { "FAULT " } else { "END of " };
+                history.note(format_args!("{what}{fault}"));
+                self.apply(sim, fault, *begins, &self.events[..next]);
                 history.host_event(fault, *begins);
+                next += 1;
             }
             if now >= STORM && !std::mem::replace(&mut repaired, true) {
                 self.repair(sim);
@@ -168,7 +183,8 @@ impl Plan {
         }
     }
 
-    fn apply(&self, sim: &mut Sim<'_>, fault: &Fault, begins: bool) {
+    /// `before` is what came before it.
+    fn apply(&self, sim: &mut Sim<'_>, fault: &Fault, begins: bool, before: &[Event]) {
         match (fault, begins) {
             (Fault::Partition(a, b), true) => sim.partition(a.as_str(), b.as_str()),
             (Fault::Partition(a, b), false) => sim.repair(a.as_str(), b.as_str()),
@@ -183,11 +199,35 @@ impl Plan {
             (Fault::Slow(a, b, _), false) => {
                 sim.set_link_latency(a.as_str(), b.as_str(), self.latency / 2);
             }
-            (Fault::Crash(host), true) => sim.crash(host.as_str()),
+            (Fault::Crash(host), true) => self.crash(sim, host, before),
             (Fault::Crash(host), false) => {
                 if !sim.is_host_running(host.as_str()) {
                     sim.bounce(host.as_str());
                 }
+            }
+        }
+    }
+
+    /// Nothing that the host has sent, or says while it dies, arrives: its tasks die in an order by chance (tokio's, by
+    /// task numbers of the whole process). Who sends to it afterwards is told that nobody is there.
+    fn crash(&self, sim: &mut Sim<'_>, host: &str, before: &[Event]) {
+        let peers = || {
+            self.callers
+                .iter()
+                .chain(&self.servers)
+                .filter(|peer| *peer != host)
+        };
+        for peer in peers() {
+            sim.partition(host, peer.as_str());
+        }
+        sim.crash(host);
+        for peer in peers() {
+            sim.repair(host, peer.as_str());
+        }
+        // What was wrong with its links is wrong again.
+        for (_, fault, begins) in before {
+            if fault.link().is_some_and(|link| link.contains(&host)) {
+                self.apply(sim, fault, *begins, &[]);
             }
         }
     }
