@@ -15,7 +15,7 @@ mod versions;
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -80,6 +80,8 @@ struct FakeWorker {
     seen: Arc<Mutex<Vec<v1::GenerateSequenceRequest>>>,
     open: Arc<AtomicUsize>,
     drains: Arc<AtomicUsize>,
+    /// Whether it gives no sign of life.
+    is_dead: Arc<AtomicBool>,
 }
 
 struct OpenStream(Arc<AtomicUsize>);
@@ -162,6 +164,9 @@ impl Worker for FakeWorker {
         &self,
         _request: Request<v1::WorkerStatusRequest>,
     ) -> Result<Response<v1::WorkerStatus>, Status> {
+        if self.is_dead.load(Ordering::SeqCst) {
+            return Err(Status::unavailable("dead"));
+        }
         Ok(Response::new(v1::WorkerStatus::default()))
     }
 
@@ -328,6 +333,7 @@ impl Scene {
                 seen: Arc::default(),
                 open: Arc::default(),
                 drains: Arc::default(),
+                is_dead: Arc::default(),
             };
             let address = worker.clone().serve(&mut servers).await;
             let record = record(&format!("w{i}"), address);
@@ -452,6 +458,15 @@ impl Scene {
             .unwrap()
             .unwrap()
             .unwrap();
+    }
+}
+
+impl Scene {
+    /// A worker dies, and its lease ends.
+    async fn lose(&self, number: usize) {
+        self.workers[number].is_dead.store(true, Ordering::SeqCst);
+        let key = format!("workers/w{number}");
+        self.store.delete(&key).await.unwrap();
     }
 }
 
@@ -1565,7 +1580,7 @@ async fn what_happens_is_told_to_those_who_ask_and_to_those_who_watch() {
     .await;
     let moved = told("sequences_moved", "w0").await;
     assert!(moved.text.starts_with("1 sequences"), "{}", moved.text);
-    scene.store.delete("workers/w1").await.unwrap();
+    scene.lose(1).await;
     told("worker_lost", "w1").await;
 
     let newest = v1::ListEventsRequest { limit: 1 };

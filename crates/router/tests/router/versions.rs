@@ -171,7 +171,7 @@ async fn an_answer_whose_weights_are_gone_ends_and_says_why() {
     let scene = Scene::with_other_weights(vec![telling(Some(&gate)), telling(None)]).await;
     let stream = scene.post(PATH, &body(&json!({}))).await;
     scene.let_serve("g").await;
-    scene.store.delete("workers/w0").await.unwrap();
+    scene.lose(0).await;
     until("w0 is not listed", async || {
         scene
             .weights()
@@ -219,7 +219,7 @@ async fn a_stream_that_broke_goes_on_with_the_weights_that_it_began_with() {
     let rest = events_with_ids(response).await;
     assert_eq!(shown(&rest), shown(&new[3..]));
     // Nobody is left who could go on.
-    scene.store.delete("workers/w0").await.unwrap();
+    scene.lose(0).await;
     until("nobody can go on", async || resume().await.status() == 409).await;
     let refused: Value = resume().await.json().await.unwrap();
     assert_eq!(refused["error"]["code"], "resume_mismatch");
