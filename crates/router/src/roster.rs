@@ -17,7 +17,8 @@ use tramontane_types::WorkerId;
 use crate::pulse::Pulse;
 use crate::worker_link::{Connect, WorkerLink};
 
-/// How often workers that the store does not list are looked at: about as often as they are asked.
+/// How often it is looked who is listed and, of those who are not, who still answers: about as often as workers are
+/// asked.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// One attention worker and the way to it.
@@ -106,12 +107,15 @@ impl Keeper {
             self.look(&seen);
             tokio::select! {
                 changed = listed.changed() => if changed.is_err() { return },
-                () = sleep(LOOK_EVERY), if !self.lapsed.is_empty() => {}
+                () = sleep(LOOK_EVERY) => {}
             }
         }
     }
 
     fn look(&mut self, listed: &Arc<Members>) {
+        if self.lapsed.is_empty() && Arc::ptr_eq(&self.known, listed) {
+            return;
+        }
         self.notice_lapsed(listed);
         let mut members = Members::clone(listed);
         for (id, record) in &self.lapsed {

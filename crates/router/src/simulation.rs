@@ -105,7 +105,7 @@ impl RouterCore {
         let pulse_stop = pulses.stop.clone();
         let roster = Roster::follow(quietly(members, &tasks), connect, pulses);
         let cluster = ClusterView {
-            members: roster.members(),
+            members: quietly(roster.members(), &tasks),
             placements: quietly(placements, &tasks),
             intent: quietly(intent, &tasks),
         };
