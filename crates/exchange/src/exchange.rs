@@ -467,13 +467,12 @@ impl Exchange for ExpertExchange {
     }
 
     fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
-        let local = self.local.as_ref()?;
         let placement = self.placement.load();
         let placement = placement.as_deref()?;
         if self.has_all.0 != placement.epoch {
             self.has_all = (placement.epoch, plan::gives_all(placement, &self.config.me));
         }
-        self.has_all.1.then(|| Arc::clone(local))
+        self.local.clone().filter(|_| self.has_all.1)
     }
 
     fn rest(&mut self) {
