@@ -132,10 +132,7 @@ pub(crate) fn run(seed: u64) -> Outcome {
     calls.check_outcomes();
     history.check_ends(&[&plan.servers, &plan.callers]);
     let counts = *calls.counts.lock();
-    Outcome {
-        counts,
-        ..history.take()
-    }
+    history.take(STOP, counts)
 }
 
 /// The life of an expert worker.

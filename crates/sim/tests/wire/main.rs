@@ -93,7 +93,7 @@ fn show(name: &str, seed: u64, outcome: &Outcome) -> ! {
     panic!(
         "{name} seed {seed} violates {:#?}\n{}\nrepeat it: {SEED}={seed} cargo test -p tramontane-sim --test wire -- --nocapture",
         outcome.violations,
-        outcome.trace.join("\n")
+        outcome.trace()
     );
 }
 
@@ -111,7 +111,7 @@ fn test(name: &str, run: Run) {
     println!(
         "{name} seed {seed}: {:?}\n{}",
         outcome.counts,
-        outcome.trace.join("\n")
+        outcome.trace()
     );
     if !outcome.violations.is_empty() {
         show(name, seed, &outcome);
@@ -123,14 +123,11 @@ fn repeats(run: Run) {
         let one = run_seed(run, seed);
         // Another thread: what a thread keeps for itself must not matter either.
         let other = std::thread::scope(|scope| scope.spawn(|| run_seed(run, seed)).join().unwrap());
-        let differ = one.trace.iter().zip(&other.trace).position(|(a, b)| a != b);
-        let at = differ.unwrap_or(one.trace.len().min(other.trace.len()));
-        assert_eq!(
-            one.trace.get(at),
-            other.trace.get(at),
-            "seed {seed} line {at}"
-        );
-        assert!(one.trace.len() > 20, "seed {seed}");
+        let (one, other) = (one.repeated(), other.repeated());
+        let differ = one.iter().zip(&other).position(|(a, b)| a != b);
+        let at = differ.unwrap_or(one.len().min(other.len()));
+        assert_eq!(one.get(at), other.get(at), "seed {seed} line {at}");
+        assert!(one.len() > 20, "seed {seed}");
     }
 }
 

@@ -115,10 +115,7 @@ pub(crate) fn run(seed: u64) -> Outcome {
     drop(sim);
     history.check_ends(&[&plan.servers, &plan.callers]);
     let counts = *world.counts.lock();
-    Outcome {
-        counts,
-        ..history.take()
-    }
+    history.take(STOP, counts)
 }
 
 impl World {

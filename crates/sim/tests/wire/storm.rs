@@ -255,7 +255,8 @@ pub(crate) struct History(Arc<Mutex<Told>>);
 #[derive(Debug, Default)]
 struct Told {
     now: Duration,
-    trace: Vec<String>,
+    /// Milliseconds, and what happened.
+    trace: Vec<(u128, String)>,
     violations: Vec<String>,
     faults: u64,
     /// How often each host has come up.
@@ -279,8 +280,8 @@ impl History {
     /// Something happened.
     pub(crate) fn note(&self, what: Arguments<'_>) {
         let mut told = self.0.lock();
-        let line = format!("{:>6} {what}", told.now.as_millis());
-        told.trace.push(line);
+        let ms = told.now.as_millis();
+        told.trace.push((ms, what.to_string()));
     }
 
     /// Something happened that must not.
@@ -348,14 +349,15 @@ impl History {
         }
     }
 
-    /// All of it.
-    pub(crate) fn take(self) -> Outcome {
+    /// All of it. Hosts were told to stop at `stop`.
+    pub(crate) fn take(self, stop: Duration, counts: Counts) -> Outcome {
         let mut told = self.0.lock();
         Outcome {
             trace: std::mem::take(&mut told.trace),
             violations: std::mem::take(&mut told.violations),
             faults: told.faults,
-            counts: Counts::default(),
+            counts,
+            stop,
         }
     }
 }
@@ -369,10 +371,32 @@ pub(crate) async fn sleep_until(at: Duration) {
 /// How a run ended.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
-    pub(crate) trace: Vec<String>,
+    trace: Vec<(u128, String)>,
     pub(crate) violations: Vec<String>,
     pub(crate) faults: u64,
     pub(crate) counts: Counts,
+    stop: Duration,
+}
+
+impl Outcome {
+    /// What happened, line by line.
+    pub(crate) fn trace(&self) -> String {
+        let lines = self
+            .trace
+            .iter()
+            .map(|(ms, what)| format!("{ms:>6} {what}"));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// What must be the same in every run of a seed: all but the order of what happens at one instant, as when a
+    /// host crashes, and what happens when everybody stops. Tokio drops tasks, and wakes those who wait for a
+    /// server to stop, in an order by chance.
+    pub(crate) fn repeated(&self) -> Vec<&(u128, String)> {
+        let before_stop = |(ms, _): &&(u128, String)| *ms < self.stop.as_millis();
+        let mut lines: Vec<_> = self.trace.iter().filter(before_stop).collect();
+        lines.sort_unstable();
+        lines
+    }
 }
 
 /// What one kind of run counts.
