@@ -1,5 +1,5 @@
 //! Deliberate defects, to prove that a simulation would notice them. Without the feature `mutations`, which
-//! nothing that serves asks for, [`is_on`] is false at compile time.
+//! nothing that serves asks for, `is_on` is false at compile time.
 
 use std::cell::Cell;
 use std::time::Duration;
