@@ -144,7 +144,7 @@ impl Call {
         let (pairs, vectors) = self.fill(context, rows, jobs);
         let most = jobs.iter().map(|job| job.rows.len()).max().unwrap_or(0);
         let values = vectors * context.geometry.hidden;
-        let queued = || -> Result<(), DeviceError> {
+        let mut queued = || -> Result<(), DeviceError> {
             let bytes = self.layout.rows + pairs * self.layout.row_stride;
             // SAFETY: everything lives in `self`, and the wait is below; the input is laid out as the kernels want it.
             unsafe {
@@ -157,7 +157,6 @@ impl Call {
             }
             self.stream.synchronize()
         };
-        let mut queued = queued;
         queued().map_err(failed("computing experts"))?;
         out.extend_from_slice(&self.outputs_on_host.as_slice::<f32>()[..values]);
         Ok(())

@@ -117,7 +117,9 @@ impl CudaExperts {
         fill: &mut dyn FnMut(&Buffer) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let geometry = &self.context.geometry;
-        for slot in (0..self.held.read().segments.len()).step_by(usize::from(SEGMENTS_PER_EXPERT)) {
+        // A value, not a guard: `insert` below writes.
+        let num_slots = self.held.read().segments.len();
+        for slot in (0..num_slots).step_by(usize::from(SEGMENTS_PER_EXPERT)) {
             for segment in 0..geometry.num_segments() {
                 let columns = slice::segment_columns(geometry.ff, segment);
                 let empty = self.empty(columns.len())?;
