@@ -148,6 +148,7 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &rin
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
+                __syncwarp(); // one lane gives back what all have read
                 if (lane == 0 && before >= 0) {
                     mbarrier_arrive(ring.barriers + 16 * before + 8);
                 }
