@@ -271,7 +271,9 @@ impl Context {
         rows: Rows,
         out: Out,
     ) -> Result<(), DeviceError> {
-        let variant = self.kernels.linear.for_tokens(rows.num_tokens);
+        let multiprocessors = self.device.info().multiprocessors.max(1) as usize;
+        let linear = &self.kernels.linear;
+        let variant = linear.for_matrix(rows.num_tokens, matrix.rows, multiprocessors);
         let shape = variant.shape(rows.num_tokens, matrix.rows, 1);
         let args = Linear {
             weights: matrix.buffer.address(),

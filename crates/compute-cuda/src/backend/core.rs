@@ -434,7 +434,7 @@ impl Queue<'_> {
             }
             let shape = Kernels::choose_shape(self.rows);
             self.launch(kernels.choose, shape, args())?;
-            let shape = Kernels::lists_shape(geometry.num_experts);
+            let shape = Kernels::lists_shape();
             self.launch(kernels.lists, shape, args())
         }
     }

@@ -15,9 +15,17 @@ pub(super) struct Tiled {
     rows: usize,
     threads: u32,
     shared_bytes: u32,
+    /// Time of a wave of blocks, one for each multiprocessor, relative to the other variants; 0 where nobody has measured it.
+    wave: usize,
 }
 
 impl Tiled {
+    /// Relative time of a product that has the device for itself.
+    fn time(&self, tokens: usize, rows: usize, multiprocessors: usize) -> usize {
+        let blocks = tokens.div_ceil(self.tokens) * rows.div_ceil(self.rows);
+        blocks.div_ceil(multiprocessors) * self.wave
+    }
+
     /// Blocks for so many tokens and rows of a matrix; `z` of them side by side.
     pub(super) fn shape(&self, tokens: usize, rows: usize, z: usize) -> Shape {
         self.grid(tokens, rows.div_ceil(self.rows), z)
@@ -45,65 +53,77 @@ impl Variants {
         &self.0[fits.unwrap_or(self.0.len() - 1)]
     }
 
+    /// The one that takes least for a matrix of `rows`, where that was measured: few large tiles leave most of a device
+    /// idle. Otherwise that for the tokens.
+    pub(super) fn for_matrix(&self, tokens: usize, rows: usize, multiprocessors: usize) -> &Tiled {
+        let by_tokens = self.for_tokens(tokens);
+        if by_tokens.wave == 0 {
+            return by_tokens;
+        }
+        let time = |tiled: &&Tiled| tiled.time(tokens, rows, multiprocessors);
+        self.0.iter().min_by_key(time).unwrap_or(by_tokens)
+    }
+
     fn find(device: &dyn Device, variants: &[Variant]) -> Result<Self, DeviceError> {
-        let one = |&(name, tokens, rows, threads, shared_bytes): &Variant| {
+        let one = |&(name, tokens, rows, threads, shared_bytes, wave): &Variant| {
             Ok(Tiled {
                 kernel: device.kernel(name, shared_bytes)?,
                 tokens,
                 rows,
                 threads,
                 shared_bytes,
+                wave,
             })
         };
         Ok(Self(variants.iter().map(one).collect::<Result<_, _>>()?))
     }
 }
 
-/// Name, tokens, rows, threads, shared bytes.
-type Variant = (&'static str, usize, usize, u32, u32);
+/// Name, tokens, rows, threads, shared bytes, time of a wave.
+type Variant = (&'static str, usize, usize, u32, u32, usize);
 
 const LINEAR: [Variant; 4] = [
-    ("tr_linear_bf16_n8", 8, 16, 256, 29_696),
-    ("tr_linear_bf16_n16", 16, 32, 256, 67_584),
-    ("tr_linear_bf16_n32", 32, 64, 128, 36_864),
-    ("tr_linear_bf16_n64", 64, 64, 128, 73_728),
+    ("tr_linear_bf16_n8", 8, 16, 256, 29_696, 0),
+    ("tr_linear_bf16_n16", 16, 32, 256, 67_584, 0),
+    ("tr_linear_bf16_n32", 32, 64, 128, 36_864, 0),
+    ("tr_linear_bf16_n64", 64, 64, 128, 73_728, 0),
 ];
 const DOWN: [Variant; 4] = [
-    ("tr_down_bf16_n8", 8, 16, 256, 29_696),
-    ("tr_down_bf16_n16", 16, 32, 256, 67_584),
-    ("tr_down_bf16_n32", 32, 64, 128, 36_864),
-    ("tr_down_bf16_n64", 64, 64, 128, 73_728),
+    ("tr_down_bf16_n8", 8, 16, 256, 29_696, 0),
+    ("tr_down_bf16_n16", 16, 32, 256, 67_584, 0),
+    ("tr_down_bf16_n32", 32, 64, 128, 36_864, 0),
+    ("tr_down_bf16_n64", 64, 64, 128, 73_728, 0),
 ];
 const GATE_UP: [Variant; 5] = [
-    ("tr_gate_up_bf16_n8", 8, 32, 128, 4_096),
-    ("tr_gate_up_bf16_n16", 16, 32, 128, 8_192),
-    ("tr_gate_up_bf16_n32", 32, 32, 128, 16_384),
-    ("tr_gate_up_bf16_n64", 64, 32, 128, 32_768),
-    ("tr_gate_up_bf16_n128", 128, 32, 128, 49_152),
+    ("tr_gate_up_bf16_n8", 8, 32, 128, 4_096, 0),
+    ("tr_gate_up_bf16_n16", 16, 32, 128, 8_192, 0),
+    ("tr_gate_up_bf16_n32", 32, 32, 128, 16_384, 0),
+    ("tr_gate_up_bf16_n64", 64, 32, 128, 32_768, 0),
+    ("tr_gate_up_bf16_n128", 128, 32, 128, 49_152, 0),
 ];
 
-/// By wgmma: a numeric class of its own, on Hopper.
+/// By wgmma: a numeric class of its own, on Hopper. Times are microseconds on an H200 (docs/perf/cuda.md).
 const LINEAR_WG: [Variant; 5] = [
-    ("tr_linear_bf16_wg_n8", 8, 64, 640, 165_120),
-    ("tr_linear_bf16_wg_n16", 16, 64, 640, 198_912),
-    ("tr_linear_bf16_wg_n32", 32, 128, 288, 151_632),
-    ("tr_linear_bf16_wg_n64", 64, 128, 288, 221_264),
-    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424),
+    ("tr_linear_bf16_wg_n8", 8, 64, 640, 165_120, 13),
+    ("tr_linear_bf16_wg_n16", 16, 64, 640, 198_912, 14),
+    ("tr_linear_bf16_wg_n32", 32, 128, 288, 151_632, 46),
+    ("tr_linear_bf16_wg_n64", 64, 128, 288, 221_264, 66),
+    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424, 58),
 ];
-const DOWN_WG: [Variant; 5] = [
-    ("tr_down_bf16_wg_n8", 8, 64, 640, 165_120),
-    ("tr_down_bf16_wg_n16", 16, 64, 640, 198_912),
-    ("tr_down_bf16_wg_n32", 32, 128, 288, 151_632),
-    ("tr_down_bf16_wg_n64", 64, 128, 288, 221_264),
-    ("tr_down_bf16_wg_n128", 128, 128, 384, 229_424),
+/// Without the tile of 64: it takes longer for half as many rows than that of 128.
+const DOWN_WG: [Variant; 4] = [
+    ("tr_down_bf16_wg_n8", 8, 64, 640, 165_120, 0),
+    ("tr_down_bf16_wg_n16", 16, 64, 640, 198_912, 0),
+    ("tr_down_bf16_wg_n32", 32, 128, 288, 151_632, 0),
+    ("tr_down_bf16_wg_n128", 128, 128, 384, 229_424, 0),
 ];
 const GATE_UP_WG: [Variant; 6] = [
-    ("tr_gate_up_bf16_wg_n8", 8, 32, 160, 55_392),
-    ("tr_gate_up_bf16_wg_n16", 16, 32, 160, 51_280),
-    ("tr_gate_up_bf16_wg_n32", 32, 64, 288, 81_984),
-    ("tr_gate_up_bf16_wg_n64", 64, 128, 544, 163_904),
-    ("tr_gate_up_bf16_wg_n128", 128, 64, 384, 196_704),
-    ("tr_gate_up_bf16_wg_n256", 256, 64, 384, 196_672),
+    ("tr_gate_up_bf16_wg_n8", 8, 32, 160, 55_392, 0),
+    ("tr_gate_up_bf16_wg_n16", 16, 32, 160, 51_280, 0),
+    ("tr_gate_up_bf16_wg_n32", 32, 64, 288, 81_984, 0),
+    ("tr_gate_up_bf16_wg_n64", 64, 128, 544, 163_904, 0),
+    ("tr_gate_up_bf16_wg_n128", 128, 64, 384, 196_704, 0),
+    ("tr_gate_up_bf16_wg_n256", 256, 64, 384, 196_672, 0),
 ];
 
 /// Widths of heads that there are kernels for; others are padded.
@@ -152,7 +172,9 @@ pub(super) const EXPERTS_MAX: usize = 256;
 pub(super) const NARROW_PAIRS: usize = 16;
 pub(super) const WIDE_PAIRS: usize = 64;
 /// Rows of a block of `tr_norm_gate8_bf16`.
-pub(super) const GATE_ROWS: usize = 8;
+const GATE_ROWS: usize = 8;
+/// From here on the gate is read once for so many rows; with fewer, blocks of one row end sooner.
+const GATE8_ROWS_MIN: usize = 1024;
 /// From here on several blocks choose experts, and one builds the lists.
 pub(super) const ROUTE_ROWS_MAX: usize = 256;
 
@@ -265,7 +287,7 @@ impl Kernels {
 
     /// Both kernels give the same bits.
     pub(super) fn norm_gate(&self, rows: usize) -> (Kernel, Shape) {
-        if rows < 4 * GATE_ROWS {
+        if rows < GATE8_ROWS_MIN {
             return (self.norm_gate, Shape::new(rows as u32, 256, GATE_SHARED));
         }
         let blocks = rows.div_ceil(GATE_ROWS) as u32;
@@ -276,8 +298,8 @@ impl Kernels {
         Shape::new(rows.div_ceil(8) as u32, 256, 0)
     }
 
-    pub(super) fn lists_shape(num_experts: usize) -> Shape {
-        Shape::new(1, 32 * num_experts.min(32) as u32, ROUTE_SHARED)
+    pub(super) fn lists_shape() -> Shape {
+        Shape::new(1, 1024, ROUTE_SHARED)
     }
 
     pub(super) fn route_shape() -> Shape {
