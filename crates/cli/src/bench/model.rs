@@ -137,6 +137,7 @@ impl Bench {
             self.step(batch)?;
         }
         let seconds = begin.elapsed().as_secs_f64() / STEPS as f64;
+        self.check()?;
         Ok(self.line("decode", (batch, context), seconds, batch))
     }
 
@@ -149,6 +150,7 @@ impl Bench {
             self.step(&batch)?;
         }
         let seconds = begin.elapsed().as_secs_f64() / PROMPTS as f64;
+        self.check()?;
         Ok(self.line("prefill", (rows, 0), seconds, 1))
     }
 
@@ -157,6 +159,11 @@ impl Bench {
         let attention = &mut self.model.attention;
         let done = attention.step(batch, &*experts, &mut self.logits)?;
         anyhow::ensure!(done, "the device does not hold all experts");
+        Ok(())
+    }
+
+    /// Looks at the last step's logits, which takes longer than some steps.
+    fn check(&self) -> anyhow::Result<()> {
         let is_finite = self.logits.iter().all(|x| x.is_finite());
         anyhow::ensure!(is_finite, "logits are not finite");
         Ok(())
