@@ -12,12 +12,12 @@ use std::sync::{Arc, OnceLock};
 
 use tramontane_compute::reference::ReferenceBackend;
 use tramontane_compute::{
-    Backend, Contributions, Error, ExpertJob, KvFormat, RoutedRows, StepBatch,
+    AttentionConfig, Backend, Contributions, Error, ExpertJob, KvFormat, RoutedRows, StepBatch,
 };
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
 use tramontane_compute_cuda::{
-    CudaBackend, CudaConfig, KernelCache, LibraryDirs, Target, check_geometry, open,
+    CudaBackend, CudaConfig, KernelCache, LibraryDirs, RandomModel, Target, check_geometry, open,
 };
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
 
@@ -274,6 +274,59 @@ fn a_long_context_is_shared_and_joined_with_the_same_bits() {
         };
         let expected = run(0, 550);
         assert!(run(9, 1_099 / 7) == expected);
+    }
+}
+
+/// Sums as long as those of real models, in tiles of every size: only a GPU says whether its tensor cores round a column
+/// alike in all of them.
+#[test]
+fn tiles_of_every_size_have_the_same_bits_at_real_widths() {
+    let gpu = match gpu() {
+        Ok(gpu) => gpu,
+        Err(error) => return println!("skipped on a GPU: {error}"),
+    };
+    let geometry = ModelGeometry {
+        hidden: 2048,
+        num_layers: 1,
+        num_heads: 16,
+        num_kv_heads: 4,
+        head_dim: 128,
+        ff: 4096,
+        sliding_window: None,
+        ..geometry()
+    };
+    let checkpoint = Checkpoint::new(geometry.clone());
+    let mut model = Model::new(&checkpoint, &backend(&gpu, &geometry), &[0, 8]);
+    model.is_whole = true;
+    let prompt = Prompt::new(3, 560, 0);
+    let expected = model.prompt(&prompt, 1);
+    for chunk in [9, 16, 24, 33, 70, 130, 256, 300, 560] {
+        assert!(
+            model.prompt(&prompt, chunk) == expected,
+            "chunks of {chunk}"
+        );
+    }
+}
+
+/// What the benchmark measures: it has no weights to compare with, but it must compute.
+#[test]
+fn a_model_with_random_weights_computes_whole_steps() {
+    let geometry = geometry();
+    for device in devices() {
+        let config = AttentionConfig {
+            num_pages: NUM_PAGES,
+            max_rows: 64,
+            kv_format: KvFormat::F16,
+        };
+        let mut model = RandomModel::new(&device, &geometry, config).unwrap();
+        let mut batch = StepBatch::default();
+        Prompt::new(1, 40, 0).add_to(&mut batch, 0..40, true);
+        let mut logits = Vec::new();
+        let step = model.attention.step(&batch, &*model.experts, &mut logits);
+        assert!(step.unwrap(), "{device:?}: it holds all experts");
+        assert_eq!(logits.len(), batch.logits_rows.len() * geometry.vocab);
+        assert!(logits.iter().all(|x| x.is_finite()), "{device:?}");
+        assert!(logits.iter().any(|x| *x != logits[0]), "{device:?}");
     }
 }
 
