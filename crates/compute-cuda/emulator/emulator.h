@@ -15,6 +15,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...) // TR_EMULATOR_REGISTER has it
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
@@ -24,7 +25,9 @@
 #define blockDim (emu::place().block_dim)
 #define gridDim (emu::place().grid_dim)
 
-#define TR_EMULATOR_REGISTER(name) static const emu::Registrar emu_register_##name(#name, &emu::invoke<&name>);
+/// `cluster`: the blocks of a cluster of this kernel, 1 without __cluster_dims__.
+#define TR_EMULATOR_REGISTER(name, cluster) \
+    static const emu::Registrar emu_register_##name(#name, &emu::invoke<&name>, cluster);
 
 typedef uint8_t u8;
 typedef uint16_t u16;

@@ -220,8 +220,8 @@ struct EmuGroup {
     std::vector<std::vector<EmuProduct>> groups; // the last is open
 };
 static inline EmuGroup &emu_group() {
-    static EmuGroup groups[8];
-    EmuGroup &group = groups[emu::thread_rank() / 128];
+    static EmuGroup groups[emu::CLUSTER_BLOCKS_MAX][8];
+    EmuGroup &group = groups[emu::cluster_rank()][emu::thread_rank() / 128];
     if (group.block != emu::block_serial()) {
         group.block = emu::block_serial();
         group.groups.assign(1, {});
@@ -317,8 +317,17 @@ struct EmuMbarrier {
     u32 phase : 1, count : 15, missing : 16;
     int32_t bytes;
 };
+/// The mbarrier at `address` in a block of the cluster. Poison is none: fewer arrivals are missing than are counted.
+static inline EmuMbarrier *emu_mbarrier_of(int rank, u32 address, const char *what) {
+    auto *barrier = static_cast<EmuMbarrier *>(emu::shared_of(rank, address, 8, 8, what));
+    if (barrier->missing > barrier->count) {
+        emu::stop("%s at shared byte %u of block %d of the cluster, where no mbarrier was initialised", what,
+                  address - emu::SHARED_BASE, rank);
+    }
+    return barrier;
+}
 static inline EmuMbarrier *emu_mbarrier(u32 address, const char *what) {
-    return static_cast<EmuMbarrier *>(emu::shared_at(address, 8, 8, what));
+    return emu_mbarrier_of(emu::cluster_rank(), address, what);
 }
 static inline void emu_complete(EmuMbarrier *barrier) {
     if (barrier->missing == 0 && barrier->bytes == 0) {
@@ -328,11 +337,10 @@ static inline void emu_complete(EmuMbarrier *barrier) {
     }
 }
 static inline void mbarrier_init(u32 address, int count) {
-    *emu_mbarrier(address, "mbarrier.init") = {0, static_cast<u32>(count), static_cast<u32>(count), 0};
+    *static_cast<EmuMbarrier *>(emu::shared_at(address, 8, 8, "mbarrier.init")) = {0, static_cast<u32>(count), static_cast<u32>(count), 0};
 }
 static inline void fence_mbarrier_init() {}
-static inline void emu_arrive(u32 address, int bytes) {
-    EmuMbarrier *barrier = emu_mbarrier(address, "mbarrier.arrive");
+static inline void emu_arrive(EmuMbarrier *barrier, int bytes) {
     if (barrier->missing == 0) {
         emu::stop("an arrival at an mbarrier that expects no more in this phase");
     }
@@ -340,8 +348,10 @@ static inline void emu_arrive(u32 address, int bytes) {
     barrier->missing -= 1;
     emu_complete(barrier);
 }
-static inline void mbarrier_arrive(u32 address) { emu_arrive(address, 0); }
-static inline void mbarrier_arrive_expect(u32 address, int bytes) { emu_arrive(address, bytes); }
+static inline void mbarrier_arrive(u32 address) { emu_arrive(emu_mbarrier(address, "mbarrier.arrive"), 0); }
+static inline void mbarrier_arrive_expect(u32 address, int bytes) {
+    emu_arrive(emu_mbarrier(address, "mbarrier.arrive"), bytes);
+}
 static inline void mbarrier_wait(u32 address, u32 parity) {
     while (emu_mbarrier(address, "mbarrier.wait")->phase == parity) {
         emu::wait_event("mbarrier.wait");
@@ -359,19 +369,51 @@ struct EmuBulk {
     EmuMbarrier *barrier;
     int bytes;
 };
-static inline void bulk_copy(u32 to, const void *from, int bytes, u32 mbarrier) {
-    if (bytes <= 0 || bytes % 16 != 0) {
-        emu::stop("cp.async.bulk of %d bytes", bytes);
-    }
-    emu::check_global(from, static_cast<size_t>(bytes), 16, "cp.async.bulk");
-    void *target = emu::shared_at(to, static_cast<u32>(bytes), 16, "cp.async.bulk");
-    auto *context = new EmuBulk{emu_mbarrier(mbarrier, "cp.async.bulk"), bytes};
-    emu::bulk_copy(target, from, static_cast<size_t>(bytes), [](void *p) {
+static inline void emu_bulk_copy(int rank, u32 to, const void *from, int bytes, u32 mbarrier) {
+    void *target = emu::shared_of(rank, to, static_cast<u32>(bytes), 16, "cp.async.bulk");
+    auto *context = new EmuBulk{emu_mbarrier_of(rank, mbarrier, "cp.async.bulk"), bytes};
+    emu::bulk_copy(rank, target, from, static_cast<size_t>(bytes), [](void *p) {
         auto *copy = static_cast<EmuBulk *>(p);
         copy->barrier->bytes -= copy->bytes;
         emu_complete(copy->barrier);
         delete copy;
     }, context);
+}
+static inline void emu_check_bulk(const void *from, int bytes) {
+    if (bytes <= 0 || bytes % 16 != 0) {
+        emu::stop("cp.async.bulk of %d bytes", bytes);
+    }
+    emu::check_global(from, static_cast<size_t>(bytes), 16, "cp.async.bulk");
+}
+static inline void bulk_copy(u32 to, const void *from, int bytes, u32 mbarrier) {
+    emu_check_bulk(from, bytes);
+    emu_bulk_copy(emu::cluster_rank(), to, from, bytes, mbarrier);
+}
+
+// Clusters.
+static inline u32 cluster_rank() { return static_cast<u32>(emu::cluster_rank()); }
+static inline void cluster_sync() { emu::cluster_sync(); }
+static inline void mbarrier_arrive_at(u32 address, u32 rank) {
+    emu::yield();
+    emu_arrive(emu_mbarrier_of(static_cast<int>(rank), address, "mbarrier.arrive"), 0);
+}
+/// A copy for each block of the mask, from a seeded one on: they arrive apart from each other.
+static inline void bulk_copy_to_all(u32 to, const void *from, int bytes, u32 mbarrier, u16 mask) {
+    emu::yield();
+    emu_check_bulk(from, bytes);
+    if (mask == 0) {
+        emu::stop("cp.async.bulk to no block");
+    }
+    int ranks[16], count = 0;
+    for (int rank = 0; rank < 16; ++rank) {
+        if (mask >> rank & 1) {
+            ranks[count++] = rank;
+        }
+    }
+    u32 first = emu::choose(static_cast<u32>(count));
+    for (int i = 0; i < count; ++i) {
+        emu_bulk_copy(ranks[(first + static_cast<u32>(i)) % static_cast<u32>(count)], to, from, bytes, mbarrier);
+    }
 }
 template <int COUNT> static inline void registers_down() {}
 template <int COUNT> static inline void registers_up() {}

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -26,13 +27,17 @@ constexpr size_t STACK_BYTES = 128 * 1024;
 constexpr size_t SHARED_MAX = 227 * 1024;
 /// Bytes behind a block's shared memory that must keep their poison.
 constexpr size_t SHARED_CANARY = 4096;
+/// What an error says of where the threads of a cluster are.
+constexpr size_t WAITERS_TEXT_MAX = 800;
+/// In a cluster, a copy arrives one in so many times that a thread is chosen.
+constexpr uint32_t COPY_EVERY = 4;
 constexpr size_t ALIGN = 256;
 constexpr size_t CANARY = 256;
 constexpr unsigned char CANARY_BYTE = 0xA5;
 /// NaN as bf16, f32 and e4m3; -1 as an integer.
 constexpr int POISON = 0xFF;
 
-enum class State { Ready, Warp, Group, Barrier, Event, Done };
+enum class State { Ready, Warp, Group, Barrier, Cluster, Event, Done };
 
 struct Copy {
     void *to;
@@ -41,10 +46,13 @@ struct Copy {
     bool done;
 };
 
+struct Block;
+
 struct Fiber {
     void *stack_pointer;
     State state;
-    int rank;
+    int rank; // in its block
+    Block *block;
     Place place;
     const char *what;
     uint32_t lanes;
@@ -57,15 +65,32 @@ struct Fiber {
 };
 
 struct BulkCopy {
+    const Block *into;
     void *to;
     const void *from;
     size_t bytes, filled; // zero behind `bytes`
     void (*arrived)(void *); // or null
     void *context;
+    bool is_ordered; // a cp.async or what waits for it: not before such a copy that is older
 };
 
 struct Barrier {
     int arrived, expected;
+};
+
+/// A block of the running cluster: what belongs to its place in the cluster is kept from cluster to cluster.
+struct Block {
+    unsigned char *stacks = nullptr;
+    unsigned char *shared = nullptr; // SHARED_MAX, SHARED_CANARY and a guard page
+    std::vector<Fiber> fibers;
+    uint64_t serial = 0;
+    int live = 0; // threads that have not ended
+    Barrier barriers[BARRIERS];
+};
+
+struct Kernel {
+    Invoke invoke;
+    int cluster; // blocks of a cluster, along y
 };
 
 struct Allocation {
@@ -75,19 +100,18 @@ struct Allocation {
 
 struct Device {
     std::mutex mutex;
-    std::map<std::string, Invoke> kernels;
+    std::map<std::string, Kernel> kernels;
     std::map<uintptr_t, Allocation> allocations; // by first byte
     std::string error;
     uint64_t random = 1, block_serial = 0;
-    unsigned char *stacks = nullptr;
-    unsigned char *shared = nullptr; // SHARED_MAX, SHARED_CANARY and a guard page
-    std::vector<Fiber> fibers;
+    Block blocks[CLUSTER_BLOCKS_MAX];
     // The running launch.
     Invoke invoke = nullptr;
     void **args = nullptr;
-    int threads = 0, live = 0;
+    int threads = 0, cluster = 1; // threads of a block, blocks of a cluster
     uint32_t shared_bytes = 0;
-    Barrier barriers[BARRIERS];
+    // The running cluster.
+    int live = 0, synced = 0; // threads that have not ended, and that wait at cluster_sync
     std::vector<BulkCopy> copies; // under way
     Fiber *current = nullptr;
     void *scheduler = nullptr;
@@ -155,7 +179,7 @@ void wait() {
     int first = self->rank / WARP * WARP;
     int count = D->threads - first < WARP ? D->threads - first : WARP;
     for (int i = 1; i < count; ++i) {
-        Fiber *next = &D->fibers[first + (self->rank - first + i) % count];
+        Fiber *next = &self->block->fibers[first + (self->rank - first + i) % count];
         if (next->state == State::Ready) {
             to_fiber(&self->stack_pointer, next);
             return;
@@ -164,34 +188,48 @@ void wait() {
     to_scheduler(self);
 }
 
-void release_barriers() {
+void release_barriers(Block &block) {
     for (int id = 0; id < BARRIERS; ++id) {
-        Barrier &barrier = D->barriers[id];
-        int expected = barrier.expected == 0 ? D->live : barrier.expected;
+        Barrier &barrier = block.barriers[id];
+        int expected = barrier.expected == 0 ? block.live : barrier.expected;
         if (barrier.arrived == 0 || barrier.arrived < expected) {
             continue;
         }
         barrier.arrived = 0;
         for (int i = 0; i < D->threads; ++i) {
-            if (D->fibers[i].state == State::Barrier && D->fibers[i].barrier == id) {
-                D->fibers[i].state = State::Ready;
+            if (block.fibers[i].state == State::Barrier && block.fibers[i].barrier == id) {
+                block.fibers[i].state = State::Ready;
             }
         }
     }
+}
+
+/// The running thread has ended: what waited for it alone goes on, and nothing may still come for an ended block.
+void end_thread(Block &block) {
+    block.live -= 1;
+    D->live -= 1;
+    if (D->synced > 0) {
+        stop("a thread ends without the cluster_sync at which %d of its cluster wait", D->synced);
+    }
+    for (const BulkCopy &copy : D->copies) {
+        if (block.live == 0 && copy.into == &block) {
+            stop("a block ends before its copies arrived");
+        }
+    }
+    release_barriers(block);
 }
 
 void fiber_main() {
     D->invoke(D->args);
     Fiber *self = D->current;
     self->state = State::Done;
-    D->live -= 1;
-    release_barriers();
+    end_thread(*self->block);
     wait();
     abort(); // nothing switches to a fiber that is done
 }
 
-void prepare(Fiber &fiber, int rank) {
-    unsigned char *top = D->stacks + (rank + 1) * (STACK_BYTES + PAGE);
+void prepare(Fiber &fiber) {
+    unsigned char *top = fiber.block->stacks + (fiber.rank + 1) * (STACK_BYTES + PAGE);
 #if defined(__x86_64__)
     void **sp = reinterpret_cast<void **>(top) - 2;
     *sp = reinterpret_cast<void *>(&fiber_main);
@@ -209,13 +247,23 @@ void prepare(Fiber &fiber, int rank) {
     }
 }
 
-/// Lets the oldest copy under way arrive; false when there is none.
+/// Which copy under way arrives next: the oldest, or in a cluster, where senders overtake each other, a seeded one.
+size_t choose_copy() {
+    size_t chosen = D->cluster == 1 ? 0 : choose(static_cast<uint32_t>(D->copies.size()));
+    for (size_t older = 0; older < chosen && D->copies[chosen].is_ordered; ++older) {
+        chosen = D->copies[older].is_ordered ? older : chosen;
+    }
+    return chosen;
+}
+
+/// Lets a copy under way arrive; false when there is none.
 bool finish_copy() {
     if (D->copies.empty()) {
         return false;
     }
-    BulkCopy copy = D->copies.front();
-    D->copies.erase(D->copies.begin());
+    auto chosen = D->copies.begin() + static_cast<std::ptrdiff_t>(choose_copy());
+    BulkCopy copy = *chosen;
+    D->copies.erase(chosen);
     if (copy.to != nullptr) {
         memset(copy.to, 0, copy.filled);
         memcpy(copy.to, copy.from, copy.bytes);
@@ -226,21 +274,44 @@ bool finish_copy() {
     return true;
 }
 
-std::string describe_waiters() {
-    std::string text;
-    for (int i = 0; i < D->threads && text.size() < 600; ++i) {
-        const Fiber &fiber = D->fibers[i];
-        const char *what = fiber.state == State::Done ? "ended" : fiber.what;
+std::string name_of(const Block &block) {
+    const Index3 &index = block.fibers[0].place.block;
+    char text[64];
+    snprintf(text, sizeof text, "block %u,%u,%u", index.x, index.y, index.z);
+    return text;
+}
+
+/// Where a block's threads are, neighbours at the same place together.
+std::string describe_waiters(const Block &block) {
+    std::string text = " " + name_of(block) + ":";
+    size_t text_max = WAITERS_TEXT_MAX / static_cast<size_t>(D->cluster);
+    auto what = [&block](int i) {
+        const Fiber &fiber = block.fibers[i];
+        return fiber.state == State::Done ? "ended" : fiber.what;
+    };
+    for (int first = 0, end; first < D->threads && text.size() < text_max; first = end) {
+        for (end = first + 1; end < D->threads && strcmp(what(end), what(first)) == 0;) {
+            end += 1;
+        }
         char line[96];
-        snprintf(line, sizeof line, "%s thread %d: %s", text.empty() ? "" : ",", i, what);
+        snprintf(line, sizeof line, "%s threads %d to %d at %s", first == 0 ? "" : ",", first, end - 1, what(first));
         text += line;
     }
     return text;
 }
 
-void check_shared_canary() {
+[[noreturn]] void stop_stuck() {
+    std::string text;
+    for (int rank = 0; rank < D->cluster; ++rank) {
+        text += (rank == 0 ? "" : ";") + describe_waiters(D->blocks[rank]);
+    }
+    D->current = nullptr; // it is no single thread's error
+    stop("no thread can go on:%s", text.c_str());
+}
+
+void check_shared_canary(const Block &block) {
     static const std::vector<unsigned char> poison(SHARED_CANARY, POISON);
-    const unsigned char *canary = D->shared + D->shared_bytes;
+    const unsigned char *canary = block.shared + D->shared_bytes;
     if (memcmp(canary, poison.data(), SHARED_CANARY) == 0) {
         return;
     }
@@ -248,43 +319,63 @@ void check_shared_canary() {
     while (canary[at] == POISON) {
         at += 1;
     }
-    stop("writes byte %zu of %u bytes of shared memory", D->shared_bytes + at, D->shared_bytes);
+    D->current = nullptr; // whose thread it was is not known
+    stop("%s writes byte %zu of %u bytes of shared memory", name_of(block).c_str(), D->shared_bytes + at,
+         D->shared_bytes);
 }
 
-void run_block() {
+void begin(Block &block) {
     D->block_serial += 1;
-    D->live = D->threads;
-    memset(D->barriers, 0, sizeof D->barriers);
-    D->copies.clear();
-    memset(D->shared, POISON, D->shared_bytes + SHARED_CANARY);
+    block.serial = D->block_serial;
+    block.live = D->threads;
+    memset(block.barriers, 0, sizeof block.barriers);
+    memset(block.shared, POISON, D->shared_bytes + SHARED_CANARY);
     for (int i = 0; i < D->threads; ++i) {
-        prepare(D->fibers[i], i);
+        prepare(block.fibers[i]);
     }
-    int warps = (D->threads + WARP - 1) / WARP;
-    while (D->live > 0) {
-        int first_warp = static_cast<int>(choose(warps));
-        Fiber *next = nullptr;
-        for (int w = 0; w < warps && next == nullptr; ++w) {
-            int first = (first_warp + w) % warps * WARP;
-            int count = D->threads - first < WARP ? D->threads - first : WARP;
-            int lane = static_cast<int>(choose(count));
-            for (int i = 0; i < count && next == nullptr; ++i) {
-                Fiber *fiber = &D->fibers[first + (lane + i) % count];
-                next = fiber->state == State::Ready ? fiber : nullptr;
+}
+
+/// A thread that can go on, looked for from a seeded warp of the cluster and lane of the warp on; or none.
+Fiber *choose_ready() {
+    int warps = (D->threads + WARP - 1) / WARP, all = warps * D->cluster;
+    int first_warp = static_cast<int>(choose(static_cast<uint32_t>(all)));
+    for (int w = 0; w < all; ++w) {
+        int warp = (first_warp + w) % all;
+        Block &block = D->blocks[warp / warps];
+        int first = warp % warps * WARP;
+        int count = D->threads - first < WARP ? D->threads - first : WARP;
+        int lane = static_cast<int>(choose(static_cast<uint32_t>(count)));
+        for (int i = 0; i < count; ++i) {
+            Fiber *fiber = &block.fibers[first + (lane + i) % count];
+            if (fiber->state == State::Ready) {
+                return fiber;
             }
         }
-        if (next == nullptr && finish_copy()) {
-            continue;
-        }
-        if (next == nullptr) {
-            stop("no thread can go on:%s", describe_waiters().c_str());
-        }
-        to_fiber(&D->scheduler, next);
     }
-    if (!D->copies.empty()) {
-        stop("a block ends before its copies arrived");
+    return nullptr;
+}
+
+void run_cluster() {
+    D->live = D->threads * D->cluster;
+    D->synced = 0;
+    D->copies.clear();
+    for (int rank = 0; rank < D->cluster; ++rank) {
+        begin(D->blocks[rank]);
     }
-    check_shared_canary();
+    while (D->live > 0) {
+        if (D->cluster > 1 && choose(COPY_EVERY) == 0) {
+            finish_copy(); // not only when all wait for it: the blocks of a cluster do not run evenly
+        }
+        Fiber *next = choose_ready();
+        if (next != nullptr) {
+            to_fiber(&D->scheduler, next);
+        } else if (!finish_copy()) {
+            stop_stuck();
+        }
+    }
+    for (int rank = 0; rank < D->cluster; ++rank) {
+        check_shared_canary(D->blocks[rank]);
+    }
 }
 
 void on_fault(int signal, siginfo_t *info, void *) {
@@ -294,8 +385,9 @@ void on_fault(int signal, siginfo_t *info, void *) {
     siglongjmp(D->escape, 1);
 }
 
-void set_up() {
-    if (D->stacks != nullptr) {
+/// Stacks and shared memory for a place in a cluster, when it is first used.
+void set_up(Block &block) {
+    if (block.stacks != nullptr) {
         return;
     }
     size_t bytes = (STACK_BYTES + PAGE) * BLOCK_THREADS_MAX + PAGE;
@@ -307,13 +399,13 @@ void set_up() {
         perror("emulator: mmap");
         abort();
     }
-    D->stacks = static_cast<unsigned char *>(stacks);
+    block.stacks = static_cast<unsigned char *>(stacks);
     for (int i = 0; i <= BLOCK_THREADS_MAX; ++i) {
-        mprotect(D->stacks + i * (STACK_BYTES + PAGE), PAGE, PROT_NONE);
+        mprotect(block.stacks + i * (STACK_BYTES + PAGE), PAGE, PROT_NONE);
     }
-    D->shared = static_cast<unsigned char *>(shared);
-    mprotect(D->shared + shared_pages, PAGE, PROT_NONE);
-    D->fibers.resize(BLOCK_THREADS_MAX);
+    block.shared = static_cast<unsigned char *>(shared);
+    mprotect(block.shared + shared_pages, PAGE, PROT_NONE);
+    block.fibers.resize(BLOCK_THREADS_MAX);
 }
 
 /// The allocation that holds an address, or none.
@@ -352,25 +444,35 @@ void check_canaries() {
     }
 }
 
-void run_grid(const Index3 &grid, const Index3 &block) {
-    size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
-    // An affine walk visits every block once, in an order that depends on the seed.
-    size_t step = blocks < 2 ? 1 : 1 + choose(static_cast<uint32_t>(blocks - 1));
-    for (auto gcd = [](size_t a, size_t b) { while (b) { size_t t = a % b; a = b; b = t; } return a; };
-         blocks > 1 && gcd(step, blocks) != 1;) {
-        step += 1;
-    }
-    size_t at = choose(static_cast<uint32_t>(blocks));
-    for (size_t i = 0; i < blocks; ++i, at = (at + step) % blocks) {
-        auto rank = static_cast<unsigned>(at);
-        Index3 index = {rank % grid.x, rank / grid.x % grid.y, rank / grid.x / grid.y};
+/// Gives the threads of the cluster's blocks their places; `first` is the block of rank 0.
+void place_cluster(const Index3 &grid, const Index3 &block_dim, const Index3 &first) {
+    for (int rank = 0; rank < D->cluster; ++rank) {
+        Block &block = D->blocks[rank];
+        Index3 index = {first.x, first.y + static_cast<unsigned>(rank), first.z};
         for (int t = 0; t < D->threads; ++t) {
             auto u = static_cast<unsigned>(t);
-            Fiber &fiber = D->fibers[t];
-            fiber.rank = t;
-            fiber.place = {{u % block.x, u / block.x % block.y, u / block.x / block.y}, index, block, grid};
+            Index3 thread = {u % block_dim.x, u / block_dim.x % block_dim.y, u / block_dim.x / block_dim.y};
+            block.fibers[t].rank = t;
+            block.fibers[t].block = &block;
+            block.fibers[t].place = {thread, index, block_dim, grid};
         }
-        run_block();
+    }
+}
+
+void run_grid(const Index3 &grid, const Index3 &block) {
+    auto height = static_cast<unsigned>(D->cluster);
+    unsigned rows = grid.y / height;
+    size_t clusters = static_cast<size_t>(grid.x) * rows * grid.z;
+    // An affine walk visits every cluster once, in an order that depends on the seed.
+    size_t step = clusters < 2 ? 1 : 1 + choose(static_cast<uint32_t>(clusters - 1));
+    while (clusters > 1 && std::gcd(step, clusters) != 1) {
+        step += 1;
+    }
+    size_t at = choose(static_cast<uint32_t>(clusters));
+    for (size_t i = 0; i < clusters; ++i, at = (at + step) % clusters) {
+        auto rank = static_cast<unsigned>(at);
+        place_cluster(grid, block, {rank % grid.x, rank / grid.x % rows * height, rank / grid.x / rows});
+        run_cluster();
     }
     check_canaries();
 }
@@ -384,7 +486,6 @@ bool is_refused(const Index3 &grid, const Index3 &block, size_t shared_bytes) {
 }
 
 bool launch(const char *name, const Index3 &grid, const Index3 &block, size_t shared_bytes, void **args) {
-    set_up();
     auto kernel = D->kernels.find(name);
     if (kernel == D->kernels.end()) {
         D->error = "no such kernel";
@@ -394,7 +495,17 @@ bool launch(const char *name, const Index3 &grid, const Index3 &block, size_t sh
         D->error = "a grid, block or size of shared memory that a device refuses";
         return false;
     }
-    D->invoke = kernel->second;
+    int cluster = kernel->second.cluster;
+    if (grid.y % static_cast<unsigned>(cluster) != 0) {
+        D->error = "a grid of " + std::to_string(grid.y) + " rows, no multiple of its clusters' "
+                   + std::to_string(cluster) + " blocks, which a device refuses";
+        return false;
+    }
+    for (int rank = 0; rank < cluster; ++rank) {
+        set_up(D->blocks[rank]);
+    }
+    D->invoke = kernel->second.invoke;
+    D->cluster = cluster;
     D->args = args;
     D->threads = static_cast<int>(block.x * block.y * block.z);
     D->shared_bytes = static_cast<uint32_t>(shared_bytes);
@@ -416,9 +527,10 @@ bool launch(const char *name, const Index3 &grid, const Index3 &block, size_t sh
 } // namespace
 
 const Place &place() { return D->current->place; }
-uint64_t block_serial() { return D->block_serial; }
+uint64_t block_serial() { return D->current->block->serial; }
+int cluster_rank() { return static_cast<int>(D->current->block - D->blocks); }
 int thread_rank() { return D->current->rank; }
-unsigned char *shared() { return D->shared; }
+unsigned char *shared() { return D->current->block->shared; }
 
 void stop(const char *format, ...) {
     char text[1024];
@@ -450,7 +562,7 @@ static bool all_wait(int first, int count, uint32_t lanes, State state, const Fi
         if (first + i >= D->threads) {
             stop("%s names lane %d, which does not exist", self->what, i);
         }
-        const Fiber &fiber = D->fibers[first + i];
+        const Fiber &fiber = self->block->fibers[first + i];
         if (fiber.state == State::Done) {
             stop("%s waits for thread %d, which has ended", self->what, first + i);
         }
@@ -482,12 +594,12 @@ static void collective(const char *what, uint32_t lanes, void *slot, WarpAct act
     void *slots[4 * WARP] = {};
     for (int i = 0; i < width; ++i) {
         bool is_in = state == State::Group || (lanes >> i & 1);
-        slots[i] = is_in ? D->fibers[first + i].slot : nullptr;
+        slots[i] = is_in ? self->block->fibers[first + i].slot : nullptr;
     }
     act(slots, lanes);
     for (int i = 0; i < width; ++i) {
         if (state == State::Group || (lanes >> i & 1)) {
-            D->fibers[first + i].state = State::Ready;
+            self->block->fibers[first + i].state = State::Ready;
         }
     }
 }
@@ -508,14 +620,42 @@ void barrier(int id, int threads) {
     self->what = "barrier";
     self->state = State::Barrier;
     self->barrier = id;
-    Barrier &barrier = D->barriers[id];
+    Barrier &barrier = self->block->barriers[id];
     if (barrier.arrived > 0 && barrier.expected != threads) {
         stop("barrier %d of %d and of %d threads", id, barrier.expected, threads);
     }
     barrier.expected = threads;
     barrier.arrived += 1;
-    release_barriers();
+    release_barriers(*self->block);
     if (self->state == State::Barrier || choose(2) == 0) {
+        wait();
+    }
+}
+
+/// Makes the threads in `state` ready, in all blocks of the cluster.
+static void release(State state) {
+    for (int rank = 0; rank < D->cluster; ++rank) {
+        for (int i = 0; i < D->threads; ++i) {
+            Fiber &fiber = D->blocks[rank].fibers[i];
+            fiber.state = fiber.state == state ? State::Ready : fiber.state;
+        }
+    }
+}
+
+void cluster_sync() {
+    Fiber *self = D->current;
+    int threads = D->threads * D->cluster;
+    if (D->live < threads) {
+        stop("cluster_sync, but %d of the %d threads of the cluster have ended", threads - D->live, threads);
+    }
+    self->what = "cluster_sync";
+    self->state = State::Cluster;
+    D->synced += 1;
+    if (D->synced == threads) {
+        D->synced = 0;
+        release(State::Cluster);
+    }
+    if (self->state == State::Cluster || choose(2) == 0) {
         wait();
     }
 }
@@ -532,31 +672,41 @@ void wait_event(const char *what) {
     wait();
 }
 
-void signal() {
-    for (int i = 0; i < D->threads; ++i) {
-        if (D->fibers[i].state == State::Event) {
-            D->fibers[i].state = State::Ready;
-        }
-    }
-}
+void signal() { release(State::Event); }
 
-void bulk_copy(void *to, const void *from, size_t bytes, void (*arrived)(void *), void *context) {
-    D->copies.push_back({to, from, bytes, bytes, arrived, context});
+void bulk_copy(int rank, void *to, const void *from, size_t bytes, void (*arrived)(void *), void *context) {
+    D->copies.push_back({&D->blocks[rank], to, from, bytes, bytes, arrived, context, false});
     if (choose(2) == 0) {
         finish_copy();
     }
 }
 
-void *shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
+static void *shared_in(const Block &block, uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
     uint32_t offset = address - SHARED_BASE;
-    if (address < SHARED_BASE || offset + bytes > D->shared_bytes || address % align != 0) {
+    bool is_inside = address >= SHARED_BASE && bytes <= D->shared_bytes && offset <= D->shared_bytes - bytes;
+    if (!is_inside || address % align != 0) {
         stop("%s of %u bytes at shared byte %d of %u", what, bytes, static_cast<int>(offset), D->shared_bytes);
     }
-    return D->shared + offset;
+    return block.shared + offset;
+}
+
+void *shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
+    return shared_in(*D->current->block, address, bytes, align, what);
+}
+
+void *shared_of(int rank, uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
+    if (rank < 0 || rank >= D->cluster) {
+        stop("%s into block %d of a cluster of %d", what, rank, D->cluster);
+    }
+    const Block &block = D->blocks[rank];
+    if (block.live == 0) {
+        stop("%s into %s, which has ended", what, name_of(block).c_str());
+    }
+    return shared_in(block, address, bytes, align, what);
 }
 
 uint32_t shared_address(const void *pointer) {
-    auto offset = static_cast<const unsigned char *>(pointer) - D->shared;
+    auto offset = static_cast<const unsigned char *>(pointer) - shared();
     if (offset < 0 || offset > D->shared_bytes) {
         stop("a shared address of something that is not in shared memory");
     }
@@ -598,18 +748,24 @@ void copy_async_wait(int groups_left) {
 }
 
 void copy_async_then(void (*arrived)(void *), void *context) {
+    const Block *own = D->current->block;
     auto &open = D->current->groups.back();
     for (const Copy &copy : open) {
         if (!copy.done) {
-            D->copies.push_back({copy.to, copy.from, static_cast<size_t>(copy.bytes), 16, nullptr, nullptr});
+            auto bytes = static_cast<size_t>(copy.bytes);
+            D->copies.push_back({own, copy.to, copy.from, bytes, 16, nullptr, nullptr, true});
         }
     }
     open.clear();
-    D->copies.push_back({nullptr, nullptr, 0, 0, arrived, context});
+    D->copies.push_back({own, nullptr, nullptr, 0, 0, arrived, context, true});
 }
 
-Registrar::Registrar(const char *name, Invoke invoke) {
-    bool is_new = device().kernels.emplace(name, invoke).second;
+Registrar::Registrar(const char *name, Invoke invoke, int cluster) {
+    if (cluster < 1 || cluster > CLUSTER_BLOCKS_MAX) {
+        fprintf(stderr, "emulator: %s has clusters of %d blocks, expected 1 to %d\n", name, cluster, CLUSTER_BLOCKS_MAX);
+        abort();
+    }
+    bool is_new = device().kernels.emplace(name, Kernel{invoke, cluster}).second;
     if (!is_new) {
         fprintf(stderr, "emulator: two kernels are named %s\n", name);
         abort();

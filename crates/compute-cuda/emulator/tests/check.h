@@ -46,6 +46,12 @@ template <class... Args> const char *try_launch(const char *name, Dim grid, Dim 
     return error;
 }
 
+inline void expect_error(const char *error, const char *part) {
+    if (strstr(error, part) == nullptr) {
+        fail("expected an error with \"%s\", got \"%s\"", part, error);
+    }
+}
+
 template <class... Args> void launch(const char *name, Dim grid, Dim block, size_t shared, Args... args) {
     const char *error = try_launch(name, grid, block, shared, args...);
     if (error[0] != 0) {

@@ -54,10 +54,6 @@ static void shuffles_and_ballots() {
     }
 }
 
-static void expect_error(const char *error, const char *part) {
-    if (strstr(error, part) == nullptr) fail("expected an error with \"%s\", got \"%s\"", part, error);
-}
-
 static void faults_are_errors() {
     Buffer<int> x(std::vector<int>(32, 7));
     auto *overrun = static_cast<int *>(tr_emulator_alloc(40 * sizeof(int)));

@@ -154,23 +154,46 @@ fn shim_files() -> io::Result<Vec<(PathBuf, String)>> {
 fn unit(source: &Source) -> String {
     let mut text = String::from("#include \"emulator.h\"\n");
     let _ = writeln!(text, "#line 1 \"{}.cu\"\n{}", source.name, source.text);
-    for name in kernel_names(source.text) {
-        let _ = writeln!(text, "TR_EMULATOR_REGISTER({name})");
+    for Definition { name, cluster } in definitions(source.text) {
+        let _ = writeln!(text, "TR_EMULATOR_REGISTER({name}, {cluster})");
     }
     text
 }
 
-/// Names of the kernels that a source defines: `extern "C" __global__ ... tr_name(`.
-fn kernel_names(text: &str) -> Vec<&str> {
+/// A kernel that a source defines.
+struct Definition<'a> {
+    name: &'a str,
+    /// Blocks of a cluster: a number of the source. What else it may say does not compile.
+    cluster: &'a str,
+}
+
+/// The kernels that a source defines: `extern "C" __global__ ... tr_name(`, those of clusters with
+/// `__cluster_dims__(1, NUMBER, 1)` before the name.
+fn definitions(text: &str) -> Vec<Definition<'_>> {
     let definitions = text.split("extern \"C\" __global__").skip(1);
-    let name = |definition: &'_ str| -> Option<(usize, usize)> {
-        let begin = definition.find("tr_")?;
-        let len = definition[begin..].find('(')?;
-        Some((begin, begin + len))
-    };
     definitions
-        .filter_map(|definition| name(definition).map(|(begin, end)| definition[begin..end].trim()))
+        .filter_map(|definition| {
+            let begin = definition.find("tr_")?;
+            let len = definition[begin..].find('(')?;
+            Some(Definition {
+                name: definition[begin..begin + len].trim(),
+                cluster: cluster(&definition[..begin]),
+            })
+        })
         .collect()
+}
+
+/// The blocks of a cluster, of what stands before a kernel's name.
+fn cluster(head: &str) -> &str {
+    let Some((_, dims)) = head.split_once("__cluster_dims__") else {
+        return "1";
+    };
+    let number = dims
+        .strip_prefix("(1, ")
+        .and_then(|rest| rest.split_once(", 1)"))
+        .map(|(number, _)| number)
+        .filter(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()));
+    number.unwrap_or("cluster_that_is_not_1_NUMBER_1")
 }
 
 #[cfg(test)]
@@ -180,7 +203,15 @@ mod tests {
     #[test]
     fn kernels_are_found_by_their_definitions() {
         let text = "extern \"C\" __global__ void __launch_bounds__(128)\n    tr_a_bf16(int x) { tr_b(x); }\n\
-                    __device__ void tr_c();\nextern \"C\" __global__ void tr_d(Args args) {}";
-        assert_eq!(kernel_names(text), ["tr_a_bf16", "tr_d"]);
+                    __device__ void tr_c();\n\
+                    extern \"C\" __global__ void __cluster_dims__(1, 2, 1) __launch_bounds__(384) tr_d(Args a) {}\n\
+                    extern \"C\" __global__ void __cluster_dims__(2, 1, 1) tr_e(Args args) {}";
+        let found = definitions(text).into_iter().map(|d| (d.name, d.cluster));
+        let expected = [
+            ("tr_a_bf16", "1"),
+            ("tr_d", "2"),
+            ("tr_e", "cluster_that_is_not_1_NUMBER_1"),
+        ];
+        assert_eq!(found.collect::<Vec<_>>(), expected);
     }
 }
