@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -112,7 +113,7 @@ struct Device {
     uint32_t shared_bytes = 0;
     // The running cluster.
     int live = 0, synced = 0; // threads that have not ended, and that wait at cluster_sync
-    std::vector<BulkCopy> copies; // under way
+    std::deque<BulkCopy> copies; // under way, the oldest in front
     Fiber *current = nullptr;
     void *scheduler = nullptr;
 #if !defined(__x86_64__)
@@ -637,7 +638,9 @@ static void release(State state) {
     for (int rank = 0; rank < D->cluster; ++rank) {
         for (int i = 0; i < D->threads; ++i) {
             Fiber &fiber = D->blocks[rank].fibers[i];
-            fiber.state = fiber.state == state ? State::Ready : fiber.state;
+            if (fiber.state == state) {
+                fiber.state = State::Ready;
+            }
         }
     }
 }
@@ -681,17 +684,17 @@ void bulk_copy(int rank, void *to, const void *from, size_t bytes, void (*arrive
     }
 }
 
-static void *shared_in(const Block &block, uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
+static void *shared_in(unsigned char *shared, uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
     uint32_t offset = address - SHARED_BASE;
     bool is_inside = address >= SHARED_BASE && bytes <= D->shared_bytes && offset <= D->shared_bytes - bytes;
     if (!is_inside || address % align != 0) {
         stop("%s of %u bytes at shared byte %d of %u", what, bytes, static_cast<int>(offset), D->shared_bytes);
     }
-    return block.shared + offset;
+    return shared + offset;
 }
 
 void *shared_at(uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
-    return shared_in(*D->current->block, address, bytes, align, what);
+    return shared_in(shared(), address, bytes, align, what);
 }
 
 void *shared_of(int rank, uint32_t address, uint32_t bytes, uint32_t align, const char *what) {
@@ -702,7 +705,7 @@ void *shared_of(int rank, uint32_t address, uint32_t bytes, uint32_t align, cons
     if (block.live == 0) {
         stop("%s into %s, which has ended", what, name_of(block).c_str());
     }
-    return shared_in(block, address, bytes, align, what);
+    return shared_in(block.shared, address, bytes, align, what);
 }
 
 uint32_t shared_address(const void *pointer) {
