@@ -121,6 +121,21 @@ static void copies_of_threads_arrive_before_their_arrivals() {
     }
 }
 
+static void copies_overtake_each_other() {
+    const uint64_t seeds = 4 * SEEDS;
+    Buffer<uint32_t> x(std::vector<uint32_t>(4, 7)), out(2);
+    uint64_t overtaken[2] = {};
+    for (uint64_t seed = 0; seed < seeds; ++seed) {
+        tr_emulator_seed(seed);
+        launch("tr_selftest_cluster_order", {1, 2}, {1}, 48, x.data, out.data);
+        for (int block = 0; block < 2; ++block) overtaken[block] += out[block] != 7;
+    }
+    for (int block = 0; block < 2; ++block) {
+        bool is_both_seen = overtaken[block] > 0 && overtaken[block] < seeds;
+        if (!is_both_seen) fail("copies to block %d: %d overtaken", block, static_cast<int>(overtaken[block]));
+    }
+}
+
 static void faults_are_errors() {
     // In the order of ClusterFault of selftest_kernels.cu.
     const char *const errors[] = {
@@ -156,6 +171,7 @@ int main() {
     copies_of_threads_arrive_before_their_arrivals();
     rings_are_right();
     wrong_rings_show();
+    copies_overtake_each_other();
     faults_are_errors();
     puts("selftest_clusters: passed");
 }

@@ -170,6 +170,25 @@ extern "C" __global__ void __cluster_dims__(1, 2, 1) tr_selftest_cluster_copied(
     out[blockIdx.y * 32 + threadIdx.x] = hash;
 }
 
+/// Waits for the second of two copies and takes a word of the first, which may not have arrived: wrong.
+extern "C" __global__ void __cluster_dims__(1, 2, 1) tr_selftest_cluster_order(const u32 *x, u32 *out) {
+    auto *shared = reinterpret_cast<u32 *>(tr_shared()); // two mbarriers, two copies
+    u32 base = shared_address(shared);
+    mbarrier_init(base, 1);
+    mbarrier_init(base + 8, 1);
+    mbarrier_arrive_expect(base, 16);
+    mbarrier_arrive_expect(base + 8, 16);
+    fence_mbarrier_init();
+    cluster_sync();
+    if (cluster_rank() == 0) {
+        bulk_copy_to_all(base + 16, x, 16, base, 3);
+        bulk_copy_to_all(base + 32, x, 16, base + 8, 3);
+    }
+    mbarrier_wait(base + 8, 0);
+    out[blockIdx.y] = shared[4];
+    mbarrier_wait(base, 0);
+}
+
 /// What is wrong, in the order of selftest_clusters.cpp.
 enum ClusterFault {
     ENDS_WITHOUT_SYNC,
