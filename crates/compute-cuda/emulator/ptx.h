@@ -426,7 +426,6 @@ static inline u32 f16x2_sub(u32 a, u32 b) {
     return f16x2_from(emu_f16_to(static_cast<u16>(a)) - emu_f16_to(static_cast<u16>(b)),
                       emu_f16_to(static_cast<u16>(a >> 16)) - emu_f16_to(static_cast<u16>(b >> 16)));
 }
-static inline void prefetch_bulk(const void *p, int bytes) { emu::check_global(p, static_cast<size_t>(bytes), 16, "a prefetch"); }
 static inline int load_fresh(const int *p) {
     emu::check_global(p, 4, 4, "a load");
     return *p;

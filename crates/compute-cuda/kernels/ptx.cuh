@@ -225,13 +225,6 @@ __device__ __forceinline__ u32 f16x2_sub(u32 a, u32 b) {
 /// Asks for 128 bytes to be in the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-/// Asks for `bytes` (a multiple of 16, aligned to 16) to be in the L2 cache.
-__device__ __forceinline__ void prefetch_bulk(const void *p, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 /// What a kernel wrote that is done, while the one behind it may still run.
 __device__ __forceinline__ int load_fresh(const int *p) {
     int out;

@@ -78,6 +78,38 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void *from, int bytes, u
                  : "memory");
 }
 
+// Clusters: blocks that run together, next to each other in the grid's y, and reach into each other's shared memory.
+
+/// This block's number in its cluster.
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/// Waits for all threads of the cluster, and shows each what the others wrote.
+__device__ __forceinline__ void cluster_sync() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// Arrives at the barrier that block `rank` has at this address.
+__device__ __forceinline__ void mbarrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile("{\n"
+                 ".reg .b32 remote;\n"
+                 "mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+                 "}" ::"r"(barrier), "r"(rank)
+                 : "memory");
+}
+
+/// As bulk_copy, into every block of `mask` at the same address, and reports to each one's barrier.
+__device__ __forceinline__ void bulk_copy_to_all(u32 to, const void *from, int bytes, u32 barrier, u16 mask) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+                 : "memory");
+}
+
 __device__ __forceinline__ uint4 shared_load_16(u32 address) {
     uint4 out;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -109,6 +109,9 @@ struct Parts {
 
 __device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+/// Parts with columns.
+__device__ __forceinline__ int num_parts(const Parts &parts) { return divide_up(parts.cols, parts.part_cols); }
+
 /// Columns of one part; 0 behind the last.
 __device__ __forceinline__ int cols_of(const Parts &parts, int part) {
     return max(0, min(parts.part_cols, parts.cols - part * parts.part_cols));
@@ -177,23 +180,26 @@ __device__ __forceinline__ void find_rows(TokenRows<N, THREADS> &rows, const Tok
     }
 }
 
-/// Starts the copy of one step of every token; absent tokens and what lies behind the part's end become zero.
+/// Starts the copy of one step of every token; what lies behind the part's end becomes zero. Of absent tokens nothing is copied: what
+/// is computed from what lay there is not written.
+///
+/// Few instructions decide the pace of long batches: a row is one product, one sum and the copy.
 template <class Step, int N, int THREADS>
 __device__ __forceinline__ void copy_step(u32 stage, const TokenRows<N, THREADS> &rows, const Tokens &tokens,
                                           const Parts &parts, const Cursor &at, int thread) {
     if (at.part < parts.end) {
         constexpr int ELEMENT = TOKEN_STEP_BYTES / Step::K;
-        int chunk = thread % 8;
+        int chunk = thread % 8, row = thread / 8;
         int from = at.step * TOKEN_STEP_BYTES + chunk * 16;
         int left = max(0, min(16, cols_of(parts, at.part) * ELEMENT - from));
         const u8 *column = tokens.x + static_cast<long long>(at.part) * parts.part_cols * ELEMENT + from;
+        u32 to = stage + row * TOKEN_STEP_BYTES + ((chunk ^ (row % 8)) << 4);
 #pragma unroll
         for (int i = 0; i < rows.COUNT; ++i) {
-            int row = thread / 8 + i * (THREADS / 8);
-            bool is_live = rows.offset[i] != ~0U && left > 0;
-            const u8 *source = is_live ? column + static_cast<u64>(rows.offset[i]) * 16 : tokens.x;
-            if (row < N) {
-                cp_async_16(stage + row * TOKEN_STEP_BYTES + ((chunk ^ (row % 8)) << 4), source, is_live ? left : 0);
+            // Row r = row + i * THREADS / 8 has chunk c at c ^ (r % 8); with 32 threads every other r has bit 2 the other way.
+            u32 place = (to ^ (i * THREADS / 8 % 8 << 4)) + i * (THREADS / 8) * TOKEN_STEP_BYTES;
+            if (rows.offset[i] != ~0U) {
+                cp_async_16(place, column + static_cast<u64>(rows.offset[i]) * 16, left);
             }
         }
     }

@@ -135,20 +135,18 @@ __device__ __forceinline__ void put_tree(const float *slots, int count, const Pa
     }
 }
 
-/// Sums that wait for their right half. Level 0 waits in registers where VALUES == KEPT, else in shared memory.
-template <int KEPT> struct Parked {
-    float *place; // this thread's in shared memory, [level][value][thread]; level 1 first when level 0 is kept
+/// Sums that wait for their right half.
+struct Parked {
+    float *place; // this thread's in shared memory, [level][value][thread]
     int threads, occupied;
-    float kept[KEPT];
 };
 
 /// Takes the sum of `part` up the tree as far as its left halves are there; calls `emit` for every node that is an
 /// output, ascending. `is_last`: no part follows; `is_tail_empty`: nor would any that has columns.
-template <int VALUES, int KEPT, class Emit>
-__device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUES], int part, bool is_last,
+template <int VALUES, class Emit>
+__device__ __forceinline__ void climb(Parked &parked, float (&value)[VALUES], int part, bool is_last,
                                       bool is_tail_empty, Emit emit) {
-    constexpr int IN_REGISTERS = VALUES == KEPT ? 1 : 0;
-    auto place = [&](int level, int i) { return parked.place + ((level - IN_REGISTERS) * VALUES + i) * parked.threads; };
+    auto place = [&](int level, int i) { return parked.place + (level * VALUES + i) * parked.threads; };
     int level = 0;
     bool is_output = false;
     while (true) {
@@ -160,18 +158,13 @@ __device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUE
         if (is_right) {
 #pragma unroll
             for (int i = 0; i < VALUES; ++i) {
-                float left = level < IN_REGISTERS ? parked.kept[i % KEPT] : *place(level, i);
-                value[i] = __fadd_rn(left, value[i]);
+                value[i] = __fadd_rn(*place(level, i), value[i]);
             }
             parked.occupied &= ~(1 << level);
         } else if (!(is_last && is_tail_empty)) {
 #pragma unroll
             for (int i = 0; i < VALUES; ++i) {
-                if (level < IN_REGISTERS) {
-                    parked.kept[i % KEPT] = value[i];
-                } else {
-                    *place(level, i) = value[i];
-                }
+                *place(level, i) = value[i];
             }
             parked.occupied |= 1 << level;
             break;
@@ -192,10 +185,52 @@ __device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUE
         is_output = true;
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
-            value[i] = level < IN_REGISTERS ? parked.kept[i % KEPT] : *place(level, i);
+            value[i] = *place(level, i);
         }
         level -= 1;
     }
+}
+
+/// The same for all parts of a product with many tokens: one output, and no more code than that needs. Left halves wait in
+/// registers (level 0, where KEPT has room for them), in shared memory, and in the thread's own memory behind the caches (level 2):
+/// that is written and read once in a block's life, and leaves shared memory to the stages.
+template <int VALUES, int KEPT> struct Halves {
+    float *place; // this thread's in shared memory, [level][value][thread]; level 1 first when level 0 is kept
+    float kept[KEPT];
+    volatile float far[VALUES];
+};
+
+/// Takes the sum of `part` up the tree. True when it is the whole sum.
+template <int THREADS, int VALUES, int KEPT>
+__device__ __forceinline__ bool climb_whole(Halves<VALUES, KEPT> &halves, float (&value)[VALUES], int part, bool is_last) {
+    constexpr bool IS_KEPT = VALUES == KEPT;
+#pragma unroll
+    for (int level = 0; level < 3; ++level) {
+        float *place = halves.place + (IS_KEPT ? 0 : level % 2) * VALUES * THREADS;
+        bool is_right = (part >> level & 1) != 0;
+        if (!is_right && !is_last) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                if (level == 0 && IS_KEPT) {
+                    halves.kept[i % KEPT] = value[i];
+                } else if (level < 2) {
+                    place[i * THREADS] = value[i];
+                } else {
+                    halves.far[i] = value[i];
+                }
+            }
+            return false;
+        }
+        // A left half without a right one, because no columns are left, goes up as it is.
+        if (is_right) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                float left = level == 0 && IS_KEPT ? halves.kept[i % KEPT] : level < 2 ? place[i * THREADS] : halves.far[i];
+                value[i] = __fadd_rn(left, value[i]);
+            }
+        }
+    }
+    return true;
 }
 
 // ---- Scales of e4m3.
@@ -233,10 +268,30 @@ __device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *
 
 // ---- The activation.
 
-__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0F, expf(-x))); }
+/// x / (1 + e^-x), by the fast exponential and reciprocal: a few units in the last place of f32, of which bf16 sees none.
+__device__ __forceinline__ float silu(float x) {
+    return __fmul_rn(x, reciprocal_fast(__fadd_rn(1.0F, exp2_fast(__fmul_rn(x, -1.44269504F)))));
+}
 
-/// silu(gate) * up of one strip (8 columns of the intermediate row) for all tokens of the tile.
-template <int N>
+/// Where the 16 bytes of a token's columns from `column` (a multiple of 8) on lie in panels of bf16: [column / 64][slots][128 bytes],
+/// swizzled as in shared memory.
+__device__ __forceinline__ long long panel_at(int column, int slot, int slots) {
+    long long line = static_cast<long long>(column / 64) * slots + slot;
+    return line * TOKEN_STEP_BYTES + ((column / 8 % 8 ^ slot % 8) << 4);
+}
+
+/// The slot of a job's first row in panels: jobs begin at multiples of 8.
+__device__ __forceinline__ int first_slot(const int *offsets, int job) {
+    int slot = 0;
+    for (int j = 0; j < job; ++j) {
+        slot += divide_up(load_fresh(offsets + j + 1) - load_fresh(offsets + j), 8) * 8;
+    }
+    return slot;
+}
+
+/// silu(gate) * up of one strip (8 columns of the intermediate row) for all tokens of the tile, the first of which has row
+/// or slot `first`. IS_PANEL: into panels of `out_stride` slots, not rows.
+template <int N, bool IS_PANEL>
 __device__ __forceinline__ void put_activation(const GateUp &call, const float (&sum)[N / 8][4], const Tokens &tokens,
                                                int first, int ff_column, int lane) {
 #pragma unroll
@@ -248,8 +303,10 @@ __device__ __forceinline__ void put_activation(const GateUp &call, const float (
         int token = j * 8 + lane % 4 * 2 + (is_first ? 0 : 1);
         u32 both = is_first ? bf16x2_from(even, other) : bf16x2_from(other, odd);
         if (token < tokens.count) {
-            u16 *row = call.out + static_cast<long long>(first + token) * call.out_stride;
-            *reinterpret_cast<u32 *>(row + ff_column + lane / 8 * 2) = both;
+            auto *out = reinterpret_cast<u8 *>(call.out);
+            out += IS_PANEL ? panel_at(ff_column, first + token, call.out_stride)
+                            : (static_cast<long long>(first + token) * call.out_stride + ff_column) * 2;
+            *reinterpret_cast<u32 *>(out + lane / 8 * 4) = both;
         }
     }
 }

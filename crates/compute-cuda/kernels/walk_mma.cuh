@@ -187,7 +187,7 @@ __device__ __forceinline__ void tree_in_turn(const Tokens &tokens, const Parts &
     constexpr int VALUES = N / 2;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
     auto *places = reinterpret_cast<float *>(tr_shared() + STAGES * N * TOKEN_STEP_BYTES);
-    Parked<1> parked = {places + threadIdx.x, 128, 0, {}};
+    Parked parked = {places + threadIdx.x, 128, 0};
     auto emit = [&](float(&value)[VALUES]) {
         Output here = output;
         here.vectors = computed_here(output.vectors);
@@ -243,7 +243,8 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
         return call.weights + part * part_bytes + strip_offset<Step>(strip, steps);
     };
     auto scales_of = [&](int part) { return call.weight_scales + static_cast<long long>(part) * strips * 16 + strip * 16; };
-    Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
+    long long at = static_cast<long long>(column) * call.out_stride;
+    Output output = {call.out + at, 1, call.out_stride, call.rows, call.is_added != 0};
     TokenScales<1> scales = {call.x_scales};
     tree_product<Step, N, ROWS / 16>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
 }
@@ -271,7 +272,7 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
     auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
         TokenScales<1> scales = {call.x_scales};
         scale_sums<Step, N>(sum[0], expert->gate_up_scales[segment] + strip * 16, scales, tokens, part, lane);
-        put_activation<N>(call, sum[0], tokens, first, segment * part_cols + strip * 8, lane);
+        put_activation<N, false>(call, sum[0], tokens, first, segment * part_cols + strip * 8, lane);
     };
     walk<Step, N, 1, 128, STAGES, AHEAD>(tokens, parts, shared_address(tr_shared()), threadIdx.x, 1, strip_of, finish);
 }
@@ -298,7 +299,8 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     auto scales_of = [&](int part) { return expert->down_scales[part] + strip * 16; };
     int vectors = num_nodes(job.begin, job.end, num_segments);
     long long out = job.out < 0 ? begin : job.out;
-    Output output = {call.out + (out + static_cast<long long>(column) * vectors) * call.hidden, vectors, call.hidden, call.hidden, false};
+    float *at = call.out + (out + static_cast<long long>(column) * vectors) * call.hidden;
+    Output output = {at, vectors, call.hidden, call.hidden, false};
     TokenScales<8> scales = {call.x_scales};
     tree_product<Step, N, ROWS / 16>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
 }

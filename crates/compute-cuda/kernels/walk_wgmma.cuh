@@ -42,9 +42,10 @@ __device__ __forceinline__ void load_shared_step(Q4Step &to, u32 step, int lane)
 }
 
 /// A ring of stages between producer threads and the warp groups that they feed. A stage: one step of every warp's
-/// strip, then the tokens' step.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS> struct Ring {
+/// strip, then the tokens' step. The blocks of a CLUSTER give each other their tokens, see walk_wgmma_cluster.cuh.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER = 1> struct Ring {
     static constexpr int WARPS = GROUPS * 4;
+    static constexpr int COPIED = GROUPS * GROUP_STEP<Step> + (CLUSTER > 1 ? N * TOKEN_STEP_BYTES : 0); // by bulk copies
     static constexpr u32 TOKENS_AT = (GROUPS * GROUP_STEP<Step> + 1023) / 1024 * 1024;
     static constexpr u32 STAGE_BYTES = TOKENS_AT + N * TOKEN_STEP_BYTES;
     static constexpr u32 BYTES = STAGES * STAGE_BYTES;
@@ -53,11 +54,11 @@ template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS> struct Ring 
 };
 
 /// One thread, before a __syncthreads.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS>
-__device__ __forceinline__ void start_ring(const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring) {
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER>
+__device__ __forceinline__ void start_ring(const Ring<Step, N, GROUPS, STAGES, PRODUCERS, CLUSTER> &ring) {
     for (int i = 0; i < STAGES; ++i) {
-        mbarrier_init(ring.barriers + 16 * i, PRODUCERS + 1);
-        mbarrier_init(ring.barriers + 16 * i + 8, ring.WARPS);
+        mbarrier_init(ring.barriers + 16 * i, CLUSTER > 1 ? 1 : PRODUCERS + 1);
+        mbarrier_init(ring.barriers + 16 * i + 8, ring.WARPS * CLUSTER);
     }
     fence_mbarrier_init();
 }
@@ -69,15 +70,15 @@ template <int GROUPS> struct WeightStream {
 };
 
 /// Asks for the next step's weights, by one bulk copy for each group. One thread.
-/// `group_of(part, group)`: where the rows of a consumer group begin.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class GroupOf>
-__device__ __forceinline__ void next_weights(WeightStream<GROUPS> &from, const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring,
+/// `group_of(parts, part, group)`: where the rows of a consumer group begin.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER, class GroupOf>
+__device__ __forceinline__ void next_weights(WeightStream<GROUPS> &from, const Ring<Step, N, GROUPS, STAGES, PRODUCERS, CLUSTER> &ring,
                                              const Parts &parts, int slot, const GroupOf &group_of) {
     u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
-    mbarrier_arrive_expect(full, GROUPS * GROUP_STEP<Step>);
+    mbarrier_arrive_expect(full, ring.COPIED);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        from.groups[g] = from.at.step == 0 ? group_of(from.at.part, g) : from.groups[g] + GROUP_STEP<Step>;
+        from.groups[g] = from.at.step == 0 ? group_of(parts, from.at.part, g) : from.groups[g] + GROUP_STEP<Step>;
         bulk_copy(stage + g * GROUP_STEP<Step>, from.groups[g], GROUP_STEP<Step>, full);
     }
     advance<Step>(from.at, parts);
@@ -117,27 +118,81 @@ __device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES, PROD
     }
 }
 
-/// A block of 384 threads begins with 168 registers each: 64,512. Producers of a whole warp group need fewer (more for
-/// more tokens, whose places they keep), sums of many tokens need more.
-template <int N> constexpr int PRODUCER_REGISTERS = N == 128 ? 72 : 88;
-template <int N> constexpr int CONSUMER_REGISTERS = N == 128 ? 216 : 208;
+/// The same from panels (panels.cu): tokens too come by bulk copies, each block of the cluster copies its share to all. Threads but the
+/// first have nothing to do.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER, class GroupOf>
+__device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES, PRODUCERS, CLUSTER> &ring, const Tokens &tokens,
+                                        const Parts &parts, int thread, const GroupOf &group_of) {
+    if (thread != 0) {
+        return;
+    }
+    constexpr int SHARE = N / CLUSTER * TOKEN_STEP_BYTES;
+    int slot = 0, total = total_steps<Step>(parts), rank = static_cast<int>(cluster_rank());
+    u32 parity = 0, at = ring.TOKENS_AT + rank * SHARE;
+    WeightStream<GROUPS> weights = {first_step<Step>(parts), {}};
+    for (int i = 0; i < min(STAGES, total); ++i) {
+        next_weights(weights, ring, parts, i, group_of);
+    }
+    grid_wait();
+    long long first_of_part = static_cast<long long>(parts.begin) * steps_of<Step>(parts.part_cols) * tokens.stride;
+    const u8 *panel = tokens.x + first_of_part + static_cast<long long>(tokens.first) * TOKEN_STEP_BYTES + rank * SHARE;
+    for (int i = 0; i < total; ++i) {
+        u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
+        if (i >= STAGES) {
+            mbarrier_wait(full + 8, parity);
+            next_weights(weights, ring, parts, slot, group_of);
+        }
+        bulk_copy_to_all(stage + at, panel, SHARE, full, (1 << CLUSTER) - 1);
+        panel += tokens.stride;
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        parity ^= slot == 0 && i >= STAGES;
+    }
+}
+
+/// Waits for the block, or for all blocks of the cluster.
+template <int CLUSTER> __device__ __forceinline__ void blocks_sync() {
+    if constexpr (CLUSTER == 1) {
+        __syncthreads();
+    } else {
+        cluster_sync();
+    }
+}
+
+/// A block of a cluster ends when no other writes into it any more.
+template <int CLUSTER> __device__ __forceinline__ void end_cluster() {
+    if constexpr (CLUSTER > 1) {
+        cluster_sync();
+    }
+}
+
+/// A block of 384 threads begins with 168 registers each: 64,512. Producers need fewer, sums of many tokens more.
+constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
 
 template <int N> __device__ __forceinline__ void become_producer() {
     if constexpr (N >= 128) {
-        registers_down<PRODUCER_REGISTERS<N>>();
+        registers_down<PRODUCER_REGISTERS>();
     }
 }
 
 template <int N> __device__ __forceinline__ void become_consumer() {
     if constexpr (N >= 128) {
-        registers_up<CONSUMER_REGISTERS<N>>();
+        registers_up<CONSUMER_REGISTERS>();
+    }
+}
+
+/// A stage may be filled again: says so to the blocks that write there, lane `rank` to each.
+template <int CLUSTER> __device__ __forceinline__ void give_back(u32 empty, int rank) {
+    if constexpr (CLUSTER == 1) {
+        mbarrier_arrive(empty);
+    } else {
+        mbarrier_arrive_at(empty, rank);
     }
 }
 
 /// Multiplies what comes through the ring and calls `finish(part, sum)` after each part: a warp of 4 x GROUPS.
 /// One step's products stay under way while the next is read: its stage is given back one step later.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class Finish>
-__device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring, const Parts &parts, int warp, int lane,
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER, class Finish>
+__device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PRODUCERS, CLUSTER> &ring, const Parts &parts, int warp, int lane,
                                         Finish finish) {
     int slot = 0, before = -1;
     u32 parity = 0;
@@ -150,7 +205,9 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PROD
             for (int half = 0; half < 2; ++half) {
                 u32 stage = ring.stages + slot * ring.STAGE_BYTES;
                 mbarrier_wait(ring.barriers + 16 * slot, parity);
-                fence_proxy_async(); // between the writes of cp.async, which the barrier has shown, and wgmma
+                if constexpr (CLUSTER == 1) {
+                    fence_proxy_async(); // between the writes of cp.async, which the barrier has shown, and wgmma
+                }
                 Step weights;
                 load_shared_step(weights, stage + warp * Step::BYTES, lane);
                 u32 a[4][4];
@@ -167,8 +224,8 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PROD
                 wgmma_commit();
                 wgmma_wait<1>();
                 __syncwarp(); // one lane gives back what all have read
-                if (lane == 0 && before >= 0) {
-                    mbarrier_arrive(ring.barriers + 16 * before + 8);
+                if (lane < CLUSTER && before >= 0) {
+                    give_back<CLUSTER>(ring.barriers + 16 * before + 8, lane);
                 }
                 before = slot;
                 slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -186,9 +243,8 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PROD
 /// By parts: 4 groups of the same 64 rows, two parts each, and a producer warp for each group. Block 640.
 /// Shared: 4 rings, then 4 x N x 68 f32, then 4 x STAGES x 16.
 template <class Step, int N, int STAGES, class Scales, class GroupOf, class ScalesOf>
-__device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                    const Output &output, const Scales &scales, GroupOf group_of,
-                                                    ScalesOf scales_of) {
+__device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const Parts &parts, int first_row, const Output &output,
+                                                    const Scales &scales, GroupOf group_of, ScalesOf scales_of) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, is_producer = warp >= 16;
     int group = is_producer ? warp - 16 : warp / 4, in_group = warp % 4;
     Ring<Step, N, 1, STAGES, 32> ring;
@@ -219,46 +275,33 @@ __device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const 
         }
     }
     __syncthreads();
-    put_tree<N, 64, 640, 2>(slots, tokens.count, parts, num_segments, first_row, output);
+    put_tree<N, 64, 640, 2>(slots, tokens.count, parts, num_parts(parts), first_row, output);
 }
 
-/// In turn: 2 groups of 64 rows each and PRODUCERS threads. Block 256 + PRODUCERS.
-/// Shared: the ring, then LEVELS x 128 x N f32 (3, or 2 for N = 128), then STAGES x 16.
-template <class Step, int N, int STAGES, int PRODUCERS, class Scales, class GroupOf, class ScalesOf>
-__device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                   const Output &output, const Scales &scales, GroupOf group_of,
-                                                   ScalesOf scales_of) {
-    constexpr int VALUES = N / 2, KEPT = N == 128 ? VALUES : 1, LEVELS = N == 128 ? 2 : 3;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
-    Ring<Step, N, 2, STAGES, PRODUCERS> ring;
+/// In turn, for whole products only: 2 groups of 64 rows each and PRODUCERS threads, which `fill(ring, thread)`. Block 256 + PRODUCERS.
+/// Shared: the ring, then LEVELS x 128 x N f32 (2, or 1 for N = 128), then STAGES x 16.
+template <class Step, int N, int TILE, int STAGES, int PRODUCERS, int CLUSTER, class PartsOf, class Scales, class Fill, class ScalesOf>
+__device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, PartsOf parts_of, int first_row, const Output &output,
+                                                   const Scales &scales, Fill fill, ScalesOf scales_of) {
+    constexpr int VALUES = N / 2, KEPT = N == 128 ? VALUES : 1, LEVELS = N == 128 ? 1 : 2;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Ring<Step, N, 2, STAGES, PRODUCERS, CLUSTER> ring;
     ring.stages = shared_address(tr_shared());
     ring.barriers = ring.stages + ring.BYTES + LEVELS * 128 * N * 4;
     if (threadIdx.x == 0) {
         start_ring(ring);
     }
-    __syncthreads();
+    blocks_sync<CLUSTER>();
     if (warp >= 8) {
-        become_producer<N>();
-        produce(ring, tokens, parts, threadIdx.x - 256, group_of);
+        become_producer<TILE>();
+        fill(ring, threadIdx.x - 256);
         return;
     }
-    become_consumer<N>();
+    become_consumer<TILE>();
     grid_begin();
-    auto *places = reinterpret_cast<float *>(tr_shared() + ring.BYTES);
-    Parked<KEPT> parked = {places + threadIdx.x, 256, 0, {}};
-    auto emit = [&](float(&value)[VALUES]) {
-        Output here = output;
-        here.vectors = computed_here(output.vectors);
-        int row = computed_here(first_row) + warp * 16 + lane / 4;
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) {
-            int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (column < tokens.count) {
-                put(here, column, node, row + i / 2 % 2 * 8, value[i]);
-            }
-        }
-        node += 1;
-    };
+    Parts parts = parts_of();
+    Halves<VALUES, KEPT> halves;
+    halves.place = reinterpret_cast<float *>(tr_shared() + ring.BYTES) + threadIdx.x;
     auto finish = [&](int part, float(&sum)[N / 8][4]) {
         scale_sums<Step, N>(sum, scales_of(part, warp), scales, tokens, part, lane);
         float value[VALUES];
@@ -266,7 +309,19 @@ __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const P
         for (int i = 0; i < VALUES; ++i) {
             value[i] = sum[i / 4][i % 4];
         }
-        climb(parked, value, part, part + 1 == parts.end, parts.end >= num_segments, emit);
+        if (!climb_whole<256>(halves, value, part, part + 1 == parts.end)) {
+            return;
+        }
+        int column = computed_here(lane) % 4 * 2, row = computed_here(first_row) + warp * 16 + lane / 4;
+        float *to = output.out + static_cast<long long>(column) * output.stride + row;
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            if (column + i / 4 * 8 + i % 2 < tokens.count && row + i / 2 % 2 * 8 < output.rows) {
+                float *at = to + (i % 2 * output.stride + i / 2 % 2 * 8);
+                *at = output.is_added ? __fadd_rn(*at, value[i]) : value[i];
+            }
+            to += i % 4 == 3 ? 8 * output.stride : 0;
+        }
     };
     consume(ring, parts, warp, lane, finish);
 }
@@ -277,85 +332,89 @@ template <int N> constexpr int DOWN_ROWS = N <= 32 ? 64 : 128;
 /// Stages that there is room for.
 template <int N> constexpr int BY_PARTS_STAGES = N <= 16 ? 5 : N == 32 ? 4 : 2;
 
-template <class Step, int N, int ROWS, class Scales, class GroupOf, class ScalesOf>
-__device__ __forceinline__ void group_tree(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                           const Output &output, const Scales &scales, GroupOf group_of, ScalesOf scales_of) {
+/// `parts_of()`: the parts, computed anew for producers and consumers, or they would be kept for both all the time.
+template <class Step, int N, int TILE, int ROWS, int CLUSTER, class PartsOf, class Scales, class GroupOf, class ScalesOf>
+__device__ __forceinline__ void group_tree(const Tokens &tokens, PartsOf parts_of, int first_row, const Output &output,
+                                           const Scales &scales, GroupOf group_of, ScalesOf scales_of) {
     if constexpr (ROWS == 64) {
-        group_tree_by_parts<Step, N, BY_PARTS_STAGES<N>>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
-    } else if constexpr (N <= 64) {
-        group_tree_in_turn<Step, N, 5, 128>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
+        group_tree_by_parts<Step, N, BY_PARTS_STAGES<N>>(tokens, parts_of(), first_row, output, scales, group_of, scales_of);
     } else {
-        group_tree_in_turn<Step, N, 3, 128>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
+        constexpr int STAGES = N <= 64 ? 6 : 5;
+        auto fill = [&](const Ring<Step, N, 2, STAGES, 128, CLUSTER> &ring, int thread) { produce(ring, tokens, parts_of(), thread, group_of); };
+        group_tree_in_turn<Step, N, TILE, STAGES, 128, CLUSTER>(tokens, parts_of, first_row, output, scales, fill, scales_of);
+        end_cluster<CLUSTER>();
     }
 }
 
-/// Bytes of a matrix that are asked for while the kernel before may still run: half of an H200's L2 cache.
-constexpr int L2_AHEAD = 24 << 20;
-
-template <class Step, int N> __device__ __forceinline__ void linear_group(const Linear &call) {
+template <class Step, int N, int CLUSTER = 1> __device__ __forceinline__ void linear_group(const Linear &call) {
     int column = blockIdx.x * N, first_row = blockIdx.y * LINEAR_ROWS<N>;
     Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
-    Parts parts = {call.cols, segment_cols(call.cols), 0, 0};
-    parts.end = divide_up(call.cols, parts.part_cols);
+    auto parts_of = [&]() {
+        Parts parts = {computed_here(call.cols), 0, 0, 0};
+        parts.part_cols = segment_cols(parts.cols);
+        parts.end = num_parts(parts);
+        return parts;
+    };
     int strips = divide_up(call.rows, 64) * 4;
-    long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
     // Of a block that reaches behind the last rows, a group there computes the last again and writes nothing.
-    auto group_of = [&](int part, int group) {
+    auto group_of = [&](const Parts &parts, int part, int group) {
         int strip = min(first_row / 16 + 4 * group, strips - 4), steps = steps_of<Step>(cols_of(parts, part));
+        long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
         return call.weights + part * part_bytes + strip_offset<Step>(strip, steps);
     };
     auto scales_of = [&](int part, int warp) {
         int strip = min(first_row / 16 + warp / 4 * 4, strips - 4) + warp % 4;
         return call.weight_scales + (static_cast<long long>(part) * strips + strip) * 16;
     };
-    if (threadIdx.x < 8 * LINEAR_ROWS<N> / 64) {
-        int part = threadIdx.x % 8, bytes = steps_of<Step>(cols_of(parts, part)) * GROUP_STEP<Step>;
-        bytes = min(bytes, L2_AHEAD / static_cast<int>(gridDim.y * (LINEAR_ROWS<N> / 8)) / 16 * 16);
-        if (part < parts.end) {
-            prefetch_bulk(group_of(part, threadIdx.x / 8), bytes);
-        }
-    }
-    Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
+    long long at = static_cast<long long>(column) * call.out_stride;
+    Output output = {call.out + at, 1, call.out_stride, call.rows, call.is_added != 0};
     TokenScales<1> scales = {call.x_scales};
-    group_tree<Step, N, LINEAR_ROWS<N>>(tokens, parts, parts.end, first_row, output, scales, group_of, scales_of);
+    group_tree<Step, N, N, LINEAR_ROWS<N>, CLUSTER>(tokens, parts_of, first_row, output, scales, group_of, scales_of);
 }
 
-template <class Step, int N> __device__ __forceinline__ void down_group(const Down &call) {
+template <class Step, int N, int CLUSTER = 1, int TILE = N> __device__ __forceinline__ void down_group(const Down &call) {
     Job job = call.jobs[blockIdx.z];
     // Written before the kernel that this one follows, which let this one begin only then: see grid_begin.
-    int begin = load_fresh(call.offsets + blockIdx.z), column = blockIdx.x * N;
+    int begin = load_fresh(call.offsets + blockIdx.z), column = blockIdx.x * TILE;
     int left = load_fresh(call.offsets + blockIdx.z + 1) - begin - column;
     if (left <= 0) {
         grid_begin();
         return;
     }
-    int first_row = blockIdx.y * DOWN_ROWS<N>, strips = divide_up(call.hidden, 64) * 4;
-    Tokens tokens = {call.x, nullptr, begin + column, min(N, left), call.x_stride};
-    Parts parts = {call.ff, segment_cols(call.ff), job.begin, job.end};
-    int num_segments = divide_up(call.ff, parts.part_cols);
-    parts.end = min(parts.end, num_segments);
+    int first_row = blockIdx.y * DOWN_ROWS<TILE>, strips = divide_up(call.hidden, 64) * 4;
+    int first = (CLUSTER > 1 ? first_slot(call.offsets, blockIdx.z) : begin) + column;
+    Tokens tokens = {call.x, nullptr, first, min(N, left), call.x_stride};
+    auto parts_of = [&]() {
+        Parts parts = {computed_here(call.ff), 0, job.begin, 0};
+        parts.part_cols = segment_cols(parts.cols);
+        parts.end = min(job.end, num_parts(parts));
+        return parts;
+    };
     const Expert *expert = call.experts + job.expert;
-    auto group_of = [&](int part, int group) {
+    auto group_of = [&](const Parts &parts, int part, int group) {
         int strip = min(first_row / 16 + 4 * group, strips - 4);
         return expert->down[part] + strip_offset<Step>(strip, steps_of<Step>(cols_of(parts, part)));
     };
     auto scales_of = [&](int part, int warp) {
         return expert->down_scales[part] + (min(first_row / 16 + warp / 4 * 4, strips - 4) + warp % 4) * 16;
     };
-    int vectors = num_nodes(job.begin, job.end, num_segments);
+    int vectors = num_nodes(job.begin, job.end, num_parts(parts_of()));
     long long out = job.out < 0 ? begin : job.out;
-    Output output = {call.out + (out + static_cast<long long>(column) * vectors) * call.hidden, vectors, call.hidden, call.hidden, false};
+    float *at = call.out + (out + static_cast<long long>(column) * vectors) * call.hidden;
+    Output output = {at, vectors, call.hidden, call.hidden, false};
     TokenScales<8> scales = {call.x_scales};
-    group_tree<Step, N, DOWN_ROWS<N>>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
+    group_tree<Step, N, TILE, DOWN_ROWS<TILE>, CLUSTER>(tokens, parts_of, first_row, output, scales, group_of, scales_of);
 }
 
 /// GROUPS groups of 64 packed rows (32 columns of the intermediate row) of one segment and PRODUCERS threads.
 /// Block GROUPS x 128 + PRODUCERS. Shared: the ring, then STAGES x 16.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS>
+/// TILE: tokens from block to block, N of them at most are there.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, int CLUSTER = 1, int TILE = N>
 __device__ __forceinline__ void gate_up_group(const GateUp &call) {
     grid_begin();
     Job job = call.jobs[blockIdx.z];
-    int first = call.offsets[blockIdx.z] + blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - first;
+    int begin = call.offsets[blockIdx.z], left = call.offsets[blockIdx.z + 1] - begin - blockIdx.x * TILE;
+    int first = (CLUSTER > 1 ? first_slot(call.offsets, blockIdx.z) : begin) + blockIdx.x * TILE;
     int part_cols = segment_cols(call.ff), blocks = divide_up(part_cols / 32, GROUPS);
     int segment = blockIdx.y / blocks, first_tile = blockIdx.y % blocks * GROUPS;
     int tiles = divide_up(cols_of({call.ff, part_cols, 0, 8}, segment), 32);
@@ -368,30 +427,54 @@ __device__ __forceinline__ void gate_up_group(const GateUp &call) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // A group behind the last tile computes that again and writes nothing.
     auto strip_at = [&](int w) { return min(first_tile + w / 4, tiles - 1) * 4 + w % 4; };
-    Ring<Step, N, GROUPS, STAGES, PRODUCERS> ring;
+    Ring<Step, N, GROUPS, STAGES, PRODUCERS, CLUSTER> ring;
     ring.stages = shared_address(tr_shared());
     ring.barriers = ring.stages + ring.BYTES;
     if (threadIdx.x == 0) {
         start_ring(ring);
     }
-    __syncthreads();
+    blocks_sync<CLUSTER>();
     if (warp >= GROUPS * 4) {
-        become_producer<N>();
-        auto group_of = [&](int, int group) {
+        become_producer<TILE>();
+        auto group_of = [&](const Parts &, int, int group) {
             return expert->gate_up[segment] + strip_offset<Step>(strip_at(4 * group), steps_of<Step>(call.hidden));
         };
         produce(ring, tokens, parts, threadIdx.x - GROUPS * 128, group_of);
+        end_cluster<CLUSTER>();
         return;
     }
-    become_consumer<N>();
+    become_consumer<TILE>();
     auto finish = [&](int part, float(&sum)[N / 8][4]) {
         TokenScales<1> scales = {call.x_scales};
         scale_sums<Step, N>(sum, expert->gate_up_scales[segment] + strip_at(warp) * 16, scales, tokens, part, lane);
         if (first_tile + warp / 4 < tiles) {
-            put_activation<N>(call, sum, tokens, computed_here(first), segment * part_cols + strip_at(warp) * 8, lane);
+            put_activation<N, CLUSTER != 1>(call, sum, tokens, computed_here(first), segment * part_cols + strip_at(warp) * 8, lane);
         }
     };
     consume(ring, parts, warp, lane, finish);
+    end_cluster<CLUSTER>();
+}
+
+/// The products of long batches. The last tile of a job is seldom full: it takes the time of what it has.
+template <class Step, int CLUSTER> __device__ __forceinline__ void gate_up_cluster(const GateUp &call) {
+    grid_begin();
+    int left = call.offsets[blockIdx.z + 1] - call.offsets[blockIdx.z] - blockIdx.x * 256;
+    if (left > 128) {
+        gate_up_group<Step, 256, 2, 4, 128, CLUSTER, 256>(call);
+    } else if (left > 64) {
+        gate_up_group<Step, 128, 2, 4, 128, CLUSTER, 256>(call);
+    } else {
+        gate_up_group<Step, 64, 2, 4, 128, CLUSTER, 256>(call);
+    }
+}
+
+template <class Step, int CLUSTER> __device__ __forceinline__ void down_cluster(const Down &call) {
+    int left = load_fresh(call.offsets + blockIdx.z + 1) - load_fresh(call.offsets + blockIdx.z) - blockIdx.x * 128;
+    if (left > 64) {
+        down_group<Step, 128, CLUSTER, 128>(call);
+    } else {
+        down_group<Step, 64, CLUSTER, 128>(call);
+    }
 }
 
 #endif
