@@ -101,6 +101,7 @@ type SendFn = unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Comm, Raw
 type RecvFn = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, RawStream) -> c_int;
 type GatherFn =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, RawStream) -> c_int;
+/// The numbers are type and operation, or type and root.
 type ReduceFn =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, RawStream) -> c_int;
 
@@ -115,6 +116,7 @@ pub struct Nccl {
     send: Symbol<SendFn>,
     recv: Symbol<RecvFn>,
     all_gather: Symbol<GatherFn>,
+    broadcast: Symbol<ReduceFn>,
     reduce_scatter: Symbol<ReduceFn>,
     all_reduce: Symbol<ReduceFn>,
     group_start: Symbol<unsafe extern "C" fn() -> c_int>,
@@ -149,6 +151,7 @@ impl Nccl {
             send: symbol(&library, "ncclSend", &path)?,
             recv: symbol(&library, "ncclRecv", &path)?,
             all_gather: symbol(&library, "ncclAllGather", &path)?,
+            broadcast: symbol(&library, "ncclBroadcast", &path)?,
             reduce_scatter: symbol(&library, "ncclReduceScatter", &path)?,
             all_reduce: symbol(&library, "ncclAllReduce", &path)?,
             group_start: symbol(&library, "ncclGroupStart", &path)?,
@@ -351,6 +354,27 @@ impl Communicator {
         let code =
             unsafe { (self.nccl.all_gather)(span.pointer(), out, span.len, element, comm, stream) };
         self.result("ncclAllGather", code)
+    }
+
+    /// Queues copying `span` of the rank `root` to the `span` of every other one.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    ///
+    /// # Safety
+    /// As [`send`](Self::send).
+    pub unsafe fn broadcast(
+        &self,
+        span: Span,
+        root: u32,
+        stream: RawStream,
+    ) -> Result<(), NcclError> {
+        let (comm, root) = (self.comm()?, self.peer(root)?);
+        let (both, element) = (span.pointer(), span.element as c_int);
+        let call = &self.nccl.broadcast;
+        // SAFETY: the caller's promise.
+        let code = unsafe { call(both, both, span.len, element, root, comm, stream) };
+        self.result("ncclBroadcast", code)
     }
 
     /// Queues summing what all ranks have at the address `parts` (`num_ranks * span.len` elements); this rank's share

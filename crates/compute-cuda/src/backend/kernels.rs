@@ -179,6 +179,7 @@ pub(super) struct Kernels {
     pub(super) lists: Kernel,
     pub(super) route: Kernel,
     pub(super) combine_pieces: Kernel,
+    pub(super) sum_nodes: Kernel,
 }
 
 /// Those that know how keys and values are kept.
@@ -252,6 +253,7 @@ impl Kernels {
             lists: kernel("tr_expert_lists")?,
             route: kernel("tr_route")?,
             combine_pieces: kernel("tr_combine_pieces")?,
+            sum_nodes: kernel("tr_sum_nodes")?,
         })
     }
 
