@@ -12,7 +12,7 @@ use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::device::{self, ChosenDevice};
-use tramontane_worker::{ExchangeKind, ProcessKind, WorkerConfig, WorkerParts};
+use tramontane_worker::{ExchangeKind, ProcessKind, RankParts, WorkerConfig, WorkerParts};
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
 use crate::model::{open_model, open_tokenizer, progress_bar};
@@ -86,6 +86,15 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     }
     let _device = choose_device(&mut config, &checkpoint)?;
     let shutdown = Shutdown::new();
+    if config.island_rank > 0 {
+        let ops = Some(bind(&settings.listen.ops).await?);
+        shutdown.trigger_on_signals().context("signal handlers")?;
+        tramontane_worker::run_rank(config, RankParts { checkpoint, ops }, shutdown.clone())
+            .await?;
+        shutdown.trigger();
+        shutdown.finish(FINISH_MAX).await;
+        return Ok(());
+    }
     let store = store(&settings.etcd, &config.id, &shutdown)?;
     let parts = WorkerParts {
         store,
@@ -124,6 +133,9 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     flags.set("worker", "id", args.id.clone());
     flags.set("worker", "roles", args.roles.clone());
     flags.set("worker", "device", args.device.clone());
+    flags.set("worker", "island_ranks", args.island_ranks.map(i64::from));
+    flags.set("worker", "island_rank", args.island_rank.map(i64::from));
+    flags.set("worker", "island_leader", args.island_leader.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());

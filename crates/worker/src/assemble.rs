@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tramontane_compute::{Attention, AttentionConfig, Backend, Experts};
+use tramontane_compute_cuda::CudaBackend;
 use tramontane_coordination::WorkerState;
 use tramontane_engine::{Engine, StepReport};
 use tramontane_exchange::{
@@ -24,10 +25,12 @@ use crate::drill::Drills;
 use crate::engine_thread::EngineThread;
 use crate::expert_keeper::KeptExperts;
 use crate::follower::Group;
+use crate::island::rank::hello;
+use crate::island::{Hub, HubConfig, IslandExperts};
 use crate::metrics::StepMetrics;
 use crate::run::ExchangeKind;
 use crate::state::{ExpertHalf, Node};
-use crate::{Error, WorkerConfig, backend};
+use crate::{ConfigError, Error, WorkerConfig, backend};
 
 /// When all parts of a worker end, and who waits for them.
 #[derive(Debug, Default)]
@@ -45,6 +48,8 @@ pub(crate) struct Halves {
     pub(crate) backend: Arc<dyn Backend>,
     attention: Option<Box<dyn Attention>>,
     experts: Option<Arc<KeptExperts>>,
+    /// Of a worker that is an island.
+    pub(crate) hub: Option<Arc<Hub>>,
 }
 
 /// Packs the attention weights, on a thread that may take its time.
@@ -58,7 +63,11 @@ pub(crate) async fn build(
     let what = "packing the attention weights";
     tokio::task::spawn_blocking(move || {
         let geometry = checkpoint.geometry();
-        let backend = backend::make(&config, &device, geometry)?;
+        let on_gpu = backend::on_gpu(&device, geometry)?;
+        let backend: Arc<dyn Backend> = match &on_gpu {
+            Some(backend) => Arc::clone(backend) as _,
+            None => backend::on_cpu(&config, geometry)?,
+        };
         let roles = config.roles.0;
         let attention = if roles.attention {
             let weights = checkpoint.attention_weights().map_err(Error::Checkpoint)?;
@@ -72,8 +81,17 @@ pub(crate) async fn build(
         } else {
             None
         };
-        let experts = roles.experts.then(|| {
-            let (inner, format) = (backend.experts(), backend.row_format());
+        let (mut hub, format) = (None, backend.row_format());
+        let experts = roles.experts.then(|| backend.experts());
+        let mut experts: Option<Arc<dyn Experts>> = experts;
+        if config.leads() {
+            let made = lead(&config, &device, &checkpoint, on_gpu, experts.clone())?;
+            experts = experts.map(|own| {
+                Arc::new(IslandExperts::new(Arc::clone(&made), own, format)) as Arc<dyn Experts>
+            });
+            hub = Some(made);
+        }
+        let experts = experts.map(|inner| {
             let weights = config.weights;
             Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights))
         });
@@ -81,10 +99,34 @@ pub(crate) async fn build(
             backend,
             attention,
             experts,
+            hub,
         })
     })
     .await
     .map_err(|source| Error::Task { what, source })?
+}
+
+/// The leader's side of an island.
+fn lead(
+    config: &WorkerConfig,
+    device: &ChosenDevice,
+    checkpoint: &Checkpoint,
+    backend: Option<Arc<CudaBackend>>,
+    experts: Option<Arc<dyn Experts>>,
+) -> Result<Arc<Hub>, Error> {
+    let (Some(gpu), Some(backend), Some(experts)) = (device.gpu(), backend, experts) else {
+        let rule = "a GPU for an island";
+        return Err(ConfigError::new("device", rule, &config.device).into());
+    };
+    let config = HubConfig {
+        num_ranks: config.island_ranks,
+        form_wait: config.island_form_wait,
+        step_max: config.island_step_deadline,
+        expert_bytes: config.expert_bytes(),
+        hello: hello(config, &backend, checkpoint),
+        geometry: checkpoint.geometry().clone(),
+    };
+    Ok(Hub::new(config, backend, Arc::clone(gpu), experts))
 }
 
 /// A worker whose threads run.
@@ -123,6 +165,7 @@ impl Plan<'_> {
             backend,
             attention,
             experts,
+            hub,
         } = halves;
         let geometry = self.checkpoint.geometry();
         let epoch = Arc::new(AtomicU64::new(0));
@@ -166,6 +209,7 @@ impl Plan<'_> {
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),
+            hub,
         };
         Ok(Worker {
             node: Arc::new(node),

@@ -10,16 +10,21 @@ use tramontane_types::ModelGeometry;
 use crate::device::ChosenDevice;
 use crate::{Error, WorkerConfig};
 
-/// The backend that a worker of this configuration computes with.
-pub(crate) fn make(
-    config: &WorkerConfig,
+/// The backend of a GPU, for whoever knows more of it than other backends have.
+pub(crate) fn on_gpu(
     device: &ChosenDevice,
     geometry: &ModelGeometry,
+) -> Result<Option<Arc<CudaBackend>>, Error> {
+    let backend = device.gpu().map(|gpu| CudaBackend::new(gpu, geometry));
+    let backend = backend.transpose().map_err(Error::Backend)?;
+    Ok(backend.map(Arc::new))
+}
+
+/// The backend that a worker of this configuration computes with on the CPU.
+pub(crate) fn on_cpu(
+    config: &WorkerConfig,
+    geometry: &ModelGeometry,
 ) -> Result<Arc<dyn Backend>, Error> {
-    if let Some(gpu) = device.gpu() {
-        let backend = CudaBackend::new(gpu, geometry).map_err(Error::Backend)?;
-        return Ok(Arc::new(backend));
-    }
     if config.weights == WeightFormat::F32 {
         return Ok(Arc::new(ReferenceBackend::new(geometry)));
     }

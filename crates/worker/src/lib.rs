@@ -18,6 +18,7 @@ mod follower;
 pub mod following;
 mod generate_service;
 mod host_socket;
+mod island;
 mod measure;
 mod metrics;
 mod peers;
@@ -34,5 +35,6 @@ pub use engine_thread::{
     EngineHandle, EngineThread, Generation, GenerationEvent, GenerationFailure, RefusedSequence,
 };
 pub use error::{ConfigError, Error};
+pub use island::rank::{RankParts, run_rank};
 pub use run::{ExchangeKind, WorkerParts, run};
 pub use status::{ERROR_DOMAIN, GenerateError, reason};

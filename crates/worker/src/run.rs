@@ -21,6 +21,7 @@ use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::{Follower, Group};
 use crate::host_socket::BoundSocket;
+use crate::island::Hub;
 use crate::server::Services;
 use crate::state::Node;
 use crate::{Error, WorkerConfig, device, metrics, peers, registration, server};
@@ -126,6 +127,10 @@ pub async fn run(
         ..
     } = parts;
     let served = life.serve_grpc(grpc, services, setter)?;
+    if let Some(hub) = &worker.node.hub {
+        life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
+        record.capacity_bytes = first_formation(hub, &shutdown).await;
+    }
     let joined = worker.join(&config, store, record, &serving, &life)?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
@@ -137,6 +142,7 @@ pub async fn run(
         drop_grace: config.drop_grace,
         progress,
         tasks: life.tasks.clone(),
+        formations: worker.node.hub.as_ref().map(|hub| hub.formations()),
     };
     life.tasks.spawn(follower.run(life.ended.clone()));
 
@@ -147,6 +153,18 @@ pub async fn run(
     worker.leave(life, &exchange).await;
     drop(bound);
     end.map(|_asked_or_crashed| ())
+}
+
+/// Waits until the ranks of an island have come together for the first time, or nobody wants them any more; what they
+/// have for experts.
+async fn first_formation(hub: &Hub, shutdown: &Shutdown) -> u64 {
+    let mut formations = hub.formations();
+    tokio::select! {
+        formed = formations.wait_for(|formation| formation.epoch > 0) => {
+            formed.map_or(0, |formation| hub.capacity_bytes(*formation))
+        }
+        () = shutdown.token.cancelled() => 0,
+    }
 }
 
 /// Why a worker stops serving when nothing of it is broken.

@@ -13,6 +13,7 @@ use tramontane_types::{Epoch, ModelGeometry, WorkerId};
 use crate::drill::Drills;
 use crate::engine_thread::EngineHandle;
 use crate::expert_keeper::KeptExperts;
+use crate::island::{Formation, Hub};
 
 /// A running worker.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) state: watch::Sender<WorkerState>,
     pub(crate) drills: Arc<Drills>,
+    /// Of a worker that is an island.
+    pub(crate) hub: Option<Arc<Hub>>,
 }
 
 /// The expert half of a worker.
@@ -72,6 +75,13 @@ impl Node {
             })
     }
 
+    /// Who computes together, on an island.
+    fn formation(&self) -> Formation {
+        self.hub
+            .as_ref()
+            .map_or_else(Formation::default, |hub| *hub.formations().borrow())
+    }
+
     pub(crate) fn status(&self) -> v1::WorkerStatus {
         let stats = self
             .engine
@@ -101,6 +111,8 @@ impl Node {
             bytes_received: carried.bytes_received,
             version: tramontane_runtime::build_info::VERSION.to_owned(),
             stuck_ms: stuck.unwrap_or_default().as_millis() as u64,
+            island_ranks: self.formation().num_ranks,
+            island_epoch: self.formation().epoch,
             drill: Some(self.drills.report()),
         }
     }

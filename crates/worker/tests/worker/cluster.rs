@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,8 +36,17 @@ pub(crate) const VOCAB: u32 = 97;
 
 /// Two layers of four experts of eight segments; written once per process.
 pub(crate) fn checkpoint() -> Arc<Checkpoint> {
+    Arc::clone(&written().0)
+}
+
+/// Where it lies.
+pub(crate) fn checkpoint_dir() -> &'static Path {
+    written().1.path()
+}
+
+fn written() -> &'static (Arc<Checkpoint>, tempfile::TempDir) {
     static SHARED: OnceLock<(Arc<Checkpoint>, tempfile::TempDir)> = OnceLock::new();
-    let (checkpoint, _directory) = SHARED.get_or_init(|| {
+    SHARED.get_or_init(|| {
         let directory = tempfile::tempdir().unwrap();
         let model = TinyModel::mixtral().experts(EXPERTS).hidden(64).ff(256);
         let model = model.max_positions(POSITIONS);
@@ -45,8 +55,7 @@ pub(crate) fn checkpoint() -> Arc<Checkpoint> {
             Arc::new(Checkpoint::open(directory.path()).unwrap()),
             directory,
         )
-    });
-    Arc::clone(checkpoint)
+    })
 }
 
 /// How the workers of a cluster reach each other's experts.
@@ -114,8 +123,18 @@ impl Cluster {
     }
 
     pub(crate) async fn start_with_ops(&mut self, config: WorkerConfig, ops: Option<TcpListener>) {
-        let id = config.id.clone();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.start_at(config, ops, grpc).await;
+    }
+
+    /// Starts a worker where others know it to be.
+    pub(crate) async fn start_at(
+        &mut self,
+        config: WorkerConfig,
+        ops: Option<TcpListener>,
+        grpc: TcpListener,
+    ) {
+        let id = config.id.clone();
         let address = grpc.local_addr().unwrap();
         let parts = WorkerParts {
             store: Arc::clone(&self.store),

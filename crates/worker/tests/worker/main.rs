@@ -10,4 +10,5 @@ mod behaviour;
 mod cluster;
 mod drill;
 mod exactness;
+mod island;
 mod orphans;
