@@ -70,6 +70,7 @@ impl Collective for Communicator {
     }
 
     unsafe fn all_gather(&self, at: u64, bytes: usize, stream: Handle) -> Result<(), DeviceError> {
+        let _inside = self.inside();
         let own = at + u64::from(Self::rank(self)) * bytes as u64;
         // SAFETY: the caller's promise; NCCL allows a part that is in place.
         let queued = unsafe { Self::all_gather(self, bytes_at(own, bytes), at, stream.to_cuda()) };
@@ -77,12 +78,14 @@ impl Collective for Communicator {
     }
 
     unsafe fn broadcast(&self, at: u64, bytes: usize, stream: Handle) -> Result<(), DeviceError> {
+        let _inside = self.inside();
         // SAFETY: the caller's promise.
         let queued = unsafe { Self::broadcast(self, bytes_at(at, bytes), 0, stream.to_cuda()) };
         queued.map_err(|error| self.failed(&error))
     }
 
     fn check(&self) -> Result<(), DeviceError> {
+        let _inside = self.inside();
         Self::check(self).map_err(|error| self.failed(&error))
     }
 

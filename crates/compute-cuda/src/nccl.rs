@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::time::Duration;
 
 use libloading::os::unix::{Library, Symbol};
+use parking_lot::{RwLock, RwLockReadGuard};
 
 use crate::libraries::{LibraryDirs, NotFound};
 
@@ -20,6 +22,8 @@ const VERSION_MIN: c_int = 21_800;
 /// Bytes of `ncclUniqueId`.
 pub const UNIQUE_ID_BYTES: usize = 128;
 
+/// How long an abort lets calls of other threads return.
+const ABORT_GRACE: Duration = Duration::from_millis(100);
 const SUCCESS: c_int = 0;
 /// Of a communicator that works on what it was asked.
 const IN_PROGRESS: c_int = 7;
@@ -254,6 +258,8 @@ pub struct Communicator {
     nccl: Arc<Nccl>,
     comm: AtomicPtr<c_void>,
     is_aborted: AtomicBool,
+    /// Held for reading by calls that an abort lets return first.
+    users: RwLock<()>,
     rank: u32,
     num_ranks: u32,
 }
@@ -285,6 +291,7 @@ impl Communicator {
             nccl: Arc::clone(nccl),
             comm: AtomicPtr::new(comm),
             is_aborted: AtomicBool::new(false),
+            users: RwLock::new(()),
             rank,
             num_ranks,
         })
@@ -452,12 +459,19 @@ impl Communicator {
         self.is_aborted.store(true, Ordering::SeqCst);
         let comm = self.comm.swap(ptr::null_mut(), Ordering::SeqCst);
         if !comm.is_null() {
+            // One that waits for a dead peer inside NCCL returns only when it is aborted.
+            let _nobody = self.users.try_write_for(ABORT_GRACE);
             // SAFETY: taken out above, so this is done once.
             let code = unsafe { (self.nccl.abort)(comm) };
             if let Err(error) = self.result("ncclCommAbort", code) {
                 tracing::warn!(%error, "an aborted communicator left something behind");
             }
         }
+    }
+
+    /// Whoever holds this is inside a call, and is not overtaken by an abort.
+    pub(crate) fn inside(&self) -> RwLockReadGuard<'_, ()> {
+        self.users.read()
     }
 
     fn comm(&self) -> Result<Comm, NcclError> {

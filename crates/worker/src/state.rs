@@ -113,6 +113,7 @@ impl Node {
             stuck_ms: stuck.unwrap_or_default().as_millis() as u64,
             island_ranks: self.formation().num_ranks,
             island_epoch: self.formation().epoch,
+            island_steps: self.hub.as_ref().map_or(0, |hub| hub.num_steps()),
             drill: Some(self.drills.report()),
         }
     }

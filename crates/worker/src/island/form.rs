@@ -7,7 +7,6 @@ use futures::future::OptionFuture;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tramontane_compute_cuda::collective::Collective;
-use tramontane_compute_cuda::device::DeviceError;
 use tramontane_compute_cuda::{Island, Lead, rank_segments};
 use tramontane_proto::v1::{self, lead_message::Kind};
 use tramontane_types::SegmentRange;
@@ -140,11 +139,11 @@ impl Hub {
         };
         self.call_together(epoch, num_ranks, &meeting);
         let hub = Arc::clone(&self);
-        let met = tokio::task::spawn_blocking(move || hub.meet(own, &meeting, num_ranks));
-        let limit = tokio::time::timeout(FORM_MAX, met).await;
-        let met = limit.map_err(|_late| format!("not connected within {FORM_MAX:?}"));
-        let met = met.and_then(|joined| joined.map_err(|error| error.to_string()));
-        let met = met.and_then(|met| met.map_err(|error| error.to_string()));
+        let met = tokio::task::spawn_blocking(move || hub.meet(own, meeting, num_ranks));
+        let met = met
+            .await
+            .map_err(|error| error.to_string())
+            .and_then(|met| met);
         let answered = match &met {
             Ok(_) => self.all_formed(epoch).await,
             Err(why) => Err(why.clone()),
@@ -214,13 +213,13 @@ impl Hub {
     fn meet(
         &self,
         own: SegmentRange,
-        meeting: &[u8],
+        meeting: Vec<u8>,
         num_ranks: u32,
-    ) -> Result<Option<Arc<dyn Collective>>, DeviceError> {
+    ) -> Result<Option<Arc<dyn Collective>>, String> {
         keep_only(&*self.experts, &self.config.geometry, own);
         match num_ranks {
             1 => Ok(None),
-            _ => self.device.meet(meeting, 0, num_ranks).map(Some),
+            _ => super::meet(&self.device, meeting, (0, num_ranks)).map(Some),
         }
     }
 

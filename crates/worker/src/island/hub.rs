@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,8 @@ pub(crate) struct Hub {
     pub(super) look: Notify,
     pub(super) formation: watch::Sender<Formation>,
     calls: Mutex<Calls>,
+    /// Steps that all ranks have computed together.
+    steps: AtomicU64,
 }
 
 impl fmt::Debug for Hub {
@@ -155,6 +158,7 @@ impl Hub {
             look: Notify::new(),
             formation: watch::Sender::default(),
             calls: Mutex::default(),
+            steps: AtomicU64::new(0),
         })
     }
 
@@ -165,6 +169,11 @@ impl Hub {
     /// Who computes together, now and from then on.
     pub(crate) fn formations(&self) -> watch::Receiver<Formation> {
         self.formation.subscribe()
+    }
+
+    /// Steps that all ranks have computed together.
+    pub(crate) fn num_steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
     }
 
     /// Bytes for experts that all ranks have together, shared as they share segments.
@@ -440,6 +449,9 @@ impl Lead for Hub {
     fn end(&self, epoch: u64, result: Result<(), String>) {
         let mut state = self.state.lock();
         state.running = None;
+        if result.is_ok() {
+            self.steps.fetch_add(1, Ordering::Relaxed);
+        }
         if let Err(why) = result
             && state.epoch == epoch
         {

@@ -15,9 +15,13 @@ pub(crate) mod rank;
 mod service;
 mod wire;
 
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use tramontane_compute::RowFormat;
+use tramontane_compute_cuda::collective::Collective;
+use tramontane_compute_cuda::device::Device;
 use tramontane_types::{ExpertId, LayerId, ModelGeometry, SegmentRange};
 
 pub(crate) use experts::IslandExperts;
@@ -51,6 +55,26 @@ const MESSAGE_OVERHEAD_BYTES: usize = 64 << 20;
 fn message_bytes_max(geometry: &ModelGeometry) -> usize {
     let row_bytes = RowFormat::F32.row_bytes(geometry.hidden);
     PAIRS_MAX * (NODES_MAX + 1) * row_bytes + MESSAGE_OVERHEAD_BYTES
+}
+
+/// Connects to the other ranks on a thread of its own: one that waits inside a library for a rank that died keeps nobody.
+fn meet(
+    device: &Arc<dyn Device>,
+    meeting: Vec<u8>,
+    (rank, num_ranks): (u32, u32),
+) -> Result<Arc<dyn Collective>, String> {
+    let (met, answer) = sync_channel(1);
+    let device = Arc::clone(device);
+    let started = std::thread::Builder::new()
+        .name("meet".to_owned())
+        .spawn(move || {
+            // One that comes too late is dropped, and so ended.
+            let _late = met.try_send(device.meet(&meeting, rank, num_ranks));
+        });
+    started.map_err(|error| error.to_string())?;
+    let met = answer.recv_timeout(FORM_MAX);
+    let met = met.map_err(|_late| format!("not connected within {FORM_MAX:?}"))?;
+    met.map_err(|error| error.to_string())
 }
 
 /// What two ranges have in common.

@@ -7,13 +7,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpListener;
-use tonic::Code;
+use tonic::{Code, Status, Streaming};
 use tramontane_compute::WeightFormat;
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
 use tramontane_compute_cuda::{DeviceChoice, Target};
-use tramontane_proto::v1;
+use tramontane_proto::v1::{self, sequence_event::Kind};
 use tramontane_runtime::Shutdown;
 use tramontane_types::SamplingParams;
 use tramontane_worker::{RankParts, WorkerConfig, run_rank};
@@ -111,6 +112,35 @@ fn endless() -> v1::GenerateSequenceRequest {
     request("endless", prompt(9, 12), &params)
 }
 
+/// A sequence with a token.
+async fn begun(cluster: &Cluster) -> Streaming<v1::SequenceEvent> {
+    let mut stream = cluster.generate("island", endless()).await.unwrap();
+    let is_token = |event: v1::SequenceEvent| matches!(event.kind, Some(Kind::Tokens(_)));
+    while !stream.message().await.unwrap().is_some_and(is_token) {}
+    stream
+}
+
+/// How it ends.
+async fn failure(mut stream: Streaming<v1::SequenceEvent>) -> Status {
+    loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the sequence came to its end"),
+            Err(status) => return status,
+        }
+    }
+}
+
+fn signal(process: &Child, signal: Signal) {
+    let id = Pid::from_child(process);
+    kill_process(id, signal).unwrap();
+}
+
+/// Steps that both ranks have computed.
+async fn steps(cluster: &Cluster) -> u64 {
+    cluster.status("island").await.island_steps
+}
+
 async fn formed(cluster: &Cluster, num_ranks: u32) {
     eventually("the ranks have come together", async || {
         cluster.status("island").await.island_ranks == num_ranks
@@ -141,20 +171,13 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
     assert_eq!(capacity().await, 2 << 30, "both ranks' memory");
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
+    assert_eq!(steps(&cluster).await, cluster.status("island").await.steps);
 
     // In the middle of a sequence: it is handed back, as by a worker that is lost.
-    let mut lost = cluster.generate("island", endless()).await.unwrap();
-    assert!(lost.message().await.unwrap().is_some());
+    let lost = begun(&cluster).await;
     rank.kill().unwrap();
     rank.wait().unwrap();
-    let status = loop {
-        match lost.message().await {
-            Ok(Some(_)) => {}
-            Ok(None) => panic!("the sequence came to its end"),
-            Err(status) => break status,
-        }
-    };
-    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert_eq!(failure(lost).await.code(), Code::Unavailable);
 
     // Alone, with what the other one had: the same memory has room for the tiny model.
     formed(&cluster, 1).await;
@@ -169,6 +192,19 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
     formed(&cluster, 2).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert_eq!(cluster.status("island").await.island_epoch, 3);
+    let before = steps(&cluster).await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    assert!(steps(&cluster).await > before);
+
+    // One that hangs is found silent.
+    let lost = begun(&cluster).await;
+    signal(&rank, Signal::STOP);
+    assert_eq!(failure(lost).await.code(), Code::Unavailable);
+    formed(&cluster, 1).await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    signal(&rank, Signal::CONT);
+    formed(&cluster, 2).await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
     cluster.stop().await;
     rank.kill().unwrap();
     rank.wait().unwrap();
@@ -200,9 +236,11 @@ async fn an_island_shares_experts_with_other_workers() {
     cluster.publish(&["other", "island"], cuts).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert!(cluster.generate_all("other", &requests()).await == expected);
+    assert_eq!(steps(&cluster).await, 0, "layer by layer");
     // The whole model again: what rank 0 has computed alone is copied to the other one.
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
+    assert!(steps(&cluster).await > 0);
     cluster.stop().await;
     rank.kill().unwrap();
     rank.wait().unwrap();

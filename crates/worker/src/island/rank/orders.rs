@@ -16,7 +16,7 @@ use tramontane_model::Checkpoint;
 use tramontane_proto::v1::{self, rank_message::Kind as Said};
 use tramontane_types::ModelGeometry;
 
-use super::super::{CALLS_MAX, all_experts, keep_only, wire};
+use super::super::{CALLS_MAX, all_experts, keep_only, meet, wire};
 use super::Loaded;
 use crate::Error;
 
@@ -255,8 +255,8 @@ impl Shared {
         let segments =
             segments.ok_or_else(|| format!("rank {} of {}", form.rank, form.num_ranks))?;
         keep_only(&*self.experts, self.geometry(), segments);
-        let met = self.device.meet(&form.meeting, form.rank, form.num_ranks);
-        let collective = met.map_err(|error| error.to_string())?;
+        let place = (form.rank, form.num_ranks);
+        let collective = meet(&self.device, form.meeting.clone(), place)?;
         let island = Island::new(form.epoch, collective, None);
         let island = Arc::new(island.map_err(|error| error.to_string())?);
         let mut now = self.now.lock();
