@@ -91,6 +91,7 @@ tools: $(PROTOX) packages $(VENV)/installed
 check-rust:
 	@command -v cargo >/dev/null || { echo 'Rust is missing: install rustc and cargo 1.95 or newer (rustup.rs)'; exit 1; }
 	@command -v cc >/dev/null || { echo 'A C compiler is missing: install gcc (Debian: apt-get install build-essential)'; exit 1; }
+	@command -v g++ >/dev/null || { echo 'g++ is missing: install it (Debian: apt-get install build-essential)'; exit 1; }
 
 # etcd-client's build script wants a protoc; protox is one in pure Rust.
 $(PROTOX):

@@ -3,14 +3,34 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
+use clap::Subcommand;
 use serde::Serialize;
-use tramontane_compute_cuda::kernels::{BuildError, KernelBuilder, Module, sources};
+use tramontane_compute_cuda::kernels::{BuildError, KernelBuilder, Module};
 use tramontane_compute_cuda::{KernelCache, LibraryDirs, Target};
 use tramontane_runtime::config::cache_dir;
 
-use crate::args::KernelsCommand;
 use crate::exit::{Exit, refusal};
 use crate::output::{self, Format};
+
+/// `tramontane kernels ...`
+#[derive(Debug, Subcommand)]
+pub(crate) enum KernelsCommand {
+    /// Compile all kernels into the cache and print what each takes of a device; needs NVRTC and no GPU
+    Build {
+        /// What to compile for, such as sm_90a; everything when absent
+        #[arg(long = "target", value_parser = str::parse::<Target>)]
+        targets: Vec<Target>,
+        /// Directory of compiled kernels; the user's cache when absent
+        #[arg(long, env = "TRAMONTANE_WORKER__KERNEL_CACHE")]
+        cache: Option<PathBuf>,
+        /// Directory of NVRTC, where it is not where the system looks
+        #[arg(long, env = "TRAMONTANE_WORKER__CUDA_LIBRARIES")]
+        libraries: Option<PathBuf>,
+        /// How to print it
+        #[arg(long, short, value_enum, default_value_t)]
+        output: Format,
+    },
+}
 
 /// What one kernel takes of a device of one target.
 #[derive(Debug, Serialize)]
@@ -59,8 +79,7 @@ fn build(
     let mut lines = Vec::new();
     let mut num_compiled = 0;
     for target in targets {
-        for source in sources() {
-            let module = builder.build(source, target).map_err(advised)?;
+        for module in builder.build_all(target).map_err(advised)? {
             num_compiled += usize::from(!module.from_cache);
             lines.extend(lines_of(&module, target));
         }

@@ -121,11 +121,16 @@ struct EmuMma {
     const u32 *b;
 };
 static inline float emu_e4m3(u32 x) {
-    u32 exponent = x >> 3 & 15, mantissa = x & 7;
-    float value = exponent == 15 && mantissa == 7 ? NAN
-                  : exponent == 0                 ? ldexpf(static_cast<float>(mantissa), -9)
-                                                  : ldexpf(static_cast<float>(8 + mantissa), static_cast<int>(exponent) - 10);
-    return x & 0x80 ? -value : value;
+    static float table[256];
+    if (table[1] == 0) {
+        for (u32 code = 0; code < 256; ++code) {
+            u32 exponent = code >> 3 & 15, mantissa = code & 7;
+            float value = ldexpf(static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa), static_cast<int>(max(exponent, 1U)) - 10);
+            value = exponent == 15 && mantissa == 7 ? NAN : value;
+            table[code] = code & 0x80 ? -value : value;
+        }
+    }
+    return table[x];
 }
 /// Element `i` of a register of elements of `BITS` bits.
 template <int BITS> static inline float emu_element(u32 word, int i) {

@@ -204,7 +204,9 @@ void prepare(Fiber &fiber, int rank) {
     makecontext(&fiber.context, &fiber_main, 0);
 #endif
     fiber.state = State::Ready;
-    fiber.groups.assign(1, {});
+    if (fiber.groups.size() != 1 || !fiber.groups.front().empty()) {
+        fiber.groups.assign(1, {});
+    }
 }
 
 /// Lets the oldest copy under way arrive; false when there is none.
@@ -234,6 +236,19 @@ std::string describe_waiters() {
         text += line;
     }
     return text;
+}
+
+void check_shared_canary() {
+    static const std::vector<unsigned char> poison(SHARED_CANARY, POISON);
+    const unsigned char *canary = D->shared + D->shared_bytes;
+    if (memcmp(canary, poison.data(), SHARED_CANARY) == 0) {
+        return;
+    }
+    size_t at = 0;
+    while (canary[at] == POISON) {
+        at += 1;
+    }
+    stop("writes byte %zu of %u bytes of shared memory", D->shared_bytes + at, D->shared_bytes);
 }
 
 void run_block() {
@@ -269,11 +284,7 @@ void run_block() {
     if (!D->copies.empty()) {
         stop("a block ends before its copies arrived");
     }
-    for (size_t i = D->shared_bytes; i < D->shared_bytes + SHARED_CANARY; ++i) {
-        if (D->shared[i] != POISON) {
-            stop("writes byte %zu of %u bytes of shared memory", i, D->shared_bytes);
-        }
-    }
+    check_shared_canary();
 }
 
 void on_fault(int signal, siginfo_t *info, void *) {

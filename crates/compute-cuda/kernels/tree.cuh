@@ -147,10 +147,10 @@ __device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUE
                                       bool is_tail_empty, Emit emit) {
     constexpr int IN_REGISTERS = VALUES == KEPT ? 1 : 0;
     auto place = [&](int level, int i) { return parked.place + ((level - IN_REGISTERS) * VALUES + i) * parked.threads; };
-    int level = 0, at = part;
+    int level = 0;
     bool is_output = false;
     while (true) {
-        bool is_right = level < 3 && (at >> level & 1) != 0;
+        bool is_right = level < 3 && (part >> level & 1) != 0;
         if (level == 3 || (is_right && !(parked.occupied >> level & 1))) {
             is_output = true;
             break;
@@ -162,7 +162,6 @@ __device__ __forceinline__ void climb(Parked<KEPT> &parked, float (&value)[VALUE
                 value[i] = __fadd_rn(left, value[i]);
             }
             parked.occupied &= ~(1 << level);
-            at -= 1 << level;
         } else if (!(is_last && is_tail_empty)) {
 #pragma unroll
             for (int i = 0; i < VALUES; ++i) {

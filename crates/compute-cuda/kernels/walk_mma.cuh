@@ -11,9 +11,14 @@
 //   in turn    (n32, n64) 4 warps of 16 rows walk over all parts; sums that wait for their right half are parked in
 //                         shared memory. For more tokens: 64 rows share each token tile that is read from L2.
 //
-// Bytes in flight (what decides the speed for few tokens): a warp keeps AHEAD steps of MT x 2 KiB under way. By parts,
-// n8: 8 warps x 2 steps x 2 KiB = 32 KiB a block, at 80 registers 3 blocks per SM: 96 KiB. An H200 needs 4.3 TB/s
-// x 0.9 us / 132 = 29 KiB per SM, an A100 17 KiB: enough for all of the bandwidth, as far as Little's law goes.
+// Bytes in flight (what decides the speed for few tokens): a warp keeps AHEAD steps of MT x 2 KiB under way. The device needs
+// bandwidth x 0.9 us: an A100 17 KiB per SM, an H200 29 KiB.
+//   by parts n8       8 warps x 2 steps x 2 KiB = 32 KiB a block, about 104 registers: 2 blocks per SM, 64 KiB
+//   by parts n16      8 warps x 1 step x 2 x 2 KiB = 32 KiB a block, 1 to 2 blocks per SM
+//   in turn n32, n64  4 warps x 2 KiB = 8 KiB a block, 4 and 2 blocks per SM by shared memory: 32, 16 KiB
+//   gate_up n8 to n64 4 warps x 2 steps (n64: 1) x 2 KiB, 3 to 5 blocks per SM: 32 to 80 KiB
+// So an A100 can be held busy by all but `in turn n64`, which is at the edge; tokens add N / rows to the traffic of L2 (50 % by parts n8 and n16,
+// 50 and 100 % in turn). Expected 0.8 to 0.9 of a plain read stream on sm_80 for n8; not run.
 
 /// Waits for the threads that share a token stage.
 template <int THREADS> __device__ __forceinline__ void group_sync(int barrier) {

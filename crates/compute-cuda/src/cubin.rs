@@ -37,6 +37,10 @@ pub(crate) fn kernels(cubin: &[u8]) -> Option<BTreeMap<String, KernelUsage>> {
             usage.shared_bytes = section.size as u32;
         }
     }
+    if kernels.is_empty() {
+        // Everything in it is for other targets.
+        return Some(kernels);
+    }
     let symbols = elf.symbols()?;
     let info = elf.sections.iter().find(|s| s.name == ".nv.info")?;
     for (attribute, symbol, value) in info_values(elf.bytes_of(info)?) {

@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::cache::{KernelCache, ModuleKey};
 use crate::cubin::{self, KernelUsage};
@@ -123,6 +127,7 @@ impl KernelBuilder {
                 source: missing.clone(),
             })?;
         let file = format!("{}.cu", source.name);
+        tracing::info!(source = source.name, %target, "compiling kernels, once");
         let cubin = nvrtc
             .compile(&file, &text, target, &options)
             .map_err(BuildError::Compile)?;
@@ -134,15 +139,30 @@ impl KernelBuilder {
         module(source, target, cubin, false)
     }
 
-    /// All sources for one target.
+    /// All sources for one target, in order of their names; several are compiled at once.
     ///
     /// # Errors
-    /// As [`build`](Self::build), at the first that fails.
+    /// As [`build`](Self::build), for the first that fails.
     pub fn build_all(&self, target: Target) -> Result<Vec<Module>, BuildError> {
-        SOURCES
-            .iter()
-            .map(|source| self.build(source, target))
-            .collect()
+        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let (next, built) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            for _ in 0..threads.min(SOURCES.len()) {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(source) = SOURCES.get(index) else {
+                            return;
+                        };
+                        let module = self.build(source, target);
+                        built.lock().push((index, module));
+                    }
+                });
+            }
+        });
+        let mut built = built.into_inner();
+        built.sort_by_key(|(index, _)| *index);
+        built.into_iter().map(|(_, module)| module).collect()
     }
 }
 

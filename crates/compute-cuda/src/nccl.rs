@@ -4,6 +4,7 @@
 //! value: a peer that dies gives an error here and a new communicator at the next epoch.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
@@ -127,8 +128,8 @@ pub struct Nccl {
     group_end: Symbol<unsafe extern "C" fn() -> c_int>,
     version: c_int,
     path: PathBuf,
-    // Last: what the symbols point into.
-    _library: Library,
+    // What the symbols point into. Never closed: NCCL starts threads of its own, for an id as well.
+    _library: ManuallyDrop<Library>,
 }
 
 impl Nccl {
@@ -162,7 +163,7 @@ impl Nccl {
             group_end: symbol(&library, "ncclGroupEnd", &path)?,
             version,
             path,
-            _library: library,
+            _library: ManuallyDrop::new(library),
         }))
     }
 

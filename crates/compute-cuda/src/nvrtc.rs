@@ -1,6 +1,7 @@
 //! NVRTC: CUDA C++ to machine code, on a machine with or without a GPU. Caches nothing.
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr;
 
@@ -11,6 +12,8 @@ use crate::target::Target;
 
 /// Names of the library, newest first. Targets of today need 12.9 at least.
 const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+/// Stack of a compiling thread: the compiler recurses over large kernels deeper than the usual two MiB.
+const STACK_BYTES: usize = 64 << 20;
 /// A compiler's words are kept up to here.
 const LOG_BYTES_MAX: usize = 64 << 10;
 
@@ -36,6 +39,9 @@ pub enum CompileError {
         /// Its result.
         code: c_int,
     },
+    /// The system refuses a thread.
+    #[error("no thread for compiling kernels")]
+    Thread(#[source] std::io::Error),
     /// A source or option with a NUL byte.
     #[error("{name} has a NUL byte")]
     Nul {
@@ -73,9 +79,10 @@ pub struct Nvrtc {
     destroy: Symbol<DestroyFn>,
     version: (i32, i32),
     path: PathBuf,
-    // Last: what the symbols point into, and what that asks for by name.
-    _library: Library,
-    _builtins: Option<Library>,
+    // What the symbols point into, and what that asks for by name. Never closed: the compiler leaves things to be done
+    // when the threads that it ran on end.
+    _library: ManuallyDrop<Library>,
+    _builtins: Option<ManuallyDrop<Library>>,
 }
 
 impl Nvrtc {
@@ -100,8 +107,8 @@ impl Nvrtc {
             destroy: symbol(&library, "nvrtcDestroyProgram", &path)?,
             version: (major, minor),
             path,
-            _library: library,
-            _builtins: builtins,
+            _library: ManuallyDrop::new(library),
+            _builtins: builtins.map(ManuallyDrop::new),
         })
     }
 
@@ -117,11 +124,30 @@ impl Nvrtc {
         &self.path
     }
 
-    /// Compiles a source to the machine code of `target`.
+    /// Compiles a source to the machine code of `target`, on a thread with room for that.
     ///
     /// # Errors
     /// With the compiler's words when it refuses the source.
     pub fn compile(
+        &self,
+        name: &str,
+        source: &str,
+        target: Target,
+        options: &[String],
+    ) -> Result<Vec<u8>, CompileError> {
+        std::thread::scope(|scope| {
+            let compile = || self.compile_here(name, source, target, options);
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+            let thread = thread
+                .spawn_scoped(scope, compile)
+                .map_err(CompileError::Thread)?;
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn compile_here(
         &self,
         name: &str,
         source: &str,

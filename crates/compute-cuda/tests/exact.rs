@@ -1,5 +1,9 @@
 //! The exactness contract of the CUDA backend, host code and kernels together: on the emulator, and on a GPU where there is one.
-#![expect(clippy::unwrap_used, reason = "a test may panic, its functions too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic and say what it skips, its functions too"
+)]
 
 mod island;
 mod model;
@@ -7,7 +11,9 @@ mod model;
 use std::sync::Arc;
 
 use tramontane_compute::reference::ReferenceBackend;
-use tramontane_compute::{Backend, Contributions, Error, ExpertJob, RoutedRows, StepBatch};
+use tramontane_compute::{
+    Backend, Contributions, Error, ExpertJob, KvFormat, RoutedRows, StepBatch,
+};
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
 use tramontane_compute_cuda::{CudaBackend, Target, check_geometry};
@@ -47,27 +53,47 @@ fn logits_are_those_of_the_reference() {
             let reference = ReferenceBackend::new(geometry);
             let mut exact = Model::new(&checkpoint, &reference, &[0, 8]);
             let mut ours = Model::new(&checkpoint, &backend(&device, geometry), &[0, 8]);
-            let prompt = Prompt::new(3, 70, 0);
-            let (mut batch, rows) = (StepBatch::default(), 0..70);
-            prompt.add_to(&mut batch, rows, true);
-            let (expected, got) = (exact.step(&batch), ours.step(&batch));
-            // A rounded gate may choose another expert where two are nearly equal; then all later rows differ.
-            let same = |row: usize| {
-                let chosen = row * geometry.top_k..(row + 1) * geometry.top_k;
-                let pairs = exact.chosen.iter().zip(&ours.chosen);
-                pairs
-                    .clone()
-                    .all(|(a, b)| a[chosen.clone()] == b[chosen.clone()])
-            };
-            let until = (0..70).find(|&row| !same(row)).unwrap_or(70);
-            assert!(until >= 8, "{until} rows chose the same experts");
-            let values = ..until * geometry.vocab;
-            let (expected, got) = (&expected[values], &got[values]);
-            let off: f32 = expected.iter().zip(got).map(|(a, b)| (a - b).powi(2)).sum();
-            let size: f32 = expected.iter().map(|a| a.powi(2)).sum();
-            let error = (off / size).sqrt();
-            assert!(error < 2e-2, "{device:?}: error {error} over {until} rows");
+            let (error, rows) = distance(&mut exact, &mut ours, geometry);
+            assert!(error < 2e-2, "{device:?}: error {error} over {rows} rows");
         }
+    }
+}
+
+/// How far our logits of a prompt are from the reference's, over the rows whose experts are the same in both: a rounded
+/// gate may choose another one where two are nearly equal, and then all later rows differ.
+fn distance(exact: &mut Model, ours: &mut Model, geometry: &ModelGeometry) -> (f32, usize) {
+    let mut batch = StepBatch::default();
+    Prompt::new(3, 70, 0).add_to(&mut batch, 0..70, true);
+    let (expected, got) = (exact.step(&batch), ours.step(&batch));
+    let same = |row: usize| {
+        let chosen = row * geometry.top_k..(row + 1) * geometry.top_k;
+        let mut pairs = exact.chosen.iter().zip(&ours.chosen);
+        pairs.all(|(a, b)| a[chosen.clone()] == b[chosen.clone()])
+    };
+    let until = (0..70).find(|&row| !same(row)).unwrap_or(70);
+    assert!(until >= 8, "{until} rows chose the same experts");
+    let values = ..until * geometry.vocab;
+    let (expected, got) = (&expected[values], &got[values]);
+    let off: f32 = expected.iter().zip(got).map(|(a, b)| (a - b).powi(2)).sum();
+    let size: f32 = expected.iter().map(|a| a.powi(2)).sum();
+    ((off / size).sqrt(), until)
+}
+
+#[test]
+fn keys_and_values_of_eight_bits_are_those_of_the_reference() {
+    let checkpoint = Checkpoint::new(geometry());
+    for device in devices() {
+        let kv = KvFormat::Q8;
+        let reference = ReferenceBackend::new(&geometry());
+        let mut exact = Model::with_kv(&checkpoint, &reference, &[0, 8], kv);
+        let ours = backend(&device, &geometry());
+        let mut model = Model::with_kv(&checkpoint, &ours, &[0, 8], kv);
+        let (error, rows) = distance(&mut exact, &mut model, &geometry());
+        assert!(error < 3e-2, "{device:?}: error {error} over {rows} rows");
+        let expected = model.prompt(&Prompt::new(1, 110, 0), 110);
+        let mut whole = Model::with_kv(&checkpoint, &ours, &[0, 8], kv);
+        whole.is_whole = true;
+        assert!(whole.prompt(&Prompt::new(1, 110, 9), 40) == expected);
     }
 }
 

@@ -118,6 +118,8 @@ struct ToyAttention {
     store: Vec<Vec<u64>>,
     states: Vec<u64>,
     poisoned: Vec<bool>,
+    /// Steps that were computed whole; `None`: it cannot.
+    whole_steps: Option<Arc<AtomicU32>>,
 }
 
 impl ToyAttention {
@@ -127,6 +129,7 @@ impl ToyAttention {
             store: vec![vec![0xDEAD; num_pages * KV_PAGE_TOKENS]; 2],
             states: Vec::new(),
             poisoned: Vec::new(),
+            whole_steps: None,
         }
     }
 }
@@ -217,6 +220,35 @@ impl Attention for ToyAttention {
         }
         Ok(())
     }
+
+    fn step(
+        &mut self,
+        batch: &StepBatch,
+        experts: &dyn Experts,
+        logits: &mut Vec<f32>,
+    ) -> Result<bool, ComputeError> {
+        let Some(count) = &self.whole_steps else {
+            return Ok(false);
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(experts.held(LayerId(0), ExpertId(0)), 0xff);
+        self.begin(batch)?;
+        for layer in (0..2).map(LayerId) {
+            self.attend(layer, batch, &mut RoutedRows::default())?;
+            for state in &mut self.states {
+                let (row, experts, weights) = route(*state);
+                let mut residual = [0.0_f32; HIDDEN];
+                for (expert, weight) in experts.into_iter().zip(weights) {
+                    for (r, y) in residual.iter_mut().zip(expert_output(layer, expert, &row)) {
+                        *r += weight * y;
+                    }
+                }
+                *state = absorb(*state, &residual);
+            }
+        }
+        self.logits(batch, logits)?;
+        Ok(true)
+    }
 }
 
 #[derive(Debug)]
@@ -290,6 +322,10 @@ impl Exchange for FlakyExchange {
             });
         }
         Ok(())
+    }
+
+    fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
+        self.inner.whole_model()
     }
 }
 
@@ -632,6 +668,30 @@ fn nobody_notices_batches_chunks_or_caches() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_step_that_the_backend_computes_whole_is_the_same() {
+    let all = requests();
+    let config = config();
+    let count = Arc::new(AtomicU32::new(0));
+    let attention = ToyAttention {
+        whole_steps: Some(Arc::clone(&count)),
+        ..ToyAttention::new(config.num_pages, None)
+    };
+    let experts = Arc::new(ToyExperts);
+    let mut bench = Bench::around(config, geometry(None), Box::new(attention), experts);
+    // The next exchange would fail: there is none.
+    bench.fail_in.store(1, Ordering::Relaxed);
+    for new in &all {
+        bench.submit(new);
+    }
+    bench.run();
+    assert_eq!(bench.num_errors, 0);
+    assert!(count.load(Ordering::Relaxed) > 0);
+    for new in &all {
+        assert_eq!(bench.of(new).said(), alone(new, None).said(), "{}", new.id);
     }
 }
 

@@ -61,7 +61,7 @@ pub trait Exchange: Send + fmt::Debug {
     ) -> Result<(), Error>;
 
     /// The experts of the whole model, when the placement gives all of them to this worker: then nothing travels,
-    /// and a backend that can may compute a step without an exchange.
+    /// and a backend that can may compute a step without an exchange. Which experts such a step chooses is not counted.
     fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
         None
     }
@@ -469,7 +469,7 @@ impl Exchange for ExpertExchange {
         let placement = self.placement.load();
         let placement = placement.as_deref()?;
         if self.has_all.0 != placement.epoch {
-            self.has_all = (placement.epoch, gives_all(placement, &self.config.me));
+            self.has_all = (placement.epoch, plan::gives_all(placement, &self.config.me));
         }
         self.has_all.1.then(|| Arc::clone(local))
     }
@@ -477,18 +477,6 @@ impl Exchange for ExpertExchange {
     fn rest(&mut self) {
         self.desk.engine_rests();
     }
-}
-
-/// Whether `me` is a holder of every slice.
-fn gives_all(placement: &Placement, me: &WorkerId) -> bool {
-    let index = placement.workers.iter().position(|worker| worker == me);
-    let Some(index) = index.and_then(|index| u16::try_from(index).ok()) else {
-        return false;
-    };
-    let slices = placement.experts.iter().flatten();
-    slices
-        .into_iter()
-        .all(|slice| slice.holders.contains(&index))
 }
 
 impl Drop for ExpertExchange {

@@ -271,6 +271,17 @@ fn cut(jobs: &[Job], rows: &[u32]) -> Frame {
     }
 }
 
+/// Whether `me` is a holder of every slice.
+#[must_use]
+pub fn gives_all(placement: &Placement, me: &WorkerId) -> bool {
+    let index = placement.workers.iter().position(|worker| worker == me);
+    let Some(index) = index.and_then(|index| u16::try_from(index).ok()) else {
+        return false;
+    };
+    let mut slices = placement.experts.iter().flatten();
+    slices.all(|slice| slice.holders.contains(&index))
+}
+
 /// What one call carries: unique rows of the step, ascending, and jobs over them in the step's numbering.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -310,6 +321,15 @@ mod tests {
     use super::*;
 
     const SEGMENTS: u8 = 8;
+
+    #[test]
+    fn a_worker_has_the_whole_model_when_it_holds_every_slice() {
+        let whole = placement(&[&[(0, 4, &[1, 0]), (4, 8, &[0])], &[(0, 8, &[0, 2])]]);
+        let has_all = |index: usize| gives_all(&whole, &whole.workers[index]);
+        assert!(has_all(0));
+        assert!(!has_all(1) && !has_all(2));
+        assert!(!gives_all(&whole, &WorkerId::new("nobody")));
+    }
 
     fn limits(rows_max: usize, vectors_max: usize) -> CallLimits {
         CallLimits {

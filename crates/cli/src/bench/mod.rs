@@ -2,6 +2,7 @@
 //!
 //! Prompts are random token ids sent to `/v1/completions`, so no tokenizer stands between the numbers.
 
+pub(crate) mod args;
 mod model;
 mod report;
 
@@ -14,9 +15,9 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::args::{BenchArgs, BenchCommand};
 use crate::openai_client::Client;
 use crate::output;
+use args::{BenchArgs, BenchCommand};
 
 /// What one request measured.
 #[derive(Clone, Debug)]

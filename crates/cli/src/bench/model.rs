@@ -14,7 +14,7 @@ use tramontane_compute_cuda::{
 use tramontane_runtime::config::cache_dir;
 use tramontane_types::{ModelGeometry, PageId};
 
-use crate::args::{BenchModelArgs, RandomShape};
+use super::args::{BenchModelArgs, RandomShape};
 use crate::output;
 use crate::settings::misuse;
 

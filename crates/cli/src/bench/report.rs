@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::Sample;
-use crate::args::BenchArgs;
+use super::args::BenchArgs;
 use crate::output;
 
 /// Failures listed in a report; the rest is only counted.

@@ -198,7 +198,7 @@ impl Context {
             }
         };
         for part in 0..cols.div_ceil(part_cols) {
-            self.pack(Part {
+            self.pack(&Part {
                 out: matrix.buffer.at(part * full),
                 rows,
                 col_begin: part * part_cols,
@@ -229,7 +229,7 @@ impl Context {
         gate: ReadRow<'_>,
         up: ReadRow<'_>,
     ) -> Result<(), Error> {
-        self.pack(Part {
+        self.pack(&Part {
             out,
             rows: len,
             col_begin: 0,
@@ -246,7 +246,7 @@ impl Context {
         (rows, cols): (usize, usize),
         read: ReadRow<'_>,
     ) -> Result<(), Error> {
-        self.pack(Part {
+        self.pack(&Part {
             out,
             rows,
             col_begin: 0,
@@ -257,7 +257,7 @@ impl Context {
     }
 
     /// As many rows at a time as the staging memory has room for.
-    fn pack(&self, part: Part<'_>) -> Result<(), Error> {
+    fn pack(&self, part: &Part<'_>) -> Result<(), Error> {
         let mut staging = self.staging.lock();
         let halves = if part.up.is_some() { 2 } else { 1 };
         // Whole groups of strips; 32 rows of each half make one.
@@ -267,7 +267,7 @@ impl Context {
         for begin in (0..part.rows).step_by(rows_max) {
             let rows = begin..(begin + rows_max).min(part.rows);
             staging
-                .pack_rows(self.kernels.pack, &part, rows)
+                .pack_rows(self.kernels.pack, part, rows)
                 .map_err(failed("packing weights"))?;
         }
         Ok(())

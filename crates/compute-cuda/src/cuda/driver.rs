@@ -168,6 +168,7 @@ impl Driver {
         })
     }
 
+    #[expect(clippy::unused_self, reason = "the proof that the library is there")]
     fn message(self, code: CUresult) -> String {
         let mut text = std::ptr::null();
         // SAFETY: `text` lives through the call.

@@ -97,7 +97,8 @@ impl CudaDevice {
             functions: BTreeMap::new(),
             libraries: libraries.clone(),
         };
-        for module in modules {
+        // Some are for other targets only.
+        for module in modules.iter().filter(|module| !module.kernels.is_empty()) {
             opened.load(module)?;
         }
         Ok(opened)

@@ -238,11 +238,10 @@ impl Device for Emulator {
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
         let free = self.memory_free()?;
+        let fits = bytes as u64 <= free;
         // SAFETY: any number of bytes.
-        let memory = match bytes as u64 <= free {
-            true => unsafe { (self.api.alloc)(bytes) },
-            false => ptr::null_mut(),
-        };
+        let allocate = || unsafe { (self.api.alloc)(bytes) };
+        let memory = if fits { allocate() } else { ptr::null_mut() };
         if memory.is_null() {
             return Err(DeviceError::OutOfMemory {
                 device: self.info.name.clone(),

@@ -170,9 +170,21 @@ pub(crate) struct Model {
 
 impl Model {
     pub(crate) fn new(checkpoint: &Checkpoint, backend: &dyn Backend, cuts: &[u8]) -> Self {
+        Self::with_kv(checkpoint, backend, cuts, KvFormat::F16)
+    }
+
+    pub(crate) fn with_kv(
+        checkpoint: &Checkpoint,
+        backend: &dyn Backend,
+        cuts: &[u8],
+        kv_format: KvFormat,
+    ) -> Self {
         let geometry = checkpoint.geometry.clone();
-        let attention = backend.attention(&checkpoint.attention(), ATTENTION);
-        let attention = attention.unwrap();
+        let config = AttentionConfig {
+            kv_format,
+            ..ATTENTION
+        };
+        let attention = backend.attention(&checkpoint.attention(), config).unwrap();
         let ranges = cuts
             .windows(2)
             .map(|w| SegmentRange::new(w[0], w[1]).unwrap());

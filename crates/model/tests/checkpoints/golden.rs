@@ -3,14 +3,18 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde_json::Value;
 use tramontane_compute::reference::ReferenceBackend;
 use tramontane_compute::{Backend, WeightFormat};
 use tramontane_compute_cpu::{CpuBackend, CpuConfig};
+use tramontane_compute_cuda::device::Device;
+use tramontane_compute_cuda::emulator::Emulator;
+use tramontane_compute_cuda::{CudaBackend, Target};
 use tramontane_model::Checkpoint;
 use tramontane_testkit::golden::{read_tensors, relative_distance, relative_error};
-use tramontane_types::{ExpertId, TokenId};
+use tramontane_types::{ExpertId, ModelGeometry, TokenId};
 
 use super::driver::{Driver, Part, pages};
 
@@ -113,21 +117,16 @@ fn the_reference_backend_goes_on_as_transformers_does() {
 
 /// A rounded gate may choose another expert where two are nearly equal, and everything after that token
 /// differs: rows are compared up to the first such token, and few may be left out.
-#[test]
-fn the_cpu_backend_in_bf16_comes_close() {
+fn comes_close(cases: &[&str], backend: &dyn Fn(&ModelGeometry) -> Box<dyn Backend>) {
     let (mut compared, mut rows) = (0, 0);
-    for case in CASES {
+    for &case in cases {
         let checkpoint = Checkpoint::open(&folder(case)).unwrap();
         let geometry = checkpoint.geometry();
-        let config = CpuConfig {
-            threads: NonZeroUsize::MIN,
-            isa: None,
-        };
-        let backend = CpuBackend::new(geometry, WeightFormat::Bf16, config).unwrap();
-        let mut cpu = Driver::new(&checkpoint, &backend as &dyn Backend, &[0, 8]);
+        let backend = backend(geometry);
+        let mut ours_driver = Driver::new(&checkpoint, &*backend, &[0, 8]);
         let mut exact = reference(&checkpoint);
         for prompt in prompts(case) {
-            let (logits, ours) = run(&mut cpu, &prompt.tokens);
+            let (logits, ours) = run(&mut ours_driver, &prompt.tokens);
             let (_, theirs) = run(&mut exact, &prompt.tokens);
             let same = |row: usize| {
                 let chosen = row * geometry.top_k..(row + 1) * geometry.top_k;
@@ -154,4 +153,27 @@ fn the_cpu_backend_in_bf16_comes_close() {
         compared * 2 > rows,
         "only {compared} of {rows} rows chose the same experts"
     );
+}
+
+#[test]
+fn the_cpu_backend_in_bf16_comes_close() {
+    comes_close(&CASES, &|geometry| {
+        let config = CpuConfig {
+            threads: NonZeroUsize::MIN,
+            isa: None,
+        };
+        Box::new(CpuBackend::new(geometry, WeightFormat::Bf16, config).unwrap())
+    });
+}
+
+/// Kernels and host code together, on the emulator.
+#[test]
+fn the_cuda_backend_in_bf16_comes_close() {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    for target in [Target::Sm80, Target::Sm90a] {
+        let device: Arc<dyn Device> = Emulator::new(&dir, target).unwrap();
+        comes_close(&CASES, &|geometry| {
+            Box::new(CudaBackend::new(&device, geometry).unwrap())
+        });
+    }
 }
