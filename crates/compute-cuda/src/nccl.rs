@@ -3,6 +3,8 @@
 //! `ncclCommDestroy` waits for peers, and so for ever when one is dead; `ncclCommAbort` does not. Every result is a
 //! value: a peer that dies gives an error here and a new communicator at the next epoch.
 
+mod error;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use libloading::os::unix::{Library, Symbol};
 use parking_lot::{RwLock, RwLockReadGuard};
 
 use crate::libraries::{LibraryDirs, NotFound};
+pub use error::NcclError;
 
 /// The name that packages and wheels have; the one without a number is only in development packages.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -51,51 +54,6 @@ pub enum ElementType {
     F32 = 7,
     /// bfloat16.
     Bf16 = 9,
-}
-
-/// Why a collective or its group failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum NcclError {
-    /// NCCL said so.
-    #[error("NCCL, rank {rank} of {num_ranks}: {call}: {message} ({code})")]
-    Call {
-        /// This process.
-        rank: u32,
-        /// Of how many.
-        num_ranks: u32,
-        /// The function.
-        call: &'static str,
-        /// Its result.
-        code: c_int,
-        /// What that means.
-        message: String,
-    },
-    /// The communicator was aborted, here or because a peer died.
-    #[error("NCCL, rank {rank} of {num_ranks}: the communicator was aborted")]
-    Aborted {
-        /// This process.
-        rank: u32,
-        /// Of how many.
-        num_ranks: u32,
-    },
-    /// A rank outside the group.
-    #[error("NCCL: rank {got} of a group of {num_ranks}")]
-    NoSuchRank {
-        /// What came.
-        got: u32,
-        /// Ranks of the group.
-        num_ranks: u32,
-    },
-    /// The library is too old.
-    #[error("NCCL {got} is too old, expected at least {VERSION_MIN}")]
-    TooOld {
-        /// Its version.
-        got: c_int,
-    },
-    /// There is no library.
-    #[error("NCCL is missing")]
-    Missing(#[source] NotFound),
 }
 
 type Comm = *mut c_void;

@@ -20,7 +20,7 @@ pub(crate) fn on_gpu(
     Ok(backend.map(Arc::new))
 }
 
-/// The backend that a worker of this configuration computes with on the CPU.
+/// The backend that a worker of this configuration computes with on the CPU, when no device was chosen.
 pub(crate) fn on_cpu(
     config: &WorkerConfig,
     geometry: &ModelGeometry,

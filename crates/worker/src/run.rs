@@ -120,18 +120,12 @@ pub async fn run(
         ended: life.ended.clone(),
         tasks: life.tasks.clone(),
     };
-    let WorkerParts {
-        grpc,
-        store,
-        progress,
-        ..
-    } = parts;
-    let served = life.serve_grpc(grpc, services, setter)?;
+    let served = life.serve_grpc(parts.grpc, services, setter)?;
     if let Some(hub) = &worker.node.hub {
         life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
         record.capacity_bytes = first_formation(hub, &shutdown).await;
     }
-    let joined = worker.join(&config, store, record, &serving, &life)?;
+    let joined = worker.join(&config, parts.store, record, &serving, &life)?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
         group,
@@ -140,7 +134,7 @@ pub async fn run(
         placements: joined.drain.placements.clone(),
         serving,
         drop_grace: config.drop_grace,
-        progress,
+        progress: parts.progress,
         tasks: life.tasks.clone(),
         formations: worker.node.hub.as_ref().map(|hub| hub.formations()),
     };

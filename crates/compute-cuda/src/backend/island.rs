@@ -115,7 +115,7 @@ impl Island {
             self.part();
         }
         if let Some(lead) = &self.lead {
-            lead.end(self.epoch, result.as_ref().map(|()| ()).map_err(describe));
+            lead.end(self.epoch, result.as_ref().map_err(describe).copied());
         }
         result
     }

@@ -115,7 +115,7 @@ impl IslandExperts {
                 Some(pending) => {
                     let said = self.hub.wait(pending, CALL_MAX);
                     let said = said.and_then(|bytes| self.floats(pass, &ranges, &bytes));
-                    said.map_err(|why| self.lost(pass, part.segments, &why))?
+                    said.map_err(|why| Self::lost(pass, part.segments, &why))?
                 }
             };
             answered.push(Answered { ranges, outputs });
@@ -189,7 +189,7 @@ impl IslandExperts {
     }
 
     /// What a rank does not compute is not held here: it may be asked elsewhere.
-    fn lost(&self, pass: &Pass<'_>, segments: SegmentRange, why: &str) -> Error {
+    fn lost(pass: &Pass<'_>, segments: SegmentRange, why: &str) -> Error {
         tracing::warn!(layer = %pass.layer, %segments, why, "a rank did not do its part of a call");
         let first = pass.jobs_in(segments).next();
         let (expert, range) = first.map_or((ExpertId(0), segments), |(e, range, _)| (e, range));

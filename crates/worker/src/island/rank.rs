@@ -75,7 +75,7 @@ pub async fn run_rank(
         .map_err(|source| Error::Task { what, source })??;
     let rank = Rank {
         leader,
-        hello: hello(&config, &*loaded.backend, &parts.checkpoint),
+        hello: hello(&config, &loaded.backend, &parts.checkpoint),
         message_bytes: message_bytes_max(parts.checkpoint.geometry()),
         orders: Orders::start(loaded, parts.checkpoint)?,
         ready: setter,

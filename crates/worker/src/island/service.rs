@@ -67,11 +67,11 @@ impl Island for IslandService {
     ) -> Result<Response<Self::FollowStream>, Status> {
         let mut said = request.into_inner();
         let first = timeout(SILENCE_MAX, said.next()).await;
-        let hello = match first {
-            Ok(Some(Ok(v1::RankMessage {
-                kind: Some(Kind::Hello(hello)),
-            }))) => hello,
-            _ => return Err(Status::invalid_argument("a rank greets first")),
+        let Ok(Some(Ok(v1::RankMessage {
+            kind: Some(Kind::Hello(hello)),
+        }))) = first
+        else {
+            return Err(Status::invalid_argument("a rank greets first"));
         };
         let (queue, messages) = mpsc::channel(QUEUE_MAX);
         let arrived = self.hub.arrive(&hello, queue);

@@ -20,7 +20,7 @@ use tramontane_types::SamplingParams;
 use tramontane_worker::{RankParts, WorkerConfig, run_rank};
 
 use crate::cluster::{
-    Carrier, Cluster, checkpoint_dir, config, eventually, prompt, request, split,
+    Carrier, Cluster, checkpoint, checkpoint_dir, config, eventually, prompt, request, split,
 };
 
 /// Says to a process of the tests that it is a rank that follows, and whom: `host:port`, a space, the model's directory.
@@ -76,14 +76,36 @@ fn rank_process() {
         .unwrap();
 }
 
-fn follower(leader: SocketAddr) -> Child {
+/// A process that does not outlive its test.
+struct Follower(Child);
+
+impl Follower {
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        // It may be dead already, as it should.
+        let _dead = self.0.kill();
+        let _dead = self.0.wait();
+    }
+}
+
+fn follower(leader: SocketAddr) -> Follower {
     let directory = checkpoint_dir().display();
-    Command::new(std::env::current_exe().unwrap())
+    let started = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "island::rank_process", "--nocapture"])
         .env(FOLLOW, format!("{leader} {directory}"))
         .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
+        .spawn();
+    Follower(started.unwrap())
 }
 
 /// Three sequences of one batch: a long prompt, a short one, and one that is sampled.
@@ -124,16 +146,10 @@ async fn begun(cluster: &Cluster) -> Streaming<v1::SequenceEvent> {
 async fn failure(mut stream: Streaming<v1::SequenceEvent>) -> Status {
     loop {
         match stream.message().await {
-            Ok(Some(_)) => {}
-            Ok(None) => panic!("the sequence came to its end"),
+            Ok(event) => assert!(event.is_some(), "the sequence came to its end"),
             Err(status) => return status,
         }
     }
-}
-
-fn signal(process: &Child, signal: Signal) {
-    let id = Pid::from_child(process);
-    kill_process(id, signal).unwrap();
 }
 
 /// Steps that both ranks have computed.
@@ -175,8 +191,7 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
 
     // In the middle of a sequence: it is handed back, as by a worker that is lost.
     let lost = begun(&cluster).await;
-    rank.kill().unwrap();
-    rank.wait().unwrap();
+    rank.kill();
     assert_eq!(failure(lost).await.code(), Code::Unavailable);
 
     // Alone, with what the other one had: the same memory has room for the tiny model.
@@ -188,7 +203,7 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
     assert!(cluster.generate_all("island", &requests()).await == expected);
 
     // A new process in its place: pages that the prefix cache knows are there as well.
-    let mut rank = follower(address);
+    let rank = follower(address);
     formed(&cluster, 2).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert_eq!(cluster.status("island").await.island_epoch, 3);
@@ -198,16 +213,41 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
 
     // One that hangs is found silent.
     let lost = begun(&cluster).await;
-    signal(&rank, Signal::STOP);
+    rank.signal(Signal::STOP);
     assert_eq!(failure(lost).await.code(), Code::Unavailable);
     formed(&cluster, 1).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
-    signal(&rank, Signal::CONT);
+    rank.signal(Signal::CONT);
     formed(&cluster, 2).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     cluster.stop().await;
-    rank.kill().unwrap();
-    rank.wait().unwrap();
+}
+
+#[tokio::test]
+async fn an_island_without_gpus_and_a_rank_without_a_leader_are_refused_by_name() {
+    let parts = || RankParts {
+        checkpoint: checkpoint(),
+        ops: None,
+    };
+    let refused = async |config: WorkerConfig| {
+        let ended = run_rank(config, parts(), Shutdown::new())
+            .await
+            .unwrap_err();
+        std::error::Error::source(&ended).unwrap().to_string()
+    };
+    let on_cpu = WorkerConfig {
+        device: DeviceChoice::Cpu,
+        ..config("island", WeightFormat::Bf16)
+    };
+    let leader = Some("127.0.0.1:1".to_owned());
+    assert_eq!(
+        refused(ranks(on_cpu.clone(), 1, leader)).await,
+        "device must be a GPU for a rank of an island, got cpu"
+    );
+    assert_eq!(
+        refused(on_cpu).await,
+        "island_rank must be above 0, and island_leader set, for a rank that follows, got 0"
+    );
 }
 
 /// Experts that others hold as well: rows travel, and the island's part of each call is both ranks'.
@@ -223,7 +263,7 @@ async fn an_island_shares_experts_with_other_workers() {
 
     let leader = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = leader.local_addr().unwrap();
-    let mut rank = follower(address);
+    let _rank = follower(address);
     cluster
         .start_at(ranks(on_device("island", 3), 0, None), None, leader)
         .await;
@@ -242,6 +282,4 @@ async fn an_island_shares_experts_with_other_workers() {
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert!(steps(&cluster).await > 0);
     cluster.stop().await;
-    rank.kill().unwrap();
-    rank.wait().unwrap();
 }

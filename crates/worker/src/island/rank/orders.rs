@@ -189,7 +189,7 @@ impl Orders {
         self.check_open()?;
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn_blocking(move || {
-            let (id, outputs) = (call.call_id, shared.call(call));
+            let (id, outputs) = (call.call_id, shared.call(&call));
             answer(&answers, id, outputs);
         });
         Ok(())
@@ -301,7 +301,7 @@ impl Shared {
     }
 
     /// The part of a call that is this rank's.
-    fn call(&self, call: v1::ExpertCall) -> Result<Bytes, String> {
+    fn call(&self, call: &v1::ExpertCall) -> Result<Bytes, String> {
         let layer = wire::slice(call.layer, 0, (0, 8))?.layer;
         let mut slices = Vec::with_capacity(call.jobs.len());
         for job in &call.jobs {
