@@ -10,7 +10,6 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tramontane_compute::Backend;
 use tramontane_coordination::{
     Members, Registration, Roles, Scope, SeenIntent, Store, Version, WorkerRecord, watch_intent,
     watch_members, watch_placements,
@@ -23,7 +22,7 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use tramontane_types::WorkerId;
 
 use crate::assemble::{Life, Plan, Serving, Worker};
-use crate::device::ChosenDevice;
+use crate::backend::Computing;
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::Follower;
@@ -32,7 +31,9 @@ use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
 use crate::weights::{PeerWeights, WeightStats, WeightsServing};
-use crate::{Error, WorkerConfig, backend, device, metrics, peers, registration, roles, server};
+use crate::{
+    ConfigError, Error, WorkerConfig, device, metrics, peers, registration, roles, server,
+};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -86,6 +87,10 @@ pub async fn run(
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     config.validate()?;
+    if config.island_rank > 0 {
+        let rule = "0 for a worker: the other ranks of an island follow one";
+        return Err(ConfigError::new("island_rank", rule, &config.island_rank).into());
+    }
     let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (life, drain) = (Life::default(), CancellationToken::new());
     let _ended = life.ended.clone().drop_guard();
@@ -98,17 +103,17 @@ pub async fn run(
     let watched = Watched::start(&parts.store, &life);
     let weights = Arc::default();
     let checkpoint = watched.back(&parts.checkpoint, &config, &weights, &life);
-    let backend = make_backend(&config, &device, &checkpoint).await?;
+    let computing = Computing::make(&config, &device, &checkpoint).await?;
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
-    let mut record = registration::record(&config, roles, &*backend, &checkpoint, name);
+    let mut record = registration::record(&config, roles, &*computing.backend, &checkpoint, name);
     let version = Version::of(&record);
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
     let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
-        backend: &backend,
+        computing: &computing,
         version: &version,
         roles,
         exchange: &exchange,
@@ -135,6 +140,11 @@ pub async fn run(
         ..
     } = parts;
     let served = life.serve_grpc(grpc, services, setter)?;
+    if let Some(hub) = &worker.node.hub {
+        life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
+        hub.first_formation(&shutdown).await;
+    }
+    record.capacity_bytes = worker.node.capacity(&config, roles);
     let joined = worker.join(&config, store, record, watched, (&serving, &life))?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
@@ -145,6 +155,7 @@ pub async fn run(
         drop_grace: config.drop_grace,
         progress,
         tasks: life.tasks.clone(),
+        formations: worker.node.hub.as_ref().map(|hub| hub.formations()),
     };
     life.tasks.spawn(follower.run(life.ended.clone()));
 
@@ -155,19 +166,6 @@ pub async fn run(
     worker.leave(life, &exchange).await;
     drop(bound);
     end.map(|_asked_or_crashed| ())
-}
-
-/// The backend, made on a thread that may take its time.
-async fn make_backend(
-    config: &WorkerConfig,
-    device: &ChosenDevice,
-    checkpoint: &Arc<Checkpoint>,
-) -> Result<Arc<dyn Backend>, Error> {
-    let (config, device, checkpoint) = (config.clone(), device.clone(), Arc::clone(checkpoint));
-    let what = "making the backend";
-    tokio::task::spawn_blocking(move || backend::make(&config, &device, checkpoint.geometry()))
-        .await
-        .map_err(|source| Error::Task { what, source })?
 }
 
 /// What this worker sees of the cluster.
