@@ -217,6 +217,19 @@ impl WorkerConfig {
         Ok(())
     }
 
+    /// Checks as [`validate`](Self::validate) does, for a process that the cluster sees.
+    ///
+    /// # Errors
+    /// As there; and for a rank of an island that follows another one.
+    pub(crate) fn validate_worker(&self) -> Result<(), ConfigError> {
+        self.validate()?;
+        if self.island_rank > 0 {
+            let rule = "0 for a worker: the other ranks of an island follow one";
+            return Err(ConfigError::new("island_rank", rule, &self.island_rank));
+        }
+        Ok(())
+    }
+
     /// Whether this process leads an island.
     pub(crate) const fn leads(&self) -> bool {
         self.island_ranks > 1 && self.island_rank == 0

@@ -31,9 +31,7 @@ use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
 use crate::weights::{PeerWeights, WeightStats, WeightsServing};
-use crate::{
-    ConfigError, Error, WorkerConfig, device, metrics, peers, registration, roles, server,
-};
+use crate::{Error, WorkerConfig, device, metrics, peers, registration, roles, server};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -86,11 +84,7 @@ pub async fn run(
     mut parts: WorkerParts,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    config.validate()?;
-    if config.island_rank > 0 {
-        let rule = "0 for a worker: the other ranks of an island follow one";
-        return Err(ConfigError::new("island_rank", rule, &config.island_rank).into());
-    }
+    config.validate_worker()?;
     let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (life, drain) = (Life::default(), CancellationToken::new());
     let _ended = life.ended.clone().drop_guard();
@@ -133,17 +127,9 @@ pub async fn run(
     worker.show(&ops);
 
     let services = worker.services(&config, &checkpoint, &drain, &life);
-    let WorkerParts {
-        grpc,
-        store,
-        progress,
-        ..
-    } = parts;
+    let (grpc, store, progress) = (parts.grpc, parts.store, parts.progress);
     let served = life.serve_grpc(grpc, services, setter)?;
-    if let Some(hub) = &worker.node.hub {
-        life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
-        hub.first_formation(&shutdown).await;
-    }
+    worker.come_together(&life, &shutdown).await;
     record.capacity_bytes = worker.node.capacity(&config, roles);
     let joined = worker.join(&config, store, record, watched, (&serving, &life))?;
     let follower = Follower {
@@ -331,6 +317,14 @@ impl Worker {
         };
         self.slot.put(made?);
         Ok(true)
+    }
+
+    /// Looks after the ranks of an island from now on; waits until they have come together.
+    async fn come_together(&self, life: &Life, shutdown: &Shutdown) {
+        if let Some(hub) = &self.node.hub {
+            life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
+            hub.first_formation(shutdown).await;
+        }
     }
 
     /// Listens for workers of the same host, where others may be other processes. Without a socket they

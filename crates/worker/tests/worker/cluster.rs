@@ -138,6 +138,12 @@ impl Cluster {
 
     /// Starts a worker with the checkpoint that the others have.
     pub(crate) async fn start_from_peers(&mut self, config: WorkerConfig) {
+        let checkpoint = self.checkpoint_of_peers(&config).await;
+        self.start_with(config, None, checkpoint).await;
+    }
+
+    /// The checkpoint that the others have, of which nothing is here.
+    pub(crate) async fn checkpoint_of_peers(&self, config: &WorkerConfig) -> Arc<Checkpoint> {
         let wish = PeerModel {
             store: Arc::clone(&self.store),
             cluster: config.cluster.clone(),
@@ -148,7 +154,7 @@ impl Cluster {
         let opened = open_from_peers(wish, CancellationToken::new()).await;
         let (checkpoint, name) = opened.unwrap().unwrap();
         assert_eq!((checkpoint.files_here().0, name.as_str()), (0, "tiny"));
-        self.start_with(config, None, Arc::new(checkpoint)).await;
+        Arc::new(checkpoint)
     }
 
     pub(crate) async fn start_with(

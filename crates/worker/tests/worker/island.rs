@@ -14,14 +14,19 @@ use tramontane_compute::WeightFormat;
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
 use tramontane_compute_cuda::{DeviceChoice, Target};
-use tramontane_proto::v1::{self, sequence_event::Kind};
+use tramontane_coordination::MemoryStore;
+use tramontane_proto::v1::island_client::IslandClient;
+use tramontane_proto::v1::{self, rank_message, sequence_event::Kind};
 use tramontane_runtime::Shutdown;
 use tramontane_types::SamplingParams;
-use tramontane_worker::{RankParts, WorkerConfig, run_rank};
+use tramontane_worker::{
+    ExchangeKind, ProcessKind, RankParts, WorkerConfig, WorkerParts, run, run_rank,
+};
 
 use crate::cluster::{
     Carrier, Cluster, checkpoint, checkpoint_dir, config, eventually, prompt, request, split,
 };
+use crate::roles::{ATTENTION, BOTH, EXPERTS, does, want};
 
 /// Says to a process of the tests that it is a rank that follows, and whom: `host:port`, a space, the model's directory.
 const FOLLOW: &str = "TRAMONTANE_TEST_FOLLOW";
@@ -157,6 +162,11 @@ async fn steps(cluster: &Cluster) -> u64 {
     cluster.status("island").await.island_steps
 }
 
+/// Bytes that the island offers for experts.
+async fn offered(cluster: &Cluster) -> u64 {
+    cluster.record("island").await.unwrap().capacity_bytes
+}
+
 async fn formed(cluster: &Cluster, num_ranks: u32) {
     eventually("the ranks have come together", async || {
         cluster.status("island").await.island_ranks == num_ranks
@@ -187,8 +197,7 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
         )
         .await;
     assert_eq!(cluster.status("island").await.island_ranks, 2);
-    let capacity = async || cluster.record("island").await.unwrap().capacity_bytes;
-    assert_eq!(capacity().await, 2 << 30, "both ranks' memory");
+    assert_eq!(offered(&cluster).await, 2 << 30, "both ranks' memory");
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert_eq!(steps(&cluster).await, cluster.status("island").await.steps);
@@ -201,7 +210,7 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
     // Alone, with what the other one had: the same memory has room for the tiny model.
     formed(&cluster, 1).await;
     eventually("the leader offers its own memory", async || {
-        cluster.record("island").await.unwrap().capacity_bytes == 1 << 30
+        offered(&cluster).await == 1 << 30
     })
     .await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
@@ -249,8 +258,25 @@ async fn an_island_without_gpus_and_a_rank_without_a_leader_are_refused_by_name(
         "device must be a GPU for a rank of an island, got cpu"
     );
     assert_eq!(
-        refused(on_cpu).await,
+        refused(on_cpu.clone()).await,
         "island_rank must be above 0, and island_leader set, for a rank that follows, got 0"
+    );
+    // And the other way round.
+    let parts = WorkerParts {
+        store: Arc::new(MemoryStore::new()),
+        checkpoint: checkpoint(),
+        model_name: "tiny".to_owned(),
+        grpc: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        ops: None,
+        progress: None,
+        exchange: ExchangeKind::Grpc,
+        process: ProcessKind::Shared,
+    };
+    let follows = ranks(on_cpu, 1, Some("127.0.0.1:1".to_owned()));
+    let ended = run(follows, parts, Shutdown::new()).await.unwrap_err();
+    assert_eq!(
+        std::error::Error::source(&ended).unwrap().to_string(),
+        "island_rank must be 0 for a worker: the other ranks of an island follow one, got 1"
     );
 }
 
@@ -289,5 +315,105 @@ async fn an_island_shares_experts_with_other_workers() {
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert!(steps(&cluster).await > 0);
+    cluster.stop().await;
+}
+
+/// A worker `other`, and an island whose rank follows from the files; both hold what `publish` says.
+async fn beside_another(cluster: &mut Cluster, (island, other): (u32, u32)) -> Follower {
+    cluster.start(on_device("other", other)).await;
+    cluster.publish(&["other"], split(1)).await;
+    let leader = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let rank = follower(leader.local_addr().unwrap());
+    // Nothing of the model is at rank 0: it takes what it packs from `other`.
+    let config = ranks(on_device("island", island), 0, None);
+    let from_peers = cluster.checkpoint_of_peers(&config).await;
+    cluster.start_at(config, None, (leader, from_peers)).await;
+    rank
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn roles_of_an_island_without_files_change_while_it_serves() {
+    let (own, other) = (emulator(), emulator());
+    tramontane_worker::device::provide(5, &own);
+    tramontane_worker::device::provide(6, &other);
+    let mut cluster = Cluster::new(Carrier::Grpc);
+    let _rank = beside_another(&mut cluster, (5, 6)).await;
+    let expected = cluster.generate_all("other", &requests()).await;
+    assert_eq!(offered(&cluster).await, 2 << 30, "both ranks' memory");
+    cluster.publish(&["island"], split(1)).await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    let (whole, epoch) = (
+        steps(&cluster).await,
+        cluster.status("island").await.island_epoch,
+    );
+    assert!(whole > 0);
+
+    // Experts for others: both ranks' part of each call, and no memory more than before, since ranks keep their pages.
+    want(&cluster, "island", EXPERTS).await;
+    does(&cluster, "island", EXPERTS).await;
+    assert_eq!(offered(&cluster).await, 2 << 30);
+    assert!(cluster.generate_all("other", &requests()).await == expected);
+    assert_eq!(steps(&cluster).await, whole);
+
+    // A new engine: the ranks have come together again, and compute whole steps with it.
+    want(&cluster, "island", BOTH).await;
+    does(&cluster, "island", BOTH).await;
+    eventually("the ranks have come together again", async || {
+        cluster.status("island").await.island_epoch == epoch + 1
+    })
+    .await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    let whole_again = steps(&cluster).await;
+    assert!(whole_again > whole);
+
+    // Attention alone, with the experts of others.
+    want(&cluster, "island", ATTENTION).await;
+    cluster.publish(&["other"], split(1)).await;
+    does(&cluster, "island", ATTENTION).await;
+    assert_eq!(offered(&cluster).await, 0);
+    eventually("all ranks have dropped their slices", async || {
+        cluster.status("island").await.expert_segments_held == 0
+    })
+    .await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    assert_eq!(steps(&cluster).await, whole_again, "layer by layer");
+
+    want(&cluster, "island", BOTH).await;
+    does(&cluster, "island", BOTH).await;
+    assert_eq!(offered(&cluster).await, 2 << 30);
+    cluster.publish(&["island"], split(1)).await;
+    assert!(cluster.generate_all("island", &requests()).await == expected);
+    assert!(steps(&cluster).await > whole_again);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_rank_of_another_version_is_refused() {
+    let own = emulator();
+    tramontane_worker::device::provide(7, &own);
+    let mut cluster = Cluster::new(Carrier::Grpc);
+    let leader = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = leader.local_addr().unwrap();
+    let alone = WorkerConfig {
+        island_form_wait: Duration::from_millis(1),
+        ..ranks(on_device("island", 7), 0, None)
+    };
+    cluster.start_at(alone, None, (leader, checkpoint())).await;
+    let hello = v1::RankHello {
+        model: "another".to_owned(),
+        ..v1::RankHello::default()
+    };
+    let said = v1::RankMessage {
+        kind: Some(rank_message::Kind::Hello(hello)),
+    };
+    let mut client = IslandClient::connect(format!("http://{address}"))
+        .await
+        .unwrap();
+    let refused = client.follow(tokio_stream::once(said)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let (model, message) = (checkpoint(), refused.message());
+    assert!(message.contains("another"), "{message}");
+    assert!(message.contains(model.fingerprint()), "{message}");
+    assert_eq!(cluster.status("island").await.island_ranks, 1);
     cluster.stop().await;
 }
