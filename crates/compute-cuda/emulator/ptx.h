@@ -58,6 +58,10 @@ static inline void cp_async_16(u32 to, const void *from, int bytes) {
 }
 static inline void cp_async_commit() { emu::copy_async_commit(); }
 template <int LEFT> static inline void cp_async_wait() { emu::copy_async_wait(LEFT); }
+static inline void cp_async_wait_all() {
+    emu::copy_async_commit();
+    emu::copy_async_wait(0);
+}
 static inline void fence_proxy_async() {}
 
 // ldmatrix: matrix `i` of 8 x 8 b16 has its row addresses in lanes 8 i to 8 i + 7; lane `l` receives elements
@@ -380,4 +384,12 @@ static inline u32 f16x2_sub(u32 a, u32 b) {
     return f16x2_from(emu_f16_to(static_cast<u16>(a)) - emu_f16_to(static_cast<u16>(b)),
                       emu_f16_to(static_cast<u16>(a >> 16)) - emu_f16_to(static_cast<u16>(b >> 16)));
 }
+static inline void prefetch_bulk(const void *p, int bytes) { emu::check_global(p, static_cast<size_t>(bytes), 16, "a prefetch"); }
+static inline int load_fresh(const int *p) {
+    emu::check_global(p, 4, 4, "a load");
+    return *p;
+}
+// Kernels run one after another here.
+static inline void grid_wait() {}
+static inline void grid_begin() {}
 static inline void prefetch_line(const void *p) { emu::check_global(p, 128, 128, "a prefetch"); }

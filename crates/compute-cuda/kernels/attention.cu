@@ -456,15 +456,15 @@ template <class F, u32 HD> __device__ __forceinline__ void attend_wide(const Att
 // ---- kernels: grid (any, num_kv_heads), the blocks share the items; 128 threads ------------------------------------------
 // Shared bytes: narrow 4,368; wide f16 512 HD + 16 (65,552 for 128: more than 48 KiB must be asked for), q8 384 HD + 16.
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_32(AttendArgs a) { attend_narrow<F16, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_64(AttendArgs a) { attend_narrow<F16, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_128(AttendArgs a) { attend_narrow<F16, 128>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_32(AttendArgs a) { attend_narrow<Q8, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_64(AttendArgs a) { attend_narrow<Q8, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_128(AttendArgs a) { attend_narrow<Q8, 128>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_32(AttendArgs a) { attend_wide<F16, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_64(AttendArgs a) { attend_wide<F16, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_128(AttendArgs a) { attend_wide<F16, 128>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_32(AttendArgs a) { attend_wide<Q8, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_64(AttendArgs a) { attend_wide<Q8, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_128(AttendArgs a) { attend_wide<Q8, 128>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_32(AttendArgs a) { grid_begin(); attend_narrow<F16, 32>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_64(AttendArgs a) { grid_begin(); attend_narrow<F16, 64>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_128(AttendArgs a) { grid_begin(); attend_narrow<F16, 128>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_32(AttendArgs a) { grid_begin(); attend_narrow<Q8, 32>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_64(AttendArgs a) { grid_begin(); attend_narrow<Q8, 64>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_128(AttendArgs a) { grid_begin(); attend_narrow<Q8, 128>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_32(AttendArgs a) { grid_begin(); attend_wide<F16, 32>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_64(AttendArgs a) { grid_begin(); attend_wide<F16, 64>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_128(AttendArgs a) { grid_begin(); attend_wide<F16, 128>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_32(AttendArgs a) { grid_begin(); attend_wide<Q8, 32>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_64(AttendArgs a) { grid_begin(); attend_wide<Q8, 64>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_128(AttendArgs a) { grid_begin(); attend_wide<Q8, 128>(a); }

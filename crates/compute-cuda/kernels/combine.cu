@@ -12,6 +12,7 @@ constexpr u32 COMBINE_THREADS = 256;
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     tr_combine(float *residual, const float *outputs, const u32 *slot_of, const float *weights, const u32 *num_rows, u32 top_k,
                u32 hidden) {
+    grid_begin();
     const u32 row = blockIdx.x, i = 4 * (blockIdx.y * COMBINE_THREADS + threadIdx.x);
     if (row >= *num_rows || i >= hidden) {
         return;
@@ -82,6 +83,7 @@ __device__ __forceinline__ float4 join_rest(const Levels &levels) {
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     tr_combine_pieces(float *residual, const float *outputs, const u32 *sum_begins, const u64 *piece_offsets, const u32 *piece_lens,
                       const float *weights, const u32 *num_rows, u32 top_k, u32 hidden) {
+    grid_begin();
     const u32 row = blockIdx.x, i = 4 * (blockIdx.y * COMBINE_THREADS + threadIdx.x);
     if (row >= *num_rows || i >= hidden) {
         return;
@@ -106,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
 /// to [ids, words] = from [rows, words] at ids; a word is 4 bytes. grid (ids at most, 1 or more), block 256.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     tr_gather_rows(u32 *to, const u32 *from, const u32 *ids, const u32 *num_ids, u32 words) {
+    grid_begin();
     if (blockIdx.x >= *num_ids) {
         return;
     }

@@ -6,6 +6,7 @@ constexpr u32 EMBED_THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(EMBED_THREADS)
     tr_embed_bf16(float *residual, const u16 *table, const u32 *tokens, const u32 *num_rows, u32 hidden) {
+    grid_begin();
     const u32 row = blockIdx.x;
     if (row >= *num_rows) {
         return;

@@ -94,6 +94,7 @@ __device__ __forceinline__ void norm_row(const NormArgs &a, u32 row, const float
 }
 
 extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs a) {
+    grid_begin();
     auto *sums = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x;
     if (row >= *a.num_rows) {
@@ -110,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs
 
 /// Adds the expert outputs to the row, then norms it: what stands between two layers.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(NormArgs a, ExpertOutputs experts) {
+    grid_begin();
     auto *sums = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x;
     if (row >= *a.num_rows) {
@@ -224,7 +226,7 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_bf16(NormArgs a, GateArgs g) { norm_gate<1>(a, g); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<1>(a, g); }
 
 /// The same for 8 rows per block: less of the gate is read.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_bf16(NormArgs a, GateArgs g) { norm_gate<8>(a, g); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<8>(a, g); }

@@ -31,9 +31,10 @@ __device__ __forceinline__ u16 element(const Pack &call, const u16 *row, int col
 
 /// bf16: one warp writes one step of one strip. Grid (steps of the part, packed strips), block 32.
 extern "C" __global__ void __launch_bounds__(32) tr_pack_bf16(const Pack call) {
+    grid_begin();
     int lane = threadIdx.x, strip = blockIdx.y;
     const u16 *low = source_row(call, strip, lane / 4), *high = source_row(call, strip, lane / 4 + 8);
-    u8 *step = call.out + (static_cast<long long>(strip) * gridDim.x + blockIdx.x) * Bf16Step::BYTES;
+    u8 *step = call.out + strip_offset<Bf16Step>(strip, gridDim.x) + static_cast<long long>(blockIdx.x) * GROUP_STEP<Bf16Step>;
     for (int tile = 0; tile < 4; ++tile) {
         int col = blockIdx.x * Bf16Step::K + tile * 16 + lane % 4 * 2;
         auto two = [&](const u16 *row, int at) {
@@ -65,6 +66,7 @@ __device__ __forceinline__ float2 e4m3_scale(float amax) {
 /// e4m3: a block of 8 warps writes one strip and its scales, amax / 448 of each row of the part. Grid (1, packed
 /// strips), block 256, shared 64.
 extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) {
+    grid_begin();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strip = blockIdx.y;
     auto *inverse = reinterpret_cast<float *>(tr_shared());
     for (int r = warp; r < 16; r += 8) {
@@ -83,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) 
     const u16 *low = source_row(call, strip, lane / 4), *high = source_row(call, strip, lane / 4 + 8);
     float low_inverse = inverse[lane / 4], high_inverse = inverse[lane / 4 + 8];
     int steps = steps_of<Fp8Step>(call.cols);
-    u8 *out = call.out + static_cast<long long>(strip) * steps * Fp8Step::BYTES;
+    u8 *out = call.out + strip_offset<Fp8Step>(strip, steps);
     for (int tile = warp; tile < steps * 4; tile += 8) {
         int col = tile * 32 + lane % 4 * 4;
         auto four = [&](const u16 *row, float scale, int at) {
@@ -95,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) 
         };
         uint4 word = make_uint4(four(low, low_inverse, col), four(high, high_inverse, col), four(low, low_inverse, col + 16),
                                 four(high, high_inverse, col + 16));
-        *reinterpret_cast<uint4 *>(out + static_cast<long long>(tile) * 512 + lane * 16) = word;
+        *reinterpret_cast<uint4 *>(out + static_cast<long long>(tile / 4) * GROUP_STEP<Fp8Step> + tile % 4 * 512 + lane * 16) = word;
     }
 }
 
@@ -111,6 +113,7 @@ struct Quantise {
 /// Rows to e4m3, one scale (amax / 448) per row and part. A warp per row and part: grid (ceil(rows / 4), parts),
 /// block 128. 2 bytes read twice (the second time from L1) and 1 written per element: bound by memory.
 extern "C" __global__ void __launch_bounds__(128) tr_quantise_e4m3(const Quantise call) {
+    grid_begin();
     int lane = threadIdx.x % 32, part = blockIdx.y, row = blockIdx.x * 4 + threadIdx.x / 32;
     int rows = call.num_rows == nullptr ? static_cast<int>(gridDim.x) * 4 : *call.num_rows;
     int begin = part * call.part_cols, end = min(call.cols, begin + call.part_cols);
@@ -139,8 +142,9 @@ extern "C" __global__ void __launch_bounds__(128) tr_quantise_e4m3(const Quantis
 /// q4: one warp writes one step of one strip. `a`, `b`: nibbles, 16 bytes per block of 32 columns, byte i of a block
 /// has columns 2 i (low) and 2 i + 1; `stride` in bytes. `dm`: f16 scale (low) and minimum per block. Grid as bf16.
 extern "C" __global__ void __launch_bounds__(32) tr_pack_q4(const Pack call) {
+    grid_begin();
     int lane = threadIdx.x, strip = blockIdx.y, blocks = divide_up(call.cols, 32);
-    u8 *step = call.out + (static_cast<long long>(strip) * gridDim.x + blockIdx.x) * Q4Step::BYTES;
+    u8 *step = call.out + strip_offset<Q4Step>(strip, gridDim.x) + static_cast<long long>(blockIdx.x) * GROUP_STEP<Q4Step>;
     auto row_at = [&](int r) { return call.b == nullptr ? strip * 16 + r : strip * 8 + r % 8; };
     auto is_up = [&](int r) { return call.b != nullptr && r >= 8; };
     // Two columns from `col` on (even) of row `r` of the strip.

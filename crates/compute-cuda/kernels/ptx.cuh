@@ -95,6 +95,9 @@ template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+/// Waits for all of this thread's asynchronous copies.
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 /// Makes this thread's writes to shared memory visible to wgmma (and other asynchronous readers).
 __device__ __forceinline__ void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
@@ -221,3 +224,36 @@ __device__ __forceinline__ u32 f16x2_sub(u32 a, u32 b) {
 
 /// Asks for 128 bytes to be in the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/// Asks for `bytes` (a multiple of 16, aligned to 16) to be in the L2 cache.
+__device__ __forceinline__ void prefetch_bulk(const void *p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
+/// What a kernel wrote that is done, while the one behind it may still run.
+__device__ __forceinline__ int load_fresh(const int *p) {
+    int out;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(out) : "l"(p) : "memory");
+    return out;
+}
+
+// Kernels of a stream overlap on sm_90 and later (programmatic dependent launch): one begins when all blocks of the one
+// before it have begun and said so. So every kernel calls one of these before it touches what others write or read.
+
+/// Waits until the kernels before this one are done and what they wrote is seen.
+__device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// The same, and then lets the next kernel begin. It begins when every block has come here or has ended, so it may read at once
+/// what was written by kernels before this one.
+__device__ __forceinline__ void grid_begin() {
+    grid_wait();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -125,9 +125,9 @@ template <class F, u32 HD> __device__ __forceinline__ void rope_kv(const RopeArg
     }
 }
 
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_32(RopeArgs a) { rope_kv<attention::F16, 32>(a); }
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_64(RopeArgs a) { rope_kv<attention::F16, 64>(a); }
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_128(RopeArgs a) { rope_kv<attention::F16, 128>(a); }
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_32(RopeArgs a) { rope_kv<attention::Q8, 32>(a); }
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_64(RopeArgs a) { rope_kv<attention::Q8, 64>(a); }
-extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_128(RopeArgs a) { rope_kv<attention::Q8, 128>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_32(RopeArgs a) { grid_begin(); rope_kv<attention::F16, 32>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_64(RopeArgs a) { grid_begin(); rope_kv<attention::F16, 64>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_f16_128(RopeArgs a) { grid_begin(); rope_kv<attention::F16, 128>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_32(RopeArgs a) { grid_begin(); rope_kv<attention::Q8, 32>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_64(RopeArgs a) { grid_begin(); rope_kv<attention::Q8, 64>(a); }
+extern "C" __global__ void __launch_bounds__(ROPE_THREADS) tr_rope_kv_q8_128(RopeArgs a) { grid_begin(); rope_kv<attention::Q8, 128>(a); }

@@ -56,6 +56,7 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const u16 *row, u32 i,
 }
 
 extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_e4m3(RoundArgs a) {
+    grid_begin();
     auto *shared = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x, part = blockIdx.y, begin = part * a.part_cols;
     if (row >= *a.num_rows || begin >= a.cols) {

@@ -213,6 +213,7 @@ __device__ __forceinline__ void build_lists(const RouteArgs &a, u32 *counts) {
 }
 
 extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) tr_choose_experts(RouteArgs a) {
+    grid_begin();
     const u32 row = (blockIdx.x * CHOOSE_THREADS + threadIdx.x) / 32;
     if (row < *a.num_rows) {
         choose_row(a, row);
@@ -220,10 +221,12 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) tr_choose_experts(R
 }
 
 extern "C" __global__ void __launch_bounds__(ROUTE_THREADS, 1) tr_expert_lists(RouteArgs a) {
+    grid_begin();
     build_lists(a, reinterpret_cast<u32 *>(tr_shared()));
 }
 
 extern "C" __global__ void __launch_bounds__(ROUTE_THREADS, 1) tr_route(RouteArgs a) {
+    grid_begin();
     for (u32 row = threadIdx.x / 32; row < *a.num_rows; row += blockDim.x / 32) {
         choose_row(a, row);
     }

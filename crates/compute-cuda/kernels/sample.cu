@@ -55,6 +55,7 @@ __device__ __forceinline__ u64 block_max(u64 x, u64 *shared) {
 
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     tr_argmax(Best *out, const float *logits, const u32 *num_rows, u32 vocab) {
+    grid_begin();
     auto *shared = reinterpret_cast<u64 *>(tr_shared());
     if (blockIdx.x >= *num_rows) {
         return;
@@ -120,6 +121,7 @@ __device__ __forceinline__ double block_sum(double x, double *shared) {
 /// ids, values [rows, n]: the n best tokens and their logits, best first; n <= vocab. The logits have been checked.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     tr_top_logits(u32 *ids, float *values, TopSum *sums, const float *logits, const u32 *num_rows, u32 n, u32 vocab) {
+    grid_begin();
     auto *shared = reinterpret_cast<u64 *>(tr_shared());
     if (blockIdx.x >= *num_rows) {
         return;

@@ -5,8 +5,9 @@
 // own, from zero, k ascending; a matrix has 1 to 8 parts. Parts are summed along the binary tree of
 // docs/adr/0001-summation-tree.md. So an output element's bits depend on its row, its token and nothing else.
 //
-// A packed part: strips of 16 rows (their number a multiple of 4), each a run of *steps*. A step is 16 rows by
-// 128 bytes of a token's row (64 bf16 or 128 e4m3), zero where the matrix ends; a part has an even number of them:
+// A packed part: strips of 16 rows (their number a multiple of 4), cut along K into *steps*. The four strips of 64 rows lie
+// side by side, step after step, so that a warp group's step is one run of memory. A strip's step is 16 rows by
+// 128 bytes of a token's row (64 bf16 or 128 e4m3), zero where the matrix ends; a part has an even number of steps:
 //   bf16   4 tiles of 16 x 16; a tile is 32 lanes x 16 bytes, lane l's A fragment of m16n8k16 (registers 0 to 3:
 //          row l/4, row l/4+8, then both 8 columns further; each 2 columns from 2 (l%4))
 //   e4m3   4 tiles of 16 x 32, the A fragment of m16n8k32 (4 columns from 4 (l%4), then 16 columns further)
@@ -90,6 +91,14 @@ __device__ __forceinline__ void mma_step(const Fp8Step &, float (&d)[4], const u
     mma_e4m3(d, a, b);
 }
 #endif
+
+/// Bytes of a step of the four strips of 64 rows: from one step of a strip to its next.
+template <class Step> constexpr int GROUP_STEP = 4 * Step::BYTES;
+
+/// Where strip `strip` begins in a packed part of so many steps.
+template <class Step> __device__ __forceinline__ long long strip_offset(int strip, int steps) {
+    return static_cast<long long>(strip / 4) * steps * GROUP_STEP<Step> + strip % 4 * Step::BYTES;
+}
 
 // ---- The walk along K.
 

@@ -90,13 +90,14 @@ __device__ __forceinline__ void put(const Output &output, int column, int node, 
     }
 }
 
-/// Where the sum of a part lies between the blocks' warps; four f32 more per column keep banks apart.
-template <int N, int ROWS> __device__ __forceinline__ int slot_at(int part, int column, int row) {
-    return (part * N + column) * (ROWS + 4) + row;
+/// Where a sum lies between the blocks' warps; four f32 more per column keep banks apart.
+template <int N, int ROWS> __device__ __forceinline__ int slot_at(int slot, int column, int row) {
+    return (slot * N + column) * (ROWS + 4) + row;
 }
 
 /// Adds the parts of every element along the tree and writes the nodes. All threads, after a barrier.
-template <int N, int ROWS, int THREADS>
+/// PER_SLOT: 1, or 2 where a slot has the sum of a pair of parts, or of the one that there is.
+template <int N, int ROWS, int THREADS, int PER_SLOT>
 __device__ __forceinline__ void put_tree(const float *slots, int count, const Parts &parts, int num_segments,
                                          int first_row, const Output &output) {
     int end = tree_end(parts.end, num_segments);
@@ -108,10 +109,11 @@ __device__ __forceinline__ void put_tree(const float *slots, int count, const Pa
         float value[8];
 #pragma unroll
         for (int part = 0; part < 8; ++part) {
-            value[part] = part >= parts.begin && part < parts.end ? slots[slot_at<N, ROWS>(part, column, row)] : 0.0F;
+            bool is_kept = part >= parts.begin && part < parts.end && (PER_SLOT == 1 || part % 2 == 0 || part == parts.begin);
+            value[part] = is_kept ? slots[slot_at<N, ROWS>(part / PER_SLOT, column, row)] : 0.0F;
         }
 #pragma unroll
-        for (int length = 1; length < 8; length *= 2) {
+        for (int length = PER_SLOT; length < 8; length *= 2) {
 #pragma unroll
             for (int at = 0; at < 8; at += 2 * length) {
                 bool is_whole = at >= parts.begin && at + 2 * length <= end;

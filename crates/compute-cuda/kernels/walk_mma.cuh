@@ -92,10 +92,10 @@ __device__ __forceinline__ void walk(const Tokens &tokens, const Parts &parts, u
     const u8 *strip = nullptr;
     auto load = [&](Step(&to)[MT]) {
         if (loads.part < parts.end) {
-            strip = loads.step == 0 ? strip_of(loads.part) : strip + Step::BYTES;
+            strip = loads.step == 0 ? strip_of(loads.part) : strip + GROUP_STEP<Step>;
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                load_step(to[m], strip + static_cast<long long>(m) * loads.steps * Step::BYTES, lane);
+                load_step(to[m], strip + m * Step::BYTES, lane);
             }
             advance<Step>(loads, parts);
         }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void tree_by_parts(const Tokens &tokens, const Parts 
         walk<Step, N, MT, 32, STAGES, MT == 1 ? 2 : 1>(tokens, own, stages, lane, 0, strip_of, finish);
     }
     __syncthreads();
-    put_tree<N, ROWS, 256>(slots, tokens.count, parts, num_segments, first_row, output);
+    put_tree<N, ROWS, 256, 1>(slots, tokens.count, parts, num_segments, first_row, output);
 }
 
 /// In turn: 4 warps of one strip each. Shared: STAGES x N x 128, then 3 x 64 x N f32.
@@ -230,6 +230,7 @@ template <int N> constexpr int TREE_ROWS = N == 8 ? 16 : N == 16 ? 32 : 64;
 // ---- Dense.
 
 template <class Step, int N> __device__ __forceinline__ void linear(const Linear &call) {
+    grid_begin();
     constexpr int ROWS = TREE_ROWS<N>;
     int column = blockIdx.x * N, first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
     Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
@@ -239,7 +240,7 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
     long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
     auto strip_of = [&](int part) {
         int steps = steps_of<Step>(cols_of(parts, part));
-        return call.weights + part * part_bytes + static_cast<long long>(strip) * steps * Step::BYTES;
+        return call.weights + part * part_bytes + strip_offset<Step>(strip, steps);
     };
     auto scales_of = [&](int part) { return call.weight_scales + static_cast<long long>(part) * strips * 16 + strip * 16; };
     Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
@@ -251,6 +252,7 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
 
 /// 4 warps of one strip: 32 columns of the intermediate row. Shared: STAGES x N x 128.
 template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ void gate_up(const GateUp &call) {
+    grid_begin();
     Job job = call.jobs[blockIdx.z];
     int first = call.offsets[blockIdx.z] + blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - first;
     int part_cols = segment_cols(call.ff), tiles = part_cols / 32;
@@ -264,7 +266,7 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
     const Expert *expert = call.experts + job.expert;
     int strip = blockIdx.y % tiles * 4 + warp;
     auto strip_of = [&](int) {
-        return expert->gate_up[segment] + static_cast<long long>(strip) * steps_of<Step>(call.hidden) * Step::BYTES;
+        return expert->gate_up[segment] + strip_offset<Step>(strip, steps_of<Step>(call.hidden));
     };
     auto finish = [&](int part, float(&sum)[1][N / 8][4]) {
         TokenScales<1> scales = {call.x_scales};
@@ -275,6 +277,7 @@ template <class Step, int N, int STAGES, int AHEAD> __device__ __forceinline__ v
 }
 
 template <class Step, int N> __device__ __forceinline__ void down(const Down &call) {
+    grid_begin();
     constexpr int ROWS = TREE_ROWS<N>;
     Job job = call.jobs[blockIdx.z];
     int begin = call.offsets[blockIdx.z], column = blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - begin - column;
@@ -290,7 +293,7 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     int strip = first_row / 16 + (N <= 16 ? 0 : warp);
     auto strip_of = [&](int part) {
         int steps = steps_of<Step>(cols_of(parts, part));
-        return expert->down[part] + static_cast<long long>(strip) * steps * Step::BYTES;
+        return expert->down[part] + strip_offset<Step>(strip, steps);
     };
     auto scales_of = [&](int part) { return expert->down_scales[part] + strip * 16; };
     int vectors = num_nodes(job.begin, job.end, num_segments);

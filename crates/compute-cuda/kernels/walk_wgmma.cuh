@@ -1,23 +1,17 @@
 // The products of walk_mma.cuh by wgmma, for sm_90a: the same packed weights, arguments and tree, another numeric class.
 // Weights are A, from registers; tokens are B, from swizzled shared memory. A warp group has 64 rows.
 //
-// A block is one or more warp groups that multiply and some threads that fetch: weights by bulk copies (2 KiB per strip
+// A block is one or more warp groups that multiply and some threads that fetch: weights by bulk copies (one per 64 rows
 // and step), tokens by cp.async, because the rows of an expert lie anywhere. What is under way is shared memory, not
 // registers. wgmma reads shared memory by another path than cp.async writes it, so a fence (a MEMBAR) stands between them:
-// in the warps that multiply, which have no loads of their own under way that it could wait for.
+// in the warps that multiply, which have no loads of their own under way that it could wait for. It costs 1 to 2 %.
 //
-// Bytes of weights under way, all stages but the one that is read; an H200 needs 4.3 TB/s x 0.9 us / 132 = 29 KiB per SM:
-//   gate_up n8, n16   5 x 8 and 4 x 8 KiB a block, 4 blocks per SM by shared memory: 160, 128 KiB; B = 1: 896 blocks, 1.7 waves
-//   gate_up n32, n64  3 x 16 KiB x 2 blocks, 3 x 32 KiB x 1 block: 96 KiB
-//   down n8, n16      4 rings x 3 x 8 KiB, 1 block per SM: 96 KiB; B = 1: 64 x 2 = 128 blocks for 132 SMs
-//   down n32, n64     4 x 16 KiB, 1 block per SM: 64 KiB
-// So by Little's law every variant can hold all of the bandwidth; what is lost is the tail (B = 1: 128 of 132 SMs, 0.97) and
-// what tokens add to the traffic of L2 (tokens / rows: 12 % n8 gate_up, 25 % n16 and n32, 25 % n64, 50 % down n64).
-// Expected 0.85 to 0.95 of a plain read stream; not run.
-//
-// Prefill, gate_up n256: 128 x 256 x 64 per step and block takes 1024 cycles of the tensor cores and 16 KiB of weights and 32 KiB
-// of tokens from L2: 48 bytes a cycle and SM at full rate, 29 at 60 % (6.7 TB/s over 132 SMs at 1.76 GHz). That is near what L2 gives: L2,
-// not the tensor cores, may set the limit. Sharing tokens in a cluster (multicast) would halve their part; not done.
+// Measured on one H200 (docs/perf/cuda.md): while tokens are few all products of experts read 3.9 to 4.4 TB/s. What decided that:
+//   one bulk copy per 64 rows and step, not one per 16: a copy takes its thread about 50 ns;
+//   enough threads for the tokens: with 32 for 64 tokens they, not the weights, set the pace;
+//   all parts of K at work side by side while a matrix has few rows: latency times steps is a block's time.
+// Prefill, gate_up n256: 128 x 256 x 64 per step and block takes 1024 cycles of the tensor cores and 48 KiB from L2. It
+// takes 2,000: L2 gives a multiprocessor 24 bytes a cycle.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(TR_EMULATOR)
 
 template <int N> __device__ __forceinline__ void wgmma_step(const Bf16Step &, float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {
@@ -49,9 +43,9 @@ __device__ __forceinline__ void load_shared_step(Q4Step &to, u32 step, int lane)
 
 /// A ring of stages between producer threads and the warp groups that they feed. A stage: one step of every warp's
 /// strip, then the tokens' step.
-template <class Step, int N, int GROUPS, int STAGES> struct Ring {
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS> struct Ring {
     static constexpr int WARPS = GROUPS * 4;
-    static constexpr u32 TOKENS_AT = (WARPS * Step::BYTES + 1023) / 1024 * 1024;
+    static constexpr u32 TOKENS_AT = (GROUPS * GROUP_STEP<Step> + 1023) / 1024 * 1024;
     static constexpr u32 STAGE_BYTES = TOKENS_AT + N * TOKEN_STEP_BYTES;
     static constexpr u32 BYTES = STAGES * STAGE_BYTES;
     u32 stages;   // shared address, 1024-byte aligned
@@ -59,43 +53,67 @@ template <class Step, int N, int GROUPS, int STAGES> struct Ring {
 };
 
 /// One thread, before a __syncthreads.
-template <class Step, int N, int GROUPS, int STAGES>
-__device__ __forceinline__ void start_ring(const Ring<Step, N, GROUPS, STAGES> &ring, int producers) {
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS>
+__device__ __forceinline__ void start_ring(const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring) {
     for (int i = 0; i < STAGES; ++i) {
-        mbarrier_init(ring.barriers + 16 * i, producers + 1);
+        mbarrier_init(ring.barriers + 16 * i, PRODUCERS + 1);
         mbarrier_init(ring.barriers + 16 * i + 8, ring.WARPS);
     }
     fence_mbarrier_init();
 }
 
-/// Fills the stages, `thread` of PRODUCERS. Weights come by bulk copies, one per strip; tokens, which may lie
-/// anywhere, by cp.async. Nothing here waits for a copy: both kinds report to the stage's barrier.
-/// `strip_of(part, warp)`: the strip of a consumer warp.
-template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class StripOf>
-__device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES> &ring, const Tokens &tokens, const Parts &parts,
-                                        int thread, StripOf strip_of) {
-    static_assert(GROUPS * 4 <= PRODUCERS, "one thread per strip");
+/// Where the weights of GROUPS groups of 64 rows are read.
+template <int GROUPS> struct WeightStream {
+    Cursor at;
+    const u8 *groups[GROUPS];
+};
+
+/// Asks for the next step's weights, by one bulk copy for each group. One thread.
+/// `group_of(part, group)`: where the rows of a consumer group begin.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class GroupOf>
+__device__ __forceinline__ void next_weights(WeightStream<GROUPS> &from, const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring,
+                                             const Parts &parts, int slot, const GroupOf &group_of) {
+    u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
+    mbarrier_arrive_expect(full, GROUPS * GROUP_STEP<Step>);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        from.groups[g] = from.at.step == 0 ? group_of(from.at.part, g) : from.groups[g] + GROUP_STEP<Step>;
+        bulk_copy(stage + g * GROUP_STEP<Step>, from.groups[g], GROUP_STEP<Step>, full);
+    }
+    advance<Step>(from.at, parts);
+}
+
+/// Fills the stages, `thread` of PRODUCERS. Weights come by bulk copies; tokens, which may lie anywhere, by cp.async. Nothing
+/// here waits for a copy: both kinds report to the stage's barrier. Weights are nobody's work and are asked for before the
+/// kernel in front has ended.
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class GroupOf>
+__device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring, const Tokens &tokens,
+                                        const Parts &parts, int thread, const GroupOf &group_of) {
+    int slot = 0, total = total_steps<Step>(parts);
+    u32 parity = 0;
+    Cursor at = first_step<Step>(parts);
+    WeightStream<GROUPS> weights = {at, {}};
+    if (thread == 0) {
+        for (int i = 0; i < min(STAGES, total); ++i) {
+            next_weights(weights, ring, parts, i, group_of);
+        }
+    }
+    grid_wait();
     TokenRows<N, PRODUCERS> rows;
     find_rows(rows, tokens, thread);
-    Cursor at = first_step<Step>(parts);
-    const u8 *strip = nullptr;
-    int slot = 0, total = total_steps<Step>(parts);
-    u32 parity = 1;
     for (int i = 0; i < total; ++i) {
         u32 stage = ring.stages + slot * ring.STAGE_BYTES, full = ring.barriers + 16 * slot;
-        mbarrier_wait(full + 8, parity);
-        if (thread == 0) {
-            mbarrier_arrive_expect(full, ring.WARPS * Step::BYTES);
-        }
-        if (thread < ring.WARPS) {
-            strip = at.step == 0 ? strip_of(at.part, thread) : strip + Step::BYTES;
-            bulk_copy(stage + thread * Step::BYTES, strip, Step::BYTES, full);
+        if (i >= STAGES) {
+            mbarrier_wait(full + 8, parity);
+            if (thread == 0) {
+                next_weights(weights, ring, parts, slot, group_of);
+            }
         }
         copy_step<Step, N, PRODUCERS>(stage + ring.TOKENS_AT, rows, tokens, parts, at, thread);
         mbarrier_arrive_copied(full);
         advance<Step>(at, parts);
         slot = slot + 1 == STAGES ? 0 : slot + 1;
-        parity ^= slot == 0;
+        parity ^= slot == 0 && i >= STAGES;
     }
 }
 
@@ -104,22 +122,22 @@ __device__ __forceinline__ void produce(const Ring<Step, N, GROUPS, STAGES> &rin
 template <int N> constexpr int PRODUCER_REGISTERS = N == 128 ? 72 : 88;
 template <int N> constexpr int CONSUMER_REGISTERS = N == 128 ? 216 : 208;
 
-template <int N, int PRODUCERS> __device__ __forceinline__ void become_producer() {
-    if constexpr (PRODUCERS == 128) {
+template <int N> __device__ __forceinline__ void become_producer() {
+    if constexpr (N >= 128) {
         registers_down<PRODUCER_REGISTERS<N>>();
     }
 }
 
-template <int N, int PRODUCERS> __device__ __forceinline__ void become_consumer() {
-    if constexpr (PRODUCERS == 128) {
+template <int N> __device__ __forceinline__ void become_consumer() {
+    if constexpr (N >= 128) {
         registers_up<CONSUMER_REGISTERS<N>>();
     }
 }
 
 /// Multiplies what comes through the ring and calls `finish(part, sum)` after each part: a warp of 4 x GROUPS.
 /// One step's products stay under way while the next is read: its stage is given back one step later.
-template <class Step, int N, int GROUPS, int STAGES, class Finish>
-__device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &ring, const Parts &parts, int warp, int lane,
+template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS, class Finish>
+__device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES, PRODUCERS> &ring, const Parts &parts, int warp, int lane,
                                         Finish finish) {
     int slot = 0, before = -1;
     u32 parity = 0;
@@ -166,63 +184,66 @@ __device__ __forceinline__ void consume(const Ring<Step, N, GROUPS, STAGES> &rin
 // ---- A matrix with a tree.
 
 /// By parts: 4 groups of the same 64 rows, two parts each, and a producer warp for each group. Block 640.
-/// Shared: 4 rings, then 8 x N x 68 f32, then 4 x STAGES x 16.
-template <class Step, int N, int STAGES, class Scales, class StripOf, class ScalesOf>
+/// Shared: 4 rings, then 4 x N x 68 f32, then 4 x STAGES x 16.
+template <class Step, int N, int STAGES, class Scales, class GroupOf, class ScalesOf>
 __device__ __forceinline__ void group_tree_by_parts(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                    const Output &output, const Scales &scales, StripOf strip_of,
+                                                    const Output &output, const Scales &scales, GroupOf group_of,
                                                     ScalesOf scales_of) {
-    int is_producer = threadIdx.x >= 512, lane = threadIdx.x % 32;
-    int group = is_producer ? (threadIdx.x - 512) / 32 : threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    Ring<Step, N, 1, STAGES> ring;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, is_producer = warp >= 16;
+    int group = is_producer ? warp - 16 : warp / 4, in_group = warp % 4;
+    Ring<Step, N, 1, STAGES, 32> ring;
     u32 shared = shared_address(tr_shared());
     ring.stages = shared + group * ring.BYTES;
-    ring.barriers = shared + 4 * ring.BYTES + 8 * N * 68 * 4 + group * STAGES * 16;
+    ring.barriers = shared + 4 * ring.BYTES + 4 * N * 68 * 4 + group * STAGES * 16;
     auto *slots = reinterpret_cast<float *>(tr_shared() + 4 * ring.BYTES); // see slot_at
     if (is_producer && lane == 0) {
-        start_ring(ring, 32);
+        start_ring(ring);
     }
     __syncthreads();
     Parts own = {parts.cols, parts.part_cols, max(parts.begin, 2 * group), min(parts.end, 2 * group + 2)};
     if (own.begin < own.end) {
         if (is_producer) {
-            produce<Step, N, 1, STAGES, 32>(ring, tokens, own, lane, strip_of);
+            produce(ring, tokens, own, lane, group_of);
         } else {
+            grid_begin();
             auto finish = [&](int part, float(&sum)[N / 8][4]) {
-                scale_sums<Step, N>(sum, scales_of(part, warp), scales, tokens, part, lane);
+                scale_sums<Step, N>(sum, scales_of(part, in_group), scales, tokens, part, lane);
 #pragma unroll
                 for (int i = 0; i < N / 2; ++i) {
-                    int column = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
-                    slots[slot_at<N, 64>(part, column, row)] = sum[i / 4][i % 4];
+                    int column = i / 4 * 8 + lane % 4 * 2 + i % 2, row = in_group * 16 + lane / 4 + i / 2 % 2 * 8;
+                    float *slot = slots + slot_at<N, 64>(group, column, row);
+                    *slot = part == own.begin ? sum[i / 4][i % 4] : __fadd_rn(*slot, sum[i / 4][i % 4]);
                 }
             };
-            consume(ring, own, warp, lane, finish);
+            consume(ring, own, in_group, lane, finish);
         }
     }
     __syncthreads();
-    put_tree<N, 64, 640>(slots, tokens.count, parts, num_segments, first_row, output);
+    put_tree<N, 64, 640, 2>(slots, tokens.count, parts, num_segments, first_row, output);
 }
 
 /// In turn: 2 groups of 64 rows each and PRODUCERS threads. Block 256 + PRODUCERS.
 /// Shared: the ring, then LEVELS x 128 x N f32 (3, or 2 for N = 128), then STAGES x 16.
-template <class Step, int N, int STAGES, int PRODUCERS, class Scales, class StripOf, class ScalesOf>
+template <class Step, int N, int STAGES, int PRODUCERS, class Scales, class GroupOf, class ScalesOf>
 __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                                   const Output &output, const Scales &scales, StripOf strip_of,
+                                                   const Output &output, const Scales &scales, GroupOf group_of,
                                                    ScalesOf scales_of) {
     constexpr int VALUES = N / 2, KEPT = N == 128 ? VALUES : 1, LEVELS = N == 128 ? 2 : 3;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, node = 0;
-    Ring<Step, N, 2, STAGES> ring;
+    Ring<Step, N, 2, STAGES, PRODUCERS> ring;
     ring.stages = shared_address(tr_shared());
     ring.barriers = ring.stages + ring.BYTES + LEVELS * 128 * N * 4;
     if (threadIdx.x == 0) {
-        start_ring(ring, PRODUCERS);
+        start_ring(ring);
     }
     __syncthreads();
     if (warp >= 8) {
-        become_producer<N, PRODUCERS>();
-        produce<Step, N, 2, STAGES, PRODUCERS>(ring, tokens, parts, threadIdx.x - 256, strip_of);
+        become_producer<N>();
+        produce(ring, tokens, parts, threadIdx.x - 256, group_of);
         return;
     }
-    become_consumer<N, PRODUCERS>();
+    become_consumer<N>();
+    grid_begin();
     auto *places = reinterpret_cast<float *>(tr_shared() + ring.BYTES);
     Parked<KEPT> parked = {places + threadIdx.x, 256, 0, {}};
     auto emit = [&](float(&value)[VALUES]) {
@@ -250,69 +271,89 @@ __device__ __forceinline__ void group_tree_in_turn(const Tokens &tokens, const P
     consume(ring, parts, warp, lane, finish);
 }
 
-template <class Step, int N, class Scales, class StripOf, class ScalesOf>
+/// Rows of a block; 64 where parts are summed side by side, which wins while tokens are few or there are few rows.
+template <int N> constexpr int LINEAR_ROWS = N <= 64 ? 64 : 128;
+template <int N> constexpr int DOWN_ROWS = N <= 32 ? 64 : 128;
+/// Stages that there is room for.
+template <int N> constexpr int BY_PARTS_STAGES = N <= 16 ? 5 : N == 32 ? 4 : 2;
+
+template <class Step, int N, int ROWS, class Scales, class GroupOf, class ScalesOf>
 __device__ __forceinline__ void group_tree(const Tokens &tokens, const Parts &parts, int num_segments, int first_row,
-                                           const Output &output, const Scales &scales, StripOf strip_of, ScalesOf scales_of) {
-    if constexpr (N <= 16) {
-        group_tree_by_parts<Step, N, 4>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+                                           const Output &output, const Scales &scales, GroupOf group_of, ScalesOf scales_of) {
+    if constexpr (ROWS == 64) {
+        group_tree_by_parts<Step, N, BY_PARTS_STAGES<N>>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
     } else if constexpr (N <= 64) {
-        group_tree_in_turn<Step, N, 5, 32>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+        group_tree_in_turn<Step, N, 5, 128>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
     } else {
-        group_tree_in_turn<Step, N, 3, 128>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+        group_tree_in_turn<Step, N, 3, 128>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
     }
 }
 
-/// Rows of one block of a product with a tree.
-template <int N> constexpr int GROUP_TREE_ROWS = N <= 16 ? 64 : 128;
+/// Bytes of a matrix that are asked for while the kernel before may still run: half of an H200's L2 cache.
+constexpr int L2_AHEAD = 24 << 20;
 
 template <class Step, int N> __device__ __forceinline__ void linear_group(const Linear &call) {
-    int column = blockIdx.x * N, first_row = blockIdx.y * GROUP_TREE_ROWS<N>;
+    int column = blockIdx.x * N, first_row = blockIdx.y * LINEAR_ROWS<N>;
     Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
     Parts parts = {call.cols, segment_cols(call.cols), 0, 0};
     parts.end = divide_up(call.cols, parts.part_cols);
     int strips = divide_up(call.rows, 64) * 4;
     long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
-    // Of a block that reaches behind the last strip, a warp there computes the last again and writes nothing.
-    auto strip_of = [&](int part, int warp) {
-        int strip = min(first_row / 16 + warp, strips - 1), steps = steps_of<Step>(cols_of(parts, part));
-        return call.weights + part * part_bytes + static_cast<long long>(strip) * steps * Step::BYTES;
+    // Of a block that reaches behind the last rows, a group there computes the last again and writes nothing.
+    auto group_of = [&](int part, int group) {
+        int strip = min(first_row / 16 + 4 * group, strips - 4), steps = steps_of<Step>(cols_of(parts, part));
+        return call.weights + part * part_bytes + strip_offset<Step>(strip, steps);
     };
     auto scales_of = [&](int part, int warp) {
-        return call.weight_scales + (static_cast<long long>(part) * strips + min(first_row / 16 + warp, strips - 1)) * 16;
+        int strip = min(first_row / 16 + warp / 4 * 4, strips - 4) + warp % 4;
+        return call.weight_scales + (static_cast<long long>(part) * strips + strip) * 16;
     };
+    if (threadIdx.x < 8 * LINEAR_ROWS<N> / 64) {
+        int part = threadIdx.x % 8, bytes = steps_of<Step>(cols_of(parts, part)) * GROUP_STEP<Step>;
+        bytes = min(bytes, L2_AHEAD / static_cast<int>(gridDim.y * (LINEAR_ROWS<N> / 8)) / 16 * 16);
+        if (part < parts.end) {
+            prefetch_bulk(group_of(part, threadIdx.x / 8), bytes);
+        }
+    }
     Output output = {call.out + static_cast<long long>(column) * call.out_stride, 1, call.out_stride, call.rows, call.is_added != 0};
     TokenScales<1> scales = {call.x_scales};
-    group_tree<Step, N>(tokens, parts, parts.end, first_row, output, scales, strip_of, scales_of);
+    group_tree<Step, N, LINEAR_ROWS<N>>(tokens, parts, parts.end, first_row, output, scales, group_of, scales_of);
 }
 
 template <class Step, int N> __device__ __forceinline__ void down_group(const Down &call) {
     Job job = call.jobs[blockIdx.z];
-    int begin = call.offsets[blockIdx.z], column = blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - begin - column;
+    // Written before the kernel that this one follows, which let this one begin only then: see grid_begin.
+    int begin = load_fresh(call.offsets + blockIdx.z), column = blockIdx.x * N;
+    int left = load_fresh(call.offsets + blockIdx.z + 1) - begin - column;
     if (left <= 0) {
+        grid_begin();
         return;
     }
-    int first_row = blockIdx.y * GROUP_TREE_ROWS<N>, strips = divide_up(call.hidden, 64) * 4;
+    int first_row = blockIdx.y * DOWN_ROWS<N>, strips = divide_up(call.hidden, 64) * 4;
     Tokens tokens = {call.x, nullptr, begin + column, min(N, left), call.x_stride};
     Parts parts = {call.ff, segment_cols(call.ff), job.begin, job.end};
     int num_segments = divide_up(call.ff, parts.part_cols);
     parts.end = min(parts.end, num_segments);
     const Expert *expert = call.experts + job.expert;
-    auto strip_of = [&](int part, int warp) {
-        int strip = min(first_row / 16 + warp, strips - 1), steps = steps_of<Step>(cols_of(parts, part));
-        return expert->down[part] + static_cast<long long>(strip) * steps * Step::BYTES;
+    auto group_of = [&](int part, int group) {
+        int strip = min(first_row / 16 + 4 * group, strips - 4);
+        return expert->down[part] + strip_offset<Step>(strip, steps_of<Step>(cols_of(parts, part)));
     };
-    auto scales_of = [&](int part, int warp) { return expert->down_scales[part] + min(first_row / 16 + warp, strips - 1) * 16; };
+    auto scales_of = [&](int part, int warp) {
+        return expert->down_scales[part] + (min(first_row / 16 + warp / 4 * 4, strips - 4) + warp % 4) * 16;
+    };
     int vectors = num_nodes(job.begin, job.end, num_segments);
     long long out = job.out < 0 ? begin : job.out;
     Output output = {call.out + (out + static_cast<long long>(column) * vectors) * call.hidden, vectors, call.hidden, call.hidden, false};
     TokenScales<8> scales = {call.x_scales};
-    group_tree<Step, N>(tokens, parts, num_segments, first_row, output, scales, strip_of, scales_of);
+    group_tree<Step, N, DOWN_ROWS<N>>(tokens, parts, num_segments, first_row, output, scales, group_of, scales_of);
 }
 
 /// GROUPS groups of 64 packed rows (32 columns of the intermediate row) of one segment and PRODUCERS threads.
 /// Block GROUPS x 128 + PRODUCERS. Shared: the ring, then STAGES x 16.
 template <class Step, int N, int GROUPS, int STAGES, int PRODUCERS>
 __device__ __forceinline__ void gate_up_group(const GateUp &call) {
+    grid_begin();
     Job job = call.jobs[blockIdx.z];
     int first = call.offsets[blockIdx.z] + blockIdx.x * N, left = call.offsets[blockIdx.z + 1] - first;
     int part_cols = segment_cols(call.ff), blocks = divide_up(part_cols / 32, GROUPS);
@@ -327,27 +368,27 @@ __device__ __forceinline__ void gate_up_group(const GateUp &call) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // A group behind the last tile computes that again and writes nothing.
     auto strip_at = [&](int w) { return min(first_tile + w / 4, tiles - 1) * 4 + w % 4; };
-    Ring<Step, N, GROUPS, STAGES> ring;
+    Ring<Step, N, GROUPS, STAGES, PRODUCERS> ring;
     ring.stages = shared_address(tr_shared());
     ring.barriers = ring.stages + ring.BYTES;
     if (threadIdx.x == 0) {
-        start_ring(ring, PRODUCERS);
+        start_ring(ring);
     }
     __syncthreads();
     if (warp >= GROUPS * 4) {
-        become_producer<N, PRODUCERS>();
-        auto strip_of = [&](int, int w) {
-            return expert->gate_up[segment] + static_cast<long long>(strip_at(w)) * steps_of<Step>(call.hidden) * Step::BYTES;
+        become_producer<N>();
+        auto group_of = [&](int, int group) {
+            return expert->gate_up[segment] + strip_offset<Step>(strip_at(4 * group), steps_of<Step>(call.hidden));
         };
-        produce<Step, N, GROUPS, STAGES, PRODUCERS>(ring, tokens, parts, threadIdx.x - GROUPS * 128, strip_of);
+        produce(ring, tokens, parts, threadIdx.x - GROUPS * 128, group_of);
         return;
     }
-    become_consumer<N, PRODUCERS>();
+    become_consumer<N>();
     auto finish = [&](int part, float(&sum)[N / 8][4]) {
         TokenScales<1> scales = {call.x_scales};
         scale_sums<Step, N>(sum, expert->gate_up_scales[segment] + strip_at(warp) * 16, scales, tokens, part, lane);
         if (first_tile + warp / 4 < tiles) {
-            put_activation<N>(call, sum, tokens, first, segment * part_cols + strip_at(warp) * 8, lane);
+            put_activation<N>(call, sum, tokens, computed_here(first), segment * part_cols + strip_at(warp) * 8, lane);
         }
     };
     consume(ring, parts, warp, lane, finish);

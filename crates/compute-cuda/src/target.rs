@@ -40,6 +40,12 @@ impl Target {
         }
     }
 
+    /// Whether a kernel may begin before the one in front has ended (programmatic dependent launch).
+    #[must_use]
+    pub const fn overlaps_kernels(self) -> bool {
+        matches!(self, Self::Sm90a | Self::Sm100a | Self::Sm120)
+    }
+
     /// What a device of compute capability `major.minor` runs; `None` when nothing here does.
     ///
     /// Machine code runs on later minor versions of its major one, but for that of `a` targets.

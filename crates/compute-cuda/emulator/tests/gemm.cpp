@@ -81,41 +81,47 @@ struct Variant {
 /// A numeric class: its variants give the same bits.
 struct Class {
     Format format;
-    std::vector<Variant> tree, gate_up;
+    std::vector<Variant> linear, gate_up, down;
 };
 
 static Class mma_class(const Format &f) {
     auto by_parts = [](int n, int rows) { return size_t(24 * n * 128 + 8 * n * (rows + 4) * 4); };
     auto in_turn = [](int n) { return size_t(3 * n * 128 + 3 * 64 * n * 4); };
+    std::vector<Variant> tree = {{"n8", 8, 16, 256, by_parts(8, 16)},
+                                 {"n16", 16, 32, 256, by_parts(16, 32)},
+                                 {"n32", 32, 64, 128, in_turn(32)},
+                                 {"n64", 64, 64, 128, in_turn(64)}};
     return {f,
-            {{"n8", 8, 16, 256, by_parts(8, 16)},
-             {"n16", 16, 32, 256, by_parts(16, 32)},
-             {"n32", 32, 64, 128, in_turn(32)},
-             {"n64", 64, 64, 128, in_turn(64)}},
+            tree,
             {{"n8", 8, 32, 128, 4 * 8 * 128},
              {"n16", 16, 32, 128, 4 * 16 * 128},
              {"n32", 32, 32, 128, 4 * 32 * 128},
              {"n64", 64, 32, 128, 4 * 64 * 128},
-             {"n128", 128, 32, 128, 3 * 128 * 128}}};
+             {"n128", 128, 32, 128, 3 * 128 * 128}},
+            tree};
 }
 
 static Class wgmma_class(const Format &f) {
     auto stage = [&](int n, int groups) { return (4 * groups * f.step_bytes + 1023) / 1024 * 1024 + n * 128; };
-    auto by_parts = [&](int n) { return 16 * stage(n, 1) + 8 * n * 68 * 4 + 256; };
+    auto by_parts = [&](int n, int stages) { return 4 * stages * (stage(n, 1) + 16) + 4 * n * 68 * 4; };
     auto in_turn = [&](int n, int stages, int levels) { return stages * stage(n, 2) + levels * 128 * n * 4 + stages * 16; };
     auto gate_up = [&](int n, int groups, int stages) { return stages * (stage(n, groups) + 16); };
+    std::vector<Variant> few = {{"wg_n8", 8, 64, 640, by_parts(8, 5)},
+                                {"wg_n16", 16, 64, 640, by_parts(16, 5)},
+                                {"wg_n32", 32, 64, 640, by_parts(32, 4)}};
+    Variant most = {"wg_n128", 128, 128, 384, in_turn(128, 3, 2)};
+    std::vector<Variant> linear = few, down = few;
+    linear.insert(linear.end(), {{"wg_n64", 64, 64, 640, by_parts(64, 2)}, most});
+    down.insert(down.end(), {{"wg_n64", 64, 128, 384, in_turn(64, 5, 3)}, most});
     return {f,
-            {{"wg_n8", 8, 64, 640, by_parts(8)},
-             {"wg_n16", 16, 64, 640, by_parts(16)},
-             {"wg_n32", 32, 128, 288, in_turn(32, 5, 3)},
-             {"wg_n64", 64, 128, 288, in_turn(64, 5, 3)},
-             {"wg_n128", 128, 128, 384, in_turn(128, 3, 2)}},
+            linear,
             {{"wg_n8", 8, 32, 160, gate_up(8, 1, 6)},
              {"wg_n16", 16, 32, 160, gate_up(16, 1, 5)},
-             {"wg_n32", 32, 64, 288, gate_up(32, 2, 4)},
-             {"wg_n64", 64, 128, 544, gate_up(64, 4, 4)},
+             {"wg_n32", 32, 64, 320, gate_up(32, 2, 4)},
+             {"wg_n64", 64, 128, 640, gate_up(64, 4, 4)},
              {"wg_n128", 128, 64, 384, gate_up(128, 2, 6)},
-             {"wg_n256", 256, 64, 384, gate_up(256, 2, 4)}}};
+             {"wg_n256", 256, 64, 384, gate_up(256, 2, 4)}},
+            down};
 }
 
 static std::string kernel(const char *what, const Class &c, const Variant &v) {
@@ -315,7 +321,7 @@ static void linear_is_a_product(const Class &c, int rows, int cols, int num_toke
     Buffer<int> d_ids(ids);
     std::vector<float> before(static_cast<size_t>(num_tokens) * rows), first;
     for (auto &v : before) v = random.normal();
-    for (const Variant &v : c.tree) {
+    for (const Variant &v : c.linear) {
         Buffer<float> out(before.size());
         if (is_added) memcpy(out.data, before.data(), before.size() * 4);
         Linear call = {packed.data, x.data(), is_gathered ? d_ids.data : nullptr, out.data, scales.data, x.scales.data,
@@ -331,7 +337,7 @@ static void linear_is_a_product(const Class &c, int rows, int cols, int num_toke
     for (size_t at = 0; at < first.size(); ++at) {
         double sum = is_added ? before[at] : 0;
         for (int k = 0; k < cols; ++k) sum += w.value[at % rows * cols + k] * x.value(ids[at / rows], k);
-        check_close(kernel("linear", c, c.tree[0]).c_str(), at, first[at], sum, 1e-4);
+        check_close(kernel("linear", c, c.linear[0]).c_str(), at, first[at], sum, 1e-4);
     }
 }
 
@@ -439,7 +445,7 @@ static std::vector<float> run_down(const Class &c, const Experts &experts, const
     Buffer<Job> list(jobs.list);
     Buffer<int> offsets(jobs.offsets);
     std::vector<float> first;
-    for (const Variant &v : c.tree) {
+    for (const Variant &v : c.down) {
         Buffer<float> out(static_cast<size_t>(jobs.vectors) * experts.hidden);
         Down call = {out.data, table.data, list.data, offsets.data, h.data(), h.scales.data, experts.hidden, experts.ff, h.stride};
         Dim grid = {static_cast<unsigned>(divide_up(jobs.most, v.n) + 1), static_cast<unsigned>(divide_up(experts.hidden, v.rows)), static_cast<unsigned>(list.count)};
@@ -472,7 +478,7 @@ static void experts_are_products(const Class &c, int hidden, int ff, std::vector
                     for (int k = node.begin * experts.part_cols; k < end; ++k) {
                         sum += experts.w2[job.expert].value[static_cast<size_t>(r) * ff + k] * h.value(i, k);
                     }
-                    check_close(kernel("down", c, c.tree[0]).c_str(), at, out[at], sum, 1e-4);
+                    check_close(kernel("down", c, c.down[0]).c_str(), at, out[at], sum, 1e-4);
                 }
             }
         }

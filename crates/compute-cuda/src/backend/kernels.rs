@@ -104,24 +104,24 @@ const GATE_UP: [Variant; 5] = [
 
 /// By wgmma: a numeric class of its own, on Hopper. Times are microseconds on an H200 (docs/perf/cuda.md).
 const LINEAR_WG: [Variant; 5] = [
-    ("tr_linear_bf16_wg_n8", 8, 64, 640, 165_120, 13),
-    ("tr_linear_bf16_wg_n16", 16, 64, 640, 198_912, 14),
-    ("tr_linear_bf16_wg_n32", 32, 128, 288, 151_632, 46),
-    ("tr_linear_bf16_wg_n64", 64, 128, 288, 221_264, 66),
-    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424, 58),
+    ("tr_linear_bf16_wg_n8", 8, 64, 640, 193_344, 12),
+    ("tr_linear_bf16_wg_n16", 16, 64, 640, 222_528, 12),
+    ("tr_linear_bf16_wg_n32", 32, 64, 640, 231_680, 14),
+    ("tr_linear_bf16_wg_n64", 64, 64, 640, 200_832, 25),
+    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424, 57),
 ];
-/// Without the tile of 64: it takes longer for half as many rows than that of 128.
-const DOWN_WG: [Variant; 4] = [
-    ("tr_down_bf16_wg_n8", 8, 64, 640, 165_120, 0),
-    ("tr_down_bf16_wg_n16", 16, 64, 640, 198_912, 0),
-    ("tr_down_bf16_wg_n32", 32, 128, 288, 151_632, 0),
+const DOWN_WG: [Variant; 5] = [
+    ("tr_down_bf16_wg_n8", 8, 64, 640, 193_344, 0),
+    ("tr_down_bf16_wg_n16", 16, 64, 640, 222_528, 0),
+    ("tr_down_bf16_wg_n32", 32, 64, 640, 231_680, 0),
+    ("tr_down_bf16_wg_n64", 64, 128, 384, 221_264, 0),
     ("tr_down_bf16_wg_n128", 128, 128, 384, 229_424, 0),
 ];
 const GATE_UP_WG: [Variant; 6] = [
     ("tr_gate_up_bf16_wg_n8", 8, 32, 160, 55_392, 0),
     ("tr_gate_up_bf16_wg_n16", 16, 32, 160, 51_280, 0),
-    ("tr_gate_up_bf16_wg_n32", 32, 64, 288, 81_984, 0),
-    ("tr_gate_up_bf16_wg_n64", 64, 128, 544, 163_904, 0),
+    ("tr_gate_up_bf16_wg_n32", 32, 64, 320, 81_984, 0),
+    ("tr_gate_up_bf16_wg_n64", 64, 128, 640, 163_904, 0),
     ("tr_gate_up_bf16_wg_n128", 128, 64, 384, 196_704, 0),
     ("tr_gate_up_bf16_wg_n256", 256, 64, 384, 196_672, 0),
 ];

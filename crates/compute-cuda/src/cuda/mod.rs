@@ -160,6 +160,18 @@ impl Drop for CudaDevice {
     }
 }
 
+/// Lets a kernel begin before the one in front has ended: all kernels wait for that one by themselves (`grid_wait` in
+/// `ptx.cuh`) before they touch what others do.
+fn overlaps() -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            programmaticStreamSerializationAllowed: 1,
+        },
+    }
+}
+
 fn stream(handle: Handle) -> sys::CUstream {
     handle.0 as sys::CUstream
 }
@@ -368,25 +380,31 @@ impl Device for CudaDevice {
     ) -> Result<(), DeviceError> {
         self.make_current()?;
         let mut pointers: Vec<*mut c_void> = args.pointers();
+        let mut overlaps = overlaps();
         let ([gx, gy, gz], [bx, by, bz]) = (shape.grid, shape.block);
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let config = sys::CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: shape.shared_bytes,
+            hStream: stream(on),
+            attrs: &raw mut overlaps,
+            numAttrs: u32::from(self.info.target.overlaps_kernels()),
+        };
+        // SAFETY: the caller's promise; the driver copies the arguments and the configuration before it returns.
         let code = unsafe {
-            sys::cuLaunchKernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 kernel.handle as sys::CUfunction,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                shape.shared_bytes,
-                stream(on),
                 pointers.as_mut_ptr(),
                 ptr::null_mut(),
             )
         };
         self.driver
-            .check("cuLaunchKernel", code)
+            .check("cuLaunchKernelEx", code)
             .map_err(|error| DeviceError::Launch {
                 kernel: kernel.name.to_owned(),
                 message: format!("{error} with {shape:?}"),
