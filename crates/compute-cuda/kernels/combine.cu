@@ -139,6 +139,7 @@ static_assert(sizeof(NodeParts) == 136, "as the host has it");
 
 /// out [rows * top_k, hidden] = the sums of the nodes along the tree. grid (slots at most, ceil(hidden / 1024)), block 256.
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) tr_sum_nodes(NodeParts a) {
+    grid_begin();
     const u32 slot = blockIdx.x, i = 4 * (blockIdx.y * COMBINE_THREADS + threadIdx.x);
     if (slot >= *a.num_rows * a.top_k || i >= a.hidden) {
         return;
