@@ -8,6 +8,8 @@
 #   DIR/run.sh [OUT]               writes OUT/tests.log, OUT/sanitizer.log, OUT/bench.json, OUT/torch.json (OUT: ./gpu-results)
 #
 # NVRTC and NCCL are looked for in TRAMONTANE_TEST_CUDA_LIBRARIES, then where Python packages put it, then where the loader looks.
+# Two ranks of an island on this one GPU are among the tests; by themselves, with the variables of before and TRAMONTANE_TEST_REQUIRE_GPU=1:
+#   test-exact --exact island::processes::two_processes_have_the_bits_of_one --nocapture
 # Exit status: 0 all passed; 1 something failed (the logs say what); 2 there is no GPU, or NVRTC is missing.
 set -u
 
