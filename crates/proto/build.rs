@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "tramontane/v1/expert.proto",
+    "tramontane/v1/island.proto",
     "tramontane/v1/worker.proto",
     "tramontane/v1/inference.proto",
     "tramontane/v1/admin.proto",
@@ -22,6 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".tramontane.v1.ExpertCall.rows")
         .bytes(".tramontane.v1.ExpertReply.outputs")
         .bytes(".tramontane.v1.WeightsChunk.data")
+        .bytes(".tramontane.v1.RankAnswer.outputs")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,13 +1,15 @@
 #!/bin/sh
 # Everything that only a GPU can show: kernel and backend tests under compute-sanitizer, then the benchmark beside PyTorch.
-# Runs unattended on a machine that has only an NVIDIA driver, NVRTC and Python; needs no Rust and no network there.
+# Runs unattended on a machine that has only an NVIDIA driver, NVRTC, NCCL and Python; needs no Rust and no network there.
 #
 # Before, where the repository is built:
 #   tests/gpu/run.sh pack DIR      builds the binaries and puts what is needed into DIR (about 60 MB)
 # Carry DIR to the machine (it needs nothing else), and there:
 #   DIR/run.sh [OUT]               writes OUT/tests.log, OUT/sanitizer.log, OUT/bench.json, OUT/torch.json (OUT: ./gpu-results)
 #
-# NVRTC is looked for in TRAMONTANE_TEST_CUDA_LIBRARIES, then where Python packages put it, then where the loader looks.
+# NVRTC and NCCL are looked for in TRAMONTANE_TEST_CUDA_LIBRARIES, then where Python packages put it, then where the loader looks.
+# Two ranks of an island on this one GPU are among the tests; by themselves, with the variables of before and TRAMONTANE_TEST_REQUIRE_GPU=1:
+#   test-exact --exact island::processes::two_processes_have_the_bits_of_one --nocapture
 # Exit status: 0 all passed; 1 something failed (the logs say what); 2 there is no GPU, or NVRTC is missing.
 set -u
 

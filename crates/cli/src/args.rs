@@ -448,6 +448,15 @@ pub(crate) struct WorkerArgs {
     /// Format of cached keys and values: f16 or q8
     #[arg(long)]
     pub(crate) kv_format: Option<String>,
+    /// Processes with a GPU each that are this worker together, 1 to 8
+    #[arg(long)]
+    pub(crate) island_ranks: Option<u32>,
+    /// Which of them this one is; 0 leads
+    #[arg(long)]
+    pub(crate) island_rank: Option<u32>,
+    /// gRPC address of rank 0, host:port, for the others
+    #[arg(long)]
+    pub(crate) island_leader: Option<String>,
     /// Compute threads; all cores when absent
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) threads: Option<usize>,

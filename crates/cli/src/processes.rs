@@ -14,7 +14,7 @@ use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::device::{self, ChosenDevice};
 use tramontane_worker::{
-    ExchangeKind, PeerModel, ProcessKind, WorkerConfig, WorkerParts, open_from_peers,
+    ExchangeKind, PeerModel, ProcessKind, RankParts, WorkerConfig, WorkerParts, open_from_peers,
 };
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
@@ -83,6 +83,9 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
+    if config.island_rank > 0 {
+        return rank(&args, config, has_weights, &settings.listen).await;
+    }
     let shutdown = Shutdown::new();
     let store = store(&settings.etcd, &config.id, &shutdown)?;
     let opened = open_worker_model(&args, &config, &store, &shutdown).await?;
@@ -108,6 +111,37 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         process: ProcessKind::Own,
     };
     tramontane_worker::run(config, parts, shutdown.clone()).await?;
+    shutdown.trigger();
+    shutdown.finish(FINISH_MAX).await;
+    Ok(())
+}
+
+/// Runs a rank that follows the leader of its island until it is stopped. It knows no store, and so no worker that could
+/// give it weights.
+async fn rank(
+    args: &WorkerArgs,
+    mut config: WorkerConfig,
+    has_weights: bool,
+    listen: &ListenSettings,
+) -> anyhow::Result<()> {
+    if args.model_from_peers {
+        let rank = config.island_rank;
+        return Err(misuse(format!(
+            "--model-from-peers is for rank 0 of an island, this is rank {rank}: give it the files with --model"
+        )));
+    }
+    let (checkpoint, _name) = open_model(&args.model)?;
+    if !has_weights {
+        config.weights = checkpoint.weight_format()?;
+    }
+    let _device = choose_device(&mut config, &checkpoint)?;
+    let shutdown = Shutdown::new();
+    shutdown.trigger_on_signals().context("signal handlers")?;
+    let parts = RankParts {
+        checkpoint,
+        ops: Some(bind(&listen.ops).await?),
+    };
+    tramontane_worker::run_rank(config, parts, shutdown.clone()).await?;
     shutdown.trigger();
     shutdown.finish(FINISH_MAX).await;
     Ok(())
@@ -160,6 +194,9 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     flags.set("worker", "id", args.id.clone());
     flags.set("worker", "roles", args.roles.clone());
     flags.set("worker", "device", args.device.clone());
+    flags.set("worker", "island_ranks", args.island_ranks.map(i64::from));
+    flags.set("worker", "island_rank", args.island_rank.map(i64::from));
+    flags.set("worker", "island_leader", args.island_leader.clone());
     flags.set("worker", "weights", args.weights.clone());
     flags.set("worker", "kv_format", args.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());

@@ -36,6 +36,12 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     if !has_weights {
         settings.worker.weights = checkpoint.weight_format()?;
     }
+    if settings.worker.island_ranks != 1 {
+        let got = settings.worker.island_ranks;
+        return Err(misuse(format!(
+            "worker.island_ranks must be 1 in one process with all workers, got {got}: ranks are processes"
+        )));
+    }
     let _device = choose_device(&mut settings.worker, &checkpoint)?;
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());

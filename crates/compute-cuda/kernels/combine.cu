@@ -125,3 +125,34 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
         target[i] = source[i];
     }
 }
+
+/// Where the nodes of every expert are that the ranks of an island have computed: node n of a slot is vector begins[n] + slot.
+struct NodeParts {
+    float *out;            // [slots, hidden]: whole experts
+    const float *vectors;  // [any, hidden]
+    const u32 *num_rows;
+    u32 top_k, hidden, num_nodes, zero;
+    u32 lens[8];           // segments of each node, ascending; together the whole tree
+    unsigned long long begins[8];
+};
+static_assert(sizeof(NodeParts) == 136, "as the host has it");
+
+/// out [rows * top_k, hidden] = the sums of the nodes along the tree. grid (slots at most, ceil(hidden / 1024)), block 256.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) tr_sum_nodes(NodeParts a) {
+    grid_begin();
+    const u32 slot = blockIdx.x, i = 4 * (blockIdx.y * COMBINE_THREADS + threadIdx.x);
+    if (slot >= *a.num_rows * a.top_k || i >= a.hidden) {
+        return;
+    }
+    Levels levels = {};
+    float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    bool is_whole = false;
+#pragma unroll
+    for (u32 node = 0; node < 8; ++node) {
+        if (node < a.num_nodes) {
+            total = load_four(a.vectors + (a.begins[node] + slot) * a.hidden, i, a.hidden);
+            is_whole = push(levels, total, a.lens[node]);
+        }
+    }
+    store_four(a.out + static_cast<size_t>(slot) * a.hidden, i, a.hidden, is_whole ? total : join_rest(levels));
+}

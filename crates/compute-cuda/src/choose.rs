@@ -151,11 +151,11 @@ pub fn open(ordinal: u32, config: &CudaConfig) -> Result<Arc<dyn Device>, Unusab
     let target = target_of(device)?;
     let builder = KernelBuilder::new(&config.libraries, config.cache.clone());
     let modules = builder.build_all(target).map_err(Unusable::Kernels)?;
-    let opened =
-        CudaDevice::open(driver, device, target, &modules).map_err(|source| Unusable::Device {
-            name: device.name.clone(),
-            source,
-        })?;
+    let opened = CudaDevice::open(driver, device, target, &modules, &config.libraries);
+    let opened = opened.map_err(|source| Unusable::Device {
+        name: device.name.clone(),
+        source,
+    })?;
     tracing::info!(
         device = ordinal,
         name = device.name,

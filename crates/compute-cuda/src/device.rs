@@ -9,9 +9,11 @@ mod owned;
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 pub use owned::{Buffer, Event, Graph, Pinned, Stream};
 
+use crate::collective::Collective;
 use crate::target::Target;
 
 /// Arguments that one kernel may take.
@@ -68,6 +70,16 @@ pub enum DeviceError {
         /// The kernel.
         kernel: String,
         /// Why.
+        message: String,
+    },
+    /// The other ranks of an island are not reached, or not any more.
+    #[error("rank {rank} of {num_ranks}: {message}")]
+    Ranks {
+        /// This rank.
+        rank: u32,
+        /// Of how many.
+        num_ranks: u32,
+        /// What went wrong.
         message: String,
     },
     /// A copy or view that does not fit its buffer.
@@ -232,6 +244,11 @@ impl Handle {
     pub const fn raw(self) -> u64 {
         self.0
     }
+
+    /// The same as a pointer.
+    pub(crate) const fn to_cuda(self) -> *mut std::ffi::c_void {
+        std::ptr::with_exposed_provenance_mut(self.0 as usize)
+    }
 }
 
 /// Runs kernels. See the module; addresses are plain numbers here, so nearly everything is unsafe.
@@ -343,6 +360,17 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Queues a graph.
     unsafe fn launch_graph(&self, graph: Handle, stream: Handle) -> Result<(), DeviceError>;
 
-    /// Gives it back.
+    /// Gives it back. A graph that runs ends first.
     unsafe fn destroy_graph(&self, graph: Handle);
+
+    /// What devices of an island need to find each other: the one of rank 0 makes it, all are told.
+    fn meeting(&self) -> Result<Vec<u8>, DeviceError>;
+
+    /// Connects this device to those of all other ranks that were told of the meeting; returns when they are there.
+    fn meet(
+        &self,
+        meeting: &[u8],
+        rank: u32,
+        num_ranks: u32,
+    ) -> Result<Arc<dyn Collective>, DeviceError>;
 }

@@ -11,6 +11,7 @@
 mod backend;
 mod cache;
 mod choose;
+pub mod collective;
 mod cubin;
 pub mod cuda;
 pub mod device;
@@ -23,7 +24,9 @@ pub mod nccl;
 pub mod nvrtc;
 mod target;
 
-pub use backend::{CudaBackend, RandomModel, check_geometry};
+pub use backend::{
+    CudaBackend, Island, Lead, RandomModel, RankAttention, RankStep, check_geometry, rank_segments,
+};
 pub use cache::KernelCache;
 pub use choose::{CudaConfig, DeviceChoice, Unusable, find, open};
 pub use cubin::KernelUsage;

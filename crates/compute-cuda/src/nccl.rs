@@ -3,16 +3,21 @@
 //! `ncclCommDestroy` waits for peers, and so for ever when one is dead; `ncclCommAbort` does not. Every result is a
 //! value: a peer that dies gives an error here and a new communicator at the next epoch.
 
+mod error;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::time::Duration;
 
 use libloading::os::unix::{Library, Symbol};
+use parking_lot::{RwLock, RwLockReadGuard};
 
 use crate::libraries::{LibraryDirs, NotFound};
+pub use error::NcclError;
 
 /// The name that packages and wheels have; the one without a number is only in development packages.
 const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
@@ -21,6 +26,8 @@ const VERSION_MIN: c_int = 21_800;
 /// Bytes of `ncclUniqueId`.
 pub const UNIQUE_ID_BYTES: usize = 128;
 
+/// How long an abort lets calls of other threads return.
+const ABORT_GRACE: Duration = Duration::from_millis(100);
 const SUCCESS: c_int = 0;
 /// Of a communicator that works on what it was asked.
 const IN_PROGRESS: c_int = 7;
@@ -49,51 +56,6 @@ pub enum ElementType {
     Bf16 = 9,
 }
 
-/// Why a collective or its group failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum NcclError {
-    /// NCCL said so.
-    #[error("NCCL, rank {rank} of {num_ranks}: {call}: {message} ({code})")]
-    Call {
-        /// This process.
-        rank: u32,
-        /// Of how many.
-        num_ranks: u32,
-        /// The function.
-        call: &'static str,
-        /// Its result.
-        code: c_int,
-        /// What that means.
-        message: String,
-    },
-    /// The communicator was aborted, here or because a peer died.
-    #[error("NCCL, rank {rank} of {num_ranks}: the communicator was aborted")]
-    Aborted {
-        /// This process.
-        rank: u32,
-        /// Of how many.
-        num_ranks: u32,
-    },
-    /// A rank outside the group.
-    #[error("NCCL: rank {got} of a group of {num_ranks}")]
-    NoSuchRank {
-        /// What came.
-        got: u32,
-        /// Ranks of the group.
-        num_ranks: u32,
-    },
-    /// The library is too old.
-    #[error("NCCL {got} is too old, expected at least {VERSION_MIN}")]
-    TooOld {
-        /// Its version.
-        got: c_int,
-    },
-    /// There is no library.
-    #[error("NCCL is missing")]
-    Missing(#[source] NotFound),
-}
-
 type Comm = *mut c_void;
 /// A CUDA stream, as the driver's `CUstream`.
 pub type RawStream = *mut c_void;
@@ -102,6 +64,7 @@ type SendFn = unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Comm, Raw
 type RecvFn = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, RawStream) -> c_int;
 type GatherFn =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, RawStream) -> c_int;
+/// The numbers are type and operation, or type and root.
 type ReduceFn =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, RawStream) -> c_int;
 
@@ -116,6 +79,7 @@ pub struct Nccl {
     send: Symbol<SendFn>,
     recv: Symbol<RecvFn>,
     all_gather: Symbol<GatherFn>,
+    broadcast: Symbol<ReduceFn>,
     reduce_scatter: Symbol<ReduceFn>,
     all_reduce: Symbol<ReduceFn>,
     group_start: Symbol<unsafe extern "C" fn() -> c_int>,
@@ -150,6 +114,7 @@ impl Nccl {
             send: symbol(&library, "ncclSend", &path)?,
             recv: symbol(&library, "ncclRecv", &path)?,
             all_gather: symbol(&library, "ncclAllGather", &path)?,
+            broadcast: symbol(&library, "ncclBroadcast", &path)?,
             reduce_scatter: symbol(&library, "ncclReduceScatter", &path)?,
             all_reduce: symbol(&library, "ncclAllReduce", &path)?,
             group_start: symbol(&library, "ncclGroupStart", &path)?,
@@ -252,6 +217,8 @@ pub struct Communicator {
     nccl: Arc<Nccl>,
     comm: AtomicPtr<c_void>,
     is_aborted: AtomicBool,
+    /// Held for reading by calls that an abort lets return first.
+    users: RwLock<()>,
     rank: u32,
     num_ranks: u32,
 }
@@ -283,6 +250,7 @@ impl Communicator {
             nccl: Arc::clone(nccl),
             comm: AtomicPtr::new(comm),
             is_aborted: AtomicBool::new(false),
+            users: RwLock::new(()),
             rank,
             num_ranks,
         })
@@ -352,6 +320,27 @@ impl Communicator {
         let code =
             unsafe { (self.nccl.all_gather)(span.pointer(), out, span.len, element, comm, stream) };
         self.result("ncclAllGather", code)
+    }
+
+    /// Queues copying `span` of the rank `root` to the `span` of every other one.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    ///
+    /// # Safety
+    /// As [`send`](Self::send).
+    pub unsafe fn broadcast(
+        &self,
+        span: Span,
+        root: u32,
+        stream: RawStream,
+    ) -> Result<(), NcclError> {
+        let (comm, root) = (self.comm()?, self.peer(root)?);
+        let (both, element) = (span.pointer(), span.element as c_int);
+        let call = &self.nccl.broadcast;
+        // SAFETY: the caller's promise.
+        let code = unsafe { call(both, both, span.len, element, root, comm, stream) };
+        self.result("ncclBroadcast", code)
     }
 
     /// Queues summing what all ranks have at the address `parts` (`num_ranks * span.len` elements); this rank's share
@@ -429,12 +418,19 @@ impl Communicator {
         self.is_aborted.store(true, Ordering::SeqCst);
         let comm = self.comm.swap(ptr::null_mut(), Ordering::SeqCst);
         if !comm.is_null() {
+            // One that waits for a dead peer inside NCCL returns only when it is aborted.
+            let _nobody = self.users.try_write_for(ABORT_GRACE);
             // SAFETY: taken out above, so this is done once.
             let code = unsafe { (self.nccl.abort)(comm) };
             if let Err(error) = self.result("ncclCommAbort", code) {
                 tracing::warn!(%error, "an aborted communicator left something behind");
             }
         }
+    }
+
+    /// Whoever holds this is inside a call, and is not overtaken by an abort.
+    pub(crate) fn inside(&self) -> RwLockReadGuard<'_, ()> {
+        self.users.read()
     }
 
     fn comm(&self) -> Result<Comm, NcclError> {

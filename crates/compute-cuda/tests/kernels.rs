@@ -172,6 +172,13 @@ fn the_machine_code_is_what_was_meant() {
                         .any(|word| word == spilled || word.starts_with(&format!("{spilled}.")));
                     assert!(!is_there, "{kernel} for {target} has {spilled}");
                 }
+                // What `griddepcontrol.wait` becomes: see `grid_wait` in `ptx.cuh`. The emulator would not notice.
+                let waits = text.contains("ACQBULK");
+                let overlaps = target.overlaps_kernels();
+                assert_eq!(
+                    waits, overlaps,
+                    "{kernel} for {target}: waits for the kernel in front"
+                );
                 let is_wgmma = kernel.contains("_wg_");
                 // Of 16-bit and of 8-bit numbers.
                 let has_wgmma = text.contains("HGMMA") || text.contains("QGMMA");

@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tramontane_compute::{Backend, Experts};
+use tramontane_compute::Experts;
 use tramontane_coordination::{Roles, Version, WorkerState};
 use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
@@ -20,6 +20,7 @@ use tramontane_types::{Placement, WorkerId};
 
 use crate::WorkerConfig;
 use crate::attention::{AttentionMaker, EngineSlot};
+use crate::backend::Computing;
 use crate::drill::Drills;
 use crate::expert_keeper::KeptExperts;
 use crate::metrics::StepMetrics;
@@ -55,7 +56,7 @@ pub(crate) struct Worker {
 pub(crate) struct Plan<'a> {
     pub(crate) config: &'a WorkerConfig,
     pub(crate) checkpoint: &'a Arc<Checkpoint>,
-    pub(crate) backend: &'a Arc<dyn Backend>,
+    pub(crate) computing: &'a Computing,
     pub(crate) version: &'a Version,
     pub(crate) roles: Roles,
     pub(crate) exchange: &'a ExchangeKind,
@@ -72,12 +73,12 @@ impl Plan<'_> {
 
     /// Starts the thread of the expert half. Without the experts role it holds nothing.
     pub(crate) fn assemble(&self) -> Worker {
-        let (geometry, backend) = (self.checkpoint.geometry(), &**self.backend);
+        let (geometry, backend) = (self.checkpoint.geometry(), &*self.computing.backend);
         let epoch = Arc::new(AtomicU64::new(0));
         let desk = Arc::new(self.desk());
         let (peers, transport) = self.transport(&desk);
         let transport = self.drills.on_the_way(transport);
-        let (inner, format) = (backend.experts(), backend.row_format());
+        let (inner, format) = (Arc::clone(&self.computing.experts), backend.row_format());
         let weights = self.config.weights;
         let store = Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights));
         let class = self.version.numeric_class.to_string();
@@ -104,11 +105,12 @@ impl Plan<'_> {
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),
+            hub: self.computing.hub.clone(),
         });
         let maker = AttentionMaker {
             config: self.config.clone(),
             checkpoint: Arc::clone(self.checkpoint),
-            backend: Arc::clone(self.backend),
+            backend: Arc::clone(&self.computing.backend),
             desk: Arc::clone(&desk),
             serving: Arc::clone(self.serving),
             steps: StepMetrics::new(),
@@ -144,7 +146,10 @@ impl Plan<'_> {
             cluster: self.config.cluster.clone(),
             numeric_class: self.version.numeric_class.to_string(),
             model: self.version.model.to_string(),
-            limits: CallLimits::new(self.checkpoint.geometry(), self.backend.row_format()),
+            limits: CallLimits::new(
+                self.checkpoint.geometry(),
+                self.computing.backend.row_format(),
+            ),
             link: LinkSettings::default(),
             dial: Arc::new(TcpDial),
         };

@@ -71,6 +71,9 @@ impl AttentionMaker {
             let made = self.backend.attention(&bytes.weights(), sizes);
             made.map_err(Error::Backend)?
         };
+        if let Some(hub) = &node.hub {
+            hub.renew();
+        }
         let exchange = self.exchange(node);
         let stats = exchange.stats();
         let engine = Engine::new(limits, geometry.clone(), attention, Box::new(exchange))

@@ -12,7 +12,7 @@ use tramontane_compute_cuda::DeviceChoice;
 use tramontane_coordination::Roles;
 use tramontane_engine::EngineConfig;
 use tramontane_runtime::duration_text;
-use tramontane_types::{ModelGeometry, TokenId};
+use tramontane_types::{ModelGeometry, SEGMENTS_PER_EXPERT, TokenId};
 
 use crate::ConfigError;
 
@@ -34,6 +34,11 @@ pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
 pub const WEIGHTS_RATE: u64 = 64 << 20;
 /// Slowest such rate: a chunk of 256 KiB must come through before its asker thinks that it is not coming.
 pub const WEIGHTS_RATE_MIN: u64 = 1 << 20;
+/// How long the first formation of an island waits: the time in which ranks that start together have read their weights.
+pub const ISLAND_FORM_WAIT: Duration = Duration::from_secs(300);
+/// How long a step of an island may take: the longest prompt chunk takes tenths of a second, pages that are copied to a
+/// newcomer some seconds.
+pub const ISLAND_STEP_DEADLINE: Duration = Duration::from_secs(20);
 /// Longest id of a worker or name of a cluster.
 pub const NAME_BYTES_MAX: usize = 128;
 /// What is assumed of a machine that does not say how much memory it has.
@@ -57,6 +62,18 @@ pub struct WorkerConfig {
     pub cuda_libraries: Option<PathBuf>,
     /// Directory of compiled kernels; the user's cache when absent.
     pub kernel_cache: Option<PathBuf>,
+    /// Ranks of the island that this worker is: processes with a GPU each; 1 is no island.
+    pub island_ranks: u32,
+    /// Which of them this process is; 0 leads.
+    pub island_rank: u32,
+    /// `host:port` of the leader's gRPC API, for a rank that follows.
+    pub island_leader: Option<String>,
+    /// How long the leader waits for all ranks before it begins with those that are there.
+    #[serde(with = "duration_text")]
+    pub island_form_wait: Duration,
+    /// How long a step of the ranks may take before one of them counts as hanging.
+    #[serde(with = "duration_text")]
+    pub island_step_deadline: Duration,
     /// How weights are kept in memory; `f32` takes the reference backend.
     pub weights: WeightFormat,
     /// How keys and values are kept in memory; part of the numeric class, like `weights`.
@@ -108,6 +125,11 @@ impl Default for WorkerConfig {
             device: DeviceChoice::default(),
             cuda_libraries: None,
             kernel_cache: None,
+            island_ranks: 1,
+            island_rank: 0,
+            island_leader: None,
+            island_form_wait: ISLAND_FORM_WAIT,
+            island_step_deadline: ISLAND_STEP_DEADLINE,
             weights: WeightFormat::Bf16,
             kv_format: KvFormat::default(),
             threads: None,
@@ -140,6 +162,7 @@ impl WorkerConfig {
         if let Some(address) = &self.advertise {
             check_address("advertise", address)?;
         }
+        self.check_island()?;
         let counts = [
             ("max_running", self.max_running),
             ("max_waiting", self.max_waiting),
@@ -173,6 +196,12 @@ impl WorkerConfig {
                 Duration::from_millis(1),
             ),
             ("drop_grace", self.drop_grace, Duration::ZERO),
+            ("island_form_wait", self.island_form_wait, Duration::ZERO),
+            (
+                "island_step_deadline",
+                self.island_step_deadline,
+                Duration::from_millis(1),
+            ),
         ];
         for (key, got, min) in times {
             if got < min || got > TIME_MAX {
@@ -184,6 +213,50 @@ impl WorkerConfig {
                     &humantime::format_duration(got),
                 ));
             }
+        }
+        Ok(())
+    }
+
+    /// Checks as [`validate`](Self::validate) does, for a process that the cluster sees.
+    ///
+    /// # Errors
+    /// As there; and for a rank of an island that follows another one.
+    pub(crate) fn validate_worker(&self) -> Result<(), ConfigError> {
+        self.validate()?;
+        if self.island_rank > 0 {
+            let rule = "0 for a worker: the other ranks of an island follow one";
+            return Err(ConfigError::new("island_rank", rule, &self.island_rank));
+        }
+        Ok(())
+    }
+
+    /// Whether this process leads an island.
+    pub(crate) const fn leads(&self) -> bool {
+        self.island_ranks > 1 && self.island_rank == 0
+    }
+
+    fn check_island(&self) -> Result<(), ConfigError> {
+        let most = u32::from(SEGMENTS_PER_EXPERT);
+        if !(1..=most).contains(&self.island_ranks) {
+            let rule = format!("between 1 and {most}");
+            return Err(ConfigError::new("island_ranks", &rule, &self.island_ranks));
+        }
+        if self.island_rank >= self.island_ranks {
+            let rule = format!("below island_ranks, {}", self.island_ranks);
+            return Err(ConfigError::new("island_rank", &rule, &self.island_rank));
+        }
+        match &self.island_leader {
+            Some(leader) => check_address("island_leader", leader)?,
+            None if self.island_rank > 0 => {
+                let rule = "host:port for a rank that follows";
+                return Err(ConfigError::new("island_leader", rule, &"nothing"));
+            }
+            None => {}
+        }
+        let has_both = self.roles.0.attention && self.roles.0.experts;
+        if self.island_ranks > 1 && !has_both {
+            let rule = "attention,experts for an island";
+            return Err(ConfigError::new("roles", rule, &self.roles));
         }
         Ok(())
     }
@@ -398,6 +471,19 @@ mod tests {
         assert_eq!(
             refused(|c| c.advertise = Some("here".to_owned())),
             "advertise must be host:port, got \"here\""
+        );
+        assert_eq!(
+            refused(|c| c.island_ranks = 9),
+            "island_ranks must be between 1 and 8, got 9"
+        );
+        assert_eq!(
+            refused(|c| c.island_rank = 1),
+            "island_rank must be below island_ranks, 1, got 1"
+        );
+        let leaderless = |c: &mut WorkerConfig| (c.island_ranks, c.island_rank) = (2, 1);
+        assert_eq!(
+            refused(leaderless),
+            "island_leader must be host:port for a rank that follows, got nothing"
         );
         assert_eq!(
             refused(|c| c.expert_memory = Some(0)),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use tramontane_compute::WeightFormat;
-use tramontane_compute_cuda::device::Device;
+pub use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::{
     CudaConfig, DeviceChoice, DeviceSummary, KernelCache, LibraryDirs, Unusable,
 };
@@ -35,6 +35,12 @@ impl ChosenDevice {
     pub const fn gpu(&self) -> Option<&Arc<dyn Device>> {
         self.device.as_ref()
     }
+}
+
+/// Puts a device in the place of a GPU, for tests; as long as the caller keeps it.
+#[doc(hidden)]
+pub fn provide(ordinal: u32, device: &Arc<dyn Device>) {
+    IN_USE.lock().insert(ordinal, Arc::downgrade(device));
 }
 
 /// Decides what `config` computes a model of `geometry` on, and puts it there: the device, and the memory where none

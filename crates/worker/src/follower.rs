@@ -19,6 +19,7 @@ use tramontane_model::{Checkpoint, load_slices};
 use tramontane_types::{Epoch, ExpertSlice, Placement};
 
 use crate::following::{next_load, supersedes, unwanted};
+use crate::island::Formation;
 use crate::state::Node;
 
 /// Slices that are loaded before the placements are looked at again.
@@ -38,6 +39,8 @@ pub(crate) struct Follower {
     pub(crate) drop_grace: Duration,
     pub(crate) progress: Option<ProgressBar>,
     pub(crate) tasks: TaskTracker,
+    /// On an island: who computes together, which decides what is held.
+    pub(crate) formations: Option<watch::Receiver<Formation>>,
 }
 
 type Loading = JoinHandle<Result<(), tramontane_model::Error>>;
@@ -60,6 +63,7 @@ impl Follower {
             let timer = [load_after, drop_at].into_iter().flatten().min();
             let wait = OptionFuture::from(timer.map(sleep_until));
             let loaded = OptionFuture::from(loading.as_mut());
+            let formed = OptionFuture::from(self.formations.as_mut().map(watch::Receiver::changed));
             tokio::select! {
                 changed = self.placements.changed() => if changed.is_err() {
                     return;
@@ -73,8 +77,20 @@ impl Follower {
                     load_after = load_after.filter(|at| *at > Instant::now());
                     self.drop_unused(published.as_deref(), pending.as_deref());
                 }
+                Some(_) = formed => {
+                    load_after = None;
+                    self.tell_capacity();
+                }
                 () = stop.cancelled() => return,
             }
+        }
+    }
+
+    /// An island has memory for as many experts as the ranks that are there.
+    fn tell_capacity(&self) {
+        if let Some(hub) = &self.node.hub {
+            self.registration
+                .update(|record| record.capacity_bytes = hub.offered(record.roles));
         }
     }
 

@@ -19,6 +19,7 @@ mod follower;
 pub mod following;
 mod generate_service;
 mod host_socket;
+mod island;
 mod measure;
 mod metrics;
 mod peers;
@@ -37,6 +38,7 @@ pub use engine_thread::{
     EngineHandle, EngineThread, Generation, GenerationEvent, GenerationFailure, RefusedSequence,
 };
 pub use error::{ConfigError, Error};
+pub use island::rank::{RankParts, run_rank};
 pub use run::{ExchangeKind, WorkerParts, run};
 pub use status::{ERROR_DOMAIN, GenerateError, reason};
 pub use weights::{PeerModel, open_from_peers};

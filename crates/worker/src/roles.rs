@@ -119,15 +119,17 @@ impl RoleKeeper {
 
     async fn take_attention_on(&self) {
         // First of all the memory that it takes: the planner moves what has no room any more.
-        let capacity = self.capacity(Roles {
-            attention: true,
-            ..self.node.roles()
-        });
+        let capacity = || {
+            self.capacity(Roles {
+                attention: true,
+                ..self.node.roles()
+            })
+        };
         self.registration
-            .update(|record| record.capacity_bytes = capacity);
+            .update(|record| record.capacity_bytes = capacity());
         let half = &self.node.experts;
         let held = || half.store.num_segments_held() * half.segment_bytes;
-        while self.node.roles().experts && held() > capacity {
+        while self.node.roles().experts && held() > capacity() {
             sleep(LOOK_EVERY).await;
         }
         loop {
@@ -186,14 +188,14 @@ impl RoleKeeper {
     fn become_with(&self, change: impl Fn(&mut Roles)) {
         self.node.roles.send_modify(|roles| change(roles));
         let roles = self.node.roles();
-        let capacity = self.capacity(roles);
         self.registration.update(|record| {
             record.roles = roles;
-            record.capacity_bytes = capacity;
+            // Inside: ranks of an island come and go meanwhile, and the last one to say so is right.
+            record.capacity_bytes = self.capacity(roles);
         });
     }
 
     fn capacity(&self, roles: Roles) -> u64 {
-        self.config.capacity(roles, &self.node.geometry)
+        self.node.capacity(&self.config, roles)
     }
 }

@@ -10,7 +10,6 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tramontane_compute::Backend;
 use tramontane_coordination::{
     Members, Registration, Roles, Scope, SeenIntent, Store, Version, WorkerRecord, watch_intent,
     watch_members, watch_placements,
@@ -23,7 +22,7 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use tramontane_types::WorkerId;
 
 use crate::assemble::{Life, Plan, Serving, Worker};
-use crate::device::ChosenDevice;
+use crate::backend::Computing;
 use crate::drain::Drain;
 use crate::drill::{Drills, ProcessKind, Setting};
 use crate::follower::Follower;
@@ -32,7 +31,7 @@ use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
 use crate::weights::{PeerWeights, WeightStats, WeightsServing};
-use crate::{Error, WorkerConfig, backend, device, metrics, peers, registration, roles, server};
+use crate::{Error, WorkerConfig, device, metrics, peers, registration, roles, server};
 
 /// How long each part may take to stop once nothing is left to do.
 const STOP_MAX: Duration = Duration::from_secs(5);
@@ -85,7 +84,7 @@ pub async fn run(
     mut parts: WorkerParts,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    config.validate()?;
+    config.validate_worker()?;
     let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (life, drain) = (Life::default(), CancellationToken::new());
     let _ended = life.ended.clone().drop_guard();
@@ -98,17 +97,17 @@ pub async fn run(
     let watched = Watched::start(&parts.store, &life);
     let weights = Arc::default();
     let checkpoint = watched.back(&parts.checkpoint, &config, &weights, &life);
-    let backend = make_backend(&config, &device, &checkpoint).await?;
+    let computing = Computing::make(&config, &device, &checkpoint).await?;
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
-    let mut record = registration::record(&config, roles, &*backend, &checkpoint, name);
+    let mut record = registration::record(&config, roles, &*computing.backend, &checkpoint, name);
     let version = Version::of(&record);
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
     let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
     let plan = Plan {
         config: &config,
         checkpoint: &checkpoint,
-        backend: &backend,
+        computing: &computing,
         version: &version,
         roles,
         exchange: &exchange,
@@ -128,13 +127,10 @@ pub async fn run(
     worker.show(&ops);
 
     let services = worker.services(&config, &checkpoint, &drain, &life);
-    let WorkerParts {
-        grpc,
-        store,
-        progress,
-        ..
-    } = parts;
+    let (grpc, store, progress) = (parts.grpc, parts.store, parts.progress);
     let served = life.serve_grpc(grpc, services, setter)?;
+    worker.come_together(&life, &shutdown).await;
+    record.capacity_bytes = worker.node.capacity(&config, roles);
     let joined = worker.join(&config, store, record, watched, (&serving, &life))?;
     let follower = Follower {
         node: Arc::clone(&worker.node),
@@ -145,6 +141,7 @@ pub async fn run(
         drop_grace: config.drop_grace,
         progress,
         tasks: life.tasks.clone(),
+        formations: worker.node.hub.as_ref().map(|hub| hub.formations()),
     };
     life.tasks.spawn(follower.run(life.ended.clone()));
 
@@ -155,19 +152,6 @@ pub async fn run(
     worker.leave(life, &exchange).await;
     drop(bound);
     end.map(|_asked_or_crashed| ())
-}
-
-/// The backend, made on a thread that may take its time.
-async fn make_backend(
-    config: &WorkerConfig,
-    device: &ChosenDevice,
-    checkpoint: &Arc<Checkpoint>,
-) -> Result<Arc<dyn Backend>, Error> {
-    let (config, device, checkpoint) = (config.clone(), device.clone(), Arc::clone(checkpoint));
-    let what = "making the backend";
-    tokio::task::spawn_blocking(move || backend::make(&config, &device, checkpoint.geometry()))
-        .await
-        .map_err(|source| Error::Task { what, source })?
 }
 
 /// What this worker sees of the cluster.
@@ -333,6 +317,14 @@ impl Worker {
         };
         self.slot.put(made?);
         Ok(true)
+    }
+
+    /// Looks after the ranks of an island from now on; waits until they have come together.
+    async fn come_together(&self, life: &Life, shutdown: &Shutdown) {
+        if let Some(hub) = &self.node.hub {
+            life.tasks.spawn(Arc::clone(hub).run(life.ended.clone()));
+            hub.first_formation(shutdown).await;
+        }
     }
 
     /// Listens for workers of the same host, where others may be other processes. Without a socket they

@@ -17,6 +17,7 @@ use tramontane_runtime::ReadinessSetter;
 
 use crate::Error;
 use crate::generate_service::GenerateService;
+use crate::island::IslandService;
 use crate::severable::Severable;
 use crate::state::{Node, name};
 use crate::weights::{WeightsService, WeightsServing};
@@ -73,12 +74,17 @@ pub(crate) fn serve(
         ended,
         tasks,
     } = services;
+    let island_tasks = tasks.clone();
     let (reporter, health) = tonic_health::server::health_reporter();
     let (crash, faults) = (node.drills.crash(), node.drills.faults());
     let mut config = ExpertServiceConfig::new(node.id.clone(), cluster, model);
     config.faults = faults;
     let experts = node.experts.server.clone();
     let experts = ExpertService::new(config, experts, ended.clone(), tasks).into_service();
+    let island = node.hub.clone().map(|hub| {
+        let (stop, tasks) = (ended.clone(), island_tasks);
+        IslandService { hub, stop, tasks }.into_service()
+    });
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -97,7 +103,8 @@ pub(crate) fn serve(
         .add_service(reflection().build_v1().map_err(Error::Reflection)?)
         .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
         .add_service(WeightsService::new(weights).into_service())
-        .add_service(experts);
+        .add_service(experts)
+        .add_optional_service(island);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let incoming =
         incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));

@@ -11,9 +11,11 @@ use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
 use tramontane_proto::v1;
 use tramontane_types::{Epoch, ModelGeometry, WorkerId};
 
+use crate::WorkerConfig;
 use crate::drill::Drills;
 use crate::engine_thread::EngineHandle;
 use crate::expert_keeper::KeptExperts;
+use crate::island::{Formation, Hub};
 use crate::weights::WeightStats;
 
 /// A running worker.
@@ -36,6 +38,8 @@ pub(crate) struct Node {
     pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) state: watch::Sender<WorkerState>,
     pub(crate) drills: Arc<Drills>,
+    /// Of a worker that is an island.
+    pub(crate) hub: Option<Arc<Hub>>,
 }
 
 /// The attention half of a worker; its engine lives and dies with it.
@@ -98,6 +102,21 @@ impl Node {
         })
     }
 
+    /// Bytes that it offers for experts in these roles. What the ranks of an island keep for attention they keep.
+    pub(crate) fn capacity(&self, config: &WorkerConfig, roles: Roles) -> u64 {
+        let alone = || config.capacity(roles, &self.geometry);
+        self.hub
+            .as_ref()
+            .map_or_else(alone, |hub| hub.offered(roles))
+    }
+
+    /// Who computes together, on an island.
+    fn formation(&self) -> Formation {
+        self.hub
+            .as_ref()
+            .map_or_else(Formation::default, |hub| *hub.formations().borrow())
+    }
+
     pub(crate) fn status(&self) -> v1::WorkerStatus {
         let stats = self.engine().map(|engine| engine.stats());
         let stats = stats.unwrap_or_default();
@@ -120,6 +139,9 @@ impl Node {
             bytes_received: carried.bytes_received,
             version: tramontane_runtime::build_info::VERSION.to_owned(),
             stuck_ms: stuck.unwrap_or_default().as_millis() as u64,
+            island_ranks: self.formation().num_ranks,
+            island_epoch: self.formation().epoch,
+            island_steps: self.hub.as_ref().map_or(0, |hub| hub.num_steps()),
             drill: Some(self.drills.report()),
         }
     }

@@ -197,7 +197,23 @@ pub(super) struct RouteArgs {
     pub(super) top_k: u32,
 }
 
+/// `tr_sum_nodes`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct NodeParts {
+    pub(super) out: u64,
+    pub(super) vectors: u64,
+    pub(super) num_rows: u64,
+    pub(super) top_k: u32,
+    pub(super) hidden: u32,
+    pub(super) num_nodes: u32,
+    pub(super) zero: u32,
+    pub(super) lens: [u32; 8],
+    pub(super) begins: [u64; 8],
+}
+
 const _: () = {
+    assert!(size_of::<NodeParts>() == 136);
     assert!(size_of::<Pack>() == 64);
     assert!(size_of::<Linear>() == 72);
     assert!(size_of::<GateUp>() == 72);

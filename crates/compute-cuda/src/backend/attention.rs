@@ -9,13 +9,14 @@ use tramontane_compute::{
     Attention, AttentionConfig, AttentionWeights, Contributions, Error, Experts, RoutedRows,
     RowFormat, StepBatch,
 };
-use tramontane_types::{ExpertId, LayerId};
+use tramontane_types::{ExpertId, LayerId, SegmentRange};
 
 use super::call::row_stride;
 use super::combine::{Combine, Target};
 use super::context::{Context, failed};
 use super::core::Core;
-use super::experts::CudaExperts;
+use super::experts::{CudaExperts, Held};
+use super::island::{Behind, Island, RankStep};
 use super::step::WholeStep;
 use crate::device::{DeviceError, Pinned};
 
@@ -27,6 +28,10 @@ pub(super) struct CudaAttention {
     /// Rows and choices on their way to other workers.
     routed: Pinned,
     combine: Combine,
+    /// The ranks of the last whole step.
+    island: Option<Arc<Island>>,
+    /// What they have of the cache.
+    behind: Behind,
 }
 
 impl fmt::Debug for CudaAttention {
@@ -55,8 +60,95 @@ impl CudaAttention {
             whole: None,
             routed: context.pinned(core.max_rows() * per_row)?,
             combine: Combine::new(context)?,
+            island: None,
+            behind: Behind::new(core.num_pages()),
             core,
         })
+    }
+
+    /// The ranks that this step is computed with. Others than those of the last one begin with nothing.
+    fn meet(&mut self) -> Option<Arc<Island>> {
+        let island = self.core.context.island();
+        if island.as_ref().map(Arc::as_ptr) != self.island.as_ref().map(Arc::as_ptr) {
+            self.whole = None;
+            self.behind.all();
+            self.island.clone_from(&island);
+        }
+        island
+    }
+
+    /// A whole step; the ranks know of it.
+    fn compute(
+        &mut self,
+        held: &Held,
+        step: RankStep<'_>,
+        wants_logits: bool,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Error> {
+        let (core, island) = (&mut self.core, self.island.as_ref());
+        let made = match &mut self.whole {
+            Some(whole) => Ok(whole),
+            none => {
+                let new = WholeStep::new(&core.context, core.max_rows(), island);
+                new.map(|new| none.insert(new))
+            }
+        };
+        let mut done = made.and_then(|whole| whole.run(core, held, step, wants_logits, logits));
+        if let Some(island) = island {
+            done = island.end(done);
+        }
+        if done.is_err() {
+            // Whatever is queued still reads the experts.
+            let _ = self.core.wait();
+            if self.island.is_some() {
+                // Ranks that are ended are let go of by their graphs first.
+                self.whole = None;
+            }
+            return done;
+        }
+        let is_alone = self.island.is_none();
+        self.behind.note(self.core.written(), is_alone);
+        if !is_alone {
+            self.behind.none();
+        }
+        Ok(())
+    }
+
+    /// Computes a step as one of the ranks that follow: all of it but the logits.
+    pub(super) fn follow(
+        &mut self,
+        step: RankStep<'_>,
+        experts: &dyn Experts,
+    ) -> Result<(), Error> {
+        let Some(island) = self.meet() else {
+            return Err(Error::Shape {
+                what: "islands that this rank is in".to_owned(),
+                expected: 1,
+                got: 0,
+            });
+        };
+        let Some(experts) = self.on_this_device(experts) else {
+            return island.end(Err(Error::Shape {
+                what: "stores of experts on the device of a rank".to_owned(),
+                expected: 1,
+                got: 0,
+            }));
+        };
+        let held = experts.hold();
+        let num_segments = self.core.context.geometry.num_segments();
+        if !held.has_all(island.segments(), num_segments) {
+            return island.end(Err(Error::Shape {
+                what: "ranks whose segments of all experts are loaded".to_owned(),
+                expected: 1,
+                got: 0,
+            }));
+        }
+        self.compute(&held, step, false, &mut Vec::new())
+    }
+
+    fn on_this_device<'a>(&self, experts: &'a dyn Experts) -> Option<&'a CudaExperts> {
+        let experts = experts.on_device()?.downcast_ref::<CudaExperts>()?;
+        Arc::ptr_eq(experts.context(), &self.core.context).then_some(experts)
     }
 
     fn layer_index(&self, layer: LayerId) -> Result<usize, Error> {
@@ -121,6 +213,7 @@ impl CudaAttention {
 impl Attention for CudaAttention {
     fn begin(&mut self, batch: &StepBatch) -> Result<(), Error> {
         self.core.send(batch)?;
+        self.behind.note(self.core.written(), true);
         // SAFETY: everything lives in `core`, which waits before it changes anything; and so below.
         let queued = unsafe { self.core.queue(batch.num_rows()).embed() };
         queued.map_err(failed("looking up embeddings"))
@@ -181,24 +274,24 @@ impl Attention for CudaAttention {
         experts: &dyn Experts,
         logits: &mut Vec<f32>,
     ) -> Result<bool, Error> {
-        let experts = experts.on_device();
-        let experts = experts.and_then(|experts| experts.downcast_ref::<CudaExperts>());
-        let Some(experts) = experts.filter(|e| Arc::ptr_eq(e.context(), &self.core.context)) else {
+        let Some(experts) = self.on_this_device(experts) else {
             return Ok(false);
         };
         let held = experts.hold();
-        if !held.is_whole(self.core.context.geometry.num_segments()) {
+        let island = self.meet();
+        let own = island.as_ref().map(|island| island.segments());
+        let num_segments = self.core.context.geometry.num_segments();
+        if !held.has_all(own.unwrap_or(SegmentRange::WHOLE), num_segments) {
             return Ok(false);
         }
-        let whole = match &mut self.whole {
-            Some(whole) => whole,
-            none => none.insert(WholeStep::new(&self.core.context, self.core.max_rows())?),
-        };
-        let done = whole.run(&mut self.core, &held, batch, logits);
-        if done.is_err() {
-            // Whatever is queued still reads the experts.
-            let _ = self.core.wait();
+        let runs = island.as_ref().map(|_| self.behind.runs());
+        let pages = &runs.unwrap_or_default()[..];
+        let step = RankStep { batch, pages };
+        if let Some(island) = island
+            && !island.begin(step)?
+        {
+            return Ok(false);
         }
-        done.map(|()| true)
+        self.compute(&held, step, true, logits).map(|()| true)
     }
 }

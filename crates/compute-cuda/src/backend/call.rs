@@ -261,8 +261,26 @@ pub(super) unsafe fn expert_products(
     context: &Context,
     stream: &Stream,
     lists: &Lists,
-    (x, x_stride): (u64, usize),
+    x: (u64, usize),
     (hidden_rows, outputs): (u64, u64),
+) -> Result<(), DeviceError> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        gate_up_product(context, stream, lists, x, hidden_rows)?;
+        down_product(context, stream, lists, hidden_rows, outputs)
+    }
+}
+
+/// The first of them: the columns of the jobs' segments of `hidden` rows.
+///
+/// # Safety
+/// As [`Stream::launch`].
+pub(super) unsafe fn gate_up_product(
+    context: &Context,
+    stream: &Stream,
+    lists: &Lists,
+    (x, x_stride): (u64, usize),
+    hidden_rows: u64,
 ) -> Result<(), DeviceError> {
     let (hidden, ff) = (context.geometry.hidden, context.geometry.ff);
     let gate_up = context.kernels.gate_up.for_tokens(lists.usual_rows);
@@ -282,7 +300,21 @@ pub(super) unsafe fn expert_products(
     let columns = slice::segment_len(ff);
     let shape = gate_up.segments_shape(lists.most_rows, columns, lists.num_jobs);
     // SAFETY: the arguments are the kernel's; the rest is the caller's promise.
-    unsafe { stream.launch(gate_up.kernel, shape, Args::new().pod(&args)) }?;
+    unsafe { stream.launch(gate_up.kernel, shape, Args::new().pod(&args)) }
+}
+
+/// The second: partial sums of the jobs' segments into `outputs`.
+///
+/// # Safety
+/// As [`Stream::launch`].
+pub(super) unsafe fn down_product(
+    context: &Context,
+    stream: &Stream,
+    lists: &Lists,
+    hidden_rows: u64,
+    outputs: u64,
+) -> Result<(), DeviceError> {
+    let (hidden, ff) = (context.geometry.hidden, context.geometry.ff);
     let down = context.kernels.down.for_tokens(lists.usual_rows);
     let args = Down {
         out: outputs,
@@ -297,7 +329,7 @@ pub(super) unsafe fn expert_products(
         pad: 0,
     };
     let shape = down.shape(lists.most_rows, hidden, lists.num_jobs);
-    // SAFETY: as above.
+    // SAFETY: the arguments are the kernel's; the rest is the caller's promise.
     unsafe { stream.launch(down.kernel, shape, Args::new().pod(&args)) }
 }
 

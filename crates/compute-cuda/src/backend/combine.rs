@@ -7,7 +7,7 @@ use tramontane_compute::{Contributions, Error, ExpertSum, Piece};
 
 use super::context::{Context, failed};
 use super::kernels::Kernels;
-use crate::device::{Args, Buffer, DeviceError, Pinned, Stream};
+use crate::device::{Args, Buffer, Pinned, Stream};
 
 /// Vectors of one pass; a row never has more than eight of each of its experts, so at least 64 rows of top-2 fit.
 const VECTORS_MAX: usize = 2048;
@@ -76,7 +76,7 @@ impl Combine {
         })
     }
 
-    /// Adds everything; returns when it is done.
+    /// Queues adding everything: the next layer's attention is queued behind it without a wait.
     pub(super) fn run(
         &mut self,
         target: &Target<'_>,
@@ -107,6 +107,9 @@ impl Combine {
         let (context, layout) = (target.context, self.layout);
         let (hidden, top_k) = (context.geometry.hidden, context.geometry.top_k);
         let sums = &contributions.sums[rows.start * top_k..rows.end * top_k];
+        // What was queued from this memory is done; in the first pass it was waited for when the rows went out.
+        let waited = target.stream.synchronize();
+        waited.map_err(failed("adding expert outputs"))?;
         let vectors = self.fill(hidden, contributions, sums, rows.len());
         let device = &self.device;
         let args = Args::new()
@@ -121,17 +124,14 @@ impl Combine {
             .size(hidden);
         let shape = Kernels::combine_shape(rows.len(), hidden);
         let bytes = layout.vectors + vectors * hidden * size_of::<f32>();
-        let queued = || -> Result<(), DeviceError> {
-            // SAFETY: everything outlives the wait below; offsets were checked against the vectors that are sent.
-            unsafe {
-                target.stream.upload(device, &self.host, bytes)?;
-                target
-                    .stream
-                    .launch(context.kernels.combine_pieces, shape, args)?;
-            }
-            target.stream.synchronize()
+        // SAFETY: everything lives as long as the stream, which is waited for before it changes; offsets were checked
+        // against the vectors that are sent.
+        let queued = unsafe {
+            let sent = target.stream.upload(device, &self.host, bytes);
+            let kernel = context.kernels.combine_pieces;
+            sent.and_then(|()| target.stream.launch(kernel, shape, args))
         };
-        queued().map_err(failed("adding expert outputs"))
+        queued.map_err(failed("adding expert outputs"))
     }
 
     /// Writes what a pass reads; how many vectors it has. Everything was checked.

@@ -8,6 +8,7 @@ use tramontane_compute::{DType, Error, HostTensor};
 use tramontane_types::{ModelGeometry, slice};
 
 use super::abi::{Linear, Pack};
+use super::island::Island;
 use super::kernels::{EXPERTS_MAX, HEAD_DIM_MAX, Kernels, WIDE_PAIRS};
 use crate::device::{Args, Buffer, Device, DeviceError, Kernel, Pinned, Shape, Stream};
 
@@ -26,6 +27,8 @@ pub(crate) struct Context {
     pub(super) device: Arc<dyn Device>,
     pub(super) geometry: ModelGeometry,
     pub(super) kernels: Kernels,
+    /// The ranks that this device computes with now.
+    island: Mutex<Option<Arc<Island>>>,
     staging: Mutex<Staging>,
 }
 
@@ -119,8 +122,18 @@ impl Context {
             device: Arc::clone(device),
             geometry: geometry.clone(),
             kernels,
+            island: Mutex::new(None),
             staging: Mutex::new(staging().map_err(device_failed)?),
         })
+    }
+
+    /// From the next step on.
+    pub(super) fn join(&self, island: Option<Arc<Island>>) {
+        *self.island.lock() = island;
+    }
+
+    pub(super) fn island(&self) -> Option<Arc<Island>> {
+        self.island.lock().clone()
     }
 
     pub(super) fn buffer(&self, bytes: usize) -> Result<Buffer, Error> {

@@ -1,5 +1,6 @@
 //! One attention worker's side of the device: its memory, and what a step queues for each layer. Decides nothing.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch};
@@ -12,6 +13,7 @@ use super::input::StepInput;
 use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
 use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
 use super::weights::{LayerWeights, Weights};
+use crate::collective::Collective;
 use crate::device::{Args, Buffer, DeviceError, Kernel, Pinned, Shape, Stream};
 
 /// Logits that are computed at once; a step that wants more takes several turns.
@@ -146,6 +148,10 @@ impl Core {
         self.wait()
     }
 
+    pub(super) const fn num_pages(&self) -> usize {
+        self.config.num_pages
+    }
+
     pub(super) const fn max_rows(&self) -> usize {
         self.config.max_rows
     }
@@ -169,6 +175,30 @@ impl Core {
         let blocks = attend_blocks(&self.context);
         self.plan.plan(&self.context.geometry, batch, blocks);
         self.input.send(&self.stream, batch, &self.plan)
+    }
+
+    /// Pages that the running step writes.
+    pub(super) fn written(&self) -> &[PageId] {
+        &self.written
+    }
+
+    /// Queues copying ranges of pages, keys and values of all layers, from rank 0 to the others.
+    pub(super) fn copy_pages(
+        &self,
+        collective: &dyn Collective,
+        pages: &[Range<u32>],
+    ) -> Result<(), DeviceError> {
+        let page_bytes = self.context.geometry.num_kv_heads * self.attend.page_bytes;
+        let layers = 0..self.context.geometry.num_layers;
+        for (layer, run) in layers.flat_map(|layer| pages.iter().map(move |run| (layer, run))) {
+            let begin = (run.start as usize).min(self.config.num_pages);
+            let end = (run.end as usize).clamp(begin, self.config.num_pages);
+            let layer_at = layer * self.buffers.cache_layer_bytes;
+            let at = self.buffers.cache.at(layer_at + begin * page_bytes);
+            // SAFETY: the pages lie in the cache, which lives as long as the stream.
+            unsafe { collective.broadcast(at, (end - begin) * page_bytes, self.stream.handle())? };
+        }
+        Ok(())
     }
 
     /// Waits until everything that is queued is done.

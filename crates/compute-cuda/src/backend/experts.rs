@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use tramontane_compute::error::{check_index, check_size};
 use tramontane_compute::{Error, ExpertJob, ExpertWeights, Experts, RowFormat};
-use tramontane_types::{ExpertId, ExpertSlice, LayerId, SEGMENTS_PER_EXPERT, slice};
+use tramontane_types::{ExpertId, ExpertSlice, LayerId, SEGMENTS_PER_EXPERT, SegmentRange, slice};
 
 use super::abi::ExpertEntry;
 use super::call::Call;
@@ -106,7 +106,7 @@ impl CudaExperts {
     }
 
     /// The non-empty segments of a slice.
-    fn segments_of(&self, range: tramontane_types::SegmentRange) -> Range<u8> {
+    fn segments_of(&self, range: SegmentRange) -> Range<u8> {
         let end = range.end().min(self.context.geometry.num_segments());
         range.begin().min(end)..end
     }
@@ -187,15 +187,14 @@ impl CudaExperts {
 }
 
 impl Held {
-    /// Whether all segments of all experts are here.
-    pub(super) fn is_whole(&self, num_segments: u8) -> bool {
+    /// Whether these segments of all experts are here, as far as they have columns.
+    pub(super) fn has_all(&self, range: SegmentRange, num_segments: u8) -> bool {
+        let end = range.end().min(num_segments);
+        let range = usize::from(range.begin().min(end))..usize::from(end);
         let experts = self.segments.chunks_exact(usize::from(SEGMENTS_PER_EXPERT));
-        let is_whole = |expert: &[Option<Segment>]| {
-            expert[..usize::from(num_segments)]
-                .iter()
-                .all(Option::is_some)
-        };
-        experts.into_iter().all(is_whole)
+        let is_here =
+            |expert: &[Option<Segment>]| expert[range.clone()].iter().all(Option::is_some);
+        experts.into_iter().all(is_here)
     }
 
     /// The entries of a layer's experts; 0 before the first load.

@@ -201,6 +201,7 @@ pub(super) struct Kernels {
     pub(super) lists: Kernel,
     pub(super) route: Kernel,
     pub(super) combine_pieces: Kernel,
+    pub(super) sum_nodes: Kernel,
 }
 
 /// Those that know how keys and values are kept.
@@ -274,6 +275,7 @@ impl Kernels {
             lists: kernel("tr_expert_lists")?,
             route: kernel("tr_route")?,
             combine_pieces: kernel("tr_combine_pieces")?,
+            sum_nodes: kernel("tr_sum_nodes")?,
         })
     }
 

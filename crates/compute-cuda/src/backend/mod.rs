@@ -12,6 +12,7 @@ mod context;
 mod core;
 mod experts;
 mod input;
+mod island;
 mod kernels;
 mod plan;
 mod random;
@@ -30,6 +31,7 @@ use attention::CudaAttention;
 use context::Context;
 pub use context::check_geometry;
 use experts::CudaExperts;
+pub use island::{Island, Lead, RankStep, rank_segments};
 pub use random::RandomModel;
 
 /// Computes on a GPU, with weights as bf16.
@@ -50,6 +52,38 @@ impl CudaBackend {
         let name = &device.info().name;
         tracing::info!(name, class, "cuda backend ready");
         Ok(Self { context, class })
+    }
+
+    /// Whom steps are computed with from the next one on; `None`: nobody.
+    pub fn join(&self, island: Option<Arc<Island>>) {
+        self.context.join(island);
+    }
+
+    /// The attention of a rank that follows.
+    ///
+    /// # Errors
+    /// As [`Backend::attention`].
+    pub fn follower(
+        &self,
+        weights: &AttentionWeights<'_>,
+        config: AttentionConfig,
+    ) -> Result<RankAttention, Error> {
+        let attention = CudaAttention::new(Arc::clone(&self.context), weights, config)?;
+        Ok(RankAttention(attention))
+    }
+}
+
+/// The stateful half of a rank that follows: it computes what it is told, and no logits.
+#[derive(Debug)]
+pub struct RankAttention(CudaAttention);
+
+impl RankAttention {
+    /// Computes one step together with the ranks of the island that the backend has joined.
+    ///
+    /// # Errors
+    /// When it cannot be computed here, or a rank is lost; the ranks have parted then.
+    pub fn follow(&mut self, step: RankStep<'_>, experts: &dyn Experts) -> Result<(), Error> {
+        self.0.follow(step, experts)
     }
 }
 

@@ -1,17 +1,22 @@
-//! A whole step on the device, when all experts are there: the host sends a batch and gets logits. Short steps are graphs.
+//! A whole step on the device, when all experts are there, or on all ranks of an island together: the host sends a batch and
+//! gets logits. Short steps are graphs.
 //!
 //! Grids of a graph are those of its bucket, the next larger number of rows of a list; kernels read the true number
 //! on the device, and rows behind it change nothing. So a row has the same bits in every bucket.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use tramontane_compute::{Error, StepBatch};
+use tramontane_compute::Error;
+use tramontane_types::SegmentRange;
 
-use super::abi::{ExpertOutputs, JobEntry, NormArgs};
-use super::call::{Lists, expert_products, ff_stride, row_stride};
+use super::abi::{ExpertOutputs, JobEntry, NodeParts, NormArgs};
+use super::call::{Lists, down_product, expert_products, ff_stride, gate_up_product, row_stride};
 use super::context::{Context, failed};
 use super::core::{Core, Queue};
 use super::experts::Held;
+use super::island::{Island, Nodes, RankStep};
+use super::kernels::Kernels;
 use crate::device::{Args, Buffer, DeviceError, Graph};
 
 /// Numbers of rows that graphs are made for. Longer steps are launched kernel by kernel: they take long enough to
@@ -39,8 +44,21 @@ pub(super) struct WholeStep {
     hidden_rows: Buffer,
     /// `[rows * top_k, hidden]` f32.
     outputs: Buffer,
-    /// One per expert, each for all of it.
+    /// One per expert, each for all segments that are computed here.
     jobs: Buffer,
+    /// Those who compute the other segments.
+    ranks: Option<Ranks>,
+}
+
+/// What a rank of an island has beside.
+#[derive(Debug)]
+struct Ranks {
+    island: Arc<Island>,
+    nodes: Nodes,
+    /// For each node that is computed here, one job per expert.
+    jobs: Vec<Buffer>,
+    /// `[rank][node][slot, hidden]` f32.
+    vectors: Buffer,
 }
 
 /// The smallest bucket for so many rows, if the buffers have `most`; `None` when no graph is made for them.
@@ -50,34 +68,41 @@ fn bucket(rows: usize, most: usize) -> Option<usize> {
 }
 
 impl WholeStep {
-    pub(super) fn new(context: &Context, max_rows: usize) -> Result<Self, Error> {
+    pub(super) fn new(
+        context: &Context,
+        max_rows: usize,
+        island: Option<&Arc<Island>>,
+    ) -> Result<Self, Error> {
         let geometry = &context.geometry;
         let pairs = max_rows * geometry.top_k;
-        let job = |expert: usize| JobEntry {
-            expert: expert as i32,
-            begin: 0,
-            end: 8,
-            out: -1,
-        };
-        let jobs: Vec<JobEntry> = (0..geometry.num_experts).map(job).collect();
+        let own = island.map_or(SegmentRange::WHOLE, |island| island.segments());
+        let vectors = pairs * geometry.hidden * size_of::<f32>();
+        let ranks = island.map(|island| Ranks::new(context, island, vectors));
         Ok(Self {
             graphs: BTreeMap::new(),
             hidden_rows: context.buffer(pairs * ff_stride(geometry.ff) * 2)?,
-            outputs: context.buffer(pairs * geometry.hidden * size_of::<f32>())?,
-            jobs: context.upload(bytemuck::cast_slice(&jobs))?,
+            outputs: context.buffer(vectors)?,
+            jobs: jobs_for(context, own)?,
+            ranks: ranks.transpose()?,
         })
     }
 
-    /// Computes a step; `logits` is cleared first. `held` is all experts, kept until the device has finished.
+    /// Computes a step; `logits` is cleared first, and stays empty unless they are wanted. `held` is all experts, or
+    /// this rank's segments of them, kept until the device has finished.
     pub(super) fn run(
         &mut self,
         core: &mut Core,
         held: &Held,
-        batch: &StepBatch,
+        RankStep { batch, pages }: RankStep<'_>,
+        wants_logits: bool,
         logits: &mut Vec<f32>,
     ) -> Result<(), Error> {
         core.send(batch)?;
         logits.clear();
+        if let Some(ranks) = &self.ranks {
+            let copied = core.copy_pages(&**ranks.island.collective(), pages);
+            copied.map_err(failed("copying pages to the other ranks"))?;
+        }
         let num_logits = batch.logits_rows.len();
         let rows = bucket(batch.num_rows(), core.max_rows());
         let logits_rows = match num_logits {
@@ -85,13 +110,17 @@ impl WholeStep {
             some => bucket(some, core.logits_max()),
         };
         if let Some((rows, logits_rows)) = rows.zip(logits_rows) {
-            self.run_graph(core, held, (rows, logits_rows))?;
-            return core.take_logits(num_logits, logits);
+            self.run_graph(core, held, (rows, logits_rows), wants_logits)?;
+            return match wants_logits {
+                true => core.take_logits(num_logits, logits),
+                false => core.wait(),
+            };
         }
         let queue = core.queue(batch.num_rows());
         // SAFETY: everything lives in `core`, `self` and `held` until the waits below.
         let queued = unsafe { self.layers(&queue, held) };
         queued.map_err(failed("computing a step"))?;
+        let num_logits = if wants_logits { num_logits } else { 0 };
         for first in (0..num_logits).step_by(core.logits_max()) {
             let rows = core.logits_max().min(num_logits - first);
             // SAFETY: as above.
@@ -108,8 +137,10 @@ impl WholeStep {
         core: &Core,
         held: &Held,
         (rows, logits): (usize, usize),
+        wants_logits: bool,
     ) -> Result<(), Error> {
         let queue = core.queue(rows);
+        // Ranks that want none make their graphs in the same steps as the one that does: NCCL may have to connect.
         let form = Form {
             rows,
             logits,
@@ -127,7 +158,7 @@ impl WholeStep {
                 // drops the graph before its buffers.
                 unsafe {
                     self.layers(&queue, held)?;
-                    if logits > 0 {
+                    if logits > 0 && wants_logits {
                         self.logits(
                             &Queue {
                                 rows: logits,
@@ -220,7 +251,84 @@ impl WholeStep {
         let x = (queue.buffers.x.address(), row_stride(geometry.hidden));
         let out = (self.hidden_rows.address(), self.outputs.address());
         // SAFETY: the caller's promise.
-        unsafe { expert_products(queue.context, queue.stream, &lists, x, out) }
+        unsafe {
+            match &self.ranks {
+                None => expert_products(queue.context, queue.stream, &lists, x, out),
+                Some(ranks) => ranks.experts(queue, &lists, x, out),
+            }
+        }
+    }
+}
+
+/// One job per expert, each for these segments of it, whose outputs begin at the expert's first slot.
+fn jobs_for(context: &Context, range: SegmentRange) -> Result<Buffer, Error> {
+    let job = |expert: usize| JobEntry {
+        expert: expert as i32,
+        begin: i32::from(range.begin()),
+        end: i32::from(range.end()),
+        out: -1,
+    };
+    let jobs: Vec<JobEntry> = (0..context.geometry.num_experts).map(job).collect();
+    context.upload(bytemuck::cast_slice(&jobs))
+}
+
+impl Ranks {
+    fn new(context: &Context, island: &Arc<Island>, place_bytes: usize) -> Result<Self, Error> {
+        let nodes = Nodes::new(context, island);
+        let jobs = nodes.own.iter().map(|node| jobs_for(context, *node));
+        Ok(Self {
+            island: Arc::clone(island),
+            jobs: jobs.collect::<Result<_, _>>()?,
+            vectors: context.buffer(nodes.places() * place_bytes)?,
+            nodes,
+        })
+    }
+
+    /// Queues the products of this rank's segments, the exchange of the sums, and the rest of the tree, which all ranks
+    /// compute alike.
+    ///
+    /// # Safety
+    /// As [`Stream::launch`](crate::device::Stream::launch).
+    unsafe fn experts(
+        &self,
+        queue: &Queue<'_>,
+        lists: &Lists,
+        x: (u64, usize),
+        (hidden_rows, outputs): (u64, u64),
+    ) -> Result<(), DeviceError> {
+        let (context, nodes) = (queue.context, &self.nodes);
+        let (hidden, top_k) = (context.geometry.hidden, context.geometry.top_k);
+        let slots = queue.rows * top_k;
+        let place_bytes = slots * hidden * size_of::<f32>();
+        let own = nodes.rank * nodes.most;
+        let args = NodeParts {
+            out: outputs,
+            vectors: self.vectors.address(),
+            num_rows: queue.input.num_rows(),
+            top_k: top_k as u32,
+            hidden: hidden as u32,
+            ..nodes.parts(slots)
+        };
+        // SAFETY: the caller's promise; every place has room for the slots of `max_rows` rows.
+        unsafe {
+            if !self.jobs.is_empty() {
+                gate_up_product(context, queue.stream, lists, x, hidden_rows)?;
+            }
+            for (i, jobs) in self.jobs.iter().enumerate() {
+                let lists = Lists {
+                    jobs: jobs.address(),
+                    ..*lists
+                };
+                let out = self.vectors.at((own + i) * place_bytes);
+                down_product(context, queue.stream, &lists, hidden_rows, out)?;
+            }
+            let (all, bytes) = (self.vectors.address(), nodes.most * place_bytes);
+            let stream = queue.stream.handle();
+            self.island.collective().all_gather(all, bytes, stream)?;
+            let shape = Kernels::combine_shape(slots, hidden);
+            let args = Args::new().pod(&args);
+            queue.stream.launch(context.kernels.sum_nodes, shape, args)
+        }
     }
 }
 

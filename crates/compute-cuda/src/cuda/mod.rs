@@ -6,14 +6,18 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 
 pub(crate) use driver::Driver;
 pub use driver::{DeviceSummary, NoDriver};
 
+use crate::collective::Collective;
 use crate::device::{Args, Device, DeviceError, DeviceInfo, Handle, Kernel, Shape};
 use crate::kernels::Module;
+use crate::libraries::LibraryDirs;
+use crate::nccl::{Communicator, Nccl, NcclError, UNIQUE_ID_BYTES, UniqueId};
 use crate::target::Target;
 
 /// Device memory that a block may use without asking.
@@ -28,6 +32,8 @@ pub struct CudaDevice {
     modules: Vec<sys::CUmodule>,
     /// Functions by name, as the driver's handles.
     functions: BTreeMap<String, u64>,
+    /// Where NCCL is, for a device that joins an island.
+    libraries: LibraryDirs,
 }
 
 // SAFETY: the driver's functions may be called by any thread; each call here makes the context current first.
@@ -58,6 +64,7 @@ impl CudaDevice {
         summary: &DeviceSummary,
         target: Target,
         modules: &[Module],
+        libraries: &LibraryDirs,
     ) -> Result<Self, DeviceError> {
         use sys::CUdevice_attribute_enum as Attribute;
         let (mut device, mut context) = (0, ptr::null_mut());
@@ -88,6 +95,7 @@ impl CudaDevice {
             context,
             modules: Vec::new(),
             functions: BTreeMap::new(),
+            libraries: libraries.clone(),
         };
         // Some are for other targets only.
         for module in modules.iter().filter(|module| !module.kernels.is_empty()) {
@@ -121,6 +129,10 @@ impl CudaDevice {
         // SAFETY: the context is retained as long as this lives.
         let code = unsafe { sys::cuCtxSetCurrent(self.context) };
         self.driver.check("cuCtxSetCurrent", code)
+    }
+
+    fn nccl(&self) -> Result<Arc<Nccl>, NcclError> {
+        Nccl::open(&self.libraries)
     }
 
     /// Reports what cannot be returned: something that was given back.
@@ -435,5 +447,41 @@ impl Device for CudaDevice {
             let code = unsafe { sys::cuGraphExecDestroy(graph.0 as sys::CUgraphExec) };
             self.said("cuGraphExecDestroy", code);
         }
+    }
+
+    fn meeting(&self) -> Result<Vec<u8>, DeviceError> {
+        let id = self.nccl().and_then(|nccl| nccl.unique_id());
+        id.map(|id| id.0.to_vec())
+            .map_err(|error| ranks(0, 1, &error))
+    }
+
+    fn meet(
+        &self,
+        meeting: &[u8],
+        rank: u32,
+        num_ranks: u32,
+    ) -> Result<Arc<dyn Collective>, DeviceError> {
+        let id: [u8; UNIQUE_ID_BYTES] = meeting.try_into().map_err(|_| DeviceError::Ranks {
+            rank,
+            num_ranks,
+            message: format!("{} bytes of id, expected {UNIQUE_ID_BYTES}", meeting.len()),
+        })?;
+        self.make_current()?;
+        let joined = self
+            .nccl()
+            .and_then(|nccl| Communicator::connect(&nccl, UniqueId(id), rank, num_ranks));
+        match joined {
+            Ok(communicator) => Ok(Arc::new(communicator)),
+            Err(error) => Err(ranks(rank, num_ranks, &error)),
+        }
+    }
+}
+
+fn ranks(rank: u32, num_ranks: u32, error: &NcclError) -> DeviceError {
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
+    DeviceError::Ranks {
+        rank,
+        num_ranks,
+        message: format!("{error}{}", cause.unwrap_or_default()),
     }
 }

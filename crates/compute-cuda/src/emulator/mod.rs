@@ -3,49 +3,33 @@
 //! Work that is queued is done when the stream is waited for and not before, so that host memory that changes too
 //! early is seen. Addresses must lie in allocations, which CUDA does not promise to notice.
 
+mod api;
 mod build;
 mod queue;
+mod rank;
+mod ring;
 
 use std::collections::VecDeque;
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{CStr, CString};
 use std::fmt;
 use std::path::Path;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use libloading::os::unix::{Library, Symbol};
 use parking_lot::Mutex;
 
+use crate::collective::Collective;
 use crate::device::{Args, Device, DeviceError, DeviceInfo, Handle, Kernel, Shape};
 use crate::target::Target;
-use queue::{Host, Operation, State};
+use api::Api;
+use queue::{Exchange, Host, Operation, State};
+use rank::Rank;
+use ring::Ring;
 
-/// What `tr_emulator_abi` says.
-const ABI: c_int = 1;
 /// Room for what a launch says of an error.
 const ERROR_BYTES: usize = 1024;
 /// Pages of the host.
 const PINNED_ALIGN: usize = 4096;
-
-type LaunchFn = unsafe extern "C" fn(
-    *const c_char,
-    *const c_uint,
-    *const c_uint,
-    usize,
-    *mut *mut c_void,
-    *mut c_char,
-    usize,
-) -> c_int;
-
-/// The functions of the library.
-struct Api {
-    alloc: Symbol<unsafe extern "C" fn(usize) -> *mut c_void>,
-    free: Symbol<unsafe extern "C" fn(*mut c_void) -> c_int>,
-    launch: Symbol<LaunchFn>,
-    seed: Symbol<unsafe extern "C" fn(c_ulonglong)>,
-    // Last: what the symbols point into.
-    library: Library,
-}
 
 /// Runs kernels on the host.
 pub struct Emulator {
@@ -54,6 +38,8 @@ pub struct Emulator {
     /// Names of kernels; a handle is an index.
     kernels: Mutex<Vec<CString>>,
     state: Mutex<State>,
+    /// For ranks, which queue on its streams.
+    me: Weak<Self>,
 }
 
 impl fmt::Debug for Emulator {
@@ -70,8 +56,9 @@ impl Emulator {
     pub fn new(dir: &Path, target: Target) -> std::io::Result<Arc<Self>> {
         let path = build::library(dir)?;
         let api = Api::open(&path).map_err(std::io::Error::other)?;
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|me| Self {
             api,
+            me: me.clone(),
             info: DeviceInfo {
                 name: "emulator".to_owned(),
                 target,
@@ -174,6 +161,18 @@ impl Emulator {
                     self.perform(state, operation)?;
                 }
             }
+            Operation::Exchange(exchange) => {
+                let Exchange {
+                    ring, at, bytes, ..
+                } = exchange;
+                let place = state.place("exchanging", *at, *bytes)?;
+                // SAFETY: the allocation has these bytes, and nothing else runs on this device now.
+                let all = unsafe { std::slice::from_raw_parts_mut(place, *bytes) };
+                match exchange.is_gather {
+                    true => ring.all_gather(all),
+                    false => ring.broadcast(all),
+                }
+            }
             Operation::Mark(_) => {}
             Operation::Await(stream, mark) => {
                 let is_queued = |operation: &Operation| matches!(operation, Operation::Mark(other) if other == mark);
@@ -224,30 +223,6 @@ impl Emulator {
             "{} with {shape:?}",
             text.to_string_lossy()
         )))
-    }
-}
-
-impl Api {
-    fn open(path: &Path) -> Result<Self, String> {
-        let library = crate::libraries::open(path)?;
-        // SAFETY: the types are those of `emulator/ABI.md`.
-        let abi = unsafe { library.get::<unsafe extern "C" fn() -> c_int>(b"tr_emulator_abi") };
-        // SAFETY: as above.
-        let abi = unsafe { abi.map_err(|e| e.to_string())?() };
-        if abi != ABI {
-            return Err(format!("emulator of ABI {abi}, expected {ABI}"));
-        }
-        fn symbol<T>(library: &Library, name: &str) -> Result<Symbol<T>, String> {
-            // SAFETY: as above.
-            unsafe { library.get::<T>(name.as_bytes()) }.map_err(|e| e.to_string())
-        }
-        Ok(Self {
-            alloc: symbol(&library, "tr_emulator_alloc")?,
-            free: symbol(&library, "tr_emulator_free")?,
-            launch: symbol(&library, "tr_emulator_launch")?,
-            seed: symbol(&library, "tr_emulator_seed")?,
-            library,
-        })
     }
 }
 
@@ -468,5 +443,41 @@ impl Device for Emulator {
 
     unsafe fn destroy_graph(&self, graph: Handle) {
         self.state.lock().graphs.remove(&graph.0);
+    }
+
+    fn meeting(&self) -> Result<Vec<u8>, DeviceError> {
+        let (meeting, listener) = ring::listen().map_err(|error| not_met((0, 1), &error))?;
+        let mut state = self.state.lock();
+        state.meetings.insert(meeting.clone(), listener);
+        Ok(meeting)
+    }
+
+    fn meet(
+        &self,
+        meeting: &[u8],
+        rank: u32,
+        num_ranks: u32,
+    ) -> Result<Arc<dyn Collective>, DeviceError> {
+        let failed = |error: &std::io::Error| not_met((rank, num_ranks), error);
+        let listener = match rank {
+            0 => self.state.lock().meetings.remove(meeting),
+            _ => None,
+        };
+        if rank == 0 && listener.is_none() {
+            return Err(failed(&std::io::Error::other("there is no such meeting")));
+        }
+        let ring = Ring::meet(listener.as_ref(), meeting, (rank, num_ranks));
+        let ring = Arc::new(ring.map_err(|error| failed(&error))?);
+        let device = self.me.upgrade();
+        let device = device.ok_or_else(|| failed(&std::io::Error::other("the device is gone")))?;
+        Ok(Arc::new(Rank { device, ring }))
+    }
+}
+
+fn not_met((rank, num_ranks): (u32, u32), error: &std::io::Error) -> DeviceError {
+    DeviceError::Ranks {
+        rank,
+        num_ranks,
+        message: error.to_string(),
     }
 }

@@ -1,9 +1,11 @@
 //! What streams of the emulator have been asked to do, and what it knows of its memory. Does none of it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::TcpListener;
 use std::ptr;
 use std::sync::Arc;
 
+use super::ring::Ring;
 use crate::device::{Args, DeviceError, Handle, Kernel, Shape};
 
 /// One thing that a stream does.
@@ -15,10 +17,22 @@ pub(super) enum Operation {
     Fill(u64, u8, usize),
     Launch(Kernel, Shape, Args),
     Graph(Arc<[Self]>),
+    /// What ranks do together.
+    Exchange(Exchange),
     /// What an event's record left in the queue.
     Mark(u64),
     /// Another stream is run until it has passed this mark.
     Await(Handle, u64),
+}
+
+/// One operation of ranks.
+#[derive(Clone)]
+pub(super) struct Exchange {
+    pub(super) ring: Arc<Ring>,
+    pub(super) at: u64,
+    pub(super) bytes: usize,
+    /// Every rank has its part, or rank 0 has all.
+    pub(super) is_gather: bool,
 }
 
 /// Memory of the host that somebody keeps until the stream was waited for.
@@ -44,6 +58,8 @@ pub(super) struct State {
     /// The first error; as with CUDA, nothing works after it.
     pub(super) failed: Option<DeviceError>,
     pub(super) launches: u64,
+    /// Where ranks of others may come, until they have.
+    pub(super) meetings: HashMap<Vec<u8>, TcpListener>,
 }
 
 impl State {

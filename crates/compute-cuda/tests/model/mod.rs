@@ -1,18 +1,24 @@
 //! A small model with random weights, and a driver that runs it step by step on any backend. Asserts nothing of its own.
 #![expect(clippy::unwrap_used, reason = "a test may panic, its functions too")]
 
+pub(crate) mod devices;
+
 use std::sync::Arc;
 
 use half::bf16;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
-    DType, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece, RoutedRows,
-    SequenceSpan, StepBatch,
+    DType, Error, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece,
+    RoutedRows, SequenceSpan, StepBatch,
 };
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
 
 pub(crate) const NUM_PAGES: usize = 64;
-const MAX_ROWS: usize = 600;
+pub(crate) const ATTENTION: AttentionConfig = AttentionConfig {
+    num_pages: NUM_PAGES,
+    max_rows: 600,
+    kv_format: KvFormat::F16,
+};
 
 /// Odd on purpose: columns that fill no block, seven segments of which the last is short, a window that
 /// ends inside a page.
@@ -119,7 +125,7 @@ impl Checkpoint {
         }
     }
 
-    fn attention(&self) -> AttentionWeights<'_> {
+    pub(crate) fn attention(&self) -> AttentionWeights<'_> {
         let layers = self.layers.iter();
         AttentionWeights {
             embed: self.embed.view(),
@@ -175,9 +181,8 @@ impl Model {
     ) -> Self {
         let geometry = checkpoint.geometry.clone();
         let config = AttentionConfig {
-            num_pages: NUM_PAGES,
-            max_rows: MAX_ROWS,
             kv_format,
+            ..ATTENTION
         };
         let attention = backend.attention(&checkpoint.attention(), config).unwrap();
         let ranges = cuts
@@ -204,10 +209,7 @@ impl Model {
         let mut routed = RoutedRows::default();
         self.chosen.clear();
         if self.is_whole {
-            let (_, experts) = &self.workers[0];
-            let mut logits = vec![1.0; 3];
-            assert!(self.attention.step(batch, &**experts, &mut logits).unwrap());
-            return logits;
+            return self.try_whole(batch).unwrap();
         }
         self.attention.begin(batch).unwrap();
         for layer in 0..self.geometry.num_layers as u16 {
@@ -219,6 +221,19 @@ impl Model {
         let mut logits = vec![];
         self.attention.logits(batch, &mut logits).unwrap();
         logits
+    }
+
+    /// The logits of one step in one call, or why it failed.
+    pub(crate) fn try_whole(&mut self, batch: &StepBatch) -> Result<Vec<f32>, Error> {
+        let mut logits = vec![1.0; 3];
+        let experts = &self.workers[0].1;
+        assert!(self.attention.step(batch, &**experts, &mut logits)?);
+        Ok(logits)
+    }
+
+    /// The experts of whole steps.
+    pub(crate) fn own(&self) -> &dyn Experts {
+        &*self.workers[0].1
     }
 
     fn exchange(&mut self, layer: LayerId, routed: &RoutedRows) {

@@ -12,7 +12,6 @@ use tramontane_types::{
 };
 
 use super::*;
-use crate::device::ChosenDevice;
 use crate::expert_keeper::KeptExperts;
 use crate::{WorkerConfig, backend};
 
@@ -26,8 +25,7 @@ fn engine(checkpoint: &Checkpoint) -> Engine {
         weights: WeightFormat::Q8,
         ..WorkerConfig::default()
     };
-    let backend: Arc<dyn Backend> =
-        backend::make(&config, &ChosenDevice::default(), geometry).unwrap();
+    let backend: Arc<dyn Backend> = backend::on_cpu(&config, geometry).unwrap();
     let bytes = checkpoint.attention_weights().unwrap();
     let sizes = AttentionConfig {
         num_pages: PAGES,

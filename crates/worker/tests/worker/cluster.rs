@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -39,19 +40,27 @@ pub(crate) const VOCAB: u32 = 97;
 
 /// Two layers of four experts of eight segments; written once per process.
 pub(crate) fn checkpoint() -> Arc<Checkpoint> {
+    Arc::clone(&written().0)
+}
+
+/// Where it lies.
+pub(crate) fn checkpoint_dir() -> &'static Path {
+    written().1.path()
+}
+
+fn written() -> &'static (Arc<Checkpoint>, tempfile::TempDir) {
     static SHARED: OnceLock<(Arc<Checkpoint>, tempfile::TempDir)> = OnceLock::new();
-    let (checkpoint, _directory) = SHARED.get_or_init(|| {
-        let directory = written();
+    SHARED.get_or_init(|| {
+        let directory = new_files();
         (
             Arc::new(Checkpoint::open(directory.path()).unwrap()),
             directory,
         )
-    });
-    Arc::clone(checkpoint)
+    })
 }
 
 /// The files of the test model.
-pub(crate) fn written() -> tempfile::TempDir {
+pub(crate) fn new_files() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let model = TinyModel::mixtral().experts(EXPERTS).hidden(64).ff(256);
     let model = model.max_positions(POSITIONS);
@@ -129,6 +138,12 @@ impl Cluster {
 
     /// Starts a worker with the checkpoint that the others have.
     pub(crate) async fn start_from_peers(&mut self, config: WorkerConfig) {
+        let checkpoint = self.checkpoint_of_peers(&config).await;
+        self.start_with(config, None, checkpoint).await;
+    }
+
+    /// The checkpoint that the others have, of which nothing is here.
+    pub(crate) async fn checkpoint_of_peers(&self, config: &WorkerConfig) -> Arc<Checkpoint> {
         let wish = PeerModel {
             store: Arc::clone(&self.store),
             cluster: config.cluster.clone(),
@@ -139,7 +154,7 @@ impl Cluster {
         let opened = open_from_peers(wish, CancellationToken::new()).await;
         let (checkpoint, name) = opened.unwrap().unwrap();
         assert_eq!((checkpoint.files_here().0, name.as_str()), (0, "tiny"));
-        self.start_with(config, None, Arc::new(checkpoint)).await;
+        Arc::new(checkpoint)
     }
 
     pub(crate) async fn start_with(
@@ -148,8 +163,18 @@ impl Cluster {
         ops: Option<TcpListener>,
         checkpoint: Arc<Checkpoint>,
     ) {
-        let id = config.id.clone();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.start_at(config, ops, (grpc, checkpoint)).await;
+    }
+
+    /// Starts a worker where others know it to be.
+    pub(crate) async fn start_at(
+        &mut self,
+        config: WorkerConfig,
+        ops: Option<TcpListener>,
+        (grpc, checkpoint): (TcpListener, Arc<Checkpoint>),
+    ) {
+        let id = config.id.clone();
         let address = grpc.local_addr().unwrap();
         let parts = WorkerParts {
             store: Arc::clone(&self.store),

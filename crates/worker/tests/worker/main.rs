@@ -10,6 +10,7 @@ mod behaviour;
 mod cluster;
 mod drill;
 mod exactness;
+mod island;
 mod orphans;
 mod roles;
 mod weights;

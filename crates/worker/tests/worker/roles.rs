@@ -12,15 +12,15 @@ use tramontane_worker::WorkerConfig;
 
 use crate::cluster::{Carrier, Cluster, Said, config, eventually, prompt, request, split};
 
-const BOTH: Roles = Roles {
+pub(crate) const BOTH: Roles = Roles {
     attention: true,
     experts: true,
 };
-const ATTENTION: Roles = Roles {
+pub(crate) const ATTENTION: Roles = Roles {
     attention: true,
     experts: false,
 };
-const EXPERTS: Roles = Roles {
+pub(crate) const EXPERTS: Roles = Roles {
     attention: false,
     experts: true,
 };
@@ -47,7 +47,7 @@ async fn two_workers(first: WorkerConfig) -> Cluster {
     cluster
 }
 
-async fn want(cluster: &Cluster, id: &str, roles: Roles) {
+pub(crate) async fn want(cluster: &Cluster, id: &str, roles: Roles) {
     let id = WorkerId::new(id);
     cluster
         .want(|intent| {
@@ -56,7 +56,7 @@ async fn want(cluster: &Cluster, id: &str, roles: Roles) {
         .await;
 }
 
-async fn does(cluster: &Cluster, id: &str, roles: Roles) {
+pub(crate) async fn does(cluster: &Cluster, id: &str, roles: Roles) {
     eventually("the record says what the worker does", async || {
         cluster.record(id).await.is_some_and(|r| r.roles == roles)
     })

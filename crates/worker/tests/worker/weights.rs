@@ -11,7 +11,7 @@ use tramontane_types::SamplingParams;
 use tramontane_worker::WorkerConfig;
 
 use crate::behaviour::http_get;
-use crate::cluster::{Carrier, Cluster, Said, config, prompt, request, split, written};
+use crate::cluster::{Carrier, Cluster, Said, config, new_files, prompt, request, split};
 
 fn requests() -> Vec<v1::GenerateSequenceRequest> {
     let one = |index: u32| {
@@ -68,7 +68,7 @@ async fn workers_without_files_say_the_same_in_every_format() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_file_is_cut_off_while_it_serves_goes_on_with_those_of_others() {
     let expected = expected(WeightFormat::Q8).await;
-    let (ours, ops) = (written(), TcpListener::bind("127.0.0.1:0").await.unwrap());
+    let (ours, ops) = (new_files(), TcpListener::bind("127.0.0.1:0").await.unwrap());
     let ops_address = ops.local_addr().unwrap();
     let mut cluster = Cluster::new(Carrier::Grpc);
     let q8 = |id: &str| -> WorkerConfig { config(id, WeightFormat::Q8) };
