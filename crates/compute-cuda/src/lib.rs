@@ -23,7 +23,7 @@ pub mod nccl;
 pub mod nvrtc;
 mod target;
 
-pub use backend::{CudaBackend, RandomModel, check_geometry};
+pub use backend::{CudaBackend, RandomModel, WeightBytes, check_format, check_geometry};
 pub use cache::KernelCache;
 pub use choose::{CudaConfig, DeviceChoice, Unusable, find, open};
 pub use cubin::KernelUsage;

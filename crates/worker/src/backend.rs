@@ -17,7 +17,7 @@ pub(crate) fn make(
     geometry: &ModelGeometry,
 ) -> Result<Arc<dyn Backend>, Error> {
     if let Some(gpu) = device.gpu() {
-        let backend = CudaBackend::new(gpu, geometry).map_err(Error::Backend)?;
+        let backend = CudaBackend::new(gpu, geometry, config.weights).map_err(Error::Backend)?;
         return Ok(Arc::new(backend));
     }
     if config.weights == WeightFormat::F32 {

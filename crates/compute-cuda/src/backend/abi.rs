@@ -99,13 +99,15 @@ pub(super) struct NormArgs {
     pub(super) weight: u64,
     pub(super) num_rows: u64,
     pub(super) source: u64,
+    /// Of rows as e4m3; otherwise 0.
+    pub(super) scales: u64,
     pub(super) eps: f32,
     pub(super) hidden: u32,
     pub(super) out_stride: u32,
     pub(super) pad: u32,
 }
 
-/// Second argument of `tr_combine_norm_bf16`.
+/// Second argument of `tr_combine_norm_*`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct ExpertOutputs {
@@ -197,6 +199,22 @@ pub(super) struct RouteArgs {
     pub(super) top_k: u32,
 }
 
+/// `tr_round_e4m3`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Round {
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) rows: u64,
+    pub(super) num_rows: u64,
+    pub(super) cols: u32,
+    pub(super) part_cols: u32,
+    pub(super) row_stride: u32,
+    pub(super) out_stride: u32,
+    pub(super) scale_stride: u32,
+    pub(super) pad: u32,
+}
+
 const _: () = {
     assert!(size_of::<Pack>() == 64);
     assert!(size_of::<Linear>() == 72);
@@ -204,6 +222,8 @@ const _: () = {
     assert!(size_of::<Down>() == 64);
     assert!(size_of::<ExpertEntry>() == 256);
     assert!(size_of::<JobEntry>() == 16);
+    assert!(size_of::<NormArgs>() == 64);
+    assert!(size_of::<Round>() == 56);
     assert!(size_of::<AttendArgs>() == 104);
     assert!(size_of::<AttendItem>() == 32);
 };

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use tramontane_compute::{Error, StepBatch};
 
-use super::abi::{ExpertOutputs, JobEntry, NormArgs};
-use super::call::{Lists, expert_products, ff_stride, row_stride};
+use super::abi::{ExpertOutputs, JobEntry};
+use super::call::{Hidden, Lists, expert_products};
 use super::context::{Context, failed};
-use super::core::{Core, Queue};
+use super::core::{Core, Norm, Queue};
 use super::experts::Held;
 use crate::device::{Args, Buffer, DeviceError, Graph};
 
@@ -35,8 +35,8 @@ struct Form {
 #[derive(Debug)]
 pub(super) struct WholeStep {
     graphs: BTreeMap<Form, Graph>,
-    /// `[rows * top_k, ff rounded up]` bf16.
-    hidden_rows: Buffer,
+    /// `[rows * top_k, ff]`.
+    hidden: Hidden,
     /// `[rows * top_k, hidden]` f32.
     outputs: Buffer,
     /// One per expert, each for all of it.
@@ -62,7 +62,7 @@ impl WholeStep {
         let jobs: Vec<JobEntry> = (0..geometry.num_experts).map(job).collect();
         Ok(Self {
             graphs: BTreeMap::new(),
-            hidden_rows: context.buffer(pairs * ff_stride(geometry.ff) * 2)?,
+            hidden: Hidden::new(context, pairs)?,
             outputs: context.buffer(pairs * geometry.hidden * size_of::<f32>())?,
             jobs: context.upload(bytemuck::cast_slice(&jobs))?,
         })
@@ -159,7 +159,8 @@ impl WholeStep {
         // SAFETY: the caller's promise.
         unsafe { queue.embed()? };
         for (layer, weights) in queue.weights.layers.iter().enumerate() {
-            let norm = queue.norm_args(&weights.input_norm);
+            let norm = queue.norm_for_layers(&weights.input_norm);
+            let to_experts = queue.norm_for_layers(&weights.post_norm);
             // SAFETY: the caller's promise.
             unsafe {
                 if layer == 0 {
@@ -168,7 +169,7 @@ impl WholeStep {
                     self.combine_norm(queue, norm)?;
                 }
                 queue.attention(layer)?;
-                queue.route(weights)?;
+                queue.route(weights, to_experts)?;
                 self.experts(queue, held, layer)?;
             }
         }
@@ -177,7 +178,7 @@ impl WholeStep {
 
     /// Queues the last layer's sums, the final norm and the LM head for the logits rows from the `first` on.
     unsafe fn logits(&self, queue: &Queue<'_>, first: usize) -> Result<(), DeviceError> {
-        let norm = queue.logits_norm_args(first);
+        let norm = queue.norm_of_logits(first);
         // SAFETY: the caller's promise.
         unsafe {
             self.combine_norm(queue, norm)?;
@@ -185,7 +186,7 @@ impl WholeStep {
         }
     }
 
-    unsafe fn combine_norm(&self, queue: &Queue<'_>, norm: NormArgs) -> Result<(), DeviceError> {
+    unsafe fn combine_norm(&self, queue: &Queue<'_>, norm: Norm<'_>) -> Result<(), DeviceError> {
         let experts = ExpertOutputs {
             outputs: self.outputs.address(),
             slot_of: queue.buffers.slot_of.address(),
@@ -193,8 +194,8 @@ impl WholeStep {
             top_k: queue.context.geometry.top_k as u32,
             pad: 0,
         };
-        let (kernel, shape) = queue.context.kernels.combine_norm(queue.rows);
-        let args = Args::new().pod(&norm).pod(&experts);
+        let (kernel, shape) = norm.kernels.combine_norm(queue.rows);
+        let args = Args::new().pod(&norm.args).pod(&experts);
         // SAFETY: the caller's promise.
         unsafe { queue.stream.launch(kernel, shape, args) }
     }
@@ -213,14 +214,15 @@ impl WholeStep {
             num_jobs: geometry.num_experts,
             offsets: queue.buffers.offsets.address(),
             row_ids: queue.buffers.row_of.address(),
+            most_pairs: queue.rows * geometry.top_k,
             most_rows: queue.rows,
             // Few experts have much more than the mean, and those take a second tile.
             usual_rows: (mean + mean.div_ceil(4)).min(queue.rows),
         };
-        let x = (queue.buffers.x.address(), row_stride(geometry.hidden));
-        let out = (self.hidden_rows.address(), self.outputs.address());
+        let (x, out) = (queue.rows_for_layers(), self.outputs.address());
+        let to = (&self.hidden, out);
         // SAFETY: the caller's promise.
-        unsafe { expert_products(queue.context, queue.stream, &lists, x, out) }
+        unsafe { expert_products(queue.context, queue.stream, &lists, x, to) }
     }
 }
 

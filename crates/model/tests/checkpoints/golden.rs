@@ -173,7 +173,7 @@ fn the_cuda_backend_in_bf16_comes_close() {
     for target in [Target::Sm80, Target::Sm90a] {
         let device: Arc<dyn Device> = Emulator::new(&dir, target).unwrap();
         comes_close(&CASES, &|geometry| {
-            Box::new(CudaBackend::new(&device, geometry).unwrap())
+            Box::new(CudaBackend::new(&device, geometry, WeightFormat::Bf16).unwrap())
         });
     }
 }
