@@ -5,11 +5,12 @@ use std::sync::Arc;
 use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch};
 use tramontane_types::PageId;
 
-use super::abi::{AttendArgs, GateArgs, NormArgs, RopeArgs, RouteArgs};
+use super::abi::{AttendArgs, GateArgs, RopeArgs, RouteArgs};
 use super::call::row_stride;
 use super::context::{Context, Out, Rows, failed};
 use super::input::StepInput;
-use super::kernels::{AttendKernels, Kernels, Norms, ROUTE_ROWS_MAX};
+use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
+use super::norms::Norm;
 use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
 use super::round::RoundedRows;
 use super::weights::{LayerWeights, Weights};
@@ -214,13 +215,6 @@ impl Core {
     }
 }
 
-/// A norm of rows of the residual stream: what it reads and writes, and the kernels that write rows so.
-#[derive(Clone, Copy)]
-pub(super) struct Norm<'a> {
-    pub(super) args: NormArgs,
-    pub(super) kernels: &'a Norms,
-}
-
 /// One step on its way: everything that launches read, and for how many rows.
 #[derive(Clone, Copy)]
 pub(super) struct Queue<'a> {
@@ -237,10 +231,15 @@ pub(super) struct Queue<'a> {
     pub(super) has_wide: bool,
 }
 
-impl<'a> Queue<'a> {
+impl Queue<'_> {
     /// # Safety
     /// As [`Stream::launch`], and so for all functions here: buffers, weights and input outlive what is queued.
-    unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: Args) -> Result<(), DeviceError> {
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        shape: Shape,
+        args: Args,
+    ) -> Result<(), DeviceError> {
         // SAFETY: the caller's promise.
         unsafe { self.stream.launch(kernel, shape, args) }
     }
@@ -259,83 +258,6 @@ impl<'a> Queue<'a> {
         let shape = Shape::new(self.rows as u32, 256, 0);
         // SAFETY: the caller's promise.
         unsafe { self.launch(self.context.kernels.embed, shape, args) }
-    }
-
-    /// The final norm, for the logits rows from the `first` on.
-    pub(super) fn norm_of_logits(&self, first: usize) -> Norm<'a> {
-        let norm = self.norm_as_bf16(&self.weights.norm);
-        let args = NormArgs {
-            // Where this counts more rows than a turn has, its grid has no blocks for them.
-            num_rows: self.input.num_logits(),
-            source: self.input.logits_rows(first),
-            ..norm.args
-        };
-        Norm { args, ..norm }
-    }
-
-    /// A norm whose rows go to the LM head or to other workers.
-    pub(super) fn norm_as_bf16(&self, weight: &Buffer) -> Norm<'a> {
-        let geometry = &self.context.geometry;
-        let args = NormArgs {
-            out: self.buffers.x.address(),
-            residual: self.buffers.residual.address(),
-            weight: weight.address(),
-            num_rows: self.input.num_rows(),
-            source: 0,
-            scales: 0,
-            eps: geometry.rms_eps as f32,
-            hidden: geometry.hidden as u32,
-            out_stride: (row_stride(geometry.hidden) / 2) as u32,
-            pad: 0,
-        };
-        Norm {
-            args,
-            kernels: &self.context.kernels.norms,
-        }
-    }
-
-    /// A norm whose rows go to a product of a layer.
-    pub(super) fn norm_for_layers(&self, weight: &Buffer) -> Norm<'a> {
-        let norm = self.norm_as_bf16(weight);
-        let Some(rounded) = &self.buffers.rounded_x else {
-            return norm;
-        };
-        let rows = rounded.as_rows(self.rows);
-        let args = NormArgs {
-            out: rows.address,
-            scales: rows.scales,
-            out_stride: rows.stride as u32,
-            ..norm.args
-        };
-        Norm {
-            args,
-            kernels: &self.context.kernels.norms_of_layers,
-        }
-    }
-
-    /// The rows that such a norm has written.
-    pub(super) fn rows_for_layers(&self) -> Rows {
-        let rounded = self.buffers.rounded_x.as_ref();
-        rounded.map_or_else(|| self.bf16_rows(), |rows| rows.as_rows(self.rows))
-    }
-
-    fn bf16_rows(&self) -> Rows {
-        Rows {
-            address: self.buffers.x.address(),
-            num_tokens: self.rows,
-            stride: row_stride(self.context.geometry.hidden),
-            scales: 0,
-        }
-    }
-
-    /// A norm with nothing before and behind it.
-    ///
-    /// # Safety
-    /// As `launch`.
-    pub(super) unsafe fn norm(&self, norm: Norm<'_>) -> Result<(), DeviceError> {
-        let (kernel, shape) = norm.kernels.norm(self.rows);
-        // SAFETY: the caller's promise.
-        unsafe { self.launch(kernel, shape, Args::new().pod(&norm.args)) }
     }
 
     /// Attention of a layer on normalised rows, added to the residual stream.

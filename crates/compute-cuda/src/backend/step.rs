@@ -10,8 +10,9 @@ use tramontane_compute::{Error, StepBatch};
 use super::abi::{ExpertOutputs, JobEntry};
 use super::call::{Hidden, Lists, expert_products};
 use super::context::{Context, failed};
-use super::core::{Core, Norm, Queue};
+use super::core::{Core, Queue};
 use super::experts::Held;
+use super::norms::Norm;
 use crate::device::{Args, Buffer, DeviceError, Graph};
 
 /// Numbers of rows that graphs are made for. Longer steps are launched kernel by kernel: they take long enough to
