@@ -93,8 +93,10 @@ __device__ __forceinline__ void write_normed(const AsBf16 &, const NormArgs &a, 
     }
 }
 
-/// Nothing to find out before.
+/// Nothing to find out before, nor to keep.
 __device__ __forceinline__ void prepare(AsBf16 &, const NormArgs &, u32, const float *, float, u32 *) {}
+__device__ __forceinline__ void keep(const AsBf16 &, float *) {}
+__device__ __forceinline__ void fetch(AsBf16 &, const float *) {}
 
 #if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
 struct AsE4m3 {
@@ -123,6 +125,14 @@ __device__ __forceinline__ void prepare(AsE4m3 &form, const NormArgs &a, u32 row
         a.scales[row] = scale.scale;
     }
 }
+
+/// In shared memory, where it costs no register of every thread.
+__device__ __forceinline__ void keep(const AsE4m3 &form, float *shared) {
+    if (threadIdx.x == 0) {
+        *shared = form.inverse;
+    }
+}
+__device__ __forceinline__ void fetch(AsE4m3 &form, const float *shared) { form.inverse = *shared; }
 #endif
 
 __device__ __forceinline__ u32 source_of(const NormArgs &a, u32 row) { return a.source == nullptr ? row : a.source[row]; }
@@ -201,7 +211,7 @@ __device__ __forceinline__ float add_products(float sum, float4 x, float4 w) {
 
 /// Puts a strip of the normed rows into shared memory, and once also into the output.
 template <class Form, u32 ROWS>
-__device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, const float (&inverse)[ROWS], const Form (&forms)[ROWS],
+__device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, const float (&inverse)[ROWS], const float *kept,
                                             u32 begin, bool is_written) {
     const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows, i = begin + 4 * threadIdx.x;
     const float4 w = load_four(a.weight, i, a.hidden);
@@ -212,7 +222,9 @@ __device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, con
             const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
             *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
             if (is_written) {
-                write_normed(forms[r], a, first + r, i, y);
+                Form form;
+                fetch(form, kept + r * NORM_WARPS);
+                write_normed(form, a, first + r, i, y);
             }
         }
     }
@@ -224,7 +236,7 @@ __device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, con
 /// then the butterfly. So a score's order depends on nothing but hidden. The gate is asked for one strip ahead: with one row it comes
 /// from the L2 cache while the row is normed.
 template <class Form, u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a, const GateArgs &g) {
-    auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]
+    auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]; then the first of a row is what `keep` keeps
     float *strip = sums + 64;                            // [ROWS][NORM_STRIP]
     const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows;
     if (first >= num_rows) {
@@ -246,13 +258,14 @@ template <class Form, u32 ROWS> __device__ __forceinline__ void norm_gate(const 
         }
         inverse[r] = inverse_rms(own, sums + r * NORM_WARPS, a);
     }
-    Form forms[ROWS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; ++r) {
         if (first + r < num_rows) {
-            // The strip is not in use yet; who writes it has passed a barrier.
+            // The strip is not in use yet; who writes it has passed a barrier. So have those who read the row's sums when it is prepared.
             const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
-            prepare(forms[r], a, first + r, x, inverse[r], reinterpret_cast<u32 *>(strip) + r * NORM_WARPS);
+            Form form;
+            prepare(form, a, first + r, x, inverse[r], reinterpret_cast<u32 *>(strip) + r * NORM_WARPS);
+            keep(form, sums + r * NORM_WARPS);
         }
     }
     // Experts beyond the first pass read the strips again.
@@ -260,7 +273,7 @@ template <class Form, u32 ROWS> __device__ __forceinline__ void norm_gate(const 
         float score[ROWS] = {};
         for (u32 begin = 0; begin < width; begin += NORM_STRIP) {
             __syncthreads(); // the strip before this one has been read
-            share_strip(strip, a, inverse, forms, begin, expert == warp);
+            share_strip<Form>(strip, a, inverse, sums, begin, expert == warp);
             __syncthreads();
 #pragma unroll
             for (u32 j = 0; j < NORM_STRIP / 128; ++j) {
