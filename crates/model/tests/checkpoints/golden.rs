@@ -159,7 +159,6 @@ fn comes_close(
                 .zip(expected.chunks_exact(geometry.vocab));
             same_tokens += pairs.filter(|(a, b)| likeliest(a) == likeliest(b)).count();
             let error = relative_distance(got, expected).unwrap();
-            println!("{case}, {until} of {len} tokens: error {error}");
             assert!(
                 error <= tolerance,
                 "{case}, {until} of {len} tokens: error {error}"
