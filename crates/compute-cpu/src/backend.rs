@@ -199,6 +199,11 @@ mod tests {
     fn what_it_cannot_compute_it_refuses() {
         let refused = CpuBackend::new(&geometry(), WeightFormat::F32, config(None));
         assert!(matches!(refused, Err(Error::WeightFormat { .. })));
+        let refused = CpuBackend::new(&geometry(), WeightFormat::E4m3, config(None));
+        assert_eq!(
+            refused.unwrap_err().to_string(),
+            "backend cpu offers weights as bf16, q8 or q4, got e4m3"
+        );
         for broken in [
             ModelGeometry {
                 head_dim: 15,

@@ -78,8 +78,9 @@ impl TryFrom<WeightFormat> for PackFormat {
             WeightFormat::Bf16 => Ok(Self::Bf16),
             WeightFormat::Q8 => Ok(Self::Q8),
             WeightFormat::Q4 => Ok(Self::Q4),
-            WeightFormat::F32 => Err(Error::WeightFormat {
-                backend: "cpu",
+            WeightFormat::F32 | WeightFormat::E4m3 => Err(Error::WeightFormat {
+                backend: "cpu".to_owned(),
+                offered: "bf16, q8 or q4",
                 format: format.to_string(),
             }),
         }

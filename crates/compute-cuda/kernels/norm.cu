@@ -8,6 +8,8 @@
 //
 // grid (rows at most), block 256; gate8: grid (rows at most / 8, up). Shared bytes: NORM_SHARED_BYTES = 4 * 8 * 1024 + 256 with
 // a gate of 8 rows, 4 * 1024 + 256 with one row, else 256.
+// The _e4m3 kernels (sm_89 and later) write the row as e4m3 and its scale: what products with such weights read, with no rounding
+// kernel in between; they read the row once more, from L1.
 // Bytes per row: 4 hidden read (8 + 4 top_k and 4 written with the combine), 2 hidden written; once per block 4 hidden weights and
 // 4 hidden num_experts of the gate, from the L2 cache: 128 KiB per block for Mixtral 8x7B, hence the 8 rows.
 
@@ -22,6 +24,7 @@ struct NormArgs {
     const float *weight;  // [hidden]
     const u32 *num_rows;
     const u32 *source;    // [rows]: row i is row source[i] of the residual stream; null: row i (always with a gate)
+    float *scales;        // [rows], of the e4m3 kernels, whose out is bytes; otherwise null
     float eps;
     u32 hidden, out_stride; // out_stride is a multiple of 4
 };
@@ -40,7 +43,7 @@ struct GateArgs {
     float *scores;      // [rows, num_experts]
     u32 num_experts;
 };
-static_assert(sizeof(NormArgs) == 56 && sizeof(ExpertOutputs) == 32 && sizeof(GateArgs) == 24, "as the host has them");
+static_assert(sizeof(NormArgs) == 64 && sizeof(ExpertOutputs) == 32 && sizeof(GateArgs) == 24, "as the host has them");
 
 __device__ __forceinline__ float add_square(float sum, float4 x) {
     sum = __fmaf_rn(x.x, x.x, sum);
@@ -72,8 +75,13 @@ __device__ __forceinline__ float4 normed(float4 x, float inverse, float4 w) {
                        __fmul_rn(__fmul_rn(x.z, inverse), w.z), __fmul_rn(__fmul_rn(x.w, inverse), w.w));
 }
 
+// How a row is written: as bf16, or as e4m3 with a scale, the rounding of its bf16 as tr_round_e4m3 has it: whoever gets the row as bf16
+// and rounds it then (another worker) computes with the same bits.
+
+struct AsBf16 {};
+
 /// Elements i to i + 3 of row `row` of the output. Behind the end they are 0, also where the row is NaN.
-__device__ __forceinline__ void write_normed(const NormArgs &a, u32 row, u32 i, float4 y) {
+__device__ __forceinline__ void write_normed(const AsBf16 &, const NormArgs &a, u32 row, u32 i, float4 y) {
     if (i < a.out_stride) {
         uint2 bits = make_uint2(bf16x2_from(y.x, y.y), bf16x2_from(y.z, y.w));
         if (i + 4 > a.hidden) {
@@ -85,17 +93,62 @@ __device__ __forceinline__ void write_normed(const NormArgs &a, u32 row, u32 i, 
     }
 }
 
-__device__ __forceinline__ u32 source_of(const NormArgs &a, u32 row) { return a.source == nullptr ? row : a.source[row]; }
+/// Nothing to find out before, nor to keep.
+__device__ __forceinline__ void prepare(AsBf16 &, const NormArgs &, u32, const float *, float, u32 *) {}
+__device__ __forceinline__ void keep(const AsBf16 &, float *) {}
+__device__ __forceinline__ void fetch(AsBf16 &, const float *) {}
 
-__device__ __forceinline__ void norm_row(const NormArgs &a, u32 row, const float *x, float inverse) {
-    for (u32 i = 4 * threadIdx.x; i < a.out_stride; i += NORM_STRIP) {
-        write_normed(a, row, i, normed(load_four(x, i, a.hidden), inverse, load_four(a.weight, i, a.hidden)));
+#if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
+struct AsE4m3 {
+    float inverse; // of the scale
+};
+
+/// Behind the end a row is 0, or it is not finite, and then all of it is 0 and the scale NaN.
+__device__ __forceinline__ void write_normed(const AsE4m3 &form, const NormArgs &a, u32 row, u32 i, float4 y) {
+    if (i < a.out_stride) {
+        u8 *to = reinterpret_cast<u8 *>(a.out) + static_cast<size_t>(row) * a.out_stride + i;
+        *reinterpret_cast<u32 *>(to) = e4m3x4_from(bf16x2_from(y.x, y.y), bf16x2_from(y.z, y.w), form.inverse);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs a) {
+/// Finds the scale, for which the row is normed once more: x comes from L1. `shared`: NORM_WARPS that nobody else uses. All threads.
+__device__ __forceinline__ void prepare(AsE4m3 &form, const NormArgs &a, u32 row, const float *x, float inverse, u32 *shared) {
+    u32 amax = 0;
+#pragma unroll 4
+    for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
+        const float4 y = normed(load_four(x, i, a.hidden), inverse, load_four(a.weight, i, a.hidden));
+        amax = larger_of_two(larger_of_two(amax, bf16x2_from(y.x, y.y)), bf16x2_from(y.z, y.w));
+    }
+    const E4m3Scale scale = e4m3_scale_of(block_largest<NORM_WARPS>(amax, shared));
+    form.inverse = scale.inverse;
+    if (threadIdx.x == 0) {
+        a.scales[row] = scale.scale;
+    }
+}
+
+/// In shared memory, where it costs no register of every thread.
+__device__ __forceinline__ void keep(const AsE4m3 &form, float *shared) {
+    if (threadIdx.x == 0) {
+        *shared = form.inverse;
+    }
+}
+__device__ __forceinline__ void fetch(AsE4m3 &form, const float *shared) { form.inverse = *shared; }
+#endif
+
+__device__ __forceinline__ u32 source_of(const NormArgs &a, u32 row) { return a.source == nullptr ? row : a.source[row]; }
+
+/// `shared`: 2 NORM_WARPS, of which the first are in use.
+template <class Form> __device__ __forceinline__ void norm_row(const NormArgs &a, u32 row, const float *x, float inverse, float *shared) {
+    Form form;
+    prepare(form, a, row, x, inverse, reinterpret_cast<u32 *>(shared) + NORM_WARPS);
+    for (u32 i = 4 * threadIdx.x; i < a.out_stride; i += NORM_STRIP) {
+        write_normed(form, a, row, i, normed(load_four(x, i, a.hidden), inverse, load_four(a.weight, i, a.hidden)));
+    }
+}
+
+template <class Form> __device__ __forceinline__ void norm(const NormArgs &a) {
     grid_begin();
-    auto *sums = reinterpret_cast<float *>(tr_shared());
+    auto *shared = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x;
     if (row >= *a.num_rows) {
         return;
@@ -106,13 +159,15 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs
     for (u32 i = 4 * threadIdx.x; i < a.hidden; i += NORM_STRIP) {
         own = add_square(own, load_four(x, i, a.hidden));
     }
-    norm_row(a, row, x, inverse_rms(own, sums, a));
+    norm_row<Form>(a, row, x, inverse_rms(own, shared, a), shared);
 }
 
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_bf16(NormArgs a) { norm<AsBf16>(a); }
+
 /// Adds the expert outputs to the row, then norms it: what stands between two layers.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(NormArgs a, ExpertOutputs experts) {
+template <class Form> __device__ __forceinline__ void combine_norm(const NormArgs &a, const ExpertOutputs &experts) {
     grid_begin();
-    auto *sums = reinterpret_cast<float *>(tr_shared());
+    auto *shared = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x;
     if (row >= *a.num_rows) {
         return;
@@ -132,7 +187,11 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(
         store_four(x, i, a.hidden, sum);
         own = add_square(own, sum);
     }
-    norm_row(a, row, x, inverse_rms(own, sums, a)); // a thread reads what it wrote itself
+    norm_row<Form>(a, row, x, inverse_rms(own, shared, a), shared); // a thread reads what it wrote itself
+}
+
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_bf16(NormArgs a, ExpertOutputs experts) {
+    combine_norm<AsBf16>(a, experts);
 }
 
 /// A lane's part of a strip of an expert's gate; 0 where there is none.
@@ -153,8 +212,9 @@ __device__ __forceinline__ float add_products(float sum, float4 x, float4 w) {
 }
 
 /// Puts a strip of the normed rows into shared memory, and once also into the output.
-template <u32 ROWS>
-__device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, const float (&inverse)[ROWS], u32 begin, bool is_written) {
+template <class Form, u32 ROWS>
+__device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, const float (&inverse)[ROWS], const float *kept,
+                                            u32 begin, bool is_written) {
     const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows, i = begin + 4 * threadIdx.x;
     const float4 w = load_four(a.weight, i, a.hidden);
 #pragma unroll
@@ -164,7 +224,9 @@ __device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, con
             const float4 y = normed(load_four(x, i, a.hidden), inverse[r], w);
             *reinterpret_cast<float4 *>(strip + r * NORM_STRIP + 4 * threadIdx.x) = y;
             if (is_written) {
-                write_normed(a, first + r, i, y);
+                Form form;
+                fetch(form, kept + r * NORM_WARPS);
+                write_normed(form, a, first + r, i, y);
             }
         }
     }
@@ -175,8 +237,8 @@ __device__ __forceinline__ void share_strip(float *strip, const NormArgs &a, con
 /// Warp w has experts w, w + 8, ... Lane l adds elements 4 l to 4 l + 3 of every 128 to one chain of fmaf per (row, expert);
 /// then the butterfly. So a score's order depends on nothing but hidden. The gate is asked for one strip ahead: with one row it comes
 /// from the L2 cache while the row is normed.
-template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a, const GateArgs &g) {
-    auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]
+template <class Form, u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a, const GateArgs &g) {
+    auto *sums = reinterpret_cast<float *>(tr_shared()); // [ROWS][NORM_WARPS]; then the first of a row is what `keep` keeps
     float *strip = sums + 64;                            // [ROWS][NORM_STRIP]
     const u32 first = blockIdx.x * ROWS, num_rows = *a.num_rows;
     if (first >= num_rows) {
@@ -198,12 +260,22 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
         }
         inverse[r] = inverse_rms(own, sums + r * NORM_WARPS, a);
     }
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) {
+        if (first + r < num_rows) {
+            // The strip is not in use yet; who writes it has passed a barrier. So have those who read the row's sums when it is prepared.
+            const float *x = a.residual + static_cast<size_t>(first + r) * a.hidden;
+            Form form;
+            prepare(form, a, first + r, x, inverse[r], reinterpret_cast<u32 *>(strip) + r * NORM_WARPS);
+            keep(form, sums + r * NORM_WARPS);
+        }
+    }
     // Experts beyond the first pass read the strips again.
     for (u32 expert = warp; expert - warp < g.num_experts; expert += NORM_WARPS) {
         float score[ROWS] = {};
         for (u32 begin = 0; begin < width; begin += NORM_STRIP) {
             __syncthreads(); // the strip before this one has been read
-            share_strip<ROWS>(strip, a, inverse, begin, expert == warp);
+            share_strip<Form>(strip, a, inverse, sums, begin, expert == warp);
             __syncthreads();
 #pragma unroll
             for (u32 j = 0; j < NORM_STRIP / 128; ++j) {
@@ -226,7 +298,17 @@ template <u32 ROWS> __device__ __forceinline__ void norm_gate(const NormArgs &a,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<1>(a, g); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<AsBf16, 1>(a, g); }
 
 /// The same for 8 rows per block: less of the gate is read.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<8>(a, g); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_bf16(NormArgs a, GateArgs g) { grid_begin(); norm_gate<AsBf16, 8>(a, g); }
+
+#if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
+// The same with rows as e4m3; scores are those of the f32 row.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_e4m3(NormArgs a) { norm<AsE4m3>(a); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_combine_norm_e4m3(NormArgs a, ExpertOutputs experts) {
+    combine_norm<AsE4m3>(a, experts);
+}
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate_e4m3(NormArgs a, GateArgs g) { grid_begin(); norm_gate<AsE4m3, 1>(a, g); }
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) tr_norm_gate8_e4m3(NormArgs a, GateArgs g) { grid_begin(); norm_gate<AsE4m3, 8>(a, g); }
+#endif

@@ -45,24 +45,7 @@ extern "C" __global__ void __launch_bounds__(32) tr_pack_bf16(const Pack call) {
     }
 }
 
-/// The largest magnitude, or NaN when there is one (whose bits are the largest of all).
-__device__ __forceinline__ float warp_amax(u32 bits) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) {
-        bits = max(bits, __shfl_xor_sync(~0U, bits, lane));
-    }
-    return __uint_as_float(bits);
-}
-
 #if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
-constexpr float E4M3_MAX = 448.0F;
-
-/// The scale of numbers up to `amax`, and what they are multiplied by to be e4m3.
-__device__ __forceinline__ float2 e4m3_scale(float amax) {
-    float scale = __fdiv_rn(amax, E4M3_MAX);
-    return make_float2(scale, scale == 0.0F ? 0.0F : __fdiv_rn(1.0F, scale));
-}
-
 /// e4m3: a block of 8 warps writes one strip and its scales, amax / 448 of each row of the part. Grid (1, packed
 /// strips), block 256, shared 64.
 extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) {
@@ -75,10 +58,10 @@ extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) 
         for (int col = lane; col < call.cols; col += 32) {
             bits = max(bits, static_cast<u32>(element(call, row, col) & 0x7FFF) << 16);
         }
-        float2 scale = e4m3_scale(warp_amax(bits));
+        const E4m3Scale scale = e4m3_scale_of(warp_largest(bits));
         if (lane == 0) {
-            call.scales[strip * 16 + r] = scale.x;
-            inverse[r] = scale.y;
+            call.scales[strip * 16 + r] = scale.scale;
+            inverse[r] = scale.inverse;
         }
     }
     __syncthreads();
@@ -98,43 +81,6 @@ extern "C" __global__ void __launch_bounds__(256) tr_pack_e4m3(const Pack call) 
         uint4 word = make_uint4(four(low, low_inverse, col), four(high, high_inverse, col), four(low, low_inverse, col + 16),
                                 four(high, high_inverse, col + 16));
         *reinterpret_cast<uint4 *>(out + static_cast<long long>(tile / 4) * GROUP_STEP<Fp8Step> + tile % 4 * 512 + lane * 16) = word;
-    }
-}
-
-/// The arguments of tr_quantise_e4m3: see README.md.
-struct Quantise {
-    u8 *out;             // [rows, out_stride]
-    float *scales;       // [rows, scale_stride]
-    const u16 *x;        // bf16 [rows, x_stride]
-    const int *num_rows; // on the device, or null: all of the grid
-    int cols, part_cols, x_stride, out_stride, scale_stride;
-};
-
-/// Rows to e4m3, one scale (amax / 448) per row and part. A warp per row and part: grid (ceil(rows / 4), parts),
-/// block 128. 2 bytes read twice (the second time from L1) and 1 written per element: bound by memory.
-extern "C" __global__ void __launch_bounds__(128) tr_quantise_e4m3(const Quantise call) {
-    grid_begin();
-    int lane = threadIdx.x % 32, part = blockIdx.y, row = blockIdx.x * 4 + threadIdx.x / 32;
-    int rows = call.num_rows == nullptr ? static_cast<int>(gridDim.x) * 4 : *call.num_rows;
-    int begin = part * call.part_cols, end = min(call.cols, begin + call.part_cols);
-    if (row >= rows || begin >= end) {
-        return;
-    }
-    const u16 *x = call.x + static_cast<long long>(row) * call.x_stride;
-    u32 bits = 0;
-    for (int col = begin + lane * 2; col < end; col += 64) {
-        u32 two = load_4(x + col);
-        bits = max(bits, max(two << 16 & 0x7FFF0000U, col + 1 < end ? two & 0x7FFF0000U : 0U));
-    }
-    float2 scale = e4m3_scale(warp_amax(bits));
-    if (lane == 0) {
-        call.scales[static_cast<long long>(row) * call.scale_stride + part] = scale.x;
-    }
-    u8 *out = call.out + static_cast<long long>(row) * call.out_stride;
-    for (int col = begin + lane * 2; col < end; col += 64) {
-        u32 two = load_4(x + col);
-        float high = col + 1 < end ? bf16x2_high(two) : 0.0F;
-        *reinterpret_cast<u16 *>(out + col) = e4m3x2_from(__fmul_rn(bf16x2_low(two), scale.y), __fmul_rn(high, scale.y));
     }
 }
 #endif

@@ -1,16 +1,15 @@
 // Rows of bf16 become e4m3 with a scale for each part of a row: what products with e4m3 weights read. sm_89 and later.
+// Norms write such rows themselves (norm.cu), with the same bits; this is for rows of attention, of gate_up and of other workers.
 //
-// scale = amax / 448 in f32, q = e4m3(x / scale) to nearest, ties to even; the number is q scale. A part of zeros has scale 0, one with a
-// number that is not finite has scale NaN; q is 0 in both. A part is the whole row, or one of its segments (down products).
+// scale = amax / 448 in f32, q = e4m3(x / scale) to nearest, ties to even; the number is q scale. See e4m3_scale_of for zeros and for
+// numbers that are not finite. A part is the whole row, or one of its segments (down products).
 // The largest of a part does not depend on an order, so neither does anything else.
 //
-// grid (rows at most, parts), block 256. Shared bytes: 64. Bytes per row: 2 cols read twice (the second time from L1), cols written.
+// grid (rows at most, parts), block 256. Shared bytes: 32. Bytes per row: 2 cols read twice (the second time from L1), cols written.
 
 #if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
 
 constexpr u32 ROUND_THREADS = 256;
-constexpr u32 ROUND_WARPS = ROUND_THREADS / 32;
-constexpr float E4M3_LARGEST = 448.0F;
 
 struct RoundArgs {
     u8 *out;              // [rows, out_stride]; columns from cols on become 0
@@ -22,42 +21,15 @@ struct RoundArgs {
 };
 static_assert(sizeof(RoundArgs) == 56, "as the host has them");
 
-/// Largest magnitude of a block's threads, NaN when `poison` is in any of them. `shared`: two per warp.
-__device__ __forceinline__ float block_amax(float amax, float poison, float *shared) {
-    amax = warp_max(amax);
-    poison = warp_sum(poison);
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = amax;
-        shared[ROUND_WARPS + threadIdx.x / 32] = poison;
-    }
-    __syncthreads();
-    float largest = 0.0F, sum = 0.0F;
-#pragma unroll
-    for (u32 w = 0; w < ROUND_WARPS; ++w) {
-        largest = fmaxf(largest, shared[w]);
-        sum = __fadd_rn(sum, shared[ROUND_WARPS + w]);
-    }
-    return __fadd_rn(largest, sum);
-}
-
-__device__ __forceinline__ u32 e4m3x4_from(float a, float b, float c, float d) {
-    return e4m3x2_from(a, b) | static_cast<u32>(e4m3x2_from(c, d)) << 16;
-}
-
-/// Columns i to i + 7 as f32; those from `end` on are 0.
-__device__ __forceinline__ void load_eight(float (&x)[8], const u16 *row, u32 i, u32 end) {
-    const uint4 bits = load_16(row + i);
-    const u32 pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (u32 j = 0; j < 4; ++j) {
-        x[2 * j] = i + 2 * j < end ? bf16x2_low(pairs[j]) : 0.0F;
-        x[2 * j + 1] = i + 2 * j + 1 < end ? bf16x2_high(pairs[j]) : 0.0F;
-    }
+/// Columns i to i + 7; those from `end` on are 0.
+__device__ __forceinline__ uint4 load_eight(const u16 *row, u32 i, u32 end) {
+    uint4 bits = i < end ? load_16(row + i) : make_uint4(0, 0, 0, 0);
+    auto until = [&](u32 pair, u32 at) { return at + 1 < end ? pair : at < end ? pair & 0xFFFFU : 0; };
+    return make_uint4(until(bits.x, i), until(bits.y, i + 2), until(bits.z, i + 4), until(bits.w, i + 6));
 }
 
 extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_e4m3(RoundArgs a) {
     grid_begin();
-    auto *shared = reinterpret_cast<float *>(tr_shared());
     const u32 row = blockIdx.x, part = blockIdx.y, begin = part * a.part_cols;
     if (row >= *a.num_rows || begin >= a.cols) {
         return;
@@ -65,34 +37,19 @@ extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_e4m3(RoundA
     const bool is_last = begin + a.part_cols >= a.cols;
     const u32 end = is_last ? a.cols : begin + a.part_cols;
     const u16 *from = a.rows + static_cast<size_t>(row) * a.row_stride;
-    float amax = 0.0F, poison = 0.0F;
+    u32 amax = 0;
     for (u32 i = begin + 8 * threadIdx.x; i < end; i += 8 * ROUND_THREADS) {
-        float x[8];
-        load_eight(x, from, i, end);
-#pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-            amax = fmaxf(amax, fabsf(x[j]));
-            poison = __fmaf_rn(x[j], 0.0F, poison); // NaN where x is not finite, and stays it
-        }
+        const uint4 x = load_eight(from, i, end);
+        amax = larger_of_two(larger_of_two(larger_of_two(larger_of_two(amax, x.x), x.y), x.z), x.w);
     }
-    const float scale = __fdiv_rn(block_amax(amax, poison, shared), E4M3_LARGEST);
-    // Too small to be told from zero when the inverse is no number.
-    const float inverse = __fdiv_rn(1.0F, scale);
-    const bool is_zero = !(scale > 0.0F) || inverse > 3.0e38F;
+    const E4m3Scale scale = e4m3_scale_of(block_largest<ROUND_THREADS / 32>(amax, reinterpret_cast<u32 *>(tr_shared())));
     u8 *to = a.out + static_cast<size_t>(row) * a.out_stride;
     for (u32 i = begin + 8 * threadIdx.x; i < (is_last ? a.out_stride : end); i += 8 * ROUND_THREADS) {
-        float x[8] = {};
-        if (i < end) {
-            load_eight(x, from, i, end);
-        }
-#pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-            x[j] = is_zero ? 0.0F : __fmul_rn(x[j], inverse);
-        }
-        *reinterpret_cast<uint2 *>(to + i) = make_uint2(e4m3x4_from(x[0], x[1], x[2], x[3]), e4m3x4_from(x[4], x[5], x[6], x[7]));
+        const uint4 x = load_eight(from, i, end);
+        *reinterpret_cast<uint2 *>(to + i) = make_uint2(e4m3x4_from(x.x, x.y, scale.inverse), e4m3x4_from(x.z, x.w, scale.inverse));
     }
     if (threadIdx.x == 0) {
-        a.scales[static_cast<size_t>(row) * a.scale_stride + part] = is_zero && scale == scale ? 0.0F : scale;
+        a.scales[static_cast<size_t>(row) * a.scale_stride + part] = scale.scale;
     }
 }
 

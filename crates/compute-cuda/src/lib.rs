@@ -25,7 +25,8 @@ pub mod nvrtc;
 mod target;
 
 pub use backend::{
-    CudaBackend, Island, Lead, RandomModel, RankAttention, RankStep, check_geometry, rank_segments,
+    CudaBackend, Island, Lead, RandomModel, RankAttention, RankStep, WeightBytes, check_format,
+    check_geometry, rank_segments,
 };
 pub use cache::KernelCache;
 pub use choose::{CudaConfig, DeviceChoice, Unusable, find, open};

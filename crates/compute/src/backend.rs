@@ -20,8 +20,12 @@ pub enum WeightFormat {
     Bf16,
     /// Blocks of 32 signed bytes with one f16 scale, see [`quant`].
     Q8,
-    /// Experts in blocks of 32 four-bit numbers with an f16 scale and minimum, see [`quant`]; the rest in q8.
+    /// Experts in blocks of 32 four-bit numbers with an f16 scale and minimum, see [`quant`]; the rest in q8, on GPUs in
+    /// bf16.
     Q4,
+    /// Attention and experts as 8-bit floating point with an f32 scale for each row of a part, see [`quant`]; embedding,
+    /// norms, gate and LM head as in bf16. On GPUs from sm_89 on.
+    E4m3,
 }
 
 impl fmt::Display for WeightFormat {
@@ -31,6 +35,7 @@ impl fmt::Display for WeightFormat {
             Self::Bf16 => "bf16",
             Self::Q8 => "q8",
             Self::Q4 => "q4",
+            Self::E4m3 => "e4m3",
         })
     }
 }
@@ -44,8 +49,9 @@ impl FromStr for WeightFormat {
             "bf16" => Ok(Self::Bf16),
             "q8" => Ok(Self::Q8),
             "q4" => Ok(Self::Q4),
+            "e4m3" => Ok(Self::E4m3),
             other => Err(format!(
-                "weight format must be f32, bf16, q8 or q4, got {other:?}"
+                "weight format must be f32, bf16, q8, q4 or e4m3, got {other:?}"
             )),
         }
     }

@@ -33,10 +33,12 @@ pub enum Error {
         got: usize,
     },
     /// This backend does not offer the weight format.
-    #[error("backend {backend} does not offer weights as {format}")]
+    #[error("backend {backend} offers weights as {offered}, got {format}")]
     WeightFormat {
         /// Name of the backend.
-        backend: &'static str,
+        backend: String,
+        /// The formats that it offers.
+        offered: &'static str,
         /// Name of the format.
         format: String,
     },

@@ -5,6 +5,9 @@
 //! * **q4 weights**: blocks of 32 with a scale `d` and a minimum `m`, both f16; `q` in `0..16`, value
 //!   `d * q + m`. 20 bytes per 32 weights. GGUF `Q4_0` (`m = -8 d`) and `Q4_1` are such blocks, and `Q4_K` is
 //!   but for the rounding of its products of scales to f16. How `d` and `m` are chosen: [`q4_weights`].
+//! * **e4m3** (weights and rows, on GPUs): 8-bit floating point with a sign, 4 bits of exponent and 3 of mantissa
+//!   (OCP 8-bit Floating Point Specification, E4M3), and one f32 scale `amax / 448` for each row of a part of a matrix:
+//!   see [`round_to_e4m3`].
 //! * **q8 rows** (activations): `d = amax / 127` in f32, `q = round(x / d)`. A row of `n` elements is
 //!   padded with zeros to whole blocks and stored as all `q` bytes, then all scales (f32, little-endian).
 //!
@@ -154,6 +157,57 @@ impl Line {
     }
 }
 
+/// The largest e4m3 number.
+pub const E4M3_MAX: f32 = 448.0;
+
+/// What is beyond half-way to the number that would come next.
+const E4M3_BEYOND: f32 = 464.0;
+
+/// The nearest e4m3 number, ties to even; what is larger than all becomes the largest, and NaN is NaN.
+#[must_use]
+pub fn e4m3_from_f32(x: f32) -> u8 {
+    if x.is_nan() {
+        return 0x7F;
+    }
+    let (sign, x) = ((x.to_bits() >> 24) as u8 & 0x80, x.abs());
+    if x >= E4M3_BEYOND {
+        return sign | 0x7E;
+    }
+    // The exponent from 0 on, which is that of 2^-6; smaller numbers have the steps of that one.
+    let exponent = (x.to_bits() >> 23).saturating_sub(127 - 6);
+    let step = f32::from_bits((exponent + 127 - 6 - 3) << 23);
+    // A mantissa that is full carries into the exponent by itself.
+    let steps = (x / step).round_ties_even() as u32;
+    sign | (8 * exponent + steps) as u8
+}
+
+/// The value of an e4m3 number.
+#[must_use]
+pub fn e4m3_to_f32(x: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(x >> 3 & 15), u32::from(x & 7));
+    if x & 0x7F == 0x7F {
+        return f32::NAN;
+    }
+    let steps = if exponent == 0 {
+        mantissa
+    } else {
+        8 + mantissa
+    };
+    let step = f32::from_bits((exponent.max(1) + 127 - 7 - 3) << 23);
+    let value = steps as f32 * step;
+    if x & 0x80 == 0 { value } else { -value }
+}
+
+/// Rounds numbers that share a scale, a row of a part of a matrix, to what e4m3 makes of them: `scale = amax / 448`, numbers
+/// `q = e4m3(x * (1 / scale))`, value `q * scale`; NaN where one is not finite.
+pub fn round_to_e4m3(part: &mut [f32]) {
+    let scale = amax(part) / E4M3_MAX;
+    let inverse = inverse(scale);
+    for x in part {
+        *x = e4m3_to_f32(e4m3_from_f32(*x * inverse)) * scale;
+    }
+}
+
 /// Quantises a row of activations into `out`, [`q8_row_bytes`] long.
 pub fn q8_row(row: &[f32], out: &mut [u8]) {
     debug_assert_eq!(out.len(), q8_row_bytes(row.len()), "room for a q8 row");
@@ -271,6 +325,38 @@ mod tests {
         }
         let Q4Block { q, scale, min } = q4_weights(&[-0.75; BLOCK]);
         assert_eq!((q, scale.to_f32(), min.to_f32()), ([0; BLOCK], 0.0, -0.75));
+    }
+
+    #[test]
+    fn e4m3_numbers_are_the_nearest_and_come_back() {
+        for code in 0..=u8::MAX {
+            let value = e4m3_to_f32(code);
+            if value.is_nan() {
+                assert_eq!(code & 0x7F, 0x7F);
+                continue;
+            }
+            assert_eq!(e4m3_from_f32(value), code);
+            // Half-way to the next is the even one, and what is a little less or more the nearer.
+            let next = e4m3_to_f32(code + 1);
+            if !next.is_nan() {
+                let middle = (value + next) / 2.0;
+                assert_eq!(e4m3_from_f32(middle), code + code % 2, "{middle}");
+                assert_eq!(e4m3_from_f32(middle + (value - middle) * 1e-3), code);
+                assert_eq!(e4m3_from_f32(middle + (next - middle) * 1e-3), code + 1);
+            }
+        }
+        let known = [1.0, -2.5, 448.0, 1e9, f32::INFINITY, 0.001_953_125];
+        assert_eq!(
+            known.map(e4m3_from_f32),
+            [0x38, 0xC2, 0x7E, 0x7E, 0x7E, 0x01]
+        );
+        let mut part = [3.0, -1.5, 0.01, 0.0];
+        round_to_e4m3(&mut part);
+        assert!((part[0] - 3.0).abs() < 1e-6 && (part[1] + 1.5).abs() < 1e-6);
+        assert!((part[2] - 0.01).abs() < 0.01 / 16.0 && part[3] == 0.0);
+        let mut part = [1.0, f32::NAN];
+        round_to_e4m3(&mut part);
+        assert!(part.iter().all(|x| x.is_nan()));
     }
 
     #[test]

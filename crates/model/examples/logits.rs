@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! logits --model DIR --weights f32|bf16|q8|q4 --tokens IDS [--window 512] [--threads 2] [--kv f16|q8]
-//!        [--attention q8|q4] [--experts q8|q4] [--head q8|q4] >LOGITS
+//!        [--attention q8|q4|e4m3] [--experts q8|q4|e4m3] [--head q8|q4] >LOGITS
 //! ```
 //! IDS holds token ids, u32 little-endian. Every window of them is a prompt of its own, computed in one step.
 //! LOGITS becomes `[num_tokens, vocab]`, f32 little-endian.
@@ -118,6 +118,9 @@ struct Rounding(Option<WeightFormat>);
 impl Rounding {
     /// The rounded tensor as f32 bytes.
     fn apply(self, tensor: &HostTensor<'_>) -> Vec<u8> {
+        if self.0 == Some(WeightFormat::E4m3) {
+            return whole_rows_as_e4m3(tensor);
+        }
         let mut bytes = Vec::with_capacity(tensor.rows * tensor.cols * 4);
         for row in 0..tensor.rows {
             for begin in (0..tensor.cols).step_by(BLOCK) {
@@ -144,6 +147,15 @@ impl Rounding {
             _ => *block,
         }
     }
+}
+
+/// Each row with one scale; the backend has one for each of up to eight parts of a row.
+fn whole_rows_as_e4m3(tensor: &HostTensor<'_>) -> Vec<u8> {
+    let mut values = tensor.to_f32();
+    values
+        .chunks_exact_mut(tensor.cols)
+        .for_each(quant::round_to_e4m3);
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 /// `tensor` with other bytes.

@@ -44,7 +44,7 @@ impl Computing {
         checkpoint: &Checkpoint,
     ) -> Result<Self, Error> {
         let geometry = checkpoint.geometry();
-        let on_gpu = on_gpu(device, geometry)?;
+        let on_gpu = on_gpu(device, geometry, config.weights)?;
         if config.leads() {
             return Self::of_leader(config, device, checkpoint, on_gpu);
         }
@@ -93,8 +93,9 @@ impl Computing {
 fn on_gpu(
     device: &ChosenDevice,
     geometry: &ModelGeometry,
+    weights: WeightFormat,
 ) -> Result<Option<Arc<CudaBackend>>, Error> {
-    let backend = device.gpu().map(|gpu| CudaBackend::new(gpu, geometry));
+    let backend = device.gpu().map(|gpu| CudaBackend::new(gpu, geometry, weights));
     let backend = backend.transpose().map_err(Error::Backend)?;
     Ok(backend.map(Arc::new))
 }

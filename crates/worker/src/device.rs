@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use tramontane_compute::WeightFormat;
 pub use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::{
     CudaConfig, DeviceChoice, DeviceSummary, KernelCache, LibraryDirs, Unusable,
@@ -56,7 +55,7 @@ pub fn choose(
         DeviceChoice::Cpu => Ok(ChosenDevice::default()),
         DeviceChoice::Cuda(ordinal) => {
             let fits = fits(config, geometry);
-            let opened = fits.and_then(|()| open(config, ordinal).map_err(|e| with_cause(&e)));
+            let opened = fits.and_then(|()| open_for(config, ordinal));
             let device = opened.map_err(|why| {
                 let rule = format!("a device that can be used, but {why}");
                 ConfigError::new("device", &rule, &config.device)
@@ -73,9 +72,9 @@ pub fn choose(
 /// A GPU if one can be used, otherwise the CPU.
 fn automatic(config: &mut WorkerConfig, geometry: &ModelGeometry) -> ChosenDevice {
     let found = fits(config, geometry).and_then(|()| {
-        let find = |summary: DeviceSummary| Ok((open(config, summary.ordinal)?, summary.ordinal));
-        let found = tramontane_compute_cuda::find().and_then(find);
-        found.map_err(|error| with_cause(&error))
+        let found = tramontane_compute_cuda::find();
+        let DeviceSummary { ordinal, .. } = found.map_err(|error| with_cause(&error))?;
+        Ok((open_for(config, ordinal)?, ordinal))
     });
     match found {
         Ok((device, ordinal)) => {
@@ -98,15 +97,19 @@ fn automatic(config: &mut WorkerConfig, geometry: &ModelGeometry) -> ChosenDevic
     }
 }
 
-/// Whether the CUDA backend has these formats and shapes.
+/// Whether the CUDA backend has these formats and shapes on some device.
 fn fits(config: &WorkerConfig, geometry: &ModelGeometry) -> Result<(), String> {
-    if config.weights != WeightFormat::Bf16 {
-        return Err(format!(
-            "the CUDA backend has weights as bf16, not as {}",
-            config.weights
-        ));
-    }
-    tramontane_compute_cuda::check_geometry(geometry).map_err(|error| error.to_string())
+    tramontane_compute_cuda::check_format(config.weights, None)
+        .and_then(|()| tramontane_compute_cuda::check_geometry(geometry))
+        .map_err(|error| error.to_string())
+}
+
+/// The device, if it has kernels for the weights.
+fn open_for(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, String> {
+    let device = open(config, ordinal).map_err(|error| with_cause(&error))?;
+    tramontane_compute_cuda::check_format(config.weights, Some(device.info().target))
+        .map_err(|error| error.to_string())?;
+    Ok(device)
 }
 
 /// Memory that nobody said is a share of the device's.
@@ -145,6 +148,8 @@ fn with_cause(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use tramontane_compute::WeightFormat;
+
     use super::*;
 
     fn geometry() -> ModelGeometry {
@@ -179,13 +184,13 @@ mod tests {
         let error = choose(&mut config, &geometry()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "device must be a device that can be used, but the CUDA backend has weights as bf16, not as q8, got cuda:0"
+            "device must be a device that can be used, but backend cuda offers weights as bf16, e4m3 or q4, got q8, got cuda:0"
         );
     }
 
     #[test]
     fn automatic_takes_the_cpu_where_the_formats_need_it() {
-        let mut config = config(DeviceChoice::Auto, WeightFormat::Q4);
+        let mut config = config(DeviceChoice::Auto, WeightFormat::Q8);
         assert!(choose(&mut config, &geometry()).unwrap().gpu().is_none());
         assert_eq!(config.device, DeviceChoice::Cpu);
         assert_eq!(config.expert_memory, None);

@@ -257,6 +257,7 @@ const fn tolerance(weights: WeightFormat) -> f32 {
         WeightFormat::F32 => 1e-4,
         WeightFormat::Bf16 => 0.03,
         WeightFormat::Q8 => 0.05,
+        WeightFormat::E4m3 => 0.2,
         WeightFormat::Q4 => 0.3,
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand};
+use tramontane_compute::WeightFormat;
 use tramontane_compute_cuda::DeviceChoice;
 
 use crate::output::Format;
@@ -14,6 +15,9 @@ pub(crate) struct BenchModelArgs {
     /// Shape of the model; its weights are random
     #[arg(long, value_enum)]
     pub(crate) random: RandomShape,
+    /// How weights are kept: bf16, e4m3 or q4
+    #[arg(long, default_value_t = WeightFormat::Bf16, value_parser = str::parse::<WeightFormat>)]
+    pub(crate) weights: WeightFormat,
     /// The GPU
     #[arg(long, default_value_t = DeviceChoice::Cuda(0), value_parser = str::parse::<DeviceChoice>)]
     pub(crate) device: DeviceChoice,

@@ -9,7 +9,8 @@ use anyhow::Context as _;
 use serde::Serialize;
 use tramontane_compute::{AttentionConfig, KV_PAGE_TOKENS, KvFormat, SequenceSpan, StepBatch};
 use tramontane_compute_cuda::{
-    CudaConfig, DeviceChoice, KernelCache, LibraryDirs, RandomModel, measure, open,
+    CudaConfig, DeviceChoice, KernelCache, LibraryDirs, RandomModel, WeightBytes, check_format,
+    measure, open,
 };
 use tramontane_runtime::config::cache_dir;
 use tramontane_types::{ModelGeometry, PageId};
@@ -43,7 +44,7 @@ struct Report {
     target: &'static str,
     model: String,
     layers: usize,
-    weights: &'static str,
+    weights: String,
     copy_gigabytes_per_second: f64,
     lines: Vec<Line>,
 }
@@ -63,6 +64,7 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
         cache: args.cache.clone().or_else(cache_dir).map(KernelCache::new),
     };
     let device = open(ordinal, &config).map_err(misuse)?;
+    check_format(args.weights, Some(device.info().target)).map_err(misuse)?;
     let copy = measure::copy_bandwidth(&device).context("measuring copies")?;
     let geometry = geometry(args);
     let most = args.batch.iter().chain(&args.prefill).max();
@@ -77,7 +79,7 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
     };
     output::note("making random weights on the device");
     let mut bench = Bench {
-        model: RandomModel::new(&device, &geometry, attention)?,
+        model: RandomModel::new(&device, &geometry, attention, args.weights)?,
         logits: Vec::new(),
         copy,
         geometry,
@@ -94,7 +96,7 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
         target: device.info().target.name(),
         model: args.random.name().to_owned(),
         layers: bench.geometry.num_layers,
-        weights: "bf16",
+        weights: args.weights.to_string(),
         copy_gigabytes_per_second: copy / 1e9,
         lines,
     };
@@ -176,7 +178,7 @@ impl Bench {
         seconds: f64,
         logits: usize,
     ) -> Line {
-        let bytes = step_bytes(&self.geometry, rows, context, logits);
+        let bytes = step_bytes(&self.geometry, self.model.bytes, (rows, context), logits);
         Line {
             kind,
             rows,
@@ -236,15 +238,19 @@ fn weights(g: &ModelGeometry) -> [f64; 3] {
 }
 
 /// Bytes that a step cannot but read: weights once, of experts those that are likely to be chosen, and keys and values.
-fn step_bytes(g: &ModelGeometry, rows: usize, context: usize, logits: usize) -> f64 {
-    let [attention, expert, head] = weights(g);
+fn step_bytes(
+    g: &ModelGeometry,
+    bytes: WeightBytes,
+    (rows, context): (usize, usize),
+    logits: usize,
+) -> f64 {
     let experts = g.num_experts as f64;
     let missed = (1.0 - g.top_k as f64 / experts).powi(rows as i32);
     let hit = experts * (1.0 - missed);
-    let cached = rows * (context + 1) * 2 * g.num_kv_heads * g.head_dim;
-    let layer = attention + hit * expert + cached as f64;
-    let head = if logits > 0 { head } else { 0.0 };
-    2.0 * (g.num_layers as f64 * layer + head)
+    let cached = rows * (context + 1) * 2 * g.num_kv_heads * g.head_dim * size_of::<u16>();
+    let layer = (bytes.layer + cached) as f64 + hit * bytes.expert as f64;
+    let head = if logits > 0 { bytes.head } else { 0 };
+    g.num_layers as f64 * layer + head as f64
 }
 
 /// Multiplications and additions of a step; of attention those of a prompt's triangle.
@@ -348,9 +354,15 @@ mod tests {
             (attention, expert, head),
             (41_943_040.0, 176_160_768.0, 131_072_000.0)
         );
-        let one = step_bytes(&g, 1, 0, 1) / 2.0;
+        let [layer, expert, head] = [attention, expert, head].map(|n| 2 * n as usize);
+        let bytes = WeightBytes {
+            layer,
+            expert,
+            head,
+        };
+        let one = step_bytes(&g, bytes, (1, 0), 1) / 2.0;
         assert!((one / 1e9 - 12.75).abs() < 0.01, "{one}");
-        let many = step_bytes(&g, 256, 0, 256) / 2.0;
+        let many = step_bytes(&g, bytes, (256, 0), 256) / 2.0;
         assert!((many / 1e9 - 46.6).abs() < 0.1, "{many}");
         assert!((step_flops(&g, 1, 0, 1) / 2e9 - 12.75).abs() < 0.01);
     }

@@ -6,6 +6,7 @@ struct NormArgs {
     float *residual;
     const float *weight;
     const uint32_t *num_rows, *source;
+    float *scales;
     float eps;
     uint32_t hidden, out_stride;
 };
@@ -70,6 +71,41 @@ static void check_normed(const uint16_t *got, const float *x, const std::vector<
     }
 }
 
+struct RoundArgs {
+    uint8_t *out;
+    float *scales;
+    const uint16_t *rows;
+    const uint32_t *num_rows;
+    uint32_t cols, part_cols, row_stride, out_stride, scale_stride;
+};
+
+/// Rows as e4m3 that a norm has written.
+struct Rounded {
+    Buffer<uint8_t> rows;
+    Buffer<float> scales;
+
+    Rounded(uint32_t rows, uint32_t stride) : rows(rows * stride), scales(rows) {}
+
+    /// The arguments of the same norm with these rows as its output.
+    NormArgs of(const NormArgs &args, uint32_t stride) {
+        NormArgs other = args;
+        other.out = reinterpret_cast<uint16_t *>(rows.data);
+        other.scales = scales.data;
+        other.out_stride = stride;
+        return other;
+    }
+
+    /// Whether they are those of tr_round_e4m3 of what the bf16 kernel has written, to the bit.
+    void check(const char *kernel, const NormArgs &args, uint32_t num_rows, uint32_t stride) {
+        Rounded expected(num_rows, stride);
+        Buffer<uint32_t> count(std::vector<uint32_t>{num_rows});
+        launch("tr_round_e4m3", {num_rows, 1}, {256}, 32,
+               RoundArgs{expected.rows.data, expected.scales.data, args.out, count.data, args.hidden, args.hidden, args.out_stride, stride, 1});
+        if (copy_of(rows) != copy_of(expected.rows)) fail("%s of %u columns is not the rounding of its bf16", kernel, args.hidden);
+        if (!same_bits(scales.data, expected.scales.data, num_rows)) fail("scales of %s of %u columns", kernel, args.hidden);
+    }
+};
+
 constexpr size_t NORM_SHARED = 256, GATE_SHARED = 256 + 4096, GATE8_SHARED = 256 + 8 * 4096;
 
 static void norms_and_scores(uint32_t hidden, uint32_t num_experts, uint32_t top_k) {
@@ -79,9 +115,13 @@ static void norms_and_scores(uint32_t hidden, uint32_t num_experts, uint32_t top
     Buffer<float> residual(x), device_weight(weight), device_gate(gate), scores(rows * num_experts), scores8(rows * num_experts);
     Buffer<uint16_t> out(rows * stride), out1(rows * stride), out8(rows * stride);
     Buffer<uint32_t> num_rows(std::vector<uint32_t>{rows});
-    NormArgs args{out.data, residual.data, device_weight.data, num_rows.data, nullptr, eps, hidden, stride};
+    NormArgs args{out.data, residual.data, device_weight.data, num_rows.data, nullptr, nullptr, eps, hidden, stride};
     launch("tr_norm_bf16", {rows + 2}, {256}, NORM_SHARED, args);
     for (uint32_t row = 0; row < rows; ++row) check_normed(out.data + row * stride, x.data() + row * hidden, weight, stride, eps);
+    const uint32_t stride8 = (hidden + 15) / 16 * 16 + 16;
+    Rounded rounded(rows, stride8), rounded1(rows, stride8), rounded8(rows, stride8);
+    launch("tr_norm_e4m3", {rows + 2}, {256}, NORM_SHARED, rounded.of(args, stride8));
+    rounded.check("tr_norm_e4m3", args, rows, stride8);
     // With the gate: one row at a time, and eight.
     GateArgs gate_args{device_gate.data, scores.data, num_experts};
     args.out = out1.data;
@@ -91,6 +131,14 @@ static void norms_and_scores(uint32_t hidden, uint32_t num_experts, uint32_t top
     launch("tr_norm_gate8_bf16", {(rows + 7) / 8 + 1}, {256}, GATE8_SHARED, args, gate_args);
     if (copy_of(out1) != copy_of(out) || copy_of(out8) != copy_of(out)) fail("the norms of %u columns differ", hidden);
     if (!same_bits(scores.data, scores8.data, scores.count)) fail("the scores of %u columns differ", hidden);
+    Buffer<float> scores_of_rounded(rows * num_experts);
+    gate_args.scores = scores_of_rounded.data;
+    launch("tr_norm_gate_e4m3", {rows + 1}, {256}, GATE_SHARED, rounded1.of(args, stride8), gate_args);
+    rounded1.check("tr_norm_gate_e4m3", args, rows, stride8);
+    if (!same_bits(scores.data, scores_of_rounded.data, scores.count)) fail("the scores of %u rounded columns differ", hidden);
+    launch("tr_norm_gate8_e4m3", {(rows + 7) / 8 + 1}, {256}, GATE8_SHARED, rounded8.of(args, stride8), gate_args);
+    rounded8.check("tr_norm_gate8_e4m3", args, rows, stride8);
+    if (!same_bits(scores.data, scores_of_rounded.data, scores.count)) fail("the scores of %u rounded columns differ", hidden);
     for (uint32_t row = 0; row < rows; ++row) {
         double squares = 0;
         for (uint32_t i = 0; i < hidden; ++i) squares += static_cast<double>(x[row * hidden + i]) * x[row * hidden + i];
@@ -112,8 +160,14 @@ static void norms_and_scores(uint32_t hidden, uint32_t num_experts, uint32_t top
     Buffer<float> device_outputs(outputs), device_weights(weights), plain(x);
     Buffer<uint32_t> device_slots(slot_of);
     const ExpertOutputs experts{device_outputs.data, device_slots.data, device_weights.data, top_k};
-    args = {out.data, residual.data, device_weight.data, num_rows.data, nullptr, eps, hidden, stride};
+    args = {out.data, residual.data, device_weight.data, num_rows.data, nullptr, nullptr, eps, hidden, stride};
     launch("tr_combine_norm_bf16", {rows}, {256}, NORM_SHARED, args, experts);
+    Buffer<float> again(x);
+    NormArgs late_args = rounded.of(args, stride8);
+    late_args.residual = again.data;
+    launch("tr_combine_norm_e4m3", {rows}, {256}, NORM_SHARED, late_args, experts);
+    rounded.check("tr_combine_norm_e4m3", args, rows, stride8);
+    if (!same_bits(again.data, residual.data, again.count)) fail("the combine before a norm of %u rounded columns differs", hidden);
     launch("tr_combine", {rows + 1, (hidden + 1023) / 1024}, {256}, 0, plain.data, device_outputs.data, device_slots.data,
            device_weights.data, num_rows.data, top_k, hidden);
     std::vector<float> expected = x;
@@ -157,10 +211,20 @@ static void a_row_that_is_not_finite_is_nan() {
     Buffer<uint16_t> out(3 * stride);
     Buffer<uint32_t> num_rows(std::vector<uint32_t>{3});
     launch("tr_norm_bf16", {3}, {256}, NORM_SHARED,
-           NormArgs{out.data, residual.data, weight.data, num_rows.data, nullptr, 1e-5F, hidden, stride});
+           NormArgs{out.data, residual.data, weight.data, num_rows.data, nullptr, nullptr, 1e-5F, hidden, stride});
     for (uint32_t i = 0; i < 3 * stride; ++i) {
         const bool is_nan = std::isnan(from_bf16(out[i]));
         if (is_nan != (i / stride < 2 && i % stride < hidden)) fail("element %u of a spoilt batch", i);
+    }
+    Rounded rounded(3, stride);
+    const NormArgs args{out.data, residual.data, weight.data, num_rows.data, nullptr, nullptr, 1e-5F, hidden, stride};
+    launch("tr_norm_e4m3", {3}, {256}, NORM_SHARED, rounded.of(args, stride));
+    for (uint32_t row = 0; row < 3; ++row) {
+        const float scale = rounded.scales[row];
+        if (std::isnan(scale) != (row < 2)) fail("scale of row %u of a spoilt batch is %g", row, scale);
+        for (uint32_t i = 0; row < 2 && i < stride; ++i) {
+            if (rounded.rows[row * stride + i] != 0) fail("element %u of row %u of a spoilt batch is not 0", i, row);
+        }
     }
 }
 
@@ -313,14 +377,6 @@ static void rows_are_gathered(uint32_t words) {
     }
 }
 
-struct RoundArgs {
-    uint8_t *out;
-    float *scales;
-    const uint16_t *rows;
-    const uint32_t *num_rows;
-    uint32_t cols, part_cols, row_stride, out_stride, scale_stride;
-};
-
 static float from_e4m3(uint8_t x) {
     const int exponent = x >> 3 & 15, mantissa = x & 7;
     if (exponent == 15 && mantissa == 7) return NAN;
@@ -340,7 +396,7 @@ static void rows_are_rounded_to_e4m3(uint32_t cols, uint32_t part_cols) {
     Buffer<uint8_t> to(rows * stride);
     Buffer<float> scales(rows * parts);
     Buffer<uint32_t> num_rows(std::vector<uint32_t>{rows});
-    launch("tr_round_e4m3", {rows + 1, parts + 1}, {256}, 64,
+    launch("tr_round_e4m3", {rows + 1, parts + 1}, {256}, 32,
            RoundArgs{to.data, scales.data, from.data, num_rows.data, cols, part_cols, stride, stride, parts});
     for (uint32_t row = 0; row < rows; ++row) {
         for (uint32_t part = 0; part < parts; ++part) {

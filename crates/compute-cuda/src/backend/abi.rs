@@ -99,13 +99,15 @@ pub(super) struct NormArgs {
     pub(super) weight: u64,
     pub(super) num_rows: u64,
     pub(super) source: u64,
+    /// Of rows as e4m3; otherwise 0.
+    pub(super) scales: u64,
     pub(super) eps: f32,
     pub(super) hidden: u32,
     pub(super) out_stride: u32,
     pub(super) pad: u32,
 }
 
-/// Second argument of `tr_combine_norm_bf16`.
+/// Second argument of `tr_combine_norm_*`.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct ExpertOutputs {
@@ -212,14 +214,48 @@ pub(super) struct NodeParts {
     pub(super) begins: [u64; 8],
 }
 
+/// `tr_panels`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Panels {
+    pub(super) out: u64,
+    pub(super) x: u64,
+    pub(super) row_ids: u64,
+    pub(super) offsets: u64,
+    pub(super) num_rows: u64,
+    pub(super) jobs: i32,
+    pub(super) cols: i32,
+    pub(super) x_stride: i32,
+    pub(super) slots: i32,
+}
+
+/// `tr_round_e4m3`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Round {
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) rows: u64,
+    pub(super) num_rows: u64,
+    pub(super) cols: u32,
+    pub(super) part_cols: u32,
+    pub(super) row_stride: u32,
+    pub(super) out_stride: u32,
+    pub(super) scale_stride: u32,
+    pub(super) pad: u32,
+}
+
 const _: () = {
     assert!(size_of::<NodeParts>() == 136);
+    assert!(size_of::<Panels>() == 56);
     assert!(size_of::<Pack>() == 64);
     assert!(size_of::<Linear>() == 72);
     assert!(size_of::<GateUp>() == 72);
     assert!(size_of::<Down>() == 64);
     assert!(size_of::<ExpertEntry>() == 256);
     assert!(size_of::<JobEntry>() == 16);
+    assert!(size_of::<NormArgs>() == 64);
+    assert!(size_of::<Round>() == 56);
     assert!(size_of::<AttendArgs>() == 104);
     assert!(size_of::<AttendItem>() == 32);
 };

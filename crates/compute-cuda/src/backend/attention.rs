@@ -229,13 +229,14 @@ impl Attention for CudaAttention {
         self.check_same_batch(batch)?;
         let queue = self.core.queue(batch.num_rows());
         let weights = &queue.weights.layers[layer];
-        let norm = queue.norm_args(&weights.input_norm);
+        let norm = queue.norm_for_layers(&weights.input_norm);
+        let to_experts = queue.norm_as_bf16(&weights.post_norm);
         // SAFETY: as in `begin`.
         let queued = unsafe {
             queue
                 .norm(norm)
                 .and_then(|()| queue.attention(layer))
-                .and_then(|()| queue.route(weights))
+                .and_then(|()| queue.route(weights, to_experts))
         };
         queued.map_err(failed("computing attention"))?;
         self.fetch_routed(batch.num_rows(), routed)
@@ -259,7 +260,7 @@ impl Attention for CudaAttention {
         for first in (0..num_logits).step_by(most) {
             let rows = most.min(num_logits - first);
             let queue = self.core.queue(rows);
-            let norm = queue.logits_norm_args(first);
+            let norm = queue.norm_of_logits(first);
             // SAFETY: as in `begin`.
             let queued = unsafe { queue.norm(norm).and_then(|()| queue.lm_head()) };
             queued.map_err(failed("computing logits"))?;

@@ -6,7 +6,8 @@ use tramontane_compute::{Error, ExpertJob, RowFormat};
 use tramontane_types::slice;
 
 use super::abi::{Down, GateUp, JobEntry};
-use super::context::{Context, failed};
+use super::context::{Context, Rows, failed};
+use super::round::RoundedRows;
 use crate::device::{Args, Buffer, DeviceError, Pinned, Stream};
 
 /// (row, expert) pairs of one pass. A call of more takes several; its results do not depend on that.
@@ -25,8 +26,10 @@ pub(super) struct Call {
     input_on_device: Buffer,
     /// Row of each pair, `[PAIRS_MAX]`; behind the jobs and their offsets.
     layout: Layout,
-    /// `[PAIRS_MAX, ff rounded up]` bf16.
-    hidden_rows: Buffer,
+    /// The rows as e4m3, where the experts read that.
+    rounded: Option<RoundedRows>,
+    /// `[PAIRS_MAX, ff]`.
+    hidden: Hidden,
     /// `[VECTORS_MAX, hidden]` f32.
     outputs: Buffer,
     outputs_on_host: Pinned,
@@ -65,8 +68,35 @@ pub(super) const fn row_stride(cols: usize) -> usize {
 }
 
 /// Elements from row to row of what the gate and up product writes.
-pub(super) const fn ff_stride(ff: usize) -> usize {
+const fn ff_stride(ff: usize) -> usize {
     ff.next_multiple_of(32)
+}
+
+/// What the first product of experts writes, for the second: a row for each (row, expert) pair.
+#[derive(Debug)]
+pub(super) struct Hidden {
+    /// `[pairs, ff rounded up]` bf16.
+    rows: Buffer,
+    /// The same as e4m3, where the experts read that.
+    rounded: Option<RoundedRows>,
+}
+
+impl Hidden {
+    pub(super) fn new(context: &Context, pairs: usize) -> Result<Self, Error> {
+        Ok(Self {
+            rows: context.buffer(pairs * ff_stride(context.geometry.ff) * 2)?,
+            rounded: RoundedRows::of_segments(context, pairs)?,
+        })
+    }
+
+    fn as_bf16(&self, context: &Context, pairs: usize) -> Rows {
+        Rows {
+            address: self.rows.address(),
+            num_tokens: pairs,
+            stride: ff_stride(context.geometry.ff) * 2,
+            scales: 0,
+        }
+    }
 }
 
 /// Some rows of a job.
@@ -86,7 +116,8 @@ impl Call {
             input: context.pinned(layout.bytes)?,
             input_on_device: context.buffer(layout.bytes)?,
             layout,
-            hidden_rows: context.buffer(PAIRS_MAX * ff_stride(geometry.ff) * 2)?,
+            rounded: RoundedRows::new(context, PAIRS_MAX, geometry.hidden)?,
+            hidden: Hidden::new(context, PAIRS_MAX)?,
             outputs: context.buffer(outputs)?,
             outputs_on_host: context.pinned(outputs)?,
         })
@@ -144,13 +175,18 @@ impl Call {
         let (pairs, vectors) = self.fill(context, rows, jobs);
         let most = jobs.iter().map(|job| job.rows.len()).max().unwrap_or(0);
         let values = vectors * context.geometry.hidden;
+        let num_segments = context.geometry.num_segments() as u8;
+        let is_whole = jobs.iter().all(|job| {
+            let range = job.job.range;
+            range.begin() == 0 && range.end() >= num_segments
+        });
         let mut queued = || -> Result<(), DeviceError> {
             let bytes = self.layout.rows + pairs * self.layout.row_stride;
             // SAFETY: everything lives in `self`, and the wait is below; the input is laid out as the kernels want it.
             unsafe {
                 self.stream
                     .upload(&self.input_on_device, &self.input, bytes)?;
-                self.products(context, entries, jobs.len(), most)?;
+                self.products(context, entries, jobs.len(), (pairs, most), is_whole)?;
                 let bytes = values * size_of::<f32>();
                 self.stream
                     .download(&mut self.outputs_on_host, &self.outputs, 0, bytes)?;
@@ -212,7 +248,8 @@ impl Call {
         context: &Context,
         entries: u64,
         num_jobs: usize,
-        most_rows: usize,
+        (pairs, most_rows): (usize, usize),
+        is_whole: bool,
     ) -> Result<(), DeviceError> {
         let input = &self.input_on_device;
         let lists = Lists {
@@ -221,19 +258,26 @@ impl Call {
             num_jobs,
             offsets: input.at(self.layout.offsets),
             row_ids: input.at(self.layout.row_ids),
+            most_pairs: pairs,
             most_rows,
             usual_rows: most_rows,
+            is_whole,
         };
-        let x = (input.at(self.layout.rows), self.layout.row_stride);
+        let mut x = Rows {
+            address: input.at(self.layout.rows),
+            num_tokens: pairs,
+            stride: self.layout.row_stride,
+            scales: 0,
+        };
         // SAFETY: the caller's promise.
         unsafe {
-            expert_products(
-                context,
-                &self.stream,
-                &lists,
-                x,
-                (self.hidden_rows.address(), self.outputs.address()),
-            )
+            if let Some(rounded) = &self.rounded {
+                // Each pair has a row of its own.
+                rounded.fill(&self.stream, x, lists.num_pairs())?;
+                x = rounded.as_rows(pairs);
+            }
+            let to = (&self.hidden, self.outputs.address());
+            expert_products(context, &self.stream, &lists, x, to)
         }
     }
 }
@@ -247,13 +291,24 @@ pub(super) struct Lists {
     pub(super) num_jobs: usize,
     pub(super) offsets: u64,
     pub(super) row_ids: u64,
+    /// Most pairs of all jobs together.
+    pub(super) most_pairs: usize,
     /// Most rows that one job may have.
     pub(super) most_rows: usize,
     /// Rows that a job is likely to have: decides the tile.
     pub(super) usual_rows: usize,
+    /// Whether every job has all segments of its expert.
+    pub(super) is_whole: bool,
 }
 
-/// Queues the two products of experts: of `x` (address and stride in bytes) into `hidden` rows, of these into `outputs`.
+impl Lists {
+    /// Where the device finds the number of pairs: the last offset.
+    const fn num_pairs(&self) -> u64 {
+        self.offsets + (self.num_jobs * size_of::<i32>()) as u64
+    }
+}
+
+/// Queues the two products of experts: of `x` into hidden rows, of these into outputs.
 ///
 /// # Safety
 /// As [`Stream::launch`].
@@ -261,8 +316,8 @@ pub(super) unsafe fn expert_products(
     context: &Context,
     stream: &Stream,
     lists: &Lists,
-    x: (u64, usize),
-    (hidden_rows, outputs): (u64, u64),
+    x: Rows,
+    (hidden_rows, outputs): (&Hidden, u64),
 ) -> Result<(), DeviceError> {
     // SAFETY: the caller's promise.
     unsafe {
@@ -279,28 +334,35 @@ pub(super) unsafe fn gate_up_product(
     context: &Context,
     stream: &Stream,
     lists: &Lists,
-    (x, x_stride): (u64, usize),
-    hidden_rows: u64,
+    x: Rows,
+    hidden_rows: &Hidden,
 ) -> Result<(), DeviceError> {
     let (hidden, ff) = (context.geometry.hidden, context.geometry.ff);
     let gate_up = context.kernels.gate_up.for_tokens(lists.usual_rows);
     let args = GateUp {
-        out: hidden_rows,
+        out: hidden_rows.rows.address(),
         experts: lists.entries,
         jobs: lists.jobs,
         offsets: lists.offsets,
         row_ids: lists.row_ids,
-        x,
-        x_scales: 0,
+        x: x.address,
+        x_scales: x.scales,
         hidden: hidden as i32,
         ff: ff as i32,
-        x_stride: x_stride as i32,
+        x_stride: x.stride as i32,
         out_stride: ff_stride(ff) as i32,
     };
     let columns = slice::segment_len(ff);
     let shape = gate_up.segments_shape(lists.most_rows, columns, lists.num_jobs);
     // SAFETY: the arguments are the kernel's; the rest is the caller's promise.
-    unsafe { stream.launch(gate_up.kernel, shape, Args::new().pod(&args)) }
+    unsafe { stream.launch(gate_up.kernel, shape, Args::new().pod(&args)) }?;
+    if let Some(rounded) = &hidden_rows.rounded {
+        // Segments that no job has are rounded too, and not read.
+        let rows = hidden_rows.as_bf16(context, lists.most_pairs);
+        // SAFETY: as above.
+        unsafe { rounded.fill(stream, rows, lists.num_pairs()) }?;
+    }
+    Ok(())
 }
 
 /// The second: partial sums of the jobs' segments into `outputs`.
@@ -311,21 +373,30 @@ pub(super) unsafe fn down_product(
     context: &Context,
     stream: &Stream,
     lists: &Lists,
-    hidden_rows: u64,
+    hidden_rows: &Hidden,
     outputs: u64,
 ) -> Result<(), DeviceError> {
     let (hidden, ff) = (context.geometry.hidden, context.geometry.ff);
-    let down = context.kernels.down.for_tokens(lists.usual_rows);
+    let x = match &hidden_rows.rounded {
+        Some(rounded) => rounded.as_rows(lists.most_pairs),
+        None => hidden_rows.as_bf16(context, lists.most_pairs),
+    };
+    let down = if lists.is_whole {
+        &context.kernels.down
+    } else {
+        &context.kernels.down_of_some
+    };
+    let down = down.for_tokens(lists.usual_rows);
     let args = Down {
         out: outputs,
         experts: lists.entries,
         jobs: lists.jobs,
         offsets: lists.offsets,
-        x: hidden_rows,
-        x_scales: 0,
+        x: x.address,
+        x_scales: x.scales,
         hidden: hidden as i32,
         ff: ff as i32,
-        x_stride: (ff_stride(ff) * 2) as i32,
+        x_stride: x.stride as i32,
         pad: 0,
     };
     let shape = down.shape(lists.most_rows, hidden, lists.num_jobs);

@@ -2,30 +2,24 @@
 
 use std::sync::Arc;
 
-use half::bf16;
 use parking_lot::Mutex;
-use tramontane_compute::{DType, Error, HostTensor};
+use tramontane_compute::{Error, HostTensor, WeightFormat};
 use tramontane_types::{ModelGeometry, slice};
 
 use super::abi::{Linear, Pack};
+use super::format::{Formats, Packing, ROWS_ALIGN, STRIP_ROWS, Source, gate_up_rows, read_bf16};
 use super::island::Island;
 use super::kernels::{EXPERTS_MAX, HEAD_DIM_MAX, Kernels, WIDE_PAIRS};
-use crate::device::{Args, Buffer, Device, DeviceError, Kernel, Pinned, Shape, Stream};
+use crate::device::{Args, Buffer, Device, DeviceError, Pinned, Stream};
 
 /// Row-major weights on their way, in bytes: enough to keep the bus busy, little beside the weights.
 const STAGING_BYTES: usize = 32 << 20;
-/// Packed rows come in strips of 16, their number a multiple of 4.
-const ROWS_ALIGN: usize = 64;
-/// Columns of one packed step of bf16, and its bytes for a strip; a part has an even number of steps.
-const STEP_COLS: usize = 64;
-const STEP_BYTES: usize = 2048;
-/// Rows of a strip.
-const STRIP_ROWS: usize = 16;
 
 /// Shared by a backend, its attention worker and its experts.
 pub(crate) struct Context {
     pub(super) device: Arc<dyn Device>,
     pub(super) geometry: ModelGeometry,
+    pub(super) formats: Formats,
     pub(super) kernels: Kernels,
     /// The ranks that this device computes with now.
     island: Mutex<Option<Arc<Island>>>,
@@ -51,7 +45,10 @@ struct Staging {
 /// A packed matrix on the device.
 #[derive(Debug)]
 pub(super) struct Matrix {
+    /// The parts, then their scales where the format has such.
     buffer: Buffer,
+    packing: Packing,
+    scales_at: usize,
     rows: usize,
     cols: usize,
 }
@@ -60,22 +57,50 @@ impl Matrix {
     pub(super) const fn buffer(&self) -> &Buffer {
         &self.buffer
     }
+
+    /// Where scales begin; the end where there are none.
+    pub(super) const fn scales_at(&self) -> usize {
+        self.scales_at
+    }
+
+    pub(super) const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) const fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The product of rows with it, as kernels are told.
+    pub(super) fn product(&self, rows: Rows, out: Out) -> Linear {
+        Linear {
+            weights: self.buffer.address(),
+            x: rows.address,
+            row_ids: 0,
+            out: out.address,
+            weight_scales: self.buffer.at(self.scales_at),
+            x_scales: rows.scales,
+            num_tokens: rows.num_tokens as i32,
+            rows: self.rows as i32,
+            cols: self.cols as i32,
+            x_stride: rows.stride as i32,
+            out_stride: self.rows as i32,
+            is_added: i32::from(out.is_added),
+        }
+    }
 }
 
-/// Some rows of a matrix as bf16: row `i` from column `begin` on, as many as `out` has.
-pub(super) type ReadRow<'a> = &'a dyn Fn(usize, usize, &mut [u16]);
-
 /// A part of a matrix that is packed on its own.
-struct Part<'a> {
-    /// Where it goes.
-    out: u64,
-    rows: usize,
-    /// Columns of the source.
-    col_begin: usize,
-    cols: usize,
-    gate_or_plain: ReadRow<'a>,
+pub(super) struct Part<'a> {
+    pub(super) packing: Packing,
+    /// Where it goes, and its scales.
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) gate_or_plain: Source<'a>,
     /// The up rows that are woven in.
-    up: Option<ReadRow<'a>>,
+    pub(super) up: Option<Source<'a>>,
 }
 
 /// What the driver or the emulator refused, as the backend's error.
@@ -86,25 +111,16 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(DeviceError) -> Error {
     }
 }
 
-/// Bytes of a packed part.
-pub(super) const fn part_bytes(packed_rows: usize, cols: usize) -> usize {
-    packed_rows.next_multiple_of(ROWS_ALIGN) / STRIP_ROWS * steps(cols) * STEP_BYTES
-}
-
-const fn steps(cols: usize) -> usize {
-    cols.div_ceil(2 * STEP_COLS) * 2
-}
-
-/// Packed rows of the gate and up halves of `len` columns of ff.
-pub(super) const fn gate_up_rows(len: usize) -> usize {
-    len.div_ceil(32) * 64
-}
-
 impl Context {
-    pub(super) fn new(device: &Arc<dyn Device>, geometry: &ModelGeometry) -> Result<Self, Error> {
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        geometry: &ModelGeometry,
+        format: WeightFormat,
+    ) -> Result<Self, Error> {
         check_geometry(geometry)?;
+        let formats = Formats::of(format, Some(device.info().target))?;
         let device_failed = failed("preparing the device");
-        let kernels = Kernels::find(&**device).map_err(&device_failed)?;
+        let kernels = Kernels::find(&**device, formats, geometry).map_err(&device_failed)?;
         let staging = || -> Result<Staging, DeviceError> {
             let largest = geometry
                 .hidden
@@ -121,6 +137,7 @@ impl Context {
         Ok(Self {
             device: Arc::clone(device),
             geometry: geometry.clone(),
+            formats,
             kernels,
             island: Mutex::new(None),
             staging: Mutex::new(staging().map_err(device_failed)?),
@@ -182,28 +199,29 @@ impl Context {
     }
 
     /// Packs a dense matrix whose rows come from several tensors, one below the other.
-    pub(super) fn pack_dense(&self, tensors: &[HostTensor<'_>]) -> Result<Matrix, Error> {
+    pub(super) fn pack_dense(
+        &self,
+        packing: Packing,
+        tensors: &[HostTensor<'_>],
+    ) -> Result<Matrix, Error> {
         let rows = tensors.iter().map(|tensor| tensor.rows).sum();
         let cols = tensors.first().map_or(0, |tensor| tensor.cols);
-        let matrix = self.empty_dense(rows, cols)?;
+        let matrix = self.empty_dense(packing, rows, cols)?;
         let part_cols = slice::segment_len(cols);
-        let full = part_bytes(rows, part_cols);
-        let read = |row: usize, col: usize, out: &mut [u16]| {
-            let mut row = row;
-            for tensor in tensors {
-                if row < tensor.rows {
-                    return read_bf16(tensor, row, col, out);
-                }
-                row -= tensor.rows;
-            }
-        };
+        let full = packing.part_bytes(rows, part_cols);
         for part in 0..cols.div_ceil(part_cols) {
+            let scales_at = matrix.scales_at + part * packing.scales_bytes(rows);
             self.pack(&Part {
+                packing,
                 out: matrix.buffer.at(part * full),
+                scales: matrix.buffer.at(scales_at),
                 rows,
-                col_begin: part * part_cols,
                 cols: part_cols.min(cols - part * part_cols),
-                gate_or_plain: &read,
+                gate_or_plain: Source {
+                    tensors,
+                    row_begin: 0,
+                    col_begin: part * part_cols,
+                },
                 up: None,
             })?;
         }
@@ -211,63 +229,36 @@ impl Context {
     }
 
     /// Room for a packed dense matrix: its parts one after the other, each in the room of a full one.
-    pub(super) fn empty_dense(&self, rows: usize, cols: usize) -> Result<Matrix, Error> {
+    pub(super) fn empty_dense(
+        &self,
+        packing: Packing,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix, Error> {
         let part_cols = slice::segment_len(cols);
-        let bytes = cols.div_ceil(part_cols) * part_bytes(rows, part_cols);
+        let parts = cols.div_ceil(part_cols);
+        let scales_at = parts * packing.part_bytes(rows, part_cols);
         Ok(Matrix {
-            buffer: self.buffer(bytes)?,
+            buffer: self.buffer(scales_at + parts * packing.scales_bytes(rows))?,
+            packing,
+            scales_at,
             rows,
             cols,
-        })
-    }
-
-    /// Packs the gate and up rows of a segment: `len` rows each, from row 0 of the two sources.
-    pub(super) fn pack_gate_up(
-        &self,
-        out: u64,
-        (len, cols): (usize, usize),
-        gate: ReadRow<'_>,
-        up: ReadRow<'_>,
-    ) -> Result<(), Error> {
-        self.pack(&Part {
-            out,
-            rows: len,
-            col_begin: 0,
-            cols,
-            gate_or_plain: gate,
-            up: Some(up),
-        })
-    }
-
-    /// Packs one part that has a place of its own.
-    pub(super) fn pack_plain(
-        &self,
-        out: u64,
-        (rows, cols): (usize, usize),
-        read: ReadRow<'_>,
-    ) -> Result<(), Error> {
-        self.pack(&Part {
-            out,
-            rows,
-            col_begin: 0,
-            cols,
-            gate_or_plain: read,
-            up: None,
         })
     }
 
     /// As many rows at a time as the staging memory has room for.
-    fn pack(&self, part: &Part<'_>) -> Result<(), Error> {
+    pub(super) fn pack(&self, part: &Part<'_>) -> Result<(), Error> {
         let mut staging = self.staging.lock();
         let halves = if part.up.is_some() { 2 } else { 1 };
         // Whole groups of strips; 32 rows of each half make one.
         let align = ROWS_ALIGN / halves;
-        let fits = staging.pinned.bytes() / (halves * part.cols.max(1) * 2);
+        let fits = staging.pinned.bytes() / (halves * part.packing.staged_bytes(part.cols).max(1));
         let rows_max = (fits / align).max(1) * align;
         for begin in (0..part.rows).step_by(rows_max) {
             let rows = begin..(begin + rows_max).min(part.rows);
             staging
-                .pack_rows(self.kernels.pack, part, rows)
+                .pack_rows(&self.kernels, part, rows)
                 .map_err(failed("packing weights"))?;
         }
         Ok(())
@@ -285,35 +276,24 @@ impl Context {
         out: Out,
     ) -> Result<(), DeviceError> {
         let multiprocessors = self.device.info().multiprocessors.max(1) as usize;
-        let linear = &self.kernels.linear;
+        let linear = self.kernels.linear(matrix.packing);
         let variant = linear.for_matrix(rows.num_tokens, matrix.rows, multiprocessors);
         let shape = variant.shape(rows.num_tokens, matrix.rows, 1);
-        let args = Linear {
-            weights: matrix.buffer.address(),
-            x: rows.address,
-            row_ids: 0,
-            out: out.address,
-            weight_scales: 0,
-            x_scales: 0,
-            num_tokens: rows.num_tokens as i32,
-            rows: matrix.rows as i32,
-            cols: matrix.cols as i32,
-            x_stride: rows.stride as i32,
-            out_stride: matrix.rows as i32,
-            is_added: i32::from(out.is_added),
-        };
+        let args = matrix.product(rows, out);
         // SAFETY: the arguments are the kernel's; the rest is the caller's promise.
         unsafe { stream.launch(variant.kernel, shape, Args::new().pod(&args)) }
     }
 }
 
-/// Rows of bf16 that a product reads.
+/// Rows that a product reads: bf16, or e4m3 where the matrix is.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows {
     pub(super) address: u64,
     pub(super) num_tokens: usize,
     /// Bytes from row to row.
     pub(super) stride: usize,
+    /// Of rows of e4m3; otherwise 0.
+    pub(super) scales: u64,
 }
 
 /// Where a product goes: rows of f32, one after the other.
@@ -327,68 +307,66 @@ impl Staging {
     /// Copies rows of a part to the device and packs them; `rows.start` is a multiple of a group of strips.
     fn pack_rows(
         &mut self,
-        kernel: Kernel,
+        kernels: &Kernels,
         part: &Part<'_>,
         rows: std::ops::Range<usize>,
     ) -> Result<(), DeviceError> {
-        let (num_rows, cols) = (rows.len(), part.cols);
-        let halves: Vec<ReadRow<'_>> = std::iter::once(part.gate_or_plain).chain(part.up).collect();
-        let half_len = num_rows * cols;
-        let values = self.pinned.as_mut_slice::<u16>();
-        for (read, values) in halves.iter().zip(values.chunks_exact_mut(half_len)) {
-            for (row, out) in rows.clone().zip(values.chunks_exact_mut(cols)) {
-                read(row, part.col_begin, out);
-            }
-        }
-        let bytes = half_len * 2;
-        let is_woven = halves.len() == 2;
-        let steps = steps(cols);
+        let Part { packing, cols, .. } = *part;
+        let is_woven = part.up.is_some();
+        let halves = 1 + usize::from(is_woven);
+        let lines_at = self.stage(part, rows.clone());
+        let half_bytes = lines_at / halves;
         let packed = |n: usize| if is_woven { gate_up_rows(n) } else { n };
-        let strips = packed(num_rows).next_multiple_of(ROWS_ALIGN) / STRIP_ROWS;
+        let strips = packed(rows.len()).next_multiple_of(ROWS_ALIGN) / STRIP_ROWS;
         let strips_before = packed(rows.start) / STRIP_ROWS;
+        let steps = packing.steps(cols);
+        let half = |at: usize| if is_woven { self.rows.at(at) } else { 0 };
+        let half_lines = rows.len() * packing.staged_bytes(cols) - half_bytes;
         let args = Pack {
-            out: part.out + (strips_before * steps * STEP_BYTES) as u64,
-            scales: 0,
+            out: part.out + (strips_before * steps * packing.step_bytes()) as u64,
+            scales: part.scales + (strips_before * STRIP_ROWS * size_of::<f32>()) as u64,
             a: self.rows.address(),
-            b: if is_woven { self.rows.at(bytes) } else { 0 },
-            rows: num_rows as i32,
+            b: half(half_bytes),
+            rows: rows.len() as i32,
             cols: cols as i32,
-            stride: cols as i32,
+            stride: packing.staged_stride(cols) as i32,
             pad: 0,
-            dm_a: 0,
-            dm_b: 0,
+            dm_a: self.rows.at(lines_at),
+            dm_b: half(lines_at + half_lines),
         };
-        let shape = Shape::grid2(steps as u32, strips as u32, 32, 0);
-        // SAFETY: staging memory is not touched before the wait below; `out` has room for the part.
+        let bytes = halves * rows.len() * packing.staged_bytes(cols);
+        let (kernel, shape) = kernels.pack(packing, steps, strips);
+        // SAFETY: staging memory is not touched before the wait below; `out` and `scales` have room for the part.
         unsafe {
-            self.stream
-                .upload(&self.rows, &self.pinned, halves.len() * bytes)?;
+            self.stream.upload(&self.rows, &self.pinned, bytes)?;
             self.stream.launch(kernel, shape, Args::new().pod(&args))?;
         }
         self.stream.synchronize()
     }
-}
 
-/// Columns of a row as bf16, zeros outside the tensor.
-pub(super) fn read_bf16(tensor: &HostTensor<'_>, row: usize, col_begin: usize, out: &mut [u16]) {
-    let plain = (tensor.dtype == DType::Bf16)
-        .then(|| {
-            tensor
-                .row_bytes(row)?
-                .get(2 * col_begin..)?
-                .get(..2 * out.len())
-        })
-        .flatten();
-    if let Some(bytes) = plain {
-        for (x, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-            *x = u16::from_le_bytes(*b);
+    /// Writes rows of both halves as they go up: numbers, then what q4 has beside them. Where the latter begin.
+    fn stage(&mut self, part: &Part<'_>, rows: std::ops::Range<usize>) -> usize {
+        let Part { packing, cols, .. } = *part;
+        let halves: Vec<Source<'_>> = std::iter::once(part.gate_or_plain).chain(part.up).collect();
+        let half_len = rows.len() * packing.staged_stride(cols);
+        if packing != Packing::Q4 {
+            let values = self.pinned.as_mut_slice::<u16>();
+            for (half, values) in halves.iter().zip(values.chunks_exact_mut(half_len)) {
+                half.stage_bf16(rows.clone(), cols, values);
+            }
+            return halves.len() * half_len * size_of::<u16>();
         }
-        return;
-    }
-    let mut values = vec![0.0; out.len()];
-    tensor.read_row(row, col_begin, &mut values);
-    for (x, value) in out.iter_mut().zip(values) {
-        *x = bf16::from_f32(value).to_bits();
+        let lines_at = halves.len() * half_len;
+        let all = self.pinned.as_mut_slice::<u8>();
+        let (nibbles, rest) = all.split_at_mut(lines_at);
+        let half_lines = rows.len() * packing.staged_bytes(cols) - half_len;
+        let lines = bytemuck::cast_slice_mut(&mut rest[..halves.len() * half_lines]);
+        let nibbles = nibbles.chunks_exact_mut(half_len);
+        let places = nibbles.zip(lines.chunks_exact_mut(half_lines / size_of::<u32>()));
+        for (half, place) in halves.iter().zip(places) {
+            half.stage_q4(rows.clone(), cols, place);
+        }
+        lines_at
     }
 }
 

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch};
 use tramontane_types::PageId;
 
-use super::abi::{AttendArgs, GateArgs, NormArgs, RopeArgs, RouteArgs};
+use super::abi::{AttendArgs, GateArgs, RopeArgs, RouteArgs};
 use super::call::row_stride;
-use super::context::{Context, Out, Rows, failed};
+use super::context::{Context, Matrix, Out, Rows, failed};
 use super::input::StepInput;
 use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
+use super::panels::Panels;
+use super::norms::Norm;
 use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
+use super::round::RoundedRows;
 use super::weights::{LayerWeights, Weights};
 use crate::collective::Collective;
 use crate::device::{Args, Buffer, DeviceError, Kernel, Pinned, Shape, Stream};
@@ -28,12 +31,17 @@ pub(super) struct Buffers {
     pub(super) residual: Buffer,
     /// Normalised rows, `[rows, x_stride]` bf16.
     pub(super) x: Buffer,
+    /// The same as e4m3, where products of layers read that.
+    pub(super) rounded_x: Option<RoundedRows>,
     /// Queries, keys and values, `[rows, (num_heads + 2 num_kv_heads) * head_dim]` f32.
     qkv: Buffer,
     /// Rotated queries, `[rows, num_heads, padded head]`.
     q: Buffer,
     /// Attention outputs, `[rows, num_heads * head_dim]` bf16.
     attended: Buffer,
+    /// Of either, for long steps.
+    panels: Option<Panels>,
+    rounded_attended: Option<RoundedRows>,
     /// `[rows, num_experts]` f32.
     scores: Buffer,
     /// `[rows, top_k]`, as the next three.
@@ -69,9 +77,12 @@ impl Buffers {
         Ok(Self {
             residual: context.buffer(rows * g.hidden * 4)?,
             x: context.buffer(rows * row_stride(g.hidden))?,
+            rounded_x: RoundedRows::new(context, rows, g.hidden)?,
             qkv: context.buffer(rows * (heads + 2 * g.num_kv_heads * g.head_dim) * 4)?,
             q: context.buffer(rows * g.num_heads * padded * 2)?,
             attended: context.buffer(rows * row_stride(heads))?,
+            rounded_attended: RoundedRows::new(context, rows, heads)?,
+            panels: Panels::new(context, rows, (rows, 0), g.hidden.max(heads))?,
             scores: context.buffer(rows * g.num_experts * 4)?,
             topk_ids: context.buffer(choices)?,
             topk_weights: context.buffer(choices)?,
@@ -257,7 +268,12 @@ pub(super) struct Queue<'a> {
 impl Queue<'_> {
     /// # Safety
     /// As [`Stream::launch`], and so for all functions here: buffers, weights and input outlive what is queued.
-    unsafe fn launch(&self, kernel: Kernel, shape: Shape, args: Args) -> Result<(), DeviceError> {
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        shape: Shape,
+        args: Args,
+    ) -> Result<(), DeviceError> {
         // SAFETY: the caller's promise.
         unsafe { self.stream.launch(kernel, shape, args) }
     }
@@ -278,42 +294,6 @@ impl Queue<'_> {
         unsafe { self.launch(self.context.kernels.embed, shape, args) }
     }
 
-    /// What the final norm reads and writes, for the logits rows from the `first` on.
-    pub(super) fn logits_norm_args(&self, first: usize) -> NormArgs {
-        NormArgs {
-            // Where this counts more rows than a turn has, its grid has no blocks for them.
-            num_rows: self.input.num_logits(),
-            source: self.input.logits_rows(first),
-            ..self.norm_args(&self.weights.norm)
-        }
-    }
-
-    /// What a norm of rows of the residual stream reads and writes.
-    pub(super) fn norm_args(&self, weight: &Buffer) -> NormArgs {
-        let geometry = &self.context.geometry;
-        NormArgs {
-            out: self.buffers.x.address(),
-            residual: self.buffers.residual.address(),
-            weight: weight.address(),
-            num_rows: self.input.num_rows(),
-            source: 0,
-            eps: geometry.rms_eps as f32,
-            hidden: geometry.hidden as u32,
-            out_stride: (row_stride(geometry.hidden) / 2) as u32,
-            pad: 0,
-        }
-    }
-
-    /// A norm with nothing before and behind it.
-    ///
-    /// # Safety
-    /// As `launch`.
-    pub(super) unsafe fn norm(&self, args: NormArgs) -> Result<(), DeviceError> {
-        let (kernel, shape) = self.context.kernels.norm(self.rows);
-        // SAFETY: the caller's promise.
-        unsafe { self.launch(kernel, shape, Args::new().pod(&args)) }
-    }
-
     /// Attention of a layer on normalised rows, added to the residual stream.
     ///
     /// # Safety
@@ -321,26 +301,42 @@ impl Queue<'_> {
     pub(super) unsafe fn attention(&self, layer: usize) -> Result<(), DeviceError> {
         let (weights, buffers) = (&self.weights.layers[layer], self.buffers);
         let geometry = &self.context.geometry;
-        let rows = |buffer: &Buffer, cols: usize| Rows {
-            address: buffer.address(),
-            num_tokens: self.rows,
-            stride: row_stride(cols),
-        };
         let out = |buffer: &Buffer, is_added| Out {
             address: buffer.address(),
             is_added,
         };
-        let x = rows(&buffers.x, geometry.hidden);
-        let attended = rows(&buffers.attended, geometry.num_heads * geometry.head_dim);
+        let mut attended = Rows {
+            address: buffers.attended.address(),
+            num_tokens: self.rows,
+            stride: row_stride(geometry.num_heads * geometry.head_dim),
+            scales: 0,
+        };
         // SAFETY: the caller's promise.
         unsafe {
-            let qkv = out(&buffers.qkv, false);
-            self.context.linear(self.stream, &weights.qkv, x, qkv)?;
+            let (x, qkv) = (self.rows_for_layers(), out(&buffers.qkv, false));
+            self.linear(&weights.qkv, x, qkv)?;
             self.rope(layer)?;
             self.attend_pages(layer)?;
-            let residual = out(&buffers.residual, true);
-            self.context
-                .linear(self.stream, &weights.o, attended, residual)
+            if let Some(rounded) = &buffers.rounded_attended {
+                rounded.fill(self.stream, attended, self.input.num_rows())?;
+                attended = rounded.as_rows(self.rows);
+            }
+            self.linear(&weights.o, attended, out(&buffers.residual, true))
+        }
+    }
+
+    /// A product with a matrix of a layer.
+    unsafe fn linear(&self, matrix: &Matrix, rows: Rows, out: Out) -> Result<(), DeviceError> {
+        let panels = self.buffers.panels.as_ref();
+        // SAFETY: the caller's promise.
+        unsafe {
+            match panels.filter(|_| Panels::are_for(self.rows)) {
+                Some(panels) => {
+                    let rows = (rows, self.input.num_rows());
+                    panels.linear(self.stream, matrix, rows, out)
+                }
+                None => self.context.linear(self.stream, matrix, rows, out),
+            }
         }
     }
 
@@ -427,9 +423,13 @@ impl Queue<'_> {
     ///
     /// # Safety
     /// As `launch`.
-    pub(super) unsafe fn route(&self, weights: &LayerWeights) -> Result<(), DeviceError> {
+    pub(super) unsafe fn route(
+        &self,
+        weights: &LayerWeights,
+        norm: Norm<'_>,
+    ) -> Result<(), DeviceError> {
         let (geometry, kernels) = (&self.context.geometry, &self.context.kernels);
-        let (buffers, norm) = (self.buffers, self.norm_args(&weights.post_norm));
+        let buffers = self.buffers;
         let args = RouteArgs {
             topk_ids: buffers.topk_ids.address(),
             topk_weights: buffers.topk_weights.address(),
@@ -454,8 +454,8 @@ impl Queue<'_> {
                     num_experts: geometry.num_experts as u32,
                     pad: 0,
                 };
-                let (kernel, shape) = kernels.norm_gate(self.rows);
-                self.launch(kernel, shape, Args::new().pod(&norm).pod(&gate))?;
+                let (kernel, shape) = norm.kernels.norm_gate(self.rows);
+                self.launch(kernel, shape, Args::new().pod(&norm.args).pod(&gate))?;
             } else {
                 self.norm(norm)?;
             }
@@ -474,11 +474,6 @@ impl Queue<'_> {
     /// # Safety
     /// As `launch`.
     pub(super) unsafe fn lm_head(&self) -> Result<(), DeviceError> {
-        let x = Rows {
-            address: self.buffers.x.address(),
-            num_tokens: self.rows,
-            stride: row_stride(self.context.geometry.hidden),
-        };
         let out = Out {
             address: self.buffers.logits.address(),
             is_added: false,
@@ -486,7 +481,7 @@ impl Queue<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             self.context
-                .linear(self.stream, &self.weights.lm_head, x, out)
+                .linear(self.stream, &self.weights.lm_head, self.bf16_rows(), out)
         }
     }
 }

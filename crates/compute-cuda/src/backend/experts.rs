@@ -12,14 +12,41 @@ use tramontane_types::{ExpertId, ExpertSlice, LayerId, SEGMENTS_PER_EXPERT, Segm
 
 use super::abi::ExpertEntry;
 use super::call::Call;
-use super::context::{Context, check_tensor, failed, gate_up_rows, part_bytes, read_bf16};
+use super::context::{Context, Part, check_tensor, failed};
+use super::format::{Source, gate_up_rows};
 use crate::device::{Buffer, Stream};
 
-/// One segment: gate and up rows woven, then the down columns.
+/// One segment on the device.
 #[derive(Debug)]
 struct Segment {
     buffer: Buffer,
+    layout: SegmentLayout,
+}
+
+/// What a segment's buffer has where: gate and up rows woven, then the down columns, then the scales of both, if the format
+/// has such.
+#[derive(Clone, Copy, Debug)]
+struct SegmentLayout {
     down_at: usize,
+    gate_up_scales_at: usize,
+    down_scales_at: usize,
+    bytes: usize,
+}
+
+impl SegmentLayout {
+    /// Of a segment of `len` columns of ff.
+    fn new(context: &Context, len: usize) -> Self {
+        let (packing, hidden) = (context.formats.experts, context.geometry.hidden);
+        let down_at = packing.part_bytes(gate_up_rows(len), hidden);
+        let gate_up_scales_at = down_at + packing.part_bytes(hidden, len);
+        let down_scales_at = gate_up_scales_at + packing.scales_bytes(gate_up_rows(len));
+        Self {
+            down_at,
+            gate_up_scales_at,
+            down_scales_at,
+            bytes: down_scales_at + packing.scales_bytes(hidden),
+        }
+    }
 }
 
 /// The store of slices.
@@ -67,9 +94,7 @@ impl fmt::Debug for CudaExperts {
 
 /// Bytes of one full segment on the device.
 pub(super) fn segment_bytes(context: &Context) -> usize {
-    let geometry = &context.geometry;
-    let len = slice::segment_len(geometry.ff);
-    part_bytes(gate_up_rows(len), geometry.hidden) + part_bytes(geometry.hidden, len)
+    SegmentLayout::new(context, slice::segment_len(context.geometry.ff)).bytes
 }
 
 impl CudaExperts {
@@ -111,10 +136,10 @@ impl CudaExperts {
         range.begin().min(end)..end
     }
 
-    /// Loads every segment of every expert with `fill` instead of a checkpoint's weights.
+    /// Loads every segment of every expert with `fill` instead of a checkpoint's weights: it is told where scales begin.
     pub(super) fn load_all(
         &self,
-        fill: &mut dyn FnMut(&Buffer) -> Result<(), Error>,
+        fill: &mut dyn FnMut(&Buffer, usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let geometry = &self.context.geometry;
         // A value, not a guard: `insert` below writes.
@@ -123,7 +148,7 @@ impl CudaExperts {
             for segment in 0..geometry.num_segments() {
                 let columns = slice::segment_columns(geometry.ff, segment);
                 let empty = self.empty(columns.len())?;
-                fill(&empty.buffer)?;
+                fill(&empty.buffer, empty.layout.gate_up_scales_at)?;
                 self.insert(slot, vec![(slot + usize::from(segment), empty)])?;
             }
         }
@@ -132,10 +157,9 @@ impl CudaExperts {
 
     /// Room for a segment of `len` columns of ff.
     fn empty(&self, len: usize) -> Result<Segment, Error> {
-        let hidden = self.context.geometry.hidden;
-        let down_at = part_bytes(gate_up_rows(len), hidden);
-        let buffer = self.context.buffer(down_at + part_bytes(hidden, len))?;
-        Ok(Segment { buffer, down_at })
+        let layout = SegmentLayout::new(&self.context, len);
+        let buffer = self.context.buffer(layout.bytes)?;
+        Ok(Segment { buffer, layout })
     }
 
     /// Makes segments of one expert known.
@@ -152,20 +176,37 @@ impl CudaExperts {
 
     fn pack(&self, columns: Range<usize>, weights: &ExpertWeights<'_>) -> Result<Segment, Error> {
         let (context, hidden) = (&*self.context, self.context.geometry.hidden);
+        let packing = context.formats.experts;
         let len = columns.len();
         let segment = self.empty(len)?;
-        let gate = |row: usize, col: usize, out: &mut [u16]| {
-            read_bf16(&weights.w1, columns.start + row, col, out);
+        let Segment { buffer, layout } = &segment;
+        let rows = |tensor| Source {
+            tensors: std::slice::from_ref(tensor),
+            row_begin: columns.start,
+            col_begin: 0,
         };
-        let up = |row: usize, col: usize, out: &mut [u16]| {
-            read_bf16(&weights.w3, columns.start + row, col, out);
-        };
-        let down = |row: usize, col: usize, out: &mut [u16]| {
-            read_bf16(&weights.w2, row, columns.start + col, out);
-        };
-        let (gate_up_at, down_at) = (segment.buffer.address(), segment.buffer.at(segment.down_at));
-        context.pack_gate_up(gate_up_at, (len, hidden), &gate, &up)?;
-        context.pack_plain(down_at, (hidden, len), &down)?;
+        context.pack(&Part {
+            packing,
+            out: buffer.address(),
+            scales: buffer.at(layout.gate_up_scales_at),
+            rows: len,
+            cols: hidden,
+            gate_or_plain: rows(&weights.w1),
+            up: Some(rows(&weights.w3)),
+        })?;
+        context.pack(&Part {
+            packing,
+            out: buffer.at(layout.down_at),
+            scales: buffer.at(layout.down_scales_at),
+            rows: hidden,
+            cols: len,
+            gate_or_plain: Source {
+                tensors: std::slice::from_ref(&weights.w2),
+                row_begin: 0,
+                col_begin: columns.start,
+            },
+            up: None,
+        })?;
         Ok(segment)
     }
 
@@ -215,8 +256,11 @@ impl Held {
             .enumerate()
         {
             if let Some(segment) = segment {
-                entry.gate_up[i] = segment.buffer.address();
-                entry.down[i] = segment.buffer.at(segment.down_at);
+                let Segment { buffer, layout } = segment;
+                entry.gate_up[i] = buffer.address();
+                entry.down[i] = buffer.at(layout.down_at);
+                entry.gate_up_scales[i] = buffer.at(layout.gate_up_scales_at);
+                entry.down_scales[i] = buffer.at(layout.down_scales_at);
             }
         }
         let at = slot / usize::from(SEGMENTS_PER_EXPERT) * size_of::<ExpertEntry>();

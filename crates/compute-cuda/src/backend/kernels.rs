@@ -1,7 +1,11 @@
 //! The kernels that the backend launches, found once, with their shapes from `kernels/README.md`. Launches nothing.
 
 use tramontane_compute::KvFormat;
+use tramontane_types::ModelGeometry;
 
+use super::format::{Formats, Packing};
+use super::panels::PanelKernels;
+use super::products::{Variant, products};
 use crate::device::{Device, DeviceError, Kernel, Shape};
 use crate::target::Target;
 
@@ -79,53 +83,6 @@ impl Variants {
     }
 }
 
-/// Name, tokens, rows, threads, shared bytes, time of a wave.
-type Variant = (&'static str, usize, usize, u32, u32, usize);
-
-const LINEAR: [Variant; 4] = [
-    ("tr_linear_bf16_n8", 8, 16, 256, 29_696, 0),
-    ("tr_linear_bf16_n16", 16, 32, 256, 67_584, 0),
-    ("tr_linear_bf16_n32", 32, 64, 128, 36_864, 0),
-    ("tr_linear_bf16_n64", 64, 64, 128, 73_728, 0),
-];
-const DOWN: [Variant; 4] = [
-    ("tr_down_bf16_n8", 8, 16, 256, 29_696, 0),
-    ("tr_down_bf16_n16", 16, 32, 256, 67_584, 0),
-    ("tr_down_bf16_n32", 32, 64, 128, 36_864, 0),
-    ("tr_down_bf16_n64", 64, 64, 128, 73_728, 0),
-];
-const GATE_UP: [Variant; 5] = [
-    ("tr_gate_up_bf16_n8", 8, 32, 128, 4_096, 0),
-    ("tr_gate_up_bf16_n16", 16, 32, 128, 8_192, 0),
-    ("tr_gate_up_bf16_n32", 32, 32, 128, 16_384, 0),
-    ("tr_gate_up_bf16_n64", 64, 32, 128, 32_768, 0),
-    ("tr_gate_up_bf16_n128", 128, 32, 128, 49_152, 0),
-];
-
-/// By wgmma: a numeric class of its own, on Hopper. Times are microseconds on an H200 (docs/perf/cuda.md).
-const LINEAR_WG: [Variant; 5] = [
-    ("tr_linear_bf16_wg_n8", 8, 64, 640, 193_344, 12),
-    ("tr_linear_bf16_wg_n16", 16, 64, 640, 222_528, 12),
-    ("tr_linear_bf16_wg_n32", 32, 64, 640, 231_680, 14),
-    ("tr_linear_bf16_wg_n64", 64, 64, 640, 200_832, 25),
-    ("tr_linear_bf16_wg_n128", 128, 128, 384, 229_424, 57),
-];
-const DOWN_WG: [Variant; 5] = [
-    ("tr_down_bf16_wg_n8", 8, 64, 640, 193_344, 0),
-    ("tr_down_bf16_wg_n16", 16, 64, 640, 222_528, 0),
-    ("tr_down_bf16_wg_n32", 32, 64, 640, 231_680, 0),
-    ("tr_down_bf16_wg_n64", 64, 128, 384, 221_264, 0),
-    ("tr_down_bf16_wg_n128", 128, 128, 384, 229_424, 0),
-];
-const GATE_UP_WG: [Variant; 6] = [
-    ("tr_gate_up_bf16_wg_n8", 8, 32, 160, 55_392, 0),
-    ("tr_gate_up_bf16_wg_n16", 16, 32, 160, 51_280, 0),
-    ("tr_gate_up_bf16_wg_n32", 32, 64, 320, 81_984, 0),
-    ("tr_gate_up_bf16_wg_n64", 64, 128, 640, 163_904, 0),
-    ("tr_gate_up_bf16_wg_n128", 128, 64, 384, 196_704, 0),
-    ("tr_gate_up_bf16_wg_n256", 256, 64, 384, 196_672, 0),
-];
-
 /// Widths of heads that there are kernels for; others are padded.
 const HEAD_DIMS: [usize; 3] = [32, 64, 128];
 /// Rope, narrow and wide attention of each width, for 16 bits and for 8.
@@ -178,6 +135,19 @@ const GATE8_ROWS_MIN: usize = 1024;
 /// From here on several blocks choose experts, and one builds the lists.
 pub(super) const ROUTE_ROWS_MAX: usize = 256;
 
+const NORMS_BF16: [&str; 4] = [
+    "tr_norm_bf16",
+    "tr_combine_norm_bf16",
+    "tr_norm_gate_bf16",
+    "tr_norm_gate8_bf16",
+];
+const NORMS_E4M3: [&str; 4] = [
+    "tr_norm_e4m3",
+    "tr_combine_norm_e4m3",
+    "tr_norm_gate_e4m3",
+    "tr_norm_gate8_e4m3",
+];
+
 const NARROW_SHARED: u32 = 4_368;
 /// Of `tr_norm*`: with no gate, with one row, and with eight.
 const NORM_SHARED: u32 = 256;
@@ -188,20 +158,69 @@ const ROUTE_SHARED: u32 = 4 * (EXPERTS_MAX as u32 + 1);
 /// All of them.
 #[derive(Clone, Debug)]
 pub(super) struct Kernels {
-    pub(super) linear: Variants,
+    /// Of matrices as bf16, and of those of layers.
+    linear_bf16: Variants,
+    linear_of_layers: Variants,
     pub(super) gate_up: Variants,
+    /// For long batches.
+    pub(super) panels: Option<PanelKernels>,
+    /// For any segments of experts, and for all of them.
+    pub(super) down_of_some: Variants,
     pub(super) down: Variants,
-    pub(super) pack: Kernel,
+    pack_bf16: Kernel,
+    pack_experts: Kernel,
     pub(super) embed: Kernel,
-    norm: Kernel,
-    combine_norm: Kernel,
-    norm_gate: Kernel,
-    norm_gate8: Kernel,
+    /// With rows as bf16, and as the products of layers read them.
+    pub(super) norms: Norms,
+    pub(super) norms_of_layers: Norms,
+    /// Where those are e4m3.
+    pub(super) round: Option<Kernel>,
     pub(super) choose: Kernel,
     pub(super) lists: Kernel,
     pub(super) route: Kernel,
     pub(super) combine_pieces: Kernel,
     pub(super) sum_nodes: Kernel,
+}
+
+/// Norms that write rows in one format.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Norms {
+    norm: Kernel,
+    combine_norm: Kernel,
+    norm_gate: Kernel,
+    norm_gate8: Kernel,
+}
+
+impl Norms {
+    fn find(
+        device: &dyn Device,
+        [norm, combine_norm, norm_gate, norm_gate8]: [&'static str; 4],
+    ) -> Result<Self, DeviceError> {
+        let kernel = |name| device.kernel(name, 0);
+        Ok(Self {
+            norm: kernel(norm)?,
+            combine_norm: kernel(combine_norm)?,
+            norm_gate: kernel(norm_gate)?,
+            norm_gate8: kernel(norm_gate8)?,
+        })
+    }
+
+    pub(super) fn norm(&self, rows: usize) -> (Kernel, Shape) {
+        (self.norm, Shape::new(rows as u32, 256, NORM_SHARED))
+    }
+
+    pub(super) fn combine_norm(&self, rows: usize) -> (Kernel, Shape) {
+        (self.combine_norm, Shape::new(rows as u32, 256, NORM_SHARED))
+    }
+
+    /// Both kernels give the same bits.
+    pub(super) fn norm_gate(&self, rows: usize) -> (Kernel, Shape) {
+        if rows < GATE8_ROWS_MIN {
+            return (self.norm_gate, Shape::new(rows as u32, 256, GATE_SHARED));
+        }
+        let blocks = rows.div_ceil(GATE_ROWS) as u32;
+        (self.norm_gate8, Shape::new(blocks, 256, GATE8_SHARED))
+    }
 }
 
 /// Those that know how keys and values are kept.
@@ -255,22 +274,40 @@ impl AttendKernels {
 }
 
 impl Kernels {
-    pub(super) fn find(device: &dyn Device) -> Result<Self, DeviceError> {
+    pub(super) fn find(
+        device: &dyn Device,
+        formats: Formats,
+        geometry: &ModelGeometry,
+    ) -> Result<Self, DeviceError> {
         let kernel = |name| device.kernel(name, 0);
-        let (linear, gate_up, down) = match device.info().target {
-            Target::Sm90a => (&LINEAR_WG[..], &GATE_UP_WG[..], &DOWN_WG[..]),
-            _ => (&LINEAR[..], &GATE_UP[..], &DOWN[..]),
-        };
+        let is_hopper = device.info().target == Target::Sm90a;
+        let linear = |packing| Variants::find(device, products(packing, is_hopper)[0]);
+        let [_, gate_up, down] = products(formats.experts, is_hopper);
+        let norms = Norms::find(device, NORMS_BF16)?;
+        let is_rounded = formats.has_rounded_rows();
         Ok(Self {
-            linear: Variants::find(device, linear)?,
+            linear_bf16: linear(Packing::Bf16)?,
+            linear_of_layers: linear(formats.dense)?,
             gate_up: Variants::find(device, gate_up)?,
+            panels: PanelKernels::find(device, formats, geometry)?,
+            down_of_some: Variants::find(device, if is_hopper { &down[..3] } else { down })?,
             down: Variants::find(device, down)?,
-            pack: kernel("tr_pack_bf16")?,
+            pack_bf16: kernel("tr_pack_bf16")?,
+            pack_experts: kernel(match formats.experts {
+                Packing::Bf16 => "tr_pack_bf16",
+                Packing::E4m3 => "tr_pack_e4m3",
+                Packing::Q4 => "tr_pack_q4",
+            })?,
             embed: kernel("tr_embed_bf16")?,
-            norm: kernel("tr_norm_bf16")?,
-            combine_norm: kernel("tr_combine_norm_bf16")?,
-            norm_gate: kernel("tr_norm_gate_bf16")?,
-            norm_gate8: kernel("tr_norm_gate8_bf16")?,
+            norms,
+            norms_of_layers: match is_rounded {
+                true => Norms::find(device, NORMS_E4M3)?,
+                false => norms,
+            },
+            round: match is_rounded {
+                true => Some(kernel("tr_round_e4m3")?),
+                false => None,
+            },
             choose: kernel("tr_choose_experts")?,
             lists: kernel("tr_expert_lists")?,
             route: kernel("tr_route")?,
@@ -279,21 +316,22 @@ impl Kernels {
         })
     }
 
-    pub(super) fn norm(&self, rows: usize) -> (Kernel, Shape) {
-        (self.norm, Shape::new(rows as u32, 256, NORM_SHARED))
-    }
-
-    pub(super) fn combine_norm(&self, rows: usize) -> (Kernel, Shape) {
-        (self.combine_norm, Shape::new(rows as u32, 256, NORM_SHARED))
-    }
-
-    /// Both kernels give the same bits.
-    pub(super) fn norm_gate(&self, rows: usize) -> (Kernel, Shape) {
-        if rows < GATE8_ROWS_MIN {
-            return (self.norm_gate, Shape::new(rows as u32, 256, GATE_SHARED));
+    /// Of a dense matrix: one of the layers, or the LM head, which is bf16 always.
+    pub(super) const fn linear(&self, packing: Packing) -> &Variants {
+        match packing {
+            Packing::Bf16 => &self.linear_bf16,
+            Packing::E4m3 | Packing::Q4 => &self.linear_of_layers,
         }
-        let blocks = rows.div_ceil(GATE_ROWS) as u32;
-        (self.norm_gate8, Shape::new(blocks, 256, GATE8_SHARED))
+    }
+
+    /// What packs a part of so many steps and strips.
+    pub(super) fn pack(&self, packing: Packing, steps: usize, strips: usize) -> (Kernel, Shape) {
+        let (steps, strips) = (steps as u32, strips as u32);
+        match packing {
+            Packing::Bf16 => (self.pack_bf16, Shape::grid2(steps, strips, 32, 0)),
+            Packing::E4m3 => (self.pack_experts, Shape::grid2(1, strips, 256, 64)),
+            Packing::Q4 => (self.pack_experts, Shape::grid2(steps, strips, 32, 0)),
+        }
     }
 
     pub(super) fn choose_shape(rows: usize) -> Shape {

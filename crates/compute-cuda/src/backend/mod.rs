@@ -11,30 +11,37 @@ mod combine;
 mod context;
 mod core;
 mod experts;
+mod format;
 mod input;
 mod island;
 mod kernels;
+mod norms;
+mod panels;
 mod plan;
+mod products;
 mod random;
+mod round;
 mod step;
 mod weights;
 
 use std::sync::Arc;
 
 use tramontane_compute::{
-    Attention, AttentionConfig, AttentionWeights, Backend, Error, Experts, RowFormat,
+    Attention, AttentionConfig, AttentionWeights, Backend, Error, Experts, RowFormat, WeightFormat,
 };
 use tramontane_types::ModelGeometry;
 
 use crate::device::Device;
+use crate::target::Target;
 use attention::CudaAttention;
 use context::Context;
 pub use context::check_geometry;
 use experts::CudaExperts;
+use format::Formats;
 pub use island::{Island, Lead, RankStep, rank_segments};
-pub use random::RandomModel;
+pub use random::{RandomModel, WeightBytes};
 
-/// Computes on a GPU, with weights as bf16.
+/// Computes on a GPU.
 #[derive(Debug)]
 pub struct CudaBackend {
     context: Arc<Context>,
@@ -45,10 +52,14 @@ impl CudaBackend {
     /// A backend for one model.
     ///
     /// # Errors
-    /// When the geometry contradicts itself or there are no kernels for it, or the device has no memory left.
-    pub fn new(device: &Arc<dyn Device>, geometry: &ModelGeometry) -> Result<Self, Error> {
-        let context = Arc::new(Context::new(device, geometry)?);
-        let class = device.info().target.class("bf16");
+    /// When the geometry contradicts itself or there are no kernels for it or for the format, or the device has no memory left.
+    pub fn new(
+        device: &Arc<dyn Device>,
+        geometry: &ModelGeometry,
+        format: WeightFormat,
+    ) -> Result<Self, Error> {
+        let context = Arc::new(Context::new(device, geometry, format)?);
+        let class = device.info().target.class(context.formats.class);
         let name = &device.info().name;
         tracing::info!(name, class, "cuda backend ready");
         Ok(Self { context, class })
@@ -85,6 +96,14 @@ impl RankAttention {
     pub fn follow(&mut self, step: RankStep<'_>, experts: &dyn Experts) -> Result<(), Error> {
         self.0.follow(step, experts)
     }
+}
+
+/// Refuses a format that there are no kernels for on a target, or on any.
+///
+/// # Errors
+/// With those that there are.
+pub fn check_format(format: WeightFormat, target: Option<Target>) -> Result<(), Error> {
+    Formats::of(format, target).map(|_| ())
 }
 
 impl Backend for CudaBackend {

@@ -10,13 +10,15 @@ use std::sync::Arc;
 use tramontane_compute::Error;
 use tramontane_types::SegmentRange;
 
-use super::abi::{ExpertOutputs, JobEntry, NodeParts, NormArgs};
-use super::call::{Lists, down_product, expert_products, ff_stride, gate_up_product, row_stride};
-use super::context::{Context, failed};
+use super::abi::{ExpertOutputs, JobEntry, NodeParts};
+use super::call::{Hidden, Lists, down_product, expert_products, gate_up_product};
+use super::context::{Context, Rows, failed};
 use super::core::{Core, Queue};
 use super::experts::Held;
 use super::island::{Island, Nodes, RankStep};
 use super::kernels::Kernels;
+use super::norms::Norm;
+use super::panels::Panels;
 use crate::device::{Args, Buffer, DeviceError, Graph};
 
 /// Numbers of rows that graphs are made for. Longer steps are launched kernel by kernel: they take long enough to
@@ -40,14 +42,16 @@ struct Form {
 #[derive(Debug)]
 pub(super) struct WholeStep {
     graphs: BTreeMap<Form, Graph>,
-    /// `[rows * top_k, ff rounded up]` bf16.
-    hidden_rows: Buffer,
+    /// `[rows * top_k, ff]`.
+    hidden: Hidden,
     /// `[rows * top_k, hidden]` f32.
     outputs: Buffer,
     /// One per expert, each for all segments that are computed here.
     jobs: Buffer,
     /// Those who compute the other segments.
     ranks: Option<Ranks>,
+    /// For long steps: rows, and hidden rows.
+    panels: Option<(Panels, Panels)>,
 }
 
 /// What a rank of an island has beside.
@@ -77,13 +81,20 @@ impl WholeStep {
         let pairs = max_rows * geometry.top_k;
         let own = island.map_or(SegmentRange::WHOLE, |island| island.segments());
         let vectors = pairs * geometry.hidden * size_of::<f32>();
+        let panels = |cols| Panels::new(context, max_rows, (pairs, geometry.num_experts), cols);
+        // Ranks of an island have parts of experts, for which there are rows only.
+        let panels = match island {
+            None => panels(geometry.hidden)?.zip(panels(geometry.ff)?),
+            Some(_) => None,
+        };
         let ranks = island.map(|island| Ranks::new(context, island, vectors));
         Ok(Self {
             graphs: BTreeMap::new(),
-            hidden_rows: context.buffer(pairs * ff_stride(geometry.ff) * 2)?,
+            hidden: Hidden::new(context, pairs)?,
             outputs: context.buffer(vectors)?,
             jobs: jobs_for(context, own)?,
             ranks: ranks.transpose()?,
+            panels,
         })
     }
 
@@ -190,7 +201,8 @@ impl WholeStep {
         // SAFETY: the caller's promise.
         unsafe { queue.embed()? };
         for (layer, weights) in queue.weights.layers.iter().enumerate() {
-            let norm = queue.norm_args(&weights.input_norm);
+            let norm = queue.norm_for_layers(&weights.input_norm);
+            let to_experts = queue.norm_for_layers(&weights.post_norm);
             // SAFETY: the caller's promise.
             unsafe {
                 if layer == 0 {
@@ -199,7 +211,7 @@ impl WholeStep {
                     self.combine_norm(queue, norm)?;
                 }
                 queue.attention(layer)?;
-                queue.route(weights)?;
+                queue.route(weights, to_experts)?;
                 self.experts(queue, held, layer)?;
             }
         }
@@ -208,7 +220,7 @@ impl WholeStep {
 
     /// Queues the last layer's sums, the final norm and the LM head for the logits rows from the `first` on.
     unsafe fn logits(&self, queue: &Queue<'_>, first: usize) -> Result<(), DeviceError> {
-        let norm = queue.logits_norm_args(first);
+        let norm = queue.norm_of_logits(first);
         // SAFETY: the caller's promise.
         unsafe {
             self.combine_norm(queue, norm)?;
@@ -216,7 +228,7 @@ impl WholeStep {
         }
     }
 
-    unsafe fn combine_norm(&self, queue: &Queue<'_>, norm: NormArgs) -> Result<(), DeviceError> {
+    unsafe fn combine_norm(&self, queue: &Queue<'_>, norm: Norm<'_>) -> Result<(), DeviceError> {
         let experts = ExpertOutputs {
             outputs: self.outputs.address(),
             slot_of: queue.buffers.slot_of.address(),
@@ -224,8 +236,8 @@ impl WholeStep {
             top_k: queue.context.geometry.top_k as u32,
             pad: 0,
         };
-        let (kernel, shape) = queue.context.kernels.combine_norm(queue.rows);
-        let args = Args::new().pod(&norm).pod(&experts);
+        let (kernel, shape) = norm.kernels.combine_norm(queue.rows);
+        let args = Args::new().pod(&norm.args).pod(&experts);
         // SAFETY: the caller's promise.
         unsafe { queue.stream.launch(kernel, shape, args) }
     }
@@ -244,17 +256,24 @@ impl WholeStep {
             num_jobs: geometry.num_experts,
             offsets: queue.buffers.offsets.address(),
             row_ids: queue.buffers.row_of.address(),
+            most_pairs: queue.rows * geometry.top_k,
             most_rows: queue.rows,
             // Few experts have much more than the mean, and those take a second tile.
             usual_rows: (mean + mean.div_ceil(4)).min(queue.rows),
+            is_whole: self.ranks.is_none(),
         };
-        let x = (queue.buffers.x.address(), row_stride(geometry.hidden));
-        let out = (self.hidden_rows.address(), self.outputs.address());
+        let (x, out) = (queue.rows_for_layers(), self.outputs.address());
+        let to = (&self.hidden, out);
         // SAFETY: the caller's promise.
         unsafe {
+            let panels = self.panels.as_ref();
+            if let Some((rows, hidden)) = panels.filter(|_| Panels::are_for(queue.rows)) {
+                let to = (hidden, self.outputs.address());
+                return rows.experts(queue.context, queue.stream, &lists, x, to);
+            }
             match &self.ranks {
-                None => expert_products(queue.context, queue.stream, &lists, x, out),
-                Some(ranks) => ranks.experts(queue, &lists, x, out),
+                None => expert_products(queue.context, queue.stream, &lists, x, to),
+                Some(ranks) => ranks.experts(queue, &lists, x, to),
             }
         }
     }
@@ -293,8 +312,8 @@ impl Ranks {
         &self,
         queue: &Queue<'_>,
         lists: &Lists,
-        x: (u64, usize),
-        (hidden_rows, outputs): (u64, u64),
+        x: Rows,
+        (hidden_rows, outputs): (&Hidden, u64),
     ) -> Result<(), DeviceError> {
         let (context, nodes) = (queue.context, &self.nodes);
         let (hidden, top_k) = (context.geometry.hidden, context.geometry.top_k);

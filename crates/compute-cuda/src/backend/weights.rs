@@ -5,6 +5,7 @@ use tramontane_compute::{AttentionLayerWeights, AttentionWeights, Error};
 use tramontane_types::ModelGeometry;
 
 use super::context::{Context, Matrix, check_tensor};
+use super::format::Packing;
 use crate::device::Buffer;
 
 /// Everything of a checkpoint but the experts.
@@ -50,7 +51,7 @@ impl Weights {
                 .map(|layer| LayerWeights::load(context, layer))
                 .collect::<Result<_, _>>()?,
             norm: context.upload_f32(&weights.norm)?,
-            lm_head: context.pack_dense(&[weights.lm_head])?,
+            lm_head: context.pack_dense(Packing::Bf16, &[weights.lm_head])?,
             angles: context.upload(bytemuck::cast_slice(&angles(geometry)))?,
         })
     }
@@ -58,11 +59,12 @@ impl Weights {
 
 impl LayerWeights {
     fn load(context: &Context, layer: &AttentionLayerWeights<'_>) -> Result<Self, Error> {
+        let packing = context.formats.dense;
         let gate = layer.gate.as_ref().map(|gate| context.upload_f32(gate));
         Ok(Self {
             input_norm: context.upload_f32(&layer.input_norm)?,
-            qkv: context.pack_dense(&[layer.q, layer.k, layer.v])?,
-            o: context.pack_dense(&[layer.o])?,
+            qkv: context.pack_dense(packing, &[layer.q, layer.k, layer.v])?,
+            o: context.pack_dense(packing, &[layer.o])?,
             post_norm: context.upload_f32(&layer.post_norm)?,
             gate: gate.transpose()?,
         })

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use tramontane_compute::{Backend as _, StepBatch};
+use tramontane_compute::{Backend as _, StepBatch, WeightFormat};
 use tramontane_compute_cuda::device::{Device, DeviceError};
 use tramontane_compute_cuda::{
     CudaBackend, Island, Lead, RankAttention, RankStep, Target, rank_segments,
@@ -59,7 +59,7 @@ impl Rank {
         (rank, num_ranks): (u32, u32),
     ) -> Self {
         Self {
-            backend: CudaBackend::new(device, geometry).unwrap(),
+            backend: CudaBackend::new(device, geometry, WeightFormat::Bf16).unwrap(),
             segments: rank_segments(rank, num_ranks).unwrap(),
         }
     }
@@ -174,7 +174,7 @@ impl Leader {
 }
 
 fn expected(target: Target, prompt: &Prompt) -> Vec<u32> {
-    let backend = CudaBackend::new(&emulator(target), &geometry()).unwrap();
+    let backend = CudaBackend::new(&emulator(target), &geometry(), WeightFormat::Bf16).unwrap();
     let mut alone = Model::new(&Checkpoint::new(geometry()), &backend, &[0, 8]);
     alone.is_whole = true;
     alone.prompt(prompt, prompt.tokens.len())

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use tramontane_compute::StepBatch;
+use tramontane_compute::{StepBatch, WeightFormat};
 use tramontane_compute_cuda::device::{Device, DeviceError};
 use tramontane_compute_cuda::{CudaBackend, Island, Lead, RankStep, Target};
 use tramontane_types::ModelGeometry;
@@ -342,7 +342,7 @@ fn two_processes_have_the_bits_of_one() {
         }
         let expected = {
             let (device, geometry) = (case.device().unwrap(), case.geometry());
-            let backend = CudaBackend::new(&device, &geometry).unwrap();
+            let backend = CudaBackend::new(&device, &geometry, WeightFormat::Bf16).unwrap();
             let mut alone = Model::new(&Checkpoint::new(geometry), &backend, &[0, 8]);
             alone.is_whole = true;
             digest(&alone.prompt(&prompt(), prompt().tokens.len()))

@@ -6,12 +6,15 @@ pub(crate) mod devices;
 use std::sync::Arc;
 
 use half::bf16;
+use tramontane_compute::quant::{self, BLOCK};
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
     DType, Error, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece,
-    RoutedRows, SequenceSpan, StepBatch,
+    RoutedRows, SequenceSpan, StepBatch, WeightFormat,
 };
-use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
+use tramontane_types::{
+    ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange, slice,
+};
 
 pub(crate) const NUM_PAGES: usize = 64;
 pub(crate) const ATTENTION: AttentionConfig = AttentionConfig {
@@ -68,6 +71,16 @@ impl Owned {
         Self { rows, cols, data }
     }
 
+    /// Rounds each row, so many columns at a time.
+    fn round(&mut self, round: fn(&mut [f32]), cols: usize) {
+        let numbers = self.data.as_chunks::<4>().0;
+        let mut values: Vec<f32> = numbers.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        for row in values.chunks_exact_mut(self.cols) {
+            row.chunks_mut(cols).for_each(round);
+        }
+        self.data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    }
+
     fn view(&self) -> HostTensor<'_> {
         HostTensor {
             dtype: DType::F32,
@@ -76,6 +89,21 @@ impl Owned {
             order: Default::default(),
             data: &self.data,
         }
+    }
+}
+
+fn e4m3(part: &mut [f32]) {
+    quant::round_to_e4m3(part);
+}
+
+/// A block as the kernels have it: scale and minimum as bf16, and the number too.
+fn q4(block: &mut [f32]) {
+    let mut whole = [0.0; BLOCK];
+    whole[..block.len()].copy_from_slice(block);
+    let quant::Q4Block { q, scale, min } = quant::q4_weights(&whole);
+    let [scale, min] = [scale, min].map(|x| bf16::from_f32(x.to_f32()).to_f32());
+    for (x, q) in block.iter_mut().zip(q) {
+        *x = bf16::from_f32(f32::from(q).mul_add(scale, min)).to_f32();
     }
 }
 
@@ -123,6 +151,30 @@ impl Checkpoint {
                 .collect(),
             geometry,
         }
+    }
+
+    /// With weights that were rounded as the CUDA backend packs them: what the reference computes with is then the same.
+    pub(crate) fn rounded(geometry: ModelGeometry, format: WeightFormat) -> Self {
+        let mut checkpoint = Self::new(geometry);
+        let dense = |owned: &mut Owned| owned.round(e4m3, slice::segment_len(owned.cols));
+        let round = |w1: &mut Owned, w2: &mut Owned, w3: &mut Owned| match format {
+            WeightFormat::E4m3 => {
+                w1.round(e4m3, w1.cols);
+                w3.round(e4m3, w3.cols);
+                w2.round(e4m3, slice::segment_len(w2.cols));
+            }
+            WeightFormat::Q4 => [w1, w2, w3].into_iter().for_each(|w| w.round(q4, BLOCK)),
+            _ => {}
+        };
+        if format == WeightFormat::E4m3 {
+            for [_, q, k, v, o, ..] in &mut checkpoint.layers {
+                [q, k, v, o].into_iter().for_each(dense);
+            }
+        }
+        for [w1, w2, w3] in &mut checkpoint.experts {
+            round(w1, w2, w3);
+        }
+        checkpoint
     }
 
     pub(crate) fn attention(&self) -> AttentionWeights<'_> {

@@ -133,7 +133,7 @@ impl Loaded {
             let rule = "a GPU for a rank of an island";
             return Err(ConfigError::new("device", rule, &config.device).into());
         };
-        let backend = CudaBackend::new(gpu, geometry).map_err(Error::Backend)?;
+        let backend = CudaBackend::new(gpu, geometry, config.weights).map_err(Error::Backend)?;
         let bytes = checkpoint.attention_weights().map_err(Error::Checkpoint)?;
         let limits = config.engine(geometry, Vec::new());
         let sizes = AttentionConfig {
