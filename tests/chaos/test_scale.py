@@ -8,7 +8,7 @@ import time
 from cluster import OPS, metrics, wait_until
 
 
-def test_scale_two_to_five_to_two(chaos, cluster):
+def test_scale_three_to_six_to_three(chaos, cluster):
     extra = []
     with chaos.row("scale", "3 to 6 to 3 workers under load") as row:
         row.began = time.monotonic()
@@ -59,7 +59,8 @@ def test_soak_random_kills(chaos, cluster, request):
                     wait_until(fault.hits, 5, "the filter hits something")
                     row.injected(True, began)
             cluster.wait_settled(120)
-            # The next fault waits for those whom this one holds up: a stall is that of one fault.
+            # The next fault waits for those whom this one holds up. A killed worker may still be starting then: it is
+            # listed as it was until its lease ends.
             row.load.wait_flowing()
             for router in cluster.routers:
                 grown.setdefault(router.name, []).append(router.rss() >> 20)

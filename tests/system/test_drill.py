@@ -52,9 +52,11 @@ def test_a_partition_from_one_peer_changes_nothing(one_process):
     assert_nothing_was_lost(verdict)
 
 
-def test_a_partition_from_all_peers_changes_nothing(one_process):
-    _, verdict, _ = drill(one_process.grpc, "partition", "worker-1", "--for", "2s")
+def test_a_worker_that_reaches_no_peer_is_left(one_process):
+    """It answers its router all the time; only what it lacks says that its sequences must go on elsewhere."""
+    _, verdict, _ = drill(one_process.grpc, "partition", "worker-1", "--for", "12s")
     assert_nothing_was_lost(verdict)
+    assert max(verdict["stall_ms"]) < 8000, verdict
 
 
 def test_what_cannot_be_drilled_is_refused_by_name(one_process):

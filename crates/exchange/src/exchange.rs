@@ -34,8 +34,6 @@ pub const LAYER_DEADLINE: Duration = Duration::from_secs(20);
 pub const CALL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Layers whose late answers are still listened for.
 const LEFT_MAX: usize = 64;
-/// Most doublings of the call timeout.
-const PATIENCE_MAX: u32 = 5;
 /// How often jobs without a home are planned again.
 const HOMELESS_PAUSE: Duration = Duration::from_millis(5);
 /// Steps of more rows take long enough in attention for the server's thread to serve meanwhile.
@@ -221,16 +219,16 @@ impl ExpertExchange {
         add(&self.stats.frames, 1);
         add(&self.stats.bytes_sent, rows.len());
         let outputs_len = answers::outputs_len(&self.config.geometry, &frame.jobs);
-        let doublings = ticket.num_silent.min(PATIENCE_MAX);
         let bounds = self.patience.bounds(worker, num_rows, outputs_len);
+        let bounds = bounds.doubled(ticket.num_late, ticket.num_silent);
         let open = OpenCall {
             worker: worker.clone(),
             outputs_len,
             jobs: frame.jobs,
             sent_at: now,
             trip: Duration::ZERO,
-            check_at: now + bounds.late * (1 << doublings),
-            silent_at: now + bounds.silent * (1 << doublings),
+            check_at: now + bounds.late,
+            silent_at: now + bounds.silent,
         };
         let reply = ticket.open_call(open);
         let call = ExpertCall {

@@ -34,8 +34,12 @@ pub struct Ticket {
     given_up: BTreeMap<u64, OpenCall>,
     pub(crate) answers: Vec<Answer>,
     pub(crate) last_refusal: Option<(WorkerId, Refusal)>,
-    /// Calls that got no answer in time; every one doubles the patience with the next.
+    /// Calls that were late; every one doubles the time until the next one is.
+    pub(crate) num_late: u32,
+    /// Those of them that nobody waited for any more; every one doubles the patience with the next.
     pub(crate) num_silent: u32,
+    /// Whom they were made of, each once.
+    silent: Vec<WorkerId>,
     next_call: u64,
     inbox: Arc<Inbox>,
 }
@@ -93,7 +97,9 @@ impl Ticket {
             given_up: BTreeMap::new(),
             answers: Vec::new(),
             last_refusal: None,
+            num_late: 0,
             num_silent: 0,
+            silent: Vec::new(),
             next_call: 0,
             inbox: Arc::new(Inbox {
                 desk,
@@ -106,6 +112,20 @@ impl Ticket {
     /// Whether every job was answered or computed.
     pub(crate) fn is_complete(&self) -> bool {
         self.local.is_empty() && self.homeless.is_empty() && self.open.is_empty()
+    }
+
+    /// Notes that a call of `worker` was given up because nobody believes in its answer any more.
+    pub(crate) fn note_silent(&mut self, worker: &WorkerId) {
+        self.num_silent += 1;
+        if !self.silent.contains(worker) {
+            self.silent.push(worker.clone());
+        }
+    }
+
+    /// Whether the layer lacks experts that nobody answers for: a call is silent and there is nobody else to ask, or
+    /// one after the other is silent, and then it is we who are cut off.
+    pub(crate) fn is_stuck(&self, now: Instant) -> bool {
+        self.silent.len() > 1 || self.open.values().any(|call| call.is_silent(now))
     }
 
     /// Notes a call as open and makes the sender for its answer.

@@ -34,6 +34,8 @@ const SILENCE: f64 = 4.0;
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// A stranger gets its time once more for every so many rows: prompts take longer than tokens.
 const ROWS_PER_PATIENCE: usize = 64;
+/// Most doublings of a bound within one layer.
+const DOUBLINGS_MAX: u32 = 5;
 /// Workers remembered before all are forgotten: far above those of one placement that matter at once.
 const REMEMBERED_MAX: usize = 1024;
 
@@ -53,6 +55,19 @@ pub(crate) struct Bounds {
     pub(crate) late: Duration,
     /// From then on nobody believes that an answer comes; never before it is late.
     pub(crate) silent: Duration,
+}
+
+impl Bounds {
+    /// The bounds of the next call, when so many calls of a layer were late, and so many silent. Only silence makes
+    /// silence come later: else whoever is cut off asks one after the other and never knows it.
+    pub(crate) fn doubled(self, num_late: u32, num_silent: u32) -> Self {
+        let doubled = |bound: Duration, times: u32| bound * (1 << times.min(DOUBLINGS_MAX));
+        let silent = doubled(self.silent, num_silent);
+        Self {
+            late: doubled(self.late, num_late).min(silent),
+            silent,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]

@@ -89,13 +89,18 @@ impl ExchangeStats {
         }
     }
 
-    /// Nobody could be asked for a job of the running layer, or who was asked is silent. A call on its way to a worker that may not be
-    /// there changes nothing about that.
+    /// Nobody could be asked for a job of the running layer, or all who were asked are silent. A call on its way to a worker
+    /// that may not be there changes nothing about that.
     pub(crate) fn set_stuck(&self) {
         if self.stuck_since.load(Ordering::Relaxed) == 0 {
             let now = self.made.elapsed().as_millis() as u64;
             self.stuck_since.store(now.max(1), Ordering::Relaxed);
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.stuck_since.load(Ordering::Relaxed) != 0
     }
 
     /// The running layer is complete.

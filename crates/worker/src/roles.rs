@@ -110,6 +110,10 @@ impl RoleKeeper {
             // What callers have not seen yet is served on until nobody asks.
             self.become_with(|roles| roles.experts = false);
         }
+        // A role that was to come, and was taken back before it did, has left room for nothing.
+        let capacity = self.capacity(wish);
+        self.registration
+            .update(|record| record.capacity_bytes = capacity);
         if now != wish {
             let (worker, roles) = (&self.node.id, RoleSet(wish));
             tracing::info!(%worker, %roles, "roles changed");

@@ -75,19 +75,20 @@ impl ExpertExchange {
         for call in overdue {
             let waited = now.duration_since(call.sent_at);
             add(&self.stats.retries, 1);
+            ticket.num_late += 1;
             if call.is_silent(now) {
                 tracing::warn!(layer = layer.0, worker = %call.worker, ?waited, "no answer to an expert call, asking another holder");
                 self.health.silent(&call.worker, now);
+                ticket.note_silent(&call.worker);
             } else {
                 tracing::debug!(layer = layer.0, worker = %call.worker, ?waited, "expert call is late, asking another holder");
                 self.health.late(&call.worker, now);
             }
-            ticket.num_silent += 1;
             let silence = Refusal::Lost("no answer in time".to_owned());
             ticket.last_refusal = Some((call.worker, silence));
             ticket.homeless.extend(call.jobs);
         }
-        if ticket.open.values().any(|call| call.is_silent(now)) {
+        if ticket.is_stuck(now) {
             self.stats.set_stuck();
         }
     }
@@ -103,5 +104,152 @@ impl ExpertExchange {
         self.plan(placement.as_deref(), layer, jobs, usable)
             .homeless
             .is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::Arc;
+
+    use arc_swap::ArcSwapOption;
+    use parking_lot::Mutex;
+    use tramontane_compute::{RoutedRows, RowFormat};
+    use tramontane_types::{Epoch, ExpertId, ModelGeometry, Placement, SegmentRange, SliceHolders};
+
+    use super::*;
+    use crate::exchange::CALL_TIMEOUT;
+    use crate::{
+        Exchange as _, ExchangeConfig, ExpertCall, Reply, ReplySender, Transport, TransportStats,
+    };
+
+    thread_local! {
+        static NOW: Cell<Instant> = Cell::new(Instant::now());
+    }
+
+    /// Workers of a group; those that are cut off take calls and never answer.
+    #[derive(Debug, Default)]
+    struct Peers {
+        cut_off: Vec<&'static str>,
+        unanswered: Mutex<Vec<ReplySender>>,
+        geometry: Option<ModelGeometry>,
+    }
+
+    impl Transport for Peers {
+        fn send(&self, to: &WorkerId, call: ExpertCall, reply: ReplySender) {
+            if self.cut_off.contains(&to.as_str()) {
+                self.unanswered.lock().push(reply);
+                return;
+            }
+            let geometry = self.geometry.as_ref().unwrap();
+            let len = crate::answers::outputs_len(geometry, &call.jobs);
+            let outputs = vec![0; len].into();
+            reply.send(Ok(Reply {
+                outputs,
+                service_us: 1,
+            }));
+        }
+
+        fn stats(&self) -> TransportStats {
+            TransportStats::default()
+        }
+    }
+
+    fn geometry() -> ModelGeometry {
+        ModelGeometry {
+            hidden: 8,
+            num_layers: 1,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: 8,
+            ff: 64,
+            num_experts: 2,
+            top_k: 2,
+            vocab: 16,
+            rope_theta: 1e4,
+            rms_eps: 1e-5,
+            sliding_window: None,
+            max_positions: 64,
+        }
+    }
+
+    /// Both experts on `a` and `b`, none on us.
+    fn placement() -> Placement {
+        let holders = |first, second| {
+            vec![SliceHolders {
+                range: SegmentRange::WHOLE,
+                holders: vec![first, second],
+            }]
+        };
+        Placement {
+            epoch: Epoch(1),
+            numeric_class: "c".to_owned(),
+            model: "m".to_owned(),
+            num_layers: 1,
+            num_experts: 2,
+            workers: ["a", "b"].map(WorkerId::new).to_vec(),
+            experts: vec![holders(0, 1), holders(1, 0)],
+        }
+    }
+
+    /// The exchange of a worker that knows well how fast its peers are.
+    fn exchange(cut_off: &[&'static str]) -> ExpertExchange {
+        let mut config = ExchangeConfig::new(WorkerId::new("me"), geometry(), RowFormat::F32);
+        config.clock = || NOW.get();
+        let peers = Peers {
+            cut_off: cut_off.to_vec(),
+            geometry: Some(geometry()),
+            ..Peers::default()
+        };
+        let placement = ArcSwapOption::from_pointee(placement());
+        let mut exchange = ExpertExchange::new(config, None, Arc::new(placement), Arc::new(peers));
+        for worker in ["a", "b"].map(WorkerId::new) {
+            for bytes in (0..16).map(|bits| 1 << bits) {
+                for _ in 0..8 {
+                    let took = Duration::from_millis(1);
+                    exchange.patience.answered(&worker, bytes, took);
+                }
+            }
+        }
+        exchange
+    }
+
+    /// How long it takes until a layer is complete, or known to be stuck.
+    fn step(exchange: &mut ExpertExchange) -> (Duration, bool) {
+        let rows = RoutedRows {
+            num_rows: 1,
+            rows: vec![0; 32],
+            topk_ids: vec![ExpertId(0), ExpertId(1)],
+            topk_weights: vec![0.5; 2],
+        };
+        let begin = NOW.get();
+        let ticket = exchange.dispatch(LayerId(0), &rows).unwrap();
+        let mut awaited = exchange.await_in_turns(ticket).unwrap();
+        loop {
+            let wake = exchange.turn(&mut awaited).unwrap();
+            if wake.is_none() || exchange.stats.is_stuck() {
+                return (NOW.get() - begin, wake.is_some());
+            }
+            NOW.set(wake.unwrap());
+        }
+    }
+
+    #[test]
+    fn a_worker_that_nobody_answers_knows_it_within_seconds() {
+        let (took, is_stuck) = step(&mut exchange(&["a", "b"]));
+        assert!(is_stuck);
+        assert!(took < 5 * CALL_TIMEOUT, "{took:?}");
+    }
+
+    #[test]
+    fn one_silent_holder_of_two_is_no_reason_to_leave_the_others() {
+        for silent in ["a", "b"] {
+            let mut exchange = exchange(&[silent]);
+            for _ in 0..100 {
+                let (took, is_stuck) = step(&mut exchange);
+                assert!(!is_stuck, "{silent} alone");
+                assert!(took < 2 * CALL_TIMEOUT, "{took:?}");
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -32,6 +32,8 @@ pub(super) const ATTEMPTS_MAX: usize = 6;
 const ROUND_PAUSE: Duration = Duration::from_millis(250);
 /// A peer that failed is asked after the others for this long.
 const REST: Duration = Duration::from_secs(10);
+/// Bytes of a digest; whatever else a peer sends for one is not repeated.
+const DIGEST_BYTES: usize = 32;
 /// Largest description: `config.json` and 4096 files.
 const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
 
@@ -71,6 +73,8 @@ enum Failure {
     Refused { code: Code, message: String },
     #[error("silent for {SILENCE_MAX:?}")]
     Silent,
+    #[error("not done within the {RANGE_TIME_MAX:?} that all peers have together")]
+    Slow,
     #[error("ended after {got} bytes, expected {expected}")]
     Short { expected: usize, got: usize },
     #[error("more than the {expected} bytes that were asked for")]
@@ -171,9 +175,11 @@ impl PeerWeights {
                 rounds_without_peers += 1;
             }
             for peer in peers {
-                let failure = match ask(&peer).await {
-                    Ok(answer) => return Ok(answer),
-                    Err(failure) => failure,
+                // A peer that says something again and again is not silent, and may still never end.
+                let failure = match timeout_at(deadline, ask(&peer)).await {
+                    Ok(Ok(answer)) => return Ok(answer),
+                    Ok(Err(failure)) => failure,
+                    Err(_elapsed) => Failure::Slow,
                 };
                 self.let_rest(&peer);
                 if failure.is_busy() {
@@ -184,7 +190,7 @@ impl PeerWeights {
                 let said = format!("{} at {}: {failure}", peer.id, peer.address);
                 *failures.entry(said).or_default() += 1;
                 attempts += 1;
-                if attempts >= ATTEMPTS_MAX {
+                if attempts >= ATTEMPTS_MAX || Instant::now() >= deadline {
                     return Err(NotGiven::Failed { failures });
                 }
             }
@@ -363,6 +369,39 @@ fn shown(failures: &BTreeMap<String, usize>) -> String {
     failures.iter().map(times).collect::<Vec<_>>().join("; ")
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+/// A digest as it is shown.
+fn hex(digest: &[u8]) -> String {
+    let shown = &digest[..digest.len().min(DIGEST_BYTES)];
+    shown.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::tests::record;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_never_ends_is_not_waited_for_longer_than_one_range_may_take() {
+        let mut members = Members::default();
+        let peer = record("slow", "127.0.0.1:1", "f");
+        members.workers.insert(peer.id.clone(), Arc::new(peer));
+        let asker = v1::WeightsAsker {
+            worker_id: "me".to_owned(),
+            cluster: "c".to_owned(),
+            model: "f".to_owned(),
+        };
+        let (_sender, members) = watch::channel(Arc::new(members));
+        let stop = CancellationToken::new();
+        let peers = PeerWeights::new(asker, members, Arc::default(), stop);
+        let begin = Instant::now();
+        let drips = async |_: &Peer| -> Result<(), Failure> {
+            loop {
+                sleep(SILENCE_MAX / 2).await;
+            }
+        };
+        let asked = timeout(2 * RANGE_TIME_MAX, peers.ask_in_turn(drips)).await;
+        let error = asked.expect("no end").unwrap_err().to_string();
+        assert!(error.contains("slow at 127.0.0.1:1: not done"), "{error}");
+        assert_eq!(begin.elapsed(), RANGE_TIME_MAX);
+    }
 }

@@ -33,6 +33,8 @@ const PLACE_WAIT_MAX: Duration = Duration::from_secs(2);
 const SEND_MAX: Duration = Duration::from_secs(10);
 /// Messages that are read and not yet sent, per transfer.
 const CHUNKS_WAITING_MAX: usize = 2;
+/// Longest name of a file: what file systems have.
+const FILE_NAME_BYTES_MAX: usize = 255;
 /// Largest request.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 
@@ -237,6 +239,12 @@ impl Range {
             return Err(Status::invalid_argument(format!(
                 "{pieces} pieces of {len} bytes, {stride} apart: expected 1 to {RANGE_BYTES_MAX} bytes in at \
                  most {RANGE_PIECES_MAX} pieces that do not overlap"
+            )));
+        }
+        let name_len = request.file.len();
+        if name_len > FILE_NAME_BYTES_MAX {
+            return Err(Status::invalid_argument(format!(
+                "file has a name of {name_len} bytes, expected at most {FILE_NAME_BYTES_MAX}"
             )));
         }
         Ok(Self {

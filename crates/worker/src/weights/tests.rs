@@ -49,6 +49,8 @@ enum Lie {
     Long,
     /// It breaks off.
     Broken,
+    /// What should be a digest is a megabyte.
+    Digest,
 }
 
 /// A peer that lies about every range.
@@ -101,6 +103,11 @@ impl Weights for Liar {
             Lie::Broken => {
                 chunks.truncate(1);
                 chunks.push(Err(Status::unavailable("broken off")));
+            }
+            Lie::Digest => {
+                chunks.pop();
+                let kind = Some(Kind::Sha256(vec![0xab; 1 << 20]));
+                chunks.push(Ok(v1::WeightsChunk { kind }));
             }
         }
         Ok(Response::new(Box::pin(stream::iter(chunks))))
@@ -212,7 +219,7 @@ impl Scene {
     }
 }
 
-fn record(id: &str, address: &str, model: &str) -> WorkerRecord {
+pub(super) fn record(id: &str, address: &str, model: &str) -> WorkerRecord {
     WorkerRecord {
         schema: RECORD_SCHEMA,
         id: WorkerId::new(id),
@@ -265,6 +272,7 @@ async fn what_nobody_gives_is_an_error_that_says_who_what_expected_and_got() {
         (Lie::Short, "ended after 99 bytes, expected 100"),
         (Lie::Long, "more than the 100 bytes"),
         (Lie::Broken, "Unavailable: broken off"),
+        (Lie::Digest, "expected abab"),
     ] {
         let scene = Scene::new();
         scene.liar("liar", lie).await;
@@ -280,6 +288,7 @@ async fn what_nobody_gives_is_an_error_that_says_who_what_expected_and_got() {
                 "{lie:?}: {error:?} does not say {part:?}"
             );
         }
+        assert!(error.len() < 1000, "{lie:?}: {} bytes", error.len());
         let tried = scene.stats.failed.load(Ordering::Relaxed);
         assert_eq!(tried as usize, client::ATTEMPTS_MAX);
     }
@@ -354,7 +363,7 @@ async fn a_request_beyond_its_limits_is_refused() {
     };
     use tonic::Code;
     type Change = fn(&mut v1::ReadWeightsRequest);
-    let cases: [(Change, Code); 10] = [
+    let cases: [(Change, Code); 11] = [
         (|_| {}, Code::Ok),
         (|r| r.asker = None, Code::InvalidArgument),
         (|r| r.pieces = 0, Code::InvalidArgument),
@@ -368,6 +377,8 @@ async fn a_request_beyond_its_limits_is_refused() {
         (|r| r.begin = u64::MAX - 8, Code::OutOfRange),
         (|r| r.stride = u64::MAX / 2, Code::OutOfRange),
         (|r| r.file = "../secret".to_owned(), Code::NotFound),
+        // Whoever answers would have to repeat it.
+        (|r| r.file = "x".repeat(20_000), Code::InvalidArgument),
     ];
     for (change, expected) in cases {
         assert_eq!(refused(change).await, expected);

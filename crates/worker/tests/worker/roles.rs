@@ -222,3 +222,33 @@ async fn a_worker_that_starts_again_does_what_is_wanted_of_its_name() {
     );
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn room_that_was_to_be_given_to_attention_is_offered_again_when_it_is_not() {
+    let mut cluster = Cluster::new(Carrier::Grpc);
+    want(&cluster, "a", EXPERTS).await;
+    // Experts fit only as long as there is no cache.
+    cluster
+        .start(WorkerConfig {
+            expert_memory: Some(1),
+            ..q8("a")
+        })
+        .await;
+    cluster.start(q8("b")).await;
+    cluster.publish(&["a", "b"], split(2)).await;
+    let before = cluster.record("a").await.unwrap().capacity_bytes;
+    assert!(before > 1);
+    let offers = async |bytes: u64| {
+        let record = cluster.record("a").await;
+        record.is_some_and(|record| record.capacity_bytes == bytes)
+    };
+    want(&cluster, "a", BOTH).await;
+    eventually("the cache's memory is not offered", async || {
+        offers(1).await
+    })
+    .await;
+    want(&cluster, "a", EXPERTS).await;
+    eventually("it is offered again", async || offers(before).await).await;
+    assert_eq!(cluster.record("a").await.unwrap().roles, EXPERTS);
+    cluster.stop().await;
+}
