@@ -88,7 +88,8 @@ fn every_kernel_compiles_for_every_target_without_a_stack() {
             for (kernel, usage) in &module.kernels {
                 let what = format!("{kernel} for {target}: {usage:?}");
                 assert!(kernel.starts_with("tr_"), "{what}");
-                assert_eq!(usage.stack_bytes, 0, "{what}");
+                let most = if keeps_halves(kernel) { HALVES_BYTES } else { 0 };
+                assert!(usage.stack_bytes <= most, "{what}");
                 assert!((1..=REGISTERS_MAX).contains(&usage.registers), "{what}");
                 assert!(usage.shared_bytes <= SHARED_BYTES_MAX, "{what}");
             }
@@ -103,12 +104,27 @@ fn every_kernel_compiles_for_every_target_without_a_stack() {
     for (target, modules) in all {
         let can = |name: &&String| {
             (*target != Target::Sm80 || !name.contains("e4m3"))
-                && (*target == Target::Sm90a || !name.contains("_wg_"))
+                && (*target == Target::Sm90a || !is_wgmma(name))
         };
         let expected: Vec<&String> = written.iter().filter(can).collect();
         assert!(names(modules).iter().eq(expected), "{target}");
     }
 }
+
+/// Whether a kernel multiplies with warp groups, which only Hopper does.
+fn is_wgmma(kernel: &str) -> bool {
+    kernel.contains("_wg_") || kernel.contains("_cl_")
+}
+
+/// Products of many tokens keep the first half of a sum in the thread's own memory on purpose (`Halves` in `tree.cuh`).
+fn keeps_halves(kernel: &str) -> bool {
+    let is_down_of_64 = kernel.starts_with("tr_down") && kernel.ends_with("_n64");
+    let is_tree_of_128 = !kernel.starts_with("tr_gate_up") && kernel.ends_with("_n128");
+    is_wgmma(kernel) && (is_tree_of_128 || is_down_of_64)
+}
+
+/// Two times the 64 sums of a thread.
+const HALVES_BYTES: u32 = 512;
 
 /// Names of the kernels that a source defines.
 fn written_in(text: &str) -> Vec<String> {
@@ -166,7 +182,8 @@ fn the_machine_code_is_what_was_meant() {
             assert_eq!(code.len(), module.kernels.len(), "{}", module.name);
             for (kernel, text) in code {
                 // Loads and stores of local memory: what did not fit the registers.
-                for spilled in ["LDL", "STL"] {
+                let spills = ["LDL", "STL"].into_iter();
+                for spilled in spills.filter(|_| !keeps_halves(&kernel)) {
                     let is_there = text
                         .split_whitespace()
                         .any(|word| word == spilled || word.starts_with(&format!("{spilled}.")));
@@ -179,7 +196,7 @@ fn the_machine_code_is_what_was_meant() {
                     waits, overlaps,
                     "{kernel} for {target}: waits for the kernel in front"
                 );
-                let is_wgmma = kernel.contains("_wg_");
+                let is_wgmma = is_wgmma(&kernel);
                 // Of 16-bit and of 8-bit numbers.
                 let has_wgmma = text.contains("HGMMA") || text.contains("QGMMA");
                 assert_eq!(has_wgmma, is_wgmma, "{kernel} for {target}");
