@@ -5,7 +5,7 @@
 # Before, where the repository is built:
 #   tests/gpu/run.sh pack DIR      builds the binaries and puts what is needed into DIR (about 60 MB)
 # Carry DIR to the machine (it needs nothing else), and there:
-#   DIR/run.sh [OUT]               writes OUT/tests.log, OUT/sanitizer.log, OUT/bench.json, OUT/torch.json (OUT: ./gpu-results)
+#   DIR/run.sh [OUT]               writes OUT/tests.log, OUT/sanitizer.log, OUT/bench-*.json, OUT/torch.json (OUT: ./gpu-results)
 #
 # NVRTC and NCCL are looked for in TRAMONTANE_TEST_CUDA_LIBRARIES, then where Python packages put it, then where the loader looks.
 # Two ranks of an island on this one GPU are among the tests; by themselves, with the variables of before and TRAMONTANE_TEST_REQUIRE_GPU=1:
@@ -103,9 +103,13 @@ gib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -
 layers=32
 [ "$gib" -lt 110 ] && layers=$(((gib - 8) * 10 / 30))
 [ "$layers" -lt 1 ] && layers=1
-./tramontane bench model --random mixtral-8x7b --layers "$layers" --output json >"$out/bench.json" 2>"$out/bench.log" ||
-    { echo "the benchmark failed, see $out/bench.log"; failed=1; }
-cat "$out/bench.json"
+for weights in bf16 e4m3 q4; do
+    # Before sm_89 there is no e4m3.
+    [ "$weights $target" = "e4m3 sm_80" ] && continue
+    ./tramontane bench model --random mixtral-8x7b --weights "$weights" --layers "$layers" --output json >"$out/bench-$weights.json" \
+        2>"$out/bench.log" || { echo "the benchmark of $weights failed, see $out/bench.log"; failed=1; }
+    cat "$out/bench-$weights.json"
+done
 python3 torch_decode.py --layers "$layers" >"$out/torch.json" 2>"$out/torch.log" || echo "no figures of PyTorch, see $out/torch.log"
 [ -s "$out/torch.json" ] && cat "$out/torch.json"
 exit $failed

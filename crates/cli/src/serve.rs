@@ -42,7 +42,14 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
             "worker.island_ranks must be 1 in one process with all workers, got {got}: ranks are processes"
         )));
     }
-    let _device = choose_device(&mut settings.worker, &checkpoint)?;
+    let device = choose_device(&mut settings.worker, &checkpoint)?;
+    if let Some(gpu) = device.gpu().filter(|_| args.workers > 1) {
+        let (name, workers) = (&gpu.info().name, args.workers);
+        // Steps whose experts are all one worker's go to the device whole.
+        output::note(&format!(
+            "{workers} workers share one {name}; with --workers 1 it computes whole steps, which is faster"
+        ));
+    }
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let intent = Intent {
