@@ -75,7 +75,7 @@ impl Follower {
                 }
                 Some(()) = wait => {
                     load_after = load_after.filter(|at| *at > Instant::now());
-                    self.drop_unused(published.as_deref(), pending.as_deref());
+                    self.drop_unused(published.as_deref(), pending.as_deref()).await;
                 }
                 Some(_) = formed => {
                     load_after = None;
@@ -239,18 +239,29 @@ impl Follower {
     }
 
     /// Drops the unwanted slices if nobody has asked for one of them during the grace.
-    fn drop_unused(&self, published: Option<&Placement>, pending: Option<&Placement>) {
+    async fn drop_unused(&self, published: Option<&Placement>, pending: Option<&Placement>) {
         let due = self
             .retire(published, pending)
             .is_some_and(|at| at <= Instant::now());
         if !due {
             return;
         }
-        let half = &self.node.experts;
+        let store = Arc::clone(&self.node.experts.store);
         let unwanted = self.unwanted(published, pending);
-        for slice in &unwanted {
-            tramontane_compute::Experts::unload(&*half.store, *slice);
+        let num_slices = unwanted.len();
+        // Experts of an island are dropped after the step that may need them.
+        let dropped = tokio::task::spawn_blocking(move || {
+            for slice in unwanted {
+                tramontane_compute::Experts::unload(&*store, slice);
+            }
+        });
+        match dropped.await {
+            Ok(()) => {
+                tracing::info!(worker = %self.node.id, num_slices, "dropped expert slices");
+            }
+            Err(error) => {
+                tracing::warn!(worker = %self.node.id, num_slices, %error, "expert slices were not dropped");
+            }
         }
-        tracing::info!(worker = %self.node.id, num_slices = unwanted.len(), "dropped expert slices");
     }
 }

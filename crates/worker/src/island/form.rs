@@ -138,8 +138,22 @@ impl Hub {
         is_time && state.running.is_none()
     }
 
-    /// Brings everybody who is there together at the next epoch.
+    /// Brings everybody who is there together at the next epoch; all are newcomers again when that fails.
     async fn form(self: Arc<Self>) -> Result<(), String> {
+        let formed = Arc::clone(&self).try_form().await;
+        if formed.is_err() {
+            let mut state = self.lock();
+            let State {
+                ranks, newcomers, ..
+            } = &mut *state;
+            newcomers.append(ranks);
+            state.num_ranks = 0;
+            state.changed = Instant::now();
+        }
+        formed
+    }
+
+    async fn try_form(self: Arc<Self>) -> Result<(), String> {
         let (epoch, num_ranks) = self.gather();
         let own = rank_segments(0, num_ranks).unwrap_or(SegmentRange::WHOLE);
         let meeting = match num_ranks {
@@ -165,11 +179,6 @@ impl Hub {
                     let _aborting = tokio::task::spawn_blocking(move || collective.abort());
                 }
                 let broken = state.broken.take();
-                state.num_ranks = 0;
-                let State {
-                    ranks, newcomers, ..
-                } = &mut *state;
-                newcomers.append(ranks);
                 let why = answered.err().or(broken);
                 return Err(why.unwrap_or_else(|| "a rank is lost".to_owned()));
             }

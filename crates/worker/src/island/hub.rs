@@ -120,6 +120,7 @@ pub(super) struct State {
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     id: u64,
+    epoch: u64,
     queue: mpsc::Sender<v1::LeadMessage>,
     pub(super) segments: SegmentRange,
 }
@@ -342,6 +343,7 @@ impl Hub {
         let parts = (1..).zip(&state.ranks).filter_map(|(number, rank)| {
             Some(Part {
                 id: rank.id,
+                epoch: state.epoch,
                 queue: rank.queue.clone(),
                 segments: segments(number)?,
             })
@@ -363,7 +365,10 @@ impl Hub {
     pub(super) fn note_loaded(&self, part: &Part, slice: ExpertSlice) {
         let index = index_of(&self.config.geometry, slice.layer, slice.expert);
         let mut state = self.state.lock();
-        let rank = state.ranks.iter_mut().find(|rank| rank.id == part.id);
+        // At the next epoch a rank has other segments, and has said anew what it holds.
+        let is_same = state.epoch == part.epoch;
+        let ranks = state.ranks.iter_mut().filter(|_| is_same);
+        let rank = ranks.into_iter().find(|rank| rank.id == part.id);
         if let Some(mask) = rank.and_then(|rank| rank.held.get_mut(index)) {
             *mask |= slice.range.mask();
         }
