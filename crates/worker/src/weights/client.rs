@@ -174,9 +174,13 @@ impl PeerWeights {
             if peers.is_empty() {
                 rounds_without_peers += 1;
             }
-            for peer in peers {
-                // A peer that says something again and again is not silent, and may still never end.
-                let failure = match timeout_at(deadline, ask(&peer)).await {
+            let num_peers = peers.len() as u32;
+            for (peer, behind) in peers.into_iter().zip((0..num_peers).rev()) {
+                // A peer that says something again and again is not silent, and may still never end: those behind it
+                // have their share of the time.
+                let left = deadline.saturating_duration_since(Instant::now());
+                let until = Instant::now() + left / (behind + 1);
+                let failure = match timeout_at(until, ask(&peer)).await {
                     Ok(Ok(answer)) => return Ok(answer),
                     Ok(Err(failure)) => failure,
                     Err(_elapsed) => Failure::Slow,
