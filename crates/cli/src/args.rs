@@ -1,5 +1,7 @@
 //! The command line: nouns, verbs and flags. Parsing only.
 
+mod compute;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +14,8 @@ use crate::drill::DrillArgs;
 use crate::kernels::KernelsCommand;
 use crate::operator::WeightsCommand;
 use crate::output::Format;
+
+pub(crate) use compute::ComputeArgs;
 
 /// Serves Mixtral and the Mistral family from one machine or many.
 #[derive(Debug, Parser)]
@@ -352,15 +356,8 @@ pub(crate) struct ServeArgs {
     /// Workers in this process
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: u16,
-    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
-    #[arg(long)]
-    pub(crate) device: Option<String>,
-    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
-    #[arg(long)]
-    pub(crate) weights: Option<String>,
-    /// Format of cached keys and values: f16 or q8
-    #[arg(long)]
-    pub(crate) kv_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
     /// Compute threads of all workers together; all cores when absent
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) threads: Option<usize>,
@@ -439,15 +436,8 @@ pub(crate) struct WorkerArgs {
     /// What it does: attention, experts or both
     #[arg(long)]
     pub(crate) roles: Option<String>,
-    /// What to compute on: auto (a GPU when one can be used), cpu, or cuda:N
-    #[arg(long)]
-    pub(crate) device: Option<String>,
-    /// Weight format: bf16, q8, q4, or f32 (reference backend, for checking); that of the file when absent
-    #[arg(long)]
-    pub(crate) weights: Option<String>,
-    /// Format of cached keys and values: f16 or q8
-    #[arg(long)]
-    pub(crate) kv_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
     /// Processes with a GPU each that are this worker together, 1 to 8
     #[arg(long)]
     pub(crate) island_ranks: Option<u32>,

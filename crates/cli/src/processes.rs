@@ -193,12 +193,12 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     );
     flags.set("worker", "id", args.id.clone());
     flags.set("worker", "roles", args.roles.clone());
-    flags.set("worker", "device", args.device.clone());
+    flags.set("worker", "device", args.compute.device.clone());
     flags.set("worker", "island_ranks", args.island_ranks.map(i64::from));
     flags.set("worker", "island_rank", args.island_rank.map(i64::from));
     flags.set("worker", "island_leader", args.island_leader.clone());
-    flags.set("worker", "weights", args.weights.clone());
-    flags.set("worker", "kv_format", args.kv_format.clone());
+    flags.set("worker", "weights", args.compute.weights.clone());
+    flags.set("worker", "kv_format", args.compute.kv_format.clone());
     flags.set("worker", "advertise", args.advertise.clone());
     flags.set("worker", "threads", args.threads.map(|n| n as i64));
     flags.set("worker", "drills", args.drills.then_some(true));

@@ -97,9 +97,9 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     let mut flags = Flags::default();
     flags.set("telemetry", "log", args.process.log.clone());
-    flags.set("worker", "device", args.device.clone());
-    flags.set("worker", "weights", args.weights.clone());
-    flags.set("worker", "kv_format", args.kv_format.clone());
+    flags.set("worker", "device", args.compute.device.clone());
+    flags.set("worker", "weights", args.compute.weights.clone());
+    flags.set("worker", "kv_format", args.compute.kv_format.clone());
     flags.set("worker", "drills", args.drills.then_some(true));
     flags.set("router", "min_workers", Some(i64::from(args.workers)));
     let settle = humantime::format_duration(SETTLE_TIME).to_string();
