@@ -233,7 +233,8 @@ __device__ __forceinline__ int load_fresh(const int *p) {
 }
 
 // Kernels of a stream overlap on sm_90 and later (programmatic dependent launch): one begins when all blocks of the one
-// before it have begun and said so. So every kernel calls one of these before it touches what others write or read.
+// before it have begun and said so. So every kernel calls one of these before it touches what others write or
+// read, but for what grid_begin allows.
 
 /// Waits until the kernels before this one are done and what they wrote is seen.
 __device__ __forceinline__ void grid_wait() {

@@ -88,7 +88,11 @@ fn every_kernel_compiles_for_every_target_without_a_stack() {
             for (kernel, usage) in &module.kernels {
                 let what = format!("{kernel} for {target}: {usage:?}");
                 assert!(kernel.starts_with("tr_"), "{what}");
-                let most = if keeps_halves(kernel) { HALVES_BYTES } else { 0 };
+                let most = if keeps_halves(kernel) {
+                    HALVES_BYTES
+                } else {
+                    0
+                };
                 assert!(usage.stack_bytes <= most, "{what}");
                 assert!((1..=REGISTERS_MAX).contains(&usage.registers), "{what}");
                 assert!(usage.shared_bytes <= SHARED_BYTES_MAX, "{what}");

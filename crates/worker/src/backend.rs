@@ -95,7 +95,9 @@ fn on_gpu(
     geometry: &ModelGeometry,
     weights: WeightFormat,
 ) -> Result<Option<Arc<CudaBackend>>, Error> {
-    let backend = device.gpu().map(|gpu| CudaBackend::new(gpu, geometry, weights));
+    let backend = device
+        .gpu()
+        .map(|gpu| CudaBackend::new(gpu, geometry, weights));
     let backend = backend.transpose().map_err(Error::Backend)?;
     Ok(backend.map(Arc::new))
 }

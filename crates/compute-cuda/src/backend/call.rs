@@ -175,7 +175,7 @@ impl Call {
         let (pairs, vectors) = self.fill(context, rows, jobs);
         let most = jobs.iter().map(|job| job.rows.len()).max().unwrap_or(0);
         let values = vectors * context.geometry.hidden;
-        let num_segments = context.geometry.num_segments() as u8;
+        let num_segments = context.geometry.num_segments();
         let is_whole = jobs.iter().all(|job| {
             let range = job.job.range;
             range.begin() == 0 && range.end() >= num_segments

@@ -1,7 +1,6 @@
 //! Products of long batches by panels: rows in the order in which blocks of a cluster share them (`kernels/panels.cu`).
 //! Decides when, owns the memory and queues; the bits are those of rows.
 
-use tramontane_compute::Error;
 use tramontane_types::{ModelGeometry, SEGMENTS_PER_EXPERT};
 
 use super::abi::{Down, GateUp, Linear, Panels as PanelsArgs};
@@ -12,10 +11,11 @@ use super::products::{GATE_UP_PANELS_SHARED, TREE_PANELS_SHARED};
 use crate::device::{Args, Buffer, Device, DeviceError, Kernel, Shape, Stream};
 use crate::target::Target;
 
-/// From so many rows of a step on they are worth the copy.
+/// From so many rows of a step on they are worth the copy, and from so many for each expert.
 const ROWS_MIN: usize = 512;
-/// Slots behind the last one that a tile reads, and does not use.
-const SLACK: usize = 256;
+const EXPERT_ROWS_MIN: usize = 64;
+/// Slots behind the last one that a tile may read, and does not use.
+const SLACK: usize = 128;
 /// Jobs begin at multiples of it.
 const JOB_SLOTS: usize = 8;
 /// Tokens of a tile, rows of a block (gate_up: columns of ff), blocks of a cluster, threads.
@@ -63,7 +63,10 @@ fn fits(g: &ModelGeometry) -> bool {
     let heads = g.num_heads * g.head_dim;
     let qkv = heads + 2 * g.num_kv_heads * g.head_dim;
     let is_whole = [g.hidden, g.ff, heads].into_iter().all(|n| n % whole == 0);
-    is_whole && [qkv, g.hidden].into_iter().all(|n| n % (TREE.1 * CLUSTER) == 0)
+    is_whole
+        && [qkv, g.hidden]
+            .into_iter()
+            .all(|n| n % (TREE.1 * CLUSTER) == 0)
 }
 
 /// Memory for panels of rows.
@@ -75,28 +78,40 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    /// For as many rows of up to `cols` columns, in `jobs` jobs; `None` where steps are too short or there are no kernels.
+    /// For as many rows of up to `cols` columns, in `jobs` jobs; `None` where steps are too short, or there are no kernels,
+    /// or no memory for them: steps take longer then.
     pub(super) fn new(
         context: &Context,
         max_rows: usize,
         (rows, jobs): (usize, usize),
         cols: usize,
-    ) -> Result<Option<Self>, Error> {
-        let Some(kernels) = context.kernels.panels.filter(|_| max_rows >= ROWS_MIN) else {
-            return Ok(None);
-        };
+    ) -> Option<Self> {
+        let kernels = context.kernels.panels.filter(|_| max_rows >= ROWS_MIN)?;
         let slots = rows.next_multiple_of(JOB_SLOTS) + jobs * JOB_SLOTS + SLACK;
-        let buffer = context.buffer(slots * cols * 2)?;
-        Ok(Some(Self {
+        let buffer = match context.buffer(slots * cols * 2) {
+            Ok(buffer) => buffer,
+            Err(error) => {
+                let bytes = slots * cols * 2;
+                tracing::warn!(bytes, %error, "no memory for panels: long steps take longer");
+                return None;
+            }
+        };
+        Some(Self {
             kernels,
             buffer,
             slots,
-        }))
+        })
     }
 
-    /// Whether a step of so many rows takes them.
+    /// Whether the dense products of a step of so many rows take them.
     pub(super) const fn are_for(rows: usize) -> bool {
         rows >= ROWS_MIN
+    }
+
+    /// Fewest rows of a step whose experts take them.
+    pub(super) fn rows_min(geometry: &ModelGeometry) -> usize {
+        let of_all = EXPERT_ROWS_MIN * geometry.num_experts;
+        ROWS_MIN.max(of_all.div_ceil(geometry.top_k))
     }
 
     const fn stride(&self) -> usize {
