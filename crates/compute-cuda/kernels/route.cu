@@ -20,9 +20,10 @@ struct RouteArgs {
     u32 *slot_of;         // [rows, top_k]
     const float *scores;  // [rows, num_experts]; null for a dense model: expert 0 with weight 1
     const u32 *num_rows;
+    u32 *chosen;          // [num_experts]: rows that chose an expert are added, modulo 2^32; null: not counted
     u32 num_experts, top_k;
 };
-static_assert(sizeof(RouteArgs) == 64, "as the host has them");
+static_assert(sizeof(RouteArgs) == 72, "as the host has them");
 
 /// Softmax of a row; lane l has experts l, l + 32, ... Behind the last expert -1, which is never chosen.
 __device__ __forceinline__ void probabilities(float (&p)[EXPERTS_PER_LANE], const float *scores, u32 num_experts) {
@@ -202,6 +203,9 @@ __device__ __forceinline__ void build_lists(const RouteArgs &a, u32 *counts) {
     __syncthreads();
     for (u32 expert = threadIdx.x; expert <= a.num_experts; expert += blockDim.x) {
         a.offsets[expert] = counts[expert * num_parts];
+        if (a.chosen != nullptr && expert < a.num_experts) {
+            a.chosen[expert] += counts[(expert + 1) * num_parts] - counts[expert * num_parts];
+        }
     }
     for (u32 piece = warp; piece < num_pieces; piece += num_warps) {
         const u32 begin = piece % num_parts * part_rows, end = min(begin + part_rows, num_rows), first = counts[piece];

@@ -301,16 +301,33 @@ fn a_whole_step_has_the_bits_of_its_layers() {
     for device in devices() {
         let mut by_layers = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 3, 8]);
         let expected = by_layers.prompt(&Prompt::new(1, 110, 0), 110);
+        let chosen = counts(&by_layers.chosen, geometry().num_experts);
         for chunk in [9, 40, 110] {
             let mut whole = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
             whole.is_whole = true;
             let got = whole.prompt(&Prompt::new(1, 110, 7), chunk);
             assert!(got == expected, "{chunk}");
+            let mut counted = vec![];
+            for expected in [&chosen, &vec![0; chosen.len()]] {
+                whole.attention.take_chosen(&mut counted).unwrap();
+                assert_eq!(counted, *expected, "{chunk}");
+            }
             // Again, by graphs that are there already, over what the pages held.
             let got = whole.prompt(&Prompt::new(1, 110, 5), chunk);
             assert!(got == expected, "{chunk} again");
         }
     }
+}
+
+/// How often each expert of each layer is among these.
+fn counts(chosen: &[Vec<ExpertId>], num_experts: usize) -> Vec<u64> {
+    let mut counts = vec![0; chosen.len() * num_experts];
+    for (layer, ids) in chosen.iter().enumerate() {
+        for id in ids {
+            counts[layer * num_experts + usize::from(id.0)] += 1;
+        }
+    }
+    counts
 }
 
 #[test]

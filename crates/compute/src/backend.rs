@@ -229,6 +229,16 @@ pub trait Attention: Send + fmt::Debug {
         let (_, _, _) = (batch, experts, logits);
         Ok(false)
     }
+
+    /// How often rows of [`step`](Self::step) chose each expert since this was asked last, `[num_layers * num_experts]`,
+    /// layer-major, into `chosen` (cleared first); empty when nobody counts.
+    ///
+    /// # Errors
+    /// When the counts cannot be fetched.
+    fn take_chosen(&mut self, chosen: &mut Vec<u64>) -> Result<(), Error> {
+        chosen.clear();
+        Ok(())
+    }
 }
 
 /// Rows that one expert slice is to compute.

@@ -9,6 +9,9 @@ use tramontane_types::{LayerId, ModelGeometry};
 
 use crate::{Error, StepTimes};
 
+/// Whole steps between two looks at what they chose: a look is a short copy from the device.
+const COUNT_EVERY: usize = 32;
+
 #[derive(Debug)]
 pub(crate) struct ModelRunner {
     num_layers: u16,
@@ -17,6 +20,9 @@ pub(crate) struct ModelRunner {
     exchange: Box<dyn Exchange>,
     /// Kept between steps for its memory.
     routed: RoutedRows,
+    /// Whole steps whose choices were not counted yet, and room for the counts.
+    uncounted: usize,
+    chosen: Vec<u64>,
 }
 
 impl ModelRunner {
@@ -38,6 +44,8 @@ impl ModelRunner {
             attention,
             exchange,
             routed: RoutedRows::default(),
+            uncounted: 0,
+            chosen: Vec::new(),
         })
     }
 
@@ -77,8 +85,21 @@ impl ModelRunner {
             .attention
             .step(batch, &*experts, logits)
             .map_err(refused("compute a step"))?;
+        self.uncounted += usize::from(is_done);
+        if self.uncounted >= COUNT_EVERY {
+            self.count_chosen()?;
+        }
         times.attend_us += lap.take_us();
         Ok(is_done)
+    }
+
+    /// Hands on what whole steps chose: placement goes by it.
+    fn count_chosen(&mut self) -> Result<(), Error> {
+        self.uncounted = 0;
+        let taken = self.attention.take_chosen(&mut self.chosen);
+        taken.map_err(refused("count chosen experts"))?;
+        self.exchange.count_chosen(&self.chosen);
+        Ok(())
     }
 
     fn run_layers(
@@ -138,5 +159,145 @@ impl Lap {
         let now = Instant::now();
         let elapsed = now.duration_since(std::mem::replace(&mut self.0, now));
         elapsed.as_micros() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tramontane_compute::reference::ReferenceBackend;
+    use tramontane_compute::{Backend as _, Contributions, Error as ComputeError, Experts};
+    use tramontane_exchange::Ticket;
+
+    use super::*;
+
+    /// A step that is computed layer by layer.
+    fn by_layers() -> ComputeError {
+        ComputeError::Shape {
+            what: "layers computed one by one".to_owned(),
+            expected: 0,
+            got: 1,
+        }
+    }
+
+    /// Computes whole steps of one expert, and counts one choice in each.
+    #[derive(Debug, Default)]
+    struct Whole {
+        steps: u64,
+    }
+
+    impl Attention for Whole {
+        fn begin(&mut self, _: &StepBatch) -> Result<(), ComputeError> {
+            Err(by_layers())
+        }
+
+        fn attend(
+            &mut self,
+            _: LayerId,
+            _: &StepBatch,
+            _: &mut RoutedRows,
+        ) -> Result<(), ComputeError> {
+            Err(by_layers())
+        }
+
+        fn combine(&mut self, _: LayerId, _: &Contributions<'_>) -> Result<(), ComputeError> {
+            Err(by_layers())
+        }
+
+        fn logits(&mut self, _: &StepBatch, _: &mut Vec<f32>) -> Result<(), ComputeError> {
+            Err(by_layers())
+        }
+
+        fn step(
+            &mut self,
+            _: &StepBatch,
+            _: &dyn Experts,
+            logits: &mut Vec<f32>,
+        ) -> Result<bool, ComputeError> {
+            logits.clear();
+            self.steps += 1;
+            Ok(true)
+        }
+
+        fn take_chosen(&mut self, chosen: &mut Vec<u64>) -> Result<(), ComputeError> {
+            *chosen = vec![std::mem::take(&mut self.steps)];
+            Ok(())
+        }
+    }
+
+    /// Has the experts, and notes what is counted.
+    #[derive(Debug)]
+    struct All {
+        experts: Arc<dyn Experts>,
+        counted: Arc<Mutex<Vec<u64>>>,
+    }
+
+    impl Exchange for All {
+        fn dispatch(
+            &mut self,
+            layer: LayerId,
+            _: &RoutedRows,
+        ) -> Result<Ticket, tramontane_exchange::Error> {
+            Err(tramontane_exchange::Error::Routing {
+                layer,
+                what: "rows, though steps are whole",
+                expected: 0,
+                got: 1,
+            })
+        }
+
+        fn combine(
+            &mut self,
+            _: Ticket,
+            _: &mut dyn FnMut(&Contributions<'_>) -> Result<(), ComputeError>,
+        ) -> Result<(), tramontane_exchange::Error> {
+            Err(tramontane_exchange::Error::Routing {
+                layer: LayerId(0),
+                what: "rows, though steps are whole",
+                expected: 0,
+                got: 1,
+            })
+        }
+
+        fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
+            Some(Arc::clone(&self.experts))
+        }
+
+        fn count_chosen(&mut self, chosen: &[u64]) {
+            self.counted.lock().unwrap().extend_from_slice(chosen);
+        }
+    }
+
+    #[test]
+    fn what_whole_steps_chose_is_counted_now_and_then_and_nothing_twice() {
+        let geometry = ModelGeometry {
+            hidden: 32,
+            num_layers: 1,
+            num_heads: 1,
+            num_kv_heads: 1,
+            head_dim: 32,
+            ff: 32,
+            num_experts: 1,
+            top_k: 1,
+            vocab: 8,
+            max_positions: 64,
+            rope_theta: 1e4,
+            rms_eps: 1e-5,
+            sliding_window: None,
+        };
+        let counted = Arc::default();
+        let exchange = All {
+            experts: ReferenceBackend::new(&geometry).experts(),
+            counted: Arc::clone(&counted),
+        };
+        let attention = Box::<Whole>::default();
+        let mut runner = ModelRunner::new(&geometry, attention, Box::new(exchange)).unwrap();
+        let (mut logits, mut times) = (vec![], StepTimes::default());
+        for _ in 0..2 * COUNT_EVERY + 1 {
+            let batch = StepBatch::default();
+            runner.run(&batch, &mut logits, &mut times).unwrap();
+        }
+        assert_eq!(*counted.lock().unwrap(), [COUNT_EVERY as u64; 2]);
     }
 }

@@ -4,7 +4,6 @@
 mod retry;
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -22,8 +21,8 @@ use crate::patience::Patience;
 use crate::plan::{self, Frame, Plan, View};
 use crate::stats::{self, add};
 use crate::{
-    CallLimits, Desk, Error, ExchangeStats, ExpertCall, ExpertServerHandle, Job, Refusal, Reply,
-    Transport,
+    CallLimits, Desk, Error, Exchange, ExchangeStats, ExpertCall, ExpertServerHandle, Job, Refusal,
+    Reply, Transport,
 };
 
 /// How long a step waits for one layer: time for the planner to publish a new placement and for a
@@ -38,35 +37,6 @@ const LEFT_MAX: usize = 64;
 const HOMELESS_PAUSE: Duration = Duration::from_millis(5);
 /// Steps of more rows take long enough in attention for the server's thread to serve meanwhile.
 const SHORT_STEP_ROWS: usize = 64;
-
-/// Carries the rows of one layer to their experts and hands back what they return. One engine thread owns it.
-pub trait Exchange: Send + fmt::Debug {
-    /// Sends what is for others; does not wait.
-    ///
-    /// # Errors
-    /// [`Error::Routing`] when `routed` does not fit the model. An absent worker is no error here.
-    fn dispatch(&mut self, layer: LayerId, routed: &RoutedRows) -> Result<Ticket, Error>;
-
-    /// Computes the local jobs, waits for the replies and calls `add` once with all of them.
-    ///
-    /// # Errors
-    /// [`Error::Deadline`] when a slice found nobody to compute it in time; what the backend or `add`
-    /// refuse. Then `add` was not called, or failed itself.
-    fn combine(
-        &mut self,
-        ticket: Ticket,
-        add: &mut dyn FnMut(&Contributions<'_>) -> Result<(), tramontane_compute::Error>,
-    ) -> Result<(), Error>;
-
-    /// The experts of the whole model, when the placement gives all of them to this worker: then nothing travels,
-    /// and a backend that can may compute a step without an exchange. Which experts such a step chooses is not counted.
-    fn whole_model(&mut self) -> Option<Arc<dyn Experts>> {
-        None
-    }
-
-    /// The engine has nothing to do until further notice.
-    fn rest(&mut self) {}
-}
 
 /// What an exchange needs to know; made with [`ExchangeConfig::new`].
 #[derive(Clone, Debug)]
@@ -471,6 +441,10 @@ impl Exchange for ExpertExchange {
             self.has_all = (placement.epoch, plan::gives_all(placement, &self.config.me));
         }
         self.local.clone().filter(|_| self.has_all.1)
+    }
+
+    fn count_chosen(&mut self, chosen: &[u64]) {
+        self.stats.count_whole_steps(chosen);
     }
 
     fn rest(&mut self) {

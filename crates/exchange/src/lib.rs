@@ -28,6 +28,7 @@ pub mod mutation;
 mod patience;
 pub mod plan;
 mod rhythm;
+mod seam;
 pub mod server;
 pub mod stats;
 pub mod transport;
@@ -37,7 +38,7 @@ mod validate;
 pub use call::{ExpertCall, Job, Refusal, Reply, ReplySender};
 pub use desk::{Desk, LOOK_TIME};
 pub use error::Error;
-pub use exchange::{Exchange, ExchangeConfig, ExpertExchange};
+pub use exchange::{ExchangeConfig, ExpertExchange};
 pub use faults::{Cut, FAULTS_KEPT_MAX, Faults, FaultyTransport};
 pub use flight::Ticket;
 pub use grpc::{
@@ -47,6 +48,7 @@ pub use grpc::{
 pub use host::{HostListener, HostTransport, PeerAddress};
 pub use limits::CallLimits;
 pub use local::LocalTransport;
+pub use seam::Exchange;
 pub use server::{ExpertServer, ExpertServerConfig, ExpertServerHandle, ExpertServerStats};
 pub use stats::ExchangeStats;
 pub use transport::{Transport, TransportStats};

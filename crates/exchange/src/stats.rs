@@ -54,6 +54,13 @@ impl ExchangeStats {
             }
         }
     }
+
+    /// Counts what steps without an exchange chose, in the order of `chosen`.
+    pub(crate) fn count_whole_steps(&self, chosen: &[u64]) {
+        for (counter, &count) in self.chosen.iter().zip(chosen) {
+            counter.fetch_add(count, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Default for ExchangeStats {
@@ -89,7 +96,7 @@ impl ExchangeStats {
         }
     }
 
-    /// Nobody could be asked for a job of the running layer, or all who were asked are silent. A call on its way to a worker
+    /// Nobody could be asked for a job of the running layer, or two who were asked are silent. A call on its way to a worker
     /// that may not be there changes nothing about that.
     pub(crate) fn set_stuck(&self) {
         if self.stuck_since.load(Ordering::Relaxed) == 0 {

@@ -10,6 +10,7 @@ struct RouteArgs {
     uint32_t *offsets, *row_of, *slot_of;
     const float *scores;
     const uint32_t *num_rows;
+    uint32_t *chosen;
     uint32_t num_experts, top_k;
 };
 
@@ -39,14 +40,20 @@ static Routed route(const std::vector<float> &scores, uint32_t rows, uint32_t nu
     const uint32_t slots = rows * top_k;
     Buffer<uint32_t> ids(slots), offsets(num_experts + 1), row_of(slots), slot_of(slots), num_rows(std::vector<uint32_t>{rows});
     Buffer<float> weights(slots), device_scores(scores.empty() ? std::vector<float>{0} : scores);
+    // One more at each place, so that what was there before must be kept.
+    Buffer<uint32_t> chosen(std::vector<uint32_t>(num_experts, 0xFFFFFFFFU));
     const RouteArgs args{ids.data, weights.data, offsets.data, row_of.data, slot_of.data,
-                         scores.empty() ? nullptr : device_scores.data, num_rows.data, num_experts, top_k};
+                         scores.empty() ? nullptr : device_scores.data, num_rows.data, chosen.data, num_experts, top_k};
     if (is_one_kernel) {
         launch("tr_route", {1}, {1024}, ROUTE_SHARED, args);
     } else {
         launch("tr_choose_experts", {(rows + 7) / 8 + 1}, {256}, 0, args);
         const uint32_t threads = rows % 2 == 0 ? 1024 : 32 * std::min(32U, num_experts);
         launch("tr_expert_lists", {1}, {threads}, ROUTE_SHARED, args);
+    }
+    for (uint32_t e = 0; e < num_experts; ++e) {
+        uint32_t count = offsets.data[e + 1] - offsets.data[e];
+        if (chosen.data[e] + 1 != count) fail("expert %u was chosen %u times, counted %u", e, count, chosen.data[e] + 1);
     }
     auto all = [](auto &buffer) { return std::vector(buffer.data, buffer.data + buffer.count); };
     return {all(ids), all(offsets), all(row_of), all(slot_of), all(weights)};

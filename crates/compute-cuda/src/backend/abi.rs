@@ -195,6 +195,7 @@ pub(super) struct RouteArgs {
     pub(super) slot_of: u64,
     pub(super) scores: u64,
     pub(super) num_rows: u64,
+    pub(super) chosen: u64,
     pub(super) num_experts: u32,
     pub(super) top_k: u32,
 }

@@ -28,10 +28,28 @@ pub(super) struct CudaAttention {
     /// Rows and choices on their way to other workers.
     routed: Pinned,
     combine: Combine,
+    /// What whole steps chose, and what of that was taken already.
+    chosen: Chosen,
     /// The ranks of the last whole step.
     island: Option<Arc<Island>>,
     /// What they have of the cache.
     behind: Behind,
+}
+
+/// Counters of the device.
+struct Chosen {
+    counts: Pinned,
+    taken: Vec<u32>,
+}
+
+impl Chosen {
+    fn new(core: &Core) -> Result<Self, Error> {
+        let bytes = core.buffers.chosen.bytes();
+        Ok(Self {
+            counts: core.context.pinned(bytes)?,
+            taken: vec![0; bytes / size_of::<u32>()],
+        })
+    }
 }
 
 impl fmt::Debug for CudaAttention {
@@ -60,6 +78,7 @@ impl CudaAttention {
             whole: None,
             routed: context.pinned(core.max_rows() * per_row)?,
             combine: Combine::new(context)?,
+            chosen: Chosen::new(&core)?,
             island: None,
             behind: Behind::new(core.num_pages()),
             core,
@@ -236,7 +255,7 @@ impl Attention for CudaAttention {
             queue
                 .norm(norm)
                 .and_then(|()| queue.attention(layer))
-                .and_then(|()| queue.route(weights, to_experts))
+                .and_then(|()| queue.route(weights, to_experts, 0))
         };
         queued.map_err(failed("computing attention"))?;
         self.fetch_routed(batch.num_rows(), routed)
@@ -294,5 +313,22 @@ impl Attention for CudaAttention {
             return Ok(false);
         }
         self.compute(&held, step, true, logits).map(|()| true)
+    }
+
+    fn take_chosen(&mut self, chosen: &mut Vec<u64>) -> Result<(), Error> {
+        let bytes = self.chosen.counts.bytes();
+        let (stream, counter) = (&self.core.stream, &self.core.buffers.chosen);
+        // SAFETY: both live in `self`, and the wait is below.
+        let fetched = unsafe { stream.download(&mut self.chosen.counts, counter, 0, bytes) };
+        let fetched = fetched.and_then(|()| stream.synchronize());
+        fetched.map_err(failed("counting chosen experts"))?;
+        let counts = self.chosen.counts.as_slice::<u32>().iter();
+        let taken = counts.zip(&mut self.chosen.taken).map(|(&count, taken)| {
+            // Counters run over.
+            u64::from(count.wrapping_sub(std::mem::replace(taken, count)))
+        });
+        chosen.clear();
+        chosen.extend(taken);
+        Ok(())
     }
 }

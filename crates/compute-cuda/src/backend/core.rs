@@ -11,8 +11,8 @@ use super::call::row_stride;
 use super::context::{Context, Matrix, Out, Rows, failed};
 use super::input::StepInput;
 use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
-use super::panels::Panels;
 use super::norms::Norm;
+use super::panels::Panels;
 use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
 use super::round::RoundedRows;
 use super::weights::{LayerWeights, Weights};
@@ -39,9 +39,9 @@ pub(super) struct Buffers {
     q: Buffer,
     /// Attention outputs, `[rows, num_heads * head_dim]` bf16.
     attended: Buffer,
-    /// Of either, for long steps.
-    panels: Option<Panels>,
     rounded_attended: Option<RoundedRows>,
+    /// Of normalised rows, then of attention outputs, for long steps.
+    panels: Option<Panels>,
     /// `[rows, num_experts]` f32.
     scores: Buffer,
     /// `[rows, top_k]`, as the next three.
@@ -51,6 +51,8 @@ pub(super) struct Buffers {
     pub(super) slot_of: Buffer,
     /// `[num_experts + 1]`.
     pub(super) offsets: Buffer,
+    /// How often whole steps chose each expert, modulo 2^32: `[num_layers, num_experts]`.
+    pub(super) chosen: Buffer,
     /// Keys and values of all layers.
     cache: Buffer,
     cache_layer_bytes: usize,
@@ -82,13 +84,14 @@ impl Buffers {
             q: context.buffer(rows * g.num_heads * padded * 2)?,
             attended: context.buffer(rows * row_stride(heads))?,
             rounded_attended: RoundedRows::new(context, rows, heads)?,
-            panels: Panels::new(context, rows, (rows, 0), g.hidden.max(heads))?,
+            panels: Panels::new(context, rows, (rows, 0), g.hidden.max(heads)),
             scores: context.buffer(rows * g.num_experts * 4)?,
             topk_ids: context.buffer(choices)?,
             topk_weights: context.buffer(choices)?,
             row_of: context.buffer(choices)?,
             slot_of: context.buffer(choices)?,
             offsets: context.buffer((g.num_experts + 1) * 4)?,
+            chosen: zeros(g.num_layers * g.num_experts * 4)?,
             cache: context.buffer(g.num_layers * cache_layer_bytes)?,
             cache_layer_bytes,
             slot_outputs: context.buffer(SLOTS_MAX * g.num_heads * padded * 4)?,
@@ -419,7 +422,7 @@ impl Queue<'_> {
         Ok(())
     }
 
-    /// The norm before the experts, the gate, and which expert gets which row.
+    /// The norm before the experts, the gate, and which expert gets which row; counted at `chosen` unless that is 0.
     ///
     /// # Safety
     /// As `launch`.
@@ -427,6 +430,7 @@ impl Queue<'_> {
         &self,
         weights: &LayerWeights,
         norm: Norm<'_>,
+        chosen: u64,
     ) -> Result<(), DeviceError> {
         let (geometry, kernels) = (&self.context.geometry, &self.context.kernels);
         let buffers = self.buffers;
@@ -441,6 +445,7 @@ impl Queue<'_> {
                 .as_ref()
                 .map_or(0, |_| buffers.scores.address()),
             num_rows: self.input.num_rows(),
+            chosen,
             num_experts: geometry.num_experts as u32,
             top_k: geometry.top_k as u32,
         };

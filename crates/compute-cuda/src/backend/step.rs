@@ -84,13 +84,18 @@ impl WholeStep {
         let panels = |cols| Panels::new(context, max_rows, (pairs, geometry.num_experts), cols);
         // Ranks of an island have parts of experts, for which there are rows only.
         let panels = match island {
-            None => panels(geometry.hidden)?.zip(panels(geometry.ff)?),
+            None => panels(geometry.hidden).zip(panels(geometry.ff)),
             Some(_) => None,
+        };
+        // Longer steps have their hidden rows in panels.
+        let hidden_pairs = match panels {
+            Some(_) => pairs.min((Panels::rows_min(geometry) - 1) * geometry.top_k),
+            None => pairs,
         };
         let ranks = island.map(|island| Ranks::new(context, island, vectors));
         Ok(Self {
             graphs: BTreeMap::new(),
-            hidden: Hidden::new(context, pairs)?,
+            hidden: Hidden::new(context, hidden_pairs)?,
             outputs: context.buffer(vectors)?,
             jobs: jobs_for(context, own)?,
             ranks: ranks.transpose()?,
@@ -203,6 +208,8 @@ impl WholeStep {
         for (layer, weights) in queue.weights.layers.iter().enumerate() {
             let norm = queue.norm_for_layers(&weights.input_norm);
             let to_experts = queue.norm_for_layers(&weights.post_norm);
+            let line = queue.context.geometry.num_experts * size_of::<u32>();
+            let chosen = queue.buffers.chosen.at(layer * line);
             // SAFETY: the caller's promise.
             unsafe {
                 if layer == 0 {
@@ -211,7 +218,7 @@ impl WholeStep {
                     self.combine_norm(queue, norm)?;
                 }
                 queue.attention(layer)?;
-                queue.route(weights, to_experts)?;
+                queue.route(weights, to_experts, chosen)?;
                 self.experts(queue, held, layer)?;
             }
         }
@@ -267,7 +274,9 @@ impl WholeStep {
         // SAFETY: the caller's promise.
         unsafe {
             let panels = self.panels.as_ref();
-            if let Some((rows, hidden)) = panels.filter(|_| Panels::are_for(queue.rows)) {
+            if let Some((rows, hidden)) =
+                panels.filter(|_| queue.rows >= Panels::rows_min(geometry))
+            {
                 let to = (hidden, self.outputs.address());
                 return rows.experts(queue.context, queue.stream, &lists, x, to);
             }
