@@ -58,10 +58,6 @@ static inline void cp_async_16(u32 to, const void *from, int bytes) {
 }
 static inline void cp_async_commit() { emu::copy_async_commit(); }
 template <int LEFT> static inline void cp_async_wait() { emu::copy_async_wait(LEFT); }
-static inline void cp_async_wait_all() {
-    emu::copy_async_commit();
-    emu::copy_async_wait(0);
-}
 static inline void fence_proxy_async() {}
 
 // ldmatrix: matrix `i` of 8 x 8 b16 has its row addresses in lanes 8 i to 8 i + 7; lane `l` receives elements

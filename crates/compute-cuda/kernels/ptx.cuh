@@ -95,9 +95,6 @@ template <int LEFT> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-/// Waits for all of this thread's asynchronous copies.
-__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 /// Makes this thread's writes to shared memory visible to wgmma (and other asynchronous readers).
 __device__ __forceinline__ void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900

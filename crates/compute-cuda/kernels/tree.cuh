@@ -21,6 +21,13 @@ struct Job {
 /// Columns of a full segment (tramontane_types::slice::segment_len); also the part rule of dense matrices.
 __device__ __forceinline__ int segment_cols(int cols) { return divide_up(divide_up(cols, 8), 32) * 32; }
 
+/// Those of the parts `begin` to `end` of `cols` columns that have columns.
+__device__ __forceinline__ Parts parts_between(int cols, int begin, int end) {
+    Parts parts = {cols, segment_cols(cols), begin, 0};
+    parts.end = min(end, num_parts(parts));
+    return parts;
+}
+
 /// The arguments of tr_linear_*: see README.md.
 struct Linear {
     const u8 *weights;

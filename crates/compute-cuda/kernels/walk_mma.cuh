@@ -234,8 +234,7 @@ template <class Step, int N> __device__ __forceinline__ void linear(const Linear
     constexpr int ROWS = TREE_ROWS<N>;
     int column = blockIdx.x * N, first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
     Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
-    Parts parts = {call.cols, segment_cols(call.cols), 0, 0};
-    parts.end = divide_up(call.cols, parts.part_cols);
+    Parts parts = parts_between(call.cols, 0, 8);
     int strips = divide_up(call.rows, 64) * 4, strip = first_row / 16 + (N <= 16 ? 0 : warp);
     long long part_bytes = static_cast<long long>(strips) * steps_of<Step>(parts.part_cols) * Step::BYTES;
     auto strip_of = [&](int part) {
@@ -287,9 +286,8 @@ template <class Step, int N> __device__ __forceinline__ void down(const Down &ca
     }
     int first_row = blockIdx.y * ROWS, warp = threadIdx.x / 32;
     Tokens tokens = {call.x, nullptr, begin + column, min(N, left), call.x_stride};
-    Parts parts = {call.ff, segment_cols(call.ff), job.begin, job.end};
-    int num_segments = divide_up(call.ff, parts.part_cols);
-    parts.end = min(parts.end, num_segments);
+    Parts parts = parts_between(call.ff, job.begin, job.end);
+    int num_segments = num_parts(parts);
     const Expert *expert = call.experts + job.expert;
     int strip = first_row / 16 + (N <= 16 ? 0 : warp);
     auto strip_of = [&](int part) {

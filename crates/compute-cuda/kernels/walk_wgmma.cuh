@@ -349,12 +349,7 @@ __device__ __forceinline__ void group_tree(const Tokens &tokens, PartsOf parts_o
 template <class Step, int N, int CLUSTER = 1> __device__ __forceinline__ void linear_group(const Linear &call) {
     int column = blockIdx.x * N, first_row = blockIdx.y * LINEAR_ROWS<N>;
     Tokens tokens = {call.x, call.row_ids, column, min(N, call.num_tokens - column), call.x_stride};
-    auto parts_of = [&]() {
-        Parts parts = {computed_here(call.cols), 0, 0, 0};
-        parts.part_cols = segment_cols(parts.cols);
-        parts.end = num_parts(parts);
-        return parts;
-    };
+    auto parts_of = [&]() { return parts_between(computed_here(call.cols), 0, 8); };
     int strips = divide_up(call.rows, 64) * 4;
     // Of a block that reaches behind the last rows, a group there computes the last again and writes nothing.
     auto group_of = [&](const Parts &parts, int part, int group) {
@@ -385,12 +380,7 @@ template <class Step, int N, int CLUSTER = 1, int TILE = N> __device__ __forcein
     int first_row = blockIdx.y * DOWN_ROWS<TILE>, strips = divide_up(call.hidden, 64) * 4;
     int first = (CLUSTER > 1 ? first_slot(call.offsets, blockIdx.z) : begin) + column;
     Tokens tokens = {call.x, nullptr, first, min(N, left), call.x_stride};
-    auto parts_of = [&]() {
-        Parts parts = {computed_here(call.ff), 0, job.begin, 0};
-        parts.part_cols = segment_cols(parts.cols);
-        parts.end = min(job.end, num_parts(parts));
-        return parts;
-    };
+    auto parts_of = [&]() { return parts_between(computed_here(call.ff), job.begin, job.end); };
     const Expert *expert = call.experts + job.expert;
     auto group_of = [&](const Parts &parts, int part, int group) {
         int strip = min(first_row / 16 + 4 * group, strips - 4);

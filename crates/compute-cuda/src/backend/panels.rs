@@ -88,10 +88,10 @@ impl Panels {
     ) -> Option<Self> {
         let kernels = context.kernels.panels.filter(|_| max_rows >= ROWS_MIN)?;
         let slots = rows.next_multiple_of(JOB_SLOTS) + jobs * JOB_SLOTS + SLACK;
-        let buffer = match context.buffer(slots * cols * 2) {
+        let bytes = slots * cols * 2;
+        let buffer = match context.buffer(bytes) {
             Ok(buffer) => buffer,
             Err(error) => {
-                let bytes = slots * cols * 2;
                 tracing::warn!(bytes, %error, "no memory for panels: long steps take longer");
                 return None;
             }
