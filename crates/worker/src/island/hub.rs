@@ -365,10 +365,10 @@ impl Hub {
     pub(super) fn note_loaded(&self, part: &Part, slice: ExpertSlice) {
         let index = index_of(&self.config.geometry, slice.layer, slice.expert);
         let mut state = self.state.lock();
-        // At the next epoch a rank has other segments, and has said anew what it holds.
-        let is_same = state.epoch == part.epoch;
-        let ranks = state.ranks.iter_mut().filter(|_| is_same);
-        let rank = ranks.into_iter().find(|rank| rank.id == part.id);
+        if state.epoch != part.epoch {
+            return; // At the next epoch a rank has other segments, and has said anew what it holds.
+        }
+        let rank = state.ranks.iter_mut().find(|rank| rank.id == part.id);
         if let Some(mask) = rank.and_then(|rank| rank.held.get_mut(index)) {
             *mask |= slice.range.mask();
         }
