@@ -1,8 +1,10 @@
 //! Conversions between wire messages and shared types. What comes in is checked here, once.
 
+use std::sync::Arc;
+
 use tramontane_types::{
-    FinishReason, SamplingParams, TokenLogprob, TokenOutput, Usage, sampling::LOGIT_BIAS_MAX,
-    sampling::STOP_IDS_MAX,
+    Constraint, FinishReason, SamplingParams, TokenLogprob, TokenOutput, Usage,
+    sampling::BAD_WORDS_MAX, sampling::LOGIT_BIAS_MAX, sampling::STOP_IDS_MAX,
 };
 
 use crate::v1;
@@ -61,6 +63,13 @@ impl From<&SamplingParams> for v1::Sampling {
             stop_ids: params.stop_ids.clone(),
             ignore_eos: params.ignore_eos,
             logprobs: params.logprobs,
+            prompt_logprobs: params.prompt_logprobs,
+            bad_words: params
+                .bad_words
+                .iter()
+                .map(|ids| v1::BadWord { ids: ids.clone() })
+                .collect(),
+            constraint: params.constraint.as_deref().map(v1::Constraint::from),
         }
     }
 }
@@ -72,6 +81,8 @@ impl TryFrom<v1::Sampling> for SamplingParams {
     fn try_from(wire: v1::Sampling) -> Result<Self, Self::Error> {
         at_most("logit_bias", wire.logit_bias.len(), LOGIT_BIAS_MAX)?;
         at_most("stop_ids", wire.stop_ids.len(), STOP_IDS_MAX)?;
+        at_most("bad_words", wire.bad_words.len(), BAD_WORDS_MAX)?;
+        let constraint = wire.constraint.map(Constraint::try_from).transpose()?;
         Ok(Self {
             temperature: wire.temperature,
             top_k: wire.top_k,
@@ -87,7 +98,41 @@ impl TryFrom<v1::Sampling> for SamplingParams {
             stop_ids: wire.stop_ids,
             ignore_eos: wire.ignore_eos,
             logprobs: wire.logprobs,
+            prompt_logprobs: wire.prompt_logprobs,
+            bad_words: wire.bad_words.into_iter().map(|word| word.ids).collect(),
+            constraint: constraint.map(Arc::new),
         })
+    }
+}
+
+impl From<&Constraint> for v1::Constraint {
+    fn from(constraint: &Constraint) -> Self {
+        use v1::constraint::Kind;
+        let kind = match constraint {
+            Constraint::JsonObject => Kind::JsonObject(v1::JsonObject {}),
+            Constraint::JsonSchema(schema) => Kind::JsonSchema(schema.to_string()),
+            Constraint::Regex(expression) => Kind::Regex(expression.to_string()),
+            Constraint::Lark(grammar) => Kind::Lark(grammar.to_string()),
+        };
+        Self { kind: Some(kind) }
+    }
+}
+
+impl TryFrom<v1::Constraint> for Constraint {
+    type Error = InvalidWire;
+
+    fn try_from(wire: v1::Constraint) -> Result<Self, Self::Error> {
+        use v1::constraint::Kind;
+        match wire.kind {
+            Some(Kind::JsonObject(_)) => Ok(Self::JsonObject),
+            Some(Kind::JsonSchema(schema)) => Ok(Self::JsonSchema(schema.into())),
+            Some(Kind::Regex(expression)) => Ok(Self::Regex(expression.into())),
+            Some(Kind::Lark(grammar)) => Ok(Self::Lark(grammar.into())),
+            None => Err(InvalidWire::Missing {
+                message: "Constraint",
+                field: "kind",
+            }),
+        }
     }
 }
 
@@ -192,6 +237,9 @@ mod tests {
             seed: u64::MAX,
             stop_ids: vec![2, 9],
             logprobs: Some(0),
+            prompt_logprobs: Some(3),
+            bad_words: vec![vec![4, 5]],
+            constraint: Some(Arc::new(Constraint::Regex("[ab]+".into()))),
             ..SamplingParams::default()
         };
         assert_eq!(

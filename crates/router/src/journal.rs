@@ -119,6 +119,7 @@ impl Entry {
             prompt_ids,
             sampling: Some(v1::Sampling::from(&self.params)),
             num_resumed: u32::try_from(self.sampled.len()).unwrap_or(u32::MAX),
+            cache_salt: 0,
             model: self.version.model.to_string(),
             numeric_class: self.version.numeric_class.to_string(),
         }

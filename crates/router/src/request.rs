@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
-use tramontane_types::{InvalidSampling, SamplingParams, TokenId};
+use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
@@ -52,6 +52,10 @@ pub(crate) struct Options {
     /// Name that the client gave `logprobs`, when not `top_logprobs`.
     pub(crate) logprobs_name: Option<&'static str>,
     pub(crate) n: Option<u32>,
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Words that may not appear; tokenized in [`prepare`].
+    pub(crate) bad_words: Vec<String>,
+    pub(crate) constraint: Option<Arc<Constraint>>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
 }
@@ -168,6 +172,10 @@ fn sampling(options: &Options) -> SamplingParams {
         stop_ids: options.stop_token_ids.clone(),
         ignore_eos: options.ignore_eos.unwrap_or(defaults.ignore_eos),
         logprobs: options.logprobs,
+        prompt_logprobs: options.prompt_logprobs,
+        // Tokenized later.
+        bad_words: Vec::new(),
+        constraint: options.constraint.clone(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Words that every process shares: ids, expert slices, placements, sampling parameters. No I/O.
 
+pub mod constraint;
 pub mod finish;
 pub mod geometry;
 pub mod ids;
@@ -7,6 +8,7 @@ pub mod placement;
 pub mod sampling;
 pub mod slice;
 
+pub use constraint::Constraint;
 pub use finish::{FinishReason, TokenLogprob, TokenOutput, Usage};
 pub use geometry::ModelGeometry;
 pub use ids::{Epoch, ExpertId, LayerId, PageId, RequestId, TokenId, WorkerId};

@@ -1,8 +1,11 @@
 //! How the next token is chosen, and the limits of every parameter; checked once, at the edge.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
+use crate::constraint::{CONSTRAINT_BYTES_MAX, Constraint};
 
 /// Most alternatives reported per token (`top_logprobs`).
 pub const TOP_LOGPROBS_MAX: u32 = 20;
@@ -10,6 +13,10 @@ pub const TOP_LOGPROBS_MAX: u32 = 20;
 pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Most stop ids of one request.
 pub const STOP_IDS_MAX: usize = 64;
+/// Most words that may not appear in one answer.
+pub const BAD_WORDS_MAX: usize = 64;
+/// Most tokens of one of them.
+pub const BAD_WORD_TOKENS_MAX: usize = 32;
 /// Highest temperature.
 pub const TEMPERATURE_MAX: f32 = 2.0;
 /// Largest absolute presence or frequency penalty.
@@ -52,6 +59,13 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// `Some(n)`: report the log probability of each token and its `n` best alternatives.
     pub logprobs: Option<u32>,
+    /// `Some(n)`: report the same of every token of the prompt but the first.
+    pub prompt_logprobs: Option<u32>,
+    /// Token sequences that never appear whole in the output: the last token of one is masked while the output
+    /// ends with its others.
+    pub bad_words: Vec<Vec<TokenId>>,
+    /// Language that the output is a word of.
+    pub constraint: Option<Arc<Constraint>>,
 }
 
 impl Default for SamplingParams {
@@ -71,6 +85,9 @@ impl Default for SamplingParams {
             stop_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            prompt_logprobs: None,
+            bad_words: Vec::new(),
+            constraint: None,
         }
     }
 }
@@ -123,15 +140,46 @@ impl SamplingParams {
             let rule = format!("at most max_tokens ({})", self.max_tokens);
             return Err(invalid("min_tokens", &rule, self.min_tokens));
         }
-        if self.logprobs.is_some_and(|n| n > TOP_LOGPROBS_MAX) {
-            let rule = format!("at most {TOP_LOGPROBS_MAX}");
-            return Err(invalid(
-                "top_logprobs",
-                &rule,
-                self.logprobs.unwrap_or_default(),
-            ));
+        let logprobs = [
+            ("top_logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ];
+        for (param, asked) in logprobs {
+            if let Some(asked) = asked.filter(|&n| n > TOP_LOGPROBS_MAX) {
+                let rule = format!("at most {TOP_LOGPROBS_MAX}");
+                return Err(invalid(param, &rule, asked));
+            }
         }
-        self.validate_ids(vocab)
+        if let Some(constraint) = &self.constraint {
+            let got = constraint.source().len();
+            if got > CONSTRAINT_BYTES_MAX {
+                let rule = format!("at most {CONSTRAINT_BYTES_MAX} bytes");
+                return Err(invalid("response_format", &rule, got));
+            }
+        }
+        self.validate_ids(vocab)?;
+        self.validate_bad_words(vocab)
+    }
+
+    fn validate_bad_words(&self, vocab: usize) -> Result<(), InvalidSampling> {
+        if self.bad_words.len() > BAD_WORDS_MAX {
+            let rule = format!("at most {BAD_WORDS_MAX} entries");
+            return Err(invalid("bad_words", &rule, self.bad_words.len()));
+        }
+        for word in &self.bad_words {
+            if !(1..=BAD_WORD_TOKENS_MAX).contains(&word.len()) {
+                let rule = format!("words of 1 to {BAD_WORD_TOKENS_MAX} tokens");
+                return Err(invalid("bad_words", &rule, word.len()));
+            }
+            if let Some(id) = word.iter().find(|&&id| id as usize >= vocab) {
+                return Err(invalid(
+                    "bad_words",
+                    &format!("token ids below {vocab}"),
+                    id,
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn validate_ids(&self, vocab: usize) -> Result<(), InvalidSampling> {
@@ -228,6 +276,23 @@ mod tests {
         assert_eq!(
             refused(|p| p.logprobs = Some(21)),
             "top_logprobs must be at most 20, got 21"
+        );
+        assert_eq!(
+            refused(|p| p.prompt_logprobs = Some(21)),
+            "prompt_logprobs must be at most 20, got 21"
+        );
+        assert_eq!(
+            refused(|p| p.bad_words = vec![vec![1], vec![]]),
+            "bad_words must be words of 1 to 32 tokens, got 0"
+        );
+        assert_eq!(
+            refused(|p| p.bad_words = vec![vec![1, 100]]),
+            "bad_words must be token ids below 100, got 100"
+        );
+        let long = "x".repeat(CONSTRAINT_BYTES_MAX + 1);
+        assert_eq!(
+            refused(|p| p.constraint = Some(Arc::new(Constraint::Regex(long.into())))),
+            "response_format must be at most 262144 bytes, got 262145"
         );
         assert_eq!(
             refused(|p| p.stop_ids = vec![100]),

@@ -13,6 +13,7 @@ use tramontane_proto::v1::{
     self, sequence_event::Kind, worker_server::Worker, worker_server::WorkerServer,
 };
 use tramontane_proto::{InvalidWire, finish_reason_to_wire};
+use tramontane_types::constraint::CONSTRAINT_BYTES_MAX;
 use tramontane_types::{RequestId, SamplingParams};
 
 use crate::engine_thread::{Generation, GenerationEvent};
@@ -24,13 +25,11 @@ pub(crate) const REQUEST_ID_BYTES_MAX: usize = 256;
 /// Most tokens of one message: a reader that lags catches up in few messages of bounded size.
 const TOKENS_PER_MESSAGE_MAX: usize = 64;
 /// Encoded size of everything in a request but the prompt, at most.
-const REQUEST_OVERHEAD_BYTES: usize = 64 * 1024;
+const REQUEST_OVERHEAD_BYTES: usize = 64 * 1024 + CONSTRAINT_BYTES_MAX;
 /// Encoded size of one prompt id, at most.
 const PROMPT_ID_BYTES: usize = 5;
 /// Characters of a version that an error repeats.
 const NAMED_CHARS_MAX: usize = 64;
-/// Requests share what they have in common: the engine keeps tenants apart by salt, and there are none yet.
-const CACHE_SALT: u64 = 0;
 
 /// The service in front of one worker.
 #[derive(Clone, Debug)]
@@ -110,7 +109,7 @@ fn check(request: v1::GenerateSequenceRequest, vocab: usize) -> Result<NewSequen
         prompt: request.prompt_ids,
         num_resumed: request.num_resumed as usize,
         params,
-        cache_salt: CACHE_SALT,
+        cache_salt: request.cache_salt,
     })
 }
 

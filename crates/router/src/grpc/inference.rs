@@ -246,6 +246,9 @@ fn options(wire: v1::GenerateOptions) -> Options {
         logprobs: wire.logprobs,
         logprobs_name: Some("logprobs"),
         n: wire.n,
+        prompt_logprobs: None,
+        bad_words: Vec::new(),
+        constraint: None,
         echo: false,
     }
 }
