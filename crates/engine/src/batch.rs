@@ -5,8 +5,8 @@ use tramontane_compute::{SequenceSpan, StepBatch};
 use crate::scheduler::Chunk;
 use crate::sequence::Sequences;
 
-/// Fills `batch` with the planned rows, in order. The last row of every sequence that has all its
-/// tokens computed after this step wants logits.
+/// Fills `batch` with the planned rows, in order: of the tokens that there are, then of guessed ones. Logits
+/// are those of [`Sequence::wanted_logits`](crate::sequence::Sequence::wanted_logits).
 pub(crate) fn fill(batch: &mut StepBatch, chunks: &[Chunk], sequences: &Sequences) {
     batch.clear();
     for chunk in chunks {
@@ -14,18 +14,30 @@ pub(crate) fn fill(batch: &mut StepBatch, chunks: &[Chunk], sequences: &Sequence
             debug_assert!(false, "only living sequences are planned");
             continue;
         };
-        let rows = sequence.num_computed..sequence.num_computed + chunk.num_rows;
+        let (begin, end) = (
+            sequence.num_computed,
+            sequence.num_computed + chunk.num_rows,
+        );
+        let wanted = sequence.wanted_logits(chunk.num_rows);
+        let row_begin = batch.tokens.len();
         batch.sequences.push(SequenceSpan {
-            row_begin: batch.tokens.len() as u32,
+            row_begin: row_begin as u32,
             num_rows: chunk.num_rows as u32,
             block_table: sequence.table.pages().to_vec(),
         });
-        batch.positions.extend(rows.start as u32..rows.end as u32);
+        batch.positions.extend(begin as u32..end as u32);
+        let known = end.min(sequence.tokens.len());
         batch
             .tokens
-            .extend_from_slice(&sequence.tokens[rows.clone()]);
-        if rows.end == sequence.tokens.len() {
-            batch.logits_rows.push(batch.tokens.len() as u32 - 1);
-        }
+            .extend_from_slice(&sequence.tokens[begin..known]);
+        batch
+            .tokens
+            .extend_from_slice(&sequence.draft[..end - known]);
+        let sampled = end - wanted.num_sampled..end;
+        let rows = wanted
+            .prompt
+            .chain(sampled)
+            .map(|at| (row_begin + at - begin) as u32);
+        batch.logits_rows.extend(rows);
     }
 }

@@ -14,6 +14,8 @@ pub const MAX_STEP_ROWS_DEFAULT: usize = 2048;
 pub const MAX_PREFILL_CHUNK_DEFAULT: usize = 512;
 /// Pages of the KV cache; the worker replaces it by what its memory allows.
 pub const NUM_PAGES_DEFAULT: usize = 1024;
+/// Most tokens that may be guessed at once.
+pub const LOOKUP_TOKENS_MAX: usize = 32;
 /// Consecutive attempts of a step before its sequences are handed back to the router.
 pub const STEP_ATTEMPTS_MAX_DEFAULT: u32 = 3;
 
@@ -32,6 +34,8 @@ pub struct EngineConfig {
     pub num_pages: usize,
     /// Whether full pages are shared between sequences that begin with the same tokens.
     pub prefix_cache: bool,
+    /// Most tokens of a sequence that are guessed from what it already says and checked in one step; 0 guesses none.
+    pub lookup_tokens: usize,
     /// Sampling one of these ends a sequence, unless it ignores them.
     pub eos_ids: Vec<TokenId>,
     /// After this many consecutive failures of the exchange, the sequences of the step fail; at least 1.
@@ -47,6 +51,7 @@ impl Default for EngineConfig {
             max_prefill_chunk: MAX_PREFILL_CHUNK_DEFAULT,
             num_pages: NUM_PAGES_DEFAULT,
             prefix_cache: true,
+            lookup_tokens: 0,
             eos_ids: Vec::new(),
             step_attempts_max: STEP_ATTEMPTS_MAX_DEFAULT,
         }
@@ -75,6 +80,13 @@ impl EngineConfig {
                     got,
                 });
             }
+        }
+        if self.lookup_tokens > LOOKUP_TOKENS_MAX {
+            return Err(Error::InvalidConfig {
+                key: "lookup_tokens",
+                rule: format!("at most {LOOKUP_TOKENS_MAX}"),
+                got: self.lookup_tokens,
+            });
         }
         // Row and page numbers travel as u32, and the last one stands for a released page.
         let wide = [

@@ -2,6 +2,7 @@
 //! and never speaks to a client.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::time::Instant;
 
 use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
@@ -12,7 +13,7 @@ use crate::kv::{BlockPool, pages_needed};
 use crate::model_runner::ModelRunner;
 use crate::sampler::{Draw, SampleError, Sampler};
 use crate::scheduler::{Chunk, Plan, Scheduler};
-use crate::sequence::{Sequence, SequenceKey, Sequences};
+use crate::sequence::{Sequence, SequenceKey, Sequences, WantedLogits};
 use crate::{
     EngineConfig, EngineStats, Error, NewSequence, SequenceEvent, StepReport, SubmitError, batch,
 };
@@ -90,7 +91,8 @@ impl Engine {
     /// When the queue is full or the sequence can never run here; then nothing was changed.
     pub fn submit(&mut self, new: NewSequence) -> Result<(), SubmitError> {
         self.check(&new)?;
-        let sequence = Sequence::new(new, &self.pool);
+        let sequence =
+            Sequence::new(new, &self.pool).with_lookup(self.config.lookup_tokens, self.length_max);
         if let Some(reason) = sequence.finish_reason(&self.config.eos_ids, self.length_max) {
             let usage = sequence.usage();
             self.ended.push((sequence.id, reason, usage));
@@ -238,50 +240,62 @@ impl Engine {
             .check_integrity(self.sequences.values().map(|s| s.table.pages()))
     }
 
-    /// Takes over what the step computed: rows, sampled tokens, full pages.
+    /// Takes over what the step computed: rows, tokens, full pages.
     fn commit(&mut self, plan: &Plan, events: &mut Events, report: &mut StepReport) {
         let mut logits = std::mem::take(&mut self.logits);
-        let mut rows = logits.chunks_exact_mut(self.geometry.vocab);
+        let mut rest = logits.as_mut_slice();
         for chunk in &plan.chunks {
-            let Some(begin) = self.advance(*chunk, events) else {
+            let Some(sequence) = self.sequences.get(&chunk.key) else {
                 continue;
             };
+            let wanted = sequence.wanted_logits(chunk.num_rows);
+            let (rows, others) = rest.split_at_mut(wanted.num_rows() * self.geometry.vocab);
+            rest = others;
             report.num_rows += chunk.num_rows;
             report.num_sequences += 1;
-            let is_complete = self.sequences[&chunk.key].num_remaining() == 0;
-            if !is_complete {
-                self.register(chunk.key, begin);
-                continue;
-            }
-            // One row of logits per completed chunk, in order: see `batch::fill`.
-            let Some(row) = rows.next() else {
-                continue;
-            };
-            match self.sample(chunk.key, row, events) {
-                Ok(()) => {
-                    report.num_sampled += 1;
-                    self.register(chunk.key, begin);
-                    report.num_ended += usize::from(self.finish(chunk.key, events));
-                }
-                Err(error) => {
-                    // What gave such logits must not be found by others.
-                    if let Some(sequence) = self.sequences.get(&chunk.key) {
-                        tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
-                        sequence.table.forget();
-                    }
-                    self.fail(chunk.key, error.to_string(), false, events);
-                    report.num_ended += 1;
-                }
-            }
+            self.commit_chunk(*chunk, (wanted, rows), events, report);
         }
         self.logits = logits;
+    }
+
+    /// One sequence's part of [`Self::commit`]; `rows` are the logits that it wanted.
+    fn commit_chunk(
+        &mut self,
+        chunk: Chunk,
+        (wanted, rows): (WantedLogits, &mut [f32]),
+        events: &mut Events,
+        report: &mut StepReport,
+    ) {
+        let Some(begin) = self.advance(chunk, events) else {
+            return;
+        };
+        let (prompt, sampled) = rows.split_at_mut(wanted.prompt.len() * self.geometry.vocab);
+        let done = self
+            .report_prompt(chunk.key, wanted.prompt, prompt, events)
+            .and_then(|()| self.sample_all(chunk.key, sampled, events, report));
+        match done {
+            Ok(()) => {
+                self.register(chunk.key, begin);
+                report.num_ended += usize::from(self.finish(chunk.key, events));
+            }
+            Err(error) => {
+                // What gave such logits must not be found by others.
+                if let Some(sequence) = self.sequences.get(&chunk.key) {
+                    tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+                    sequence.table.forget();
+                }
+                self.fail(chunk.key, error.to_string(), false, events);
+                report.num_ended += 1;
+            }
+        }
     }
 
     /// Counts the rows of a chunk as computed. Returns how many there were before.
     fn advance(&mut self, chunk: Chunk, events: &mut Events) -> Option<usize> {
         let sequence = self.sequences.get_mut(&chunk.key)?;
         let begin = sequence.num_computed;
-        sequence.num_computed += chunk.num_rows;
+        // Guessed tokens count when they have come true.
+        sequence.num_computed = (begin + chunk.num_rows).min(sequence.tokens.len());
         if !sequence.is_started {
             sequence.is_started = true;
             let found = sequence.cached_tokens.unwrap_or(0);
@@ -300,24 +314,72 @@ impl Engine {
         Some(begin)
     }
 
-    fn sample(
+    /// Tells how likely the tokens behind `positions` of the prompt were.
+    fn report_prompt(
+        &mut self,
+        key: SequenceKey,
+        positions: Range<usize>,
+        logits: &[f32],
+        events: &mut Events,
+    ) -> Result<(), SampleError> {
+        let Some(sequence) = self
+            .sequences
+            .get_mut(&key)
+            .filter(|_| !positions.is_empty())
+        else {
+            return Ok(());
+        };
+        let n = sequence.params.prompt_logprobs.unwrap_or(0);
+        let mut reported = Vec::with_capacity(positions.len());
+        for (position, row) in positions.zip(logits.chunks_exact(self.geometry.vocab)) {
+            let next = position + 1;
+            let token = (next, sequence.tokens[next]);
+            reported.push(self.sampler.report(row, token, n)?);
+            sequence.next_prompt_logprob = next + 1;
+        }
+        events.push((sequence.id.clone(), SequenceEvent::PromptTokens(reported)));
+        Ok(())
+    }
+
+    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true.
+    fn sample_all(
         &mut self,
         key: SequenceKey,
         logits: &mut [f32],
         events: &mut Events,
+        report: &mut StepReport,
     ) -> Result<(), SampleError> {
+        if logits.is_empty() {
+            return Ok(());
+        }
         let Some(sequence) = self.sequences.get_mut(&key) else {
             return Ok(());
         };
-        let draw = Draw {
-            params: &sequence.params,
-            position: sequence.num_output() as u32,
-            seen: &sequence.seen,
-            eos_ids: &self.config.eos_ids,
-        };
-        let output = self.sampler.sample(logits, draw)?;
-        sequence.push(output.id);
-        events.push((sequence.id.clone(), SequenceEvent::Token(output)));
+        let mut num_true = 0;
+        for row in logits.chunks_exact_mut(self.geometry.vocab) {
+            let draw = Draw {
+                params: &sequence.params,
+                position: sequence.num_output() as u32,
+                seen: &sequence.seen,
+                eos_ids: &self.config.eos_ids,
+                output: sequence.output(),
+            };
+            let output = self.sampler.sample(row, draw)?;
+            let id = output.id;
+            sequence.push(id);
+            report.num_sampled += 1;
+            events.push((sequence.id.clone(), SequenceEvent::Token(output)));
+            let has_ended = sequence.finish_reason(&self.config.eos_ids, self.length_max);
+            if has_ended.is_some() || sequence.draft.get(num_true) != Some(&id) {
+                break;
+            }
+            // The row of this token is already computed.
+            sequence.num_computed += 1;
+            num_true += 1;
+        }
+        self.stats.tokens_guessed += sequence.draft.len() as u64;
+        self.stats.guesses_true += num_true as u64;
+        sequence.learn(num_true);
         Ok(())
     }
 

@@ -11,11 +11,16 @@ use std::collections::BTreeSet;
 
 use crate::EngineConfig;
 use crate::kv::BlockPool;
-use crate::sequence::{SequenceKey, Sequences};
+use crate::sequence::{Sequence, SequenceKey, Sequences};
 
 /// One page is kept free per this many running sequences when a new one is admitted, so that it is
 /// not preempted at once by those that grow.
 const RUNNING_PER_HEADROOM_PAGE: usize = 4;
+
+/// Rows of one sequence in a step whose logits report its prompt: what bounds the memory of the logits.
+const PROMPT_LOGPROB_ROWS_MAX: usize = 64;
+/// Rows of a step beyond which nothing is guessed: more of them would cost more than guesses win.
+const LOOKUP_STEP_ROWS_MAX: usize = 64;
 
 /// Rows of one sequence in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,12 +36,25 @@ pub(crate) struct Plan {
     /// Sequences that lost their pages while planning.
     pub(crate) num_preempted: usize,
     rows_left: usize,
+    /// Of those that report prompts.
+    prompt_logprob_rows: usize,
 }
 
 impl Plan {
     fn push(&mut self, key: SequenceKey, num_rows: usize) {
         self.chunks.push(Chunk { key, num_rows });
         self.rows_left -= num_rows;
+    }
+
+    /// Rows that a sequence may have, at least one.
+    fn rows_max(&mut self, sequence: &Sequence, chunk_max: usize) -> usize {
+        let mut wanted = sequence.num_remaining().min(chunk_max).min(self.rows_left);
+        if sequence.reports_prompt() {
+            let left = PROMPT_LOGPROB_ROWS_MAX.saturating_sub(self.prompt_logprob_rows);
+            wanted = wanted.min(left.max(1));
+            self.prompt_logprob_rows += wanted;
+        }
+        wanted
     }
 
     /// Takes back the rows of a sequence that is preempted after it was planned.
@@ -116,6 +134,7 @@ impl Scheduler {
         if plan.num_preempted == 0 {
             self.admit(sequences, &mut plan);
         }
+        guess(sequences, &mut plan);
         for chunk in &plan.chunks {
             self.turn += 1;
             if let Some(sequence) = sequences.get_mut(&chunk.key) {
@@ -147,10 +166,7 @@ impl Scheduler {
     /// Plans rows of a running sequence; takes pages away from younger ones when there are none.
     fn continue_running(&mut self, key: SequenceKey, sequences: &mut Sequences, plan: &mut Plan) {
         while let Some(sequence) = sequences.get_mut(&key) {
-            let wanted = sequence
-                .num_remaining()
-                .min(self.max_prefill_chunk)
-                .min(plan.rows_left);
+            let wanted = plan.rows_max(sequence, self.max_prefill_chunk);
             let num_rows = sequence.reserve(wanted, self.window);
             if num_rows > 0 {
                 plan.push(key, num_rows);
@@ -182,7 +198,8 @@ impl Scheduler {
                 self.waiting.remove(&key);
                 continue;
             };
-            if self.prefix_cache {
+            // What is reported is computed.
+            if self.prefix_cache && !sequence.reports_prompt() {
                 sequence.adopt_prefix(&self.pool, self.window);
             }
             // Alone, a sequence always fits, up to its last token: the engine ends it where the pages do.
@@ -195,10 +212,7 @@ impl Scheduler {
                 return;
             }
             let cached_tokens = sequence.num_computed as u32;
-            let wanted = sequence
-                .num_remaining()
-                .min(self.max_prefill_chunk)
-                .min(plan.rows_left);
+            let wanted = plan.rows_max(sequence, self.max_prefill_chunk);
             let num_rows = sequence.reserve(wanted, self.window);
             if num_rows == 0 {
                 sequence.clear_pages();
@@ -221,6 +235,23 @@ impl Scheduler {
     }
 }
 
+/// Adds rows of guessed tokens where there is room: they take neither rows nor pages from anybody.
+fn guess(sequences: &mut Sequences, plan: &mut Plan) {
+    let num_rows: usize = plan.chunks.iter().map(|chunk| chunk.num_rows).sum();
+    let mut rows_left = plan
+        .rows_left
+        .min(LOOKUP_STEP_ROWS_MAX.saturating_sub(num_rows));
+    for chunk in &mut plan.chunks {
+        if let Some(sequence) = sequences.get_mut(&chunk.key)
+            && sequence.num_remaining() == chunk.num_rows
+        {
+            let num_guessed = sequence.guess(rows_left);
+            chunk.num_rows += num_guessed;
+            rows_left -= num_guessed;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fmt::Write;
@@ -228,7 +259,7 @@ mod tests {
     use tramontane_types::{RequestId, SamplingParams};
 
     use super::*;
-    use crate::sequence::{NewSequence, Sequence};
+    use crate::sequence::NewSequence;
 
     /// A scenario: the first line sets limits (`rows chunk pages running window`, 0 is no window).
     /// `+a 100` submits 100 tokens, `-a` ends a sequence, `step 3` plans that many steps and computes

@@ -2,11 +2,13 @@
 //! of other sequences.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 
 use tramontane_compute::KV_PAGE_TOKENS;
 use tramontane_types::{FinishReason, RequestId, SamplingParams, TokenId, TokenOutput, Usage};
 
 use crate::kv::{BlockPool, BlockTable, PageKeys, first_visible_page, pages_needed};
+use crate::lookup::Lookup;
 
 /// What the router asks an engine to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +35,9 @@ pub enum SequenceEvent {
         /// Prompt tokens that were found in the prefix cache.
         cached_tokens: u32,
     },
+    /// What was asked for about the next tokens of the prompt; [`TokenOutput::index`] is the position in the prompt.
+    /// Each once, in order, before the first sampled token; again by another engine that the sequence moved to.
+    PromptTokens(Vec<TokenOutput>),
     /// A token was sampled. The end-of-sequence or stop id that ends a sequence is reported too, before
     /// `Finished`: the router decides that it is no text.
     Token(TokenOutput),
@@ -68,6 +73,21 @@ pub(crate) struct SeenTokens {
     pub(crate) prompt: HashSet<TokenId>,
 }
 
+/// The rows of a step whose logits a sequence wants, in the order of the step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WantedLogits {
+    /// Positions whose next token is a token of the prompt that is to be reported.
+    pub(crate) prompt: Range<usize>,
+    /// Rows behind which a token is sampled: the last of the tokens that there are, and one per guessed token.
+    pub(crate) num_sampled: usize,
+}
+
+impl WantedLogits {
+    pub(crate) fn num_rows(&self) -> usize {
+        self.prompt.len() + self.num_sampled
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: RequestId,
@@ -85,6 +105,12 @@ pub(crate) struct Sequence {
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
     pub(crate) is_started: bool,
+    /// The next token of the prompt to report, or its end.
+    pub(crate) next_prompt_logprob: usize,
+    /// Guesses how it goes on, where that is wanted.
+    lookup: Option<Lookup>,
+    /// Guessed tokens behind `tokens` whose rows the planned step computes too.
+    pub(crate) draft: Vec<TokenId>,
     /// When the scheduler last planned rows of this sequence; only grows.
     pub(crate) last_turn: u64,
 }
@@ -104,8 +130,15 @@ impl Sequence {
             seen: SeenTokens::default(),
             cached_tokens: None,
             is_started: false,
+            next_prompt_logprob: first_output,
+            lookup: None,
+            draft: Vec::new(),
             last_turn: 0,
         };
+        if sequence.params.prompt_logprobs.is_some() {
+            // Nothing says how likely the first one is.
+            sequence.next_prompt_logprob = 1;
+        }
         if sequence.counts_prompt() {
             sequence.seen.prompt = sequence.tokens[..first_output].iter().copied().collect();
         }
@@ -113,6 +146,12 @@ impl Sequence {
             sequence.count_output(sequence.tokens[i]);
         }
         sequence
+    }
+
+    /// The same sequence, that guesses up to so many tokens before position `end`.
+    pub(crate) fn with_lookup(mut self, tokens_max: usize, end: usize) -> Self {
+        self.lookup = (tokens_max > 0).then(|| Lookup::new(tokens_max, end));
+        self
     }
 
     fn counts_prompt(&self) -> bool {
@@ -140,6 +179,49 @@ impl Sequence {
     /// Prompt tokens, without resumed ones.
     pub(crate) const fn num_prompt(&self) -> usize {
         self.first_output
+    }
+
+    /// The tokens sampled so far.
+    pub(crate) fn output(&self) -> &[TokenId] {
+        &self.tokens[self.first_output..]
+    }
+
+    /// Whether tokens of the prompt are still to be reported.
+    pub(crate) const fn reports_prompt(&self) -> bool {
+        self.next_prompt_logprob < self.first_output
+    }
+
+    /// The logits that a step with the next `num_rows` rows wants.
+    pub(crate) fn wanted_logits(&self, num_rows: usize) -> WantedLogits {
+        let (begin, end) = (self.num_computed, self.num_computed + num_rows);
+        let from = begin.max(self.next_prompt_logprob - 1);
+        let to = end.min(self.first_output - 1);
+        WantedLogits {
+            prompt: from.min(to)..to,
+            num_sampled: (end + 1).saturating_sub(self.tokens.len()),
+        }
+    }
+
+    /// Guesses up to `most` tokens behind the last one, for the step that computes all there are. Returns how many.
+    pub(crate) fn guess(&mut self, most: usize) -> usize {
+        let room = self.table.capacity().saturating_sub(self.tokens.len());
+        // One token comes anyway, and none after the last.
+        let wanted = (self.params.max_tokens as usize).saturating_sub(self.num_output() + 1);
+        let most = most.min(room).min(wanted);
+        self.draft.clear();
+        if let Some(lookup) = &mut self.lookup {
+            self.draft
+                .extend_from_slice(lookup.guess(&self.tokens, most));
+        }
+        self.draft.len()
+    }
+
+    /// Takes the guess, of which the first `num_true` tokens came true.
+    pub(crate) fn learn(&mut self, num_true: usize) {
+        if let Some(lookup) = &mut self.lookup {
+            lookup.learn(self.draft.len(), num_true);
+        }
+        self.draft.clear();
     }
 
     /// Appends a sampled token.
@@ -212,5 +294,6 @@ impl Sequence {
     pub(crate) fn clear_pages(&mut self) {
         self.table.clear();
         self.num_computed = 0;
+        self.draft.clear();
     }
 }

@@ -25,6 +25,10 @@ pub struct EngineStats {
     pub rows: u64,
     /// Tokens sampled.
     pub tokens_sampled: u64,
+    /// Tokens guessed, and computed as rows of their own.
+    pub tokens_guessed: u64,
+    /// Of those, the ones that came true.
+    pub guesses_true: u64,
     /// Prompt tokens of the sequences that were started.
     pub prompt_tokens: u64,
     /// Prompt tokens looked up in the prefix cache.

@@ -350,6 +350,7 @@ fn placement(geometry: &ModelGeometry, worker: WorkerId) -> Placement {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Heard {
     cached_tokens: Option<u32>,
+    prompt: Vec<TokenOutput>,
     tokens: Vec<TokenOutput>,
     finished: Option<(FinishReason, Usage)>,
     failed: Option<(String, bool)>,
@@ -436,6 +437,10 @@ impl Bench {
                 SequenceEvent::Started { cached_tokens } => {
                     assert!(heard.tokens.is_empty());
                     assert_eq!(heard.cached_tokens.replace(cached_tokens), None);
+                }
+                SequenceEvent::PromptTokens(tokens) => {
+                    assert!(heard.tokens.is_empty());
+                    heard.prompt.extend(tokens);
                 }
                 SequenceEvent::Token(token) => heard.tokens.push(token),
                 SequenceEvent::Finished { reason, usage } => heard.finished = Some((reason, usage)),
@@ -669,6 +674,121 @@ fn nobody_notices_batches_chunks_or_caches() {
             }
         }
     }
+}
+
+/// Sixteen requests that can say two words: their last three tokens have always stood there before.
+fn two_words() -> Vec<NewSequence> {
+    let mut all = requests();
+    for new in &mut all {
+        new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
+        (new.params.top_k, new.params.max_tokens) = (2, 40);
+        (new.params.repetition_penalty, new.params.frequency_penalty) = (1.0, 0.0);
+    }
+    all
+}
+
+#[test]
+fn nobody_notices_guesses() {
+    let all = two_words();
+    for window in [None, Some(40)] {
+        let expected: Vec<Heard> = all.iter().map(|new| alone(new, window)).collect();
+        for (name, config) in variants() {
+            let config = EngineConfig {
+                lookup_tokens: 8,
+                ..config
+            };
+            let one_by_one = config.max_step_rows == 1;
+            let mut bench = Bench::new(config, window);
+            for new in &all {
+                bench.submit(new);
+                bench.step();
+            }
+            bench.run();
+            for (new, expected) in all.iter().zip(&expected) {
+                let got = bench.of(new);
+                assert_eq!(got.said(), expected.said(), "{}, {name}", new.id);
+            }
+            let stats = bench.engine.stats();
+            assert!(
+                (stats.guesses_true > 20) != one_by_one,
+                "{name}, window {window:?}: {stats:?}"
+            );
+            assert!(stats.guesses_true <= stats.tokens_guessed);
+        }
+    }
+}
+
+#[test]
+fn a_sequence_that_guesses_ends_where_it_must() {
+    let mut new = request("a", prompt(3, 60), greedy(50));
+    new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
+    let limits = EngineConfig {
+        lookup_tokens: 32,
+        num_pages: 1,
+        ..config()
+    };
+    let mut bench = Bench::new(limits, None);
+    bench.submit(&new);
+    bench.run();
+    let (reason, usage) = bench.of(&new).finished.clone().unwrap();
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 4));
+    // A stop id ends it also in the midst of guesses that come true.
+    let whole = alone(&new, None).ids();
+    let (seen, stop) = whole.split_at(whole.iter().position(|&id| id == 6).unwrap());
+    new.params.stop_ids = vec![stop[0]];
+    assert_eq!(alone(&new, None).ids(), [seen, &stop[..1]].concat());
+}
+
+#[test]
+fn the_prompt_is_reported_as_if_it_had_been_sampled() {
+    let params = SamplingParams {
+        logprobs: Some(2),
+        prompt_logprobs: Some(2),
+        ..greedy(3)
+    };
+    let new = request("a", prompt(5, 150), params.clone());
+    let whole = alone(&new, None);
+    assert_eq!(whole.prompt.len(), 149);
+    for (i, reported) in whole.prompt.iter().enumerate() {
+        let position = i + 1;
+        assert_eq!(
+            (reported.index as usize, reported.id),
+            (position, new.prompt[position])
+        );
+        // The model's own answer to the tokens before it.
+        let mut cut = request("cut", new.prompt[..position].to_vec(), params.clone());
+        cut.params.logit_bias = vec![(reported.id, 100.0)];
+        let sampled = alone(&cut, None).tokens.swap_remove(0);
+        assert_eq!(
+            (sampled.id, sampled.logprob, sampled.top_logprobs),
+            (reported.id, reported.logprob, reported.top_logprobs.clone()),
+            "position {position}"
+        );
+    }
+    // Cut, cached, preempted or resumed: each token of the prompt is told once.
+    for (name, config) in variants() {
+        let mut bench = Bench::new(config, None);
+        let others: Vec<_> = (0..4)
+            .map(|i| {
+                let id = RequestId::new(&format!("b{i}"));
+                NewSequence { id, ..new.clone() }
+            })
+            .collect();
+        for other in &others {
+            bench.submit(other);
+        }
+        bench.run();
+        for other in &others {
+            assert_eq!(bench.of(other).prompt, whole.prompt, "{name}");
+            assert_eq!(bench.of(other).said(), whole.said(), "{name}");
+        }
+    }
+    let mut resumed = new.clone();
+    resumed.prompt.push(whole.tokens[0].id);
+    resumed.num_resumed = 1;
+    let resumed = alone(&resumed, None);
+    assert_eq!(resumed.prompt, whole.prompt);
+    assert_eq!(resumed.tokens, whole.tokens[1..]);
 }
 
 #[test]

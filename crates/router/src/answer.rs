@@ -29,7 +29,7 @@ impl Told {
         let mut size = size_of::<Self>();
         if let Ok(delta) = &self.delta {
             size += delta.text.len();
-            for token in &delta.tokens {
+            for token in delta.tokens.iter().chain(&delta.prompt_tokens) {
                 size +=
                     size_of::<TokenOutput>() + token.top_logprobs.len() * size_of::<TokenLogprob>();
             }
@@ -42,6 +42,8 @@ impl Told {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) text: String,
+    /// What was asked for about the prompt, from its second token on.
+    pub(crate) prompt_tokens: Vec<TokenOutput>,
     pub(crate) tokens: Vec<TokenOutput>,
     /// Whether the last of `tokens` ended the answer and has no text.
     pub(crate) has_end_token: bool,
@@ -164,6 +166,7 @@ impl Answer {
                 continue;
             };
             choice.text.push_str(&delta.text);
+            choice.prompt_tokens.extend(delta.prompt_tokens);
             choice.tokens.extend(delta.tokens);
             choice.has_end_token |= delta.has_end_token;
             choice.finish = delta.finish.or(choice.finish);

@@ -97,6 +97,10 @@ impl Entry {
         &self.request_id
     }
 
+    pub(crate) fn num_prompt(&self) -> usize {
+        self.prompt.len()
+    }
+
     pub(crate) fn sampled(&self) -> &[TokenId] {
         &self.sampled
     }

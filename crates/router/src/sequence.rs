@@ -51,6 +51,8 @@ pub(crate) struct Delta {
     /// Which answer of the request.
     pub(crate) choice: usize,
     pub(crate) text: String,
+    /// What was asked for about further tokens of the prompt, in order from the second one on.
+    pub(crate) prompt_tokens: Vec<TokenOutput>,
     /// The new tokens, an end token included.
     pub(crate) tokens: Vec<TokenOutput>,
     /// Where in `text` the part of each token ends, in bytes.
@@ -75,6 +77,7 @@ impl Delta {
         let rest = Self {
             choice: self.choice,
             text: self.text.split_off(end),
+            prompt_tokens: Vec::new(),
             has_end_token: self.has_end_token && !rest_tokens.is_empty(),
             tokens: rest_tokens,
             text_ends: rest_ends,
@@ -109,6 +112,8 @@ pub(crate) struct State {
     moves: u32,
     /// Workers left since the last new token because they showed no sign of life.
     desertions: u32,
+    /// Tokens of the prompt that were reported.
+    num_prompt_told: usize,
     /// Whether a worker has ever taken it.
     was_taken: bool,
     /// Since when there is no worker.
@@ -196,6 +201,7 @@ impl Sequence {
                     ..self.delta()
                 }))
             }
+            Some(Kind::PromptTokens(tokens)) => self.take_prompt(tokens.tokens),
             Some(Kind::Tokens(tokens)) => self.take_tokens(tokens.tokens),
             Some(Kind::Finished(finished)) => match finish_reason_from_wire(finished.reason) {
                 Ok(FinishReason::Aborted) => Err(Loss::Gone(LossReason::Aborted)),
@@ -208,6 +214,24 @@ impl Sequence {
             // An event kind of a later version.
             None => Ok(None),
         }
+    }
+
+    /// A worker that goes on with a sequence tells all of the prompt again.
+    fn take_prompt(&mut self, tokens: Vec<v1::SampledToken>) -> Result<Option<Delta>, Loss> {
+        let mut delta = self.delta();
+        for token in tokens {
+            // Nothing is told of the first one.
+            let expected = self.state.num_prompt_told + 1;
+            if token.index as usize == expected && expected < self.entry.num_prompt() {
+                self.state.num_prompt_told += 1;
+                delta.prompt_tokens.push(TokenOutput::from(token));
+            } else if token.index as usize >= expected {
+                let got = token.index;
+                tracing::warn!(expected, got, "worker told of the prompt out of order");
+                return Err(Loss::Gone(LossReason::Confused));
+            }
+        }
+        Ok((!delta.prompt_tokens.is_empty()).then_some(delta))
     }
 
     fn take_tokens(&mut self, tokens: Vec<v1::SampledToken>) -> Result<Option<Delta>, Loss> {

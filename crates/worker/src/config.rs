@@ -11,6 +11,7 @@ use tramontane_compute::{KV_PAGE_TOKENS, KvFormat, WeightFormat};
 use tramontane_compute_cuda::DeviceChoice;
 use tramontane_coordination::Roles;
 use tramontane_engine::EngineConfig;
+use tramontane_engine::config::LOOKUP_TOKENS_MAX;
 use tramontane_runtime::duration_text;
 use tramontane_types::{ModelGeometry, SEGMENTS_PER_EXPERT, TokenId};
 
@@ -96,6 +97,8 @@ pub struct WorkerConfig {
     pub max_prefill_chunk: usize,
     /// Whether equal beginnings of prompts share their pages.
     pub prefix_cache: bool,
+    /// Most tokens of a sequence that are guessed from what it already says, and checked in one step; 0 guesses none.
+    pub lookup_tokens: usize,
     /// How long the store keeps this worker listed without hearing from it.
     #[serde(with = "duration_text")]
     pub lease_ttl: Duration,
@@ -141,6 +144,7 @@ impl Default for WorkerConfig {
             max_step_rows: engine.max_step_rows,
             max_prefill_chunk: engine.max_prefill_chunk,
             prefix_cache: engine.prefix_cache,
+            lookup_tokens: engine.lookup_tokens,
             lease_ttl: LEASE_TTL,
             drain_deadline: DRAIN_DEADLINE,
             layer_deadline: LAYER_DEADLINE,
@@ -171,6 +175,14 @@ impl WorkerConfig {
         ];
         if let Some((key, got)) = counts.iter().find(|(_, count)| *count == 0) {
             return Err(ConfigError::new(key, "at least 1", got));
+        }
+        if self.lookup_tokens > LOOKUP_TOKENS_MAX {
+            let rule = format!("at most {LOOKUP_TOKENS_MAX}");
+            return Err(ConfigError::new(
+                "lookup_tokens",
+                &rule,
+                &self.lookup_tokens,
+            ));
         }
         if self.roles.0.experts && self.expert_memory == Some(0) {
             return Err(ConfigError::new(
@@ -305,6 +317,7 @@ impl WorkerConfig {
             max_prefill_chunk: self.max_prefill_chunk,
             num_pages: self.num_pages(geometry),
             prefix_cache: self.prefix_cache,
+            lookup_tokens: self.lookup_tokens,
             eos_ids,
             ..EngineConfig::default()
         }

@@ -39,6 +39,8 @@ pub enum GenerationEvent {
         /// Prompt tokens that were found in the prefix cache.
         cached_tokens: u32,
     },
+    /// What was asked for about the next tokens of the prompt.
+    PromptTokens(Vec<TokenOutput>),
     /// A token was sampled.
     Token(TokenOutput),
     /// It ended.
@@ -450,6 +452,7 @@ impl Loop {
         };
         let event = match event {
             SequenceEvent::Started { cached_tokens } => GenerationEvent::Started { cached_tokens },
+            SequenceEvent::PromptTokens(tokens) => GenerationEvent::PromptTokens(tokens),
             SequenceEvent::Token(token) => GenerationEvent::Token(token),
             SequenceEvent::Finished { reason, usage } => {
                 GenerationEvent::Finished { reason, usage }

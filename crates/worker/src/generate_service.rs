@@ -185,6 +185,10 @@ impl Reader {
             GenerationEvent::Started { cached_tokens } => {
                 Kind::Started(v1::SequenceStarted { cached_tokens })
             }
+            GenerationEvent::PromptTokens(tokens) => {
+                let tokens = tokens.iter().map(v1::SampledToken::from).collect();
+                Kind::PromptTokens(v1::SampledTokens { tokens })
+            }
             GenerationEvent::Token(token) => {
                 let mut tokens = vec![v1::SampledToken::from(&token)];
                 self.take_waiting(&mut tokens);

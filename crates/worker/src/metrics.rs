@@ -128,6 +128,12 @@ impl NodeCollector {
             "Prompt tokens of started sequences",
             stats.prompt_tokens,
         )?;
+        out.counter("tokens_guessed", "Tokens guessed", stats.tokens_guessed)?;
+        out.counter(
+            "guesses_true",
+            "Guessed tokens that came true",
+            stats.guesses_true,
+        )?;
         let (asked, found) = (stats.prefix_query_tokens, stats.prefix_hit_tokens);
         out.counter(
             "prefix_query_tokens",

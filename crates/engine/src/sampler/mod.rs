@@ -2,7 +2,7 @@
 //! and position give the same token, whatever else is in the batch.
 //!
 //! In this order: log probabilities of the raw logits; logit bias; repetition, then presence and
-//! frequency penalties; stop ids masked before `min_tokens`; temperature; top-k; top-p; min-p; draw.
+//! frequency penalties; bad words and, before `min_tokens`, stop ids masked; temperature; top-k; top-p; min-p; draw.
 
 pub(crate) mod philox;
 pub(crate) mod softmax;
@@ -40,6 +40,8 @@ pub(crate) struct Draw<'a> {
     pub(crate) position: u32,
     pub(crate) seen: &'a SeenTokens,
     pub(crate) eos_ids: &'a [TokenId],
+    /// The tokens sampled so far.
+    pub(crate) output: &'a [TokenId],
 }
 
 /// Scratch memory of the sampler.
@@ -91,6 +93,27 @@ impl Sampler {
             id,
             logprob,
             top_logprobs,
+        })
+    }
+
+    /// How likely token `id` was, and the `n` best. `logits`, `[vocab]`, are those of the position before it.
+    pub(crate) fn report(
+        &mut self,
+        logits: &[f32],
+        (index, id): (usize, TokenId),
+        n: u32,
+    ) -> Result<TokenOutput, SampleError> {
+        check_numbers(logits)?;
+        let lse = log_sum_exp(logits, max(logits));
+        let logit = logits.get(id as usize).copied();
+        Ok(TokenOutput {
+            index: index as u32,
+            id,
+            logprob: logit.map(|logit| log_prob(logit, lse)),
+            top_logprobs: match n {
+                0 => Vec::new(),
+                n => self.top_logprobs(logits, n as usize, lse),
+            },
         })
     }
 
@@ -238,6 +261,13 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>) {
     if presence != 0.0 || frequency != 0.0 {
         for (&id, &count) in &draw.seen.output {
             change(id, &|logit| logit - frequency * count as f32 - presence);
+        }
+    }
+    for word in &params.bad_words {
+        if let Some((&last, begin)) = word.split_last()
+            && draw.output.ends_with(begin)
+        {
+            change(last, &|_| f32::NEG_INFINITY);
         }
     }
     if draw.position < params.min_tokens {

@@ -22,6 +22,7 @@ fn sample_with(
         position,
         seen,
         eos_ids: &[0],
+        output: &[],
     };
     Sampler::default().sample(&mut logits.to_vec(), draw)
 }
@@ -182,6 +183,30 @@ fn a_nucleus_larger_than_the_first_guess_is_found() {
         keep_nucleus(&mut sorted, top_p * total);
         assert_eq!(sampler.weights, sorted, "top_p {top_p}");
     }
+}
+
+#[test]
+fn the_last_token_of_a_bad_word_is_masked_behind_its_others() {
+    let params = SamplingParams {
+        bad_words: vec![vec![2], vec![0, 1, 3], vec![1, 1]],
+        ..greedy()
+    };
+    let seen = SeenTokens::default();
+    let after = |output: &[TokenId]| {
+        let draw = Draw {
+            params: &params,
+            position: output.len() as u32,
+            seen: &seen,
+            eos_ids: &[],
+            output,
+        };
+        let mut logits = [0.0, 1.0, 9.0, 2.0];
+        Sampler::default().sample(&mut logits, draw).unwrap().id
+    };
+    assert_eq!(after(&[]), 3);
+    assert_eq!(after(&[0, 1]), 0, "3 and 1 would complete one");
+    assert_eq!(after(&[1, 0]), 3);
+    assert_eq!(after(&[0, 1, 1]), 3);
 }
 
 #[test]
