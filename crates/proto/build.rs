@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
+    "inference/open_inference.proto",
     "tramontane/v1/expert.proto",
     "tramontane/v1/island.proto",
     "tramontane/v1/worker.proto",

@@ -19,5 +19,18 @@ pub mod v1 {
     tonic::include_proto!("tramontane.v1");
 }
 
+/// Messages, clients and servers of the Open Inference Protocol.
+#[expect(
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes,
+    clippy::allow_attributes_without_reason,
+    unused_qualifications,
+    reason = "generated code"
+)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
 /// Encoded `FileDescriptorSet` of all services, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

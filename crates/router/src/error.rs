@@ -53,6 +53,8 @@ pub(crate) enum ErrorKind {
     MethodNotAllowed,
     /// The body did not come in time.
     BodyTimeout,
+    /// The caller wanted the answer earlier.
+    Deadline,
     /// The body is larger than the limit.
     TooLarge,
     /// The body is not declared as JSON.
@@ -78,6 +80,7 @@ impl ErrorKind {
             Self::ModelNotFound | Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Precondition => StatusCode::CONFLICT,
@@ -109,6 +112,7 @@ impl ErrorKind {
             Self::NotFound => Some("not_found"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::BodyTimeout => Some("request_timeout"),
+            Self::Deadline => Some("deadline_exceeded"),
             Self::TooLarge => Some("request_too_large"),
             Self::MediaType => Some("unsupported_media_type"),
             Self::Precondition => Some("precondition_failed"),
@@ -127,7 +131,7 @@ impl ErrorKind {
             }
             Self::ModelNotFound | Self::NotFound => Code::NotFound,
             Self::MethodNotAllowed => Code::Unimplemented,
-            Self::BodyTimeout => Code::DeadlineExceeded,
+            Self::BodyTimeout | Self::Deadline => Code::DeadlineExceeded,
             Self::TooLarge | Self::QueueFull => Code::ResourceExhausted,
             Self::Precondition => Code::FailedPrecondition,
             Self::KeyReused | Self::ResumeMismatch => Code::FailedPrecondition,
@@ -146,6 +150,7 @@ impl ErrorKind {
             Self::NotFound => "NOT_FOUND",
             Self::MethodNotAllowed => "METHOD_NOT_ALLOWED",
             Self::BodyTimeout => "REQUEST_TIMEOUT",
+            Self::Deadline => "DEADLINE_EXCEEDED",
             Self::TooLarge => "REQUEST_TOO_LARGE",
             Self::MediaType => "UNSUPPORTED_MEDIA_TYPE",
             Self::Precondition => "PRECONDITION",

@@ -92,6 +92,7 @@ pub(crate) enum Route {
     Completions,
     GrpcGenerate,
     GrpcGenerateOnce,
+    GrpcModelInfer,
 }
 
 impl Route {
@@ -101,6 +102,7 @@ impl Route {
             Self::Completions => "completions",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcGenerateOnce => "grpc_generate_once",
+            Self::GrpcModelInfer => "grpc_model_infer",
         }
     }
 }

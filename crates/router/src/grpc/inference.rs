@@ -11,7 +11,8 @@ use tramontane_proto::{finish_reason_to_wire, v1};
 use tramontane_tokenizer::{ChatMessage, ChatRequest};
 use tramontane_types::FinishReason;
 
-use super::status::status;
+use super::deadline::Deadline;
+use super::status::{counted, status};
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::dispatch::Name;
@@ -48,16 +49,8 @@ impl InferenceService {
         self.app.dispatcher.start(prepared.await?, name).await
     }
 
-    /// Counts the answer and turns its error into a status.
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {
-        let code = result
-            .as_ref()
-            .map_or_else(|error| error.kind.status(), |_| http::StatusCode::OK);
-        self.app.metrics.answered(route, code);
-        result.map_err(|error| {
-            tracing::debug!(kind = ?error.kind, %error, "request refused");
-            status(&error)
-        })
+        counted(&self.app.metrics, route, result)
     }
 }
 
@@ -71,17 +64,29 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let started = self.start(request.into_inner()).await;
-        let answer = self.answered(Route::GrpcGenerate, started)?;
-        Ok(Response::new(Box::pin(responses(answer))))
+        let deadline = Deadline::of(request.metadata());
+        let started = match deadline {
+            Ok(deadline) => deadline
+                .meet(self.start(request.into_inner()))
+                .await
+                .map(|answer| (answer, deadline)),
+            Err(error) => Err(error),
+        };
+        let (answer, deadline) = self.answered(Route::GrpcGenerate, started)?;
+        Ok(Response::new(Box::pin(responses(answer, deadline))))
     }
 
     async fn generate_once(
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResult>, Status> {
-        let result = match self.start(request.into_inner()).await {
-            Ok(answer) => collect(answer, self.app.model.id.clone()).await,
+        let deadline = Deadline::of(request.metadata());
+        let work = async {
+            let answer = self.start(request.into_inner()).await?;
+            collect(answer, self.app.model.id.clone()).await
+        };
+        let result = match deadline {
+            Ok(deadline) => deadline.meet(work).await,
             Err(error) => Err(error),
         };
         self.answered(Route::GrpcGenerateOnce, result)
@@ -141,9 +146,15 @@ impl Inference for InferenceService {
     }
 }
 
-fn responses(answer: Answer) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send {
-    unfold(answer, |mut answer| async move {
-        match answer.next().await? {
+/// Ends with an error at the caller's deadline.
+fn responses(
+    answer: Answer,
+    deadline: Deadline,
+) -> impl Stream<Item = Result<v1::GenerateResponse, Status>> + Send {
+    unfold(Some(answer), move |answer| async move {
+        let mut answer = answer?;
+        let next = deadline.meet(async { answer.next().await.transpose() });
+        match next.await.transpose()? {
             Ok(delta) => {
                 // The last delta of the last answer is the last message.
                 let usage = answer.has_ended().then(|| answer.usage().into());
@@ -156,9 +167,9 @@ fn responses(answer: Answer) -> impl Stream<Item = Result<v1::GenerateResponse, 
                     usage,
                     system_fingerprint: last.then(|| fingerprint(answer.version())),
                 };
-                Some((Ok(response), answer))
+                Some((Ok(response), Some(answer)))
             }
-            Err(error) => Some((Err(status(&error)), answer)),
+            Err(error) => Some((Err(status(&error)), None)),
         }
     })
 }

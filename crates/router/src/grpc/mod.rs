@@ -1,8 +1,10 @@
-//! The gRPC door: `tramontane.v1.Inference` and `Admin`, health and reflection. The same requests, limits
+//! The gRPC door: `tramontane.v1.Inference` and `Admin`, the Open Inference Protocol, health and reflection. The same requests, limits
 //! and errors as over HTTP.
 
 mod admin;
+mod deadline;
 mod inference;
+mod open_inference;
 mod status;
 
 use std::future::Future;
@@ -17,6 +19,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tramontane_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
 use tramontane_runtime::Accepted;
@@ -33,7 +36,8 @@ const RESET_STREAMS_MAX: usize = 64;
 /// Connections are asked for a sign of life this often.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Health answers for these names: the whole, and each service.
-const HEALTH_NAMES: [&str; 5] = [
+const HEALTH_NAMES: [&str; 6] = [
+    "inference.GRPCInferenceService",
     "",
     "tramontane.v1.Inference",
     "tramontane.v1.Admin",
@@ -52,6 +56,9 @@ pub(crate) fn serve(
     let message_bytes_max = app.config.body_bytes_max;
     let inference = InferenceServer::new(inference::InferenceService::new(Arc::clone(&app)))
         .max_decoding_message_size(message_bytes_max);
+    let open_inference = open_inference::OpenInferenceService::new(Arc::clone(&app));
+    let open_inference = GrpcInferenceServiceServer::new(open_inference)
+        .max_decoding_message_size(message_bytes_max);
     let admin = AdminServer::new(admin::AdminService::new(Arc::clone(&app)))
         .max_decoding_message_size(message_bytes_max);
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -69,6 +76,7 @@ pub(crate) fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .add_service(inference)
+        .add_service(open_inference)
         .add_service(admin)
         .add_service(health)
         .add_service(reflection_v1)

@@ -6,6 +6,7 @@ use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::error::{ApiError, ErrorKind};
+use crate::metrics::{Metrics, Route};
 
 /// Whose reasons these are.
 const DOMAIN: &str = "tramontane";
@@ -21,6 +22,22 @@ pub(crate) fn status(error: &ApiError) -> Status {
         details.set_retry_info(error.retry_after);
     }
     Status::with_error_details(error.kind.grpc_code(), &error.message, details)
+}
+
+/// Counts the answer to a call and turns its error into a status.
+pub(super) fn counted<T>(
+    metrics: &Metrics,
+    route: Route,
+    result: Result<T, ApiError>,
+) -> Result<T, Status> {
+    let code = result
+        .as_ref()
+        .map_or_else(|error| error.kind.status(), |_| http::StatusCode::OK);
+    metrics.answered(route, code);
+    result.map_err(|error| {
+        tracing::debug!(kind = ?error.kind, %error, "request refused");
+        status(&error)
+    })
 }
 
 /// The refusal of something that is not there.
