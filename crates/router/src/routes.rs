@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::task::Poll;
 
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
@@ -11,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, poll};
 use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{HeaderName, StatusCode};
 use http_body_util::BodyExt as _;
@@ -24,19 +26,22 @@ use tramontane_runtime::{build_info, metrics as shared_metrics};
 
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
-use crate::asked::{Asked, Position, Tag, mismatch};
+use crate::asked::{Asked, EventId, Position, Tag, mismatch};
+use crate::auth::{Door, Guard, guard};
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
-use crate::kept::BodyDigest;
+use crate::kept::{BodyDigest, KeyDigest};
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, Head, Parsed, Render, StreamOptions, error_response,
-    event_stream, fingerprint, last_event,
+    self, ChatRender, CompletionRender, EventBytes, Head, Parsed, Render, StreamOptions,
+    error_response, event_stream, fingerprint, held_stream, last_event,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
+use crate::tenants::Caller;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 /// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
 /// so that a client that sends first and reads later sees the refusal instead of a broken connection.
 const DISCARD_FACTOR: usize = 4;
@@ -65,12 +70,18 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
         .route("/version", get(version))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        // Around all of them, and around those that do not exist.
+        .layer(middleware::from_fn_with_state(
+            Guard::new(Door::Http, app),
+            guard,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(name_request))
         .with_state(Arc::clone(app))
 }
 
 async fn name_request(mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
     let id = HttpRequestId(AnswerId::unique(unix_seconds()));
     let value = HeaderValue::from_str(&id.to_string());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -80,6 +91,8 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     if let Ok(value) = value {
         response.headers_mut().insert(REQUEST_ID, value);
     }
+    let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    response.headers_mut().insert(PROCESSING_MS, took.into());
     response
 }
 
@@ -123,54 +136,118 @@ async fn generate(
     request: Request,
 ) -> Result<Response, ApiError> {
     check_media_type(request.headers())?;
-    let asked = Asked::read(request.headers(), id.0.created())?;
+    // Of the layer around all routes; without it nobody has asked.
+    let caller = request.extensions().get::<Caller>().cloned();
+    let caller = caller.ok_or_else(ApiError::internal)?;
+    let asked = Asked::read(request.headers(), &caller.tenant, id.0.created())?;
+    let arrival = match app.dispatcher.arrive(&caller) {
+        Ok(arrival) => arrival,
+        Err(error) => {
+            throw_away(app, request.into_body());
+            return Err(error);
+        }
+    };
     let mut name = Name {
         request: id.to_string(),
         answer: asked.answer().unwrap_or(id.0),
         version: None,
+        caller,
+        arrival: Some(arrival),
     };
     let read = read(app, route, request, name.answer).await?;
-    let num_choices = read.request.num_sequences();
     if let Some(event) = &asked.resume {
-        // Who has not seen the cluster yet does not know what it serves.
-        app.cluster.check().map_err(ApiError::unavailable)?;
-        if !read.parsed.stream {
-            let message = "last-event-id is only allowed when stream is true";
-            return Err(ApiError::invalid("last-event-id", message));
-        }
-        let version = event.version(read.digest, versions(app))?;
-        event.check_choices(num_choices)?;
-        app.metrics.resumed();
+        name.version = Some(resumed(app, event, &read)?);
         if event.position == Position::End {
             return Ok(event_response(Body::from(last_event())));
         }
-        name.version = Some(Arc::new(version));
     }
+    let key = asked.key.map(|key| (key.digest, read.digest));
+    let asking = Asking {
+        route,
+        seen: asked.resume.map(|event| event.position),
+        parsed: read.parsed,
+        digest: read.digest,
+    };
+    let is_new = name.version.is_none();
+    if is_new && asking.parsed.stream && app.dispatcher.hold.would_hold(&app.cluster) {
+        return held(app, asking, (read.request, name, key)).await;
+    }
+    let answer = start(app, (read.request, name, key)).await?;
+    if !asking.parsed.stream {
+        let render = render(app, route, &asking.parsed, &answer);
+        return whole(answer, render).await;
+    }
+    Ok(event_response(Body::from_stream(
+        asking.events(app, answer),
+    )))
+}
+
+/// The weights that an answer began with that goes on after `event`.
+fn resumed(app: &App, event: &EventId, read: &Read) -> Result<Arc<Version>, ApiError> {
+    // Who has not seen the cluster yet does not know what it serves.
+    app.cluster.check().map_err(ApiError::unavailable)?;
+    if !read.parsed.stream {
+        let message = "last-event-id is only allowed when stream is true";
+        return Err(ApiError::invalid("last-event-id", message));
+    }
+    let version = event.version(read.digest, versions(app))?;
+    event.check_choices(read.request.num_sequences())?;
+    app.metrics.resumed();
+    Ok(Arc::new(version))
+}
+
+/// What is asked for, how it is called, and the idempotency key if it has one.
+type Start = (PreparedRequest, Name, Option<(KeyDigest, BodyDigest)>);
+
+async fn start(app: &Arc<App>, (request, name, key): Start) -> Result<Answer, ApiError> {
     let resumed = name.version.clone();
-    let answer = match asked.key {
-        Some(key) => {
-            let key = (key.digest, read.digest);
-            app.dispatcher.start_keyed(read.request, name, key).await?
-        }
-        None => app.dispatcher.start(read.request, name).await?,
+    let answer = match key {
+        Some(key) => app.dispatcher.start_keyed(request, name, key).await?,
+        None => app.dispatcher.start(request, name).await?,
     };
     if resumed.is_some_and(|version| version != *answer.version()) {
         let message = "the answer of this idempotency-key began with other weights than that of last-event-id";
         return Err(mismatch(message));
     }
-    let parsed = read.parsed;
-    let render = render(app, route, &parsed, &answer);
-    if !parsed.stream {
-        return whole(answer, render).await;
+    Ok(answer)
+}
+
+/// How an answer is wanted.
+struct Asking {
+    route: Route,
+    seen: Option<Position>,
+    parsed: Parsed,
+    digest: BodyDigest,
+}
+
+impl Asking {
+    fn events(self, app: &App, answer: Answer) -> EventBytes {
+        let render = render(app, self.route, &self.parsed, &answer);
+        let options = StreamOptions {
+            include_usage: self.parsed.include_usage,
+            keepalive: app.config.sse_keepalive,
+            tag: Tag::of(self.digest, answer.version()),
+            seen: self.seen,
+        };
+        event_stream(answer, render, options).boxed()
     }
-    let options = StreamOptions {
-        include_usage: parsed.include_usage,
-        keepalive: app.config.sse_keepalive,
-        tag: Tag::of(read.digest, answer.version()),
-        seen: asked.resume.map(|event| event.position),
+}
+
+/// The stream of an answer that nobody can make yet: it begins at once, with comments that tell how far the
+/// workers are. What is refused at once is refused with its status.
+async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, ApiError> {
+    let cluster = app.cluster.clone();
+    let keepalive = app.config.sse_keepalive;
+    let app = Arc::clone(app);
+    let mut starting = Box::pin(async move {
+        let answer = start(&app, asked).await?;
+        Ok(asking.events(&app, answer))
+    });
+    let events = match poll!(&mut starting) {
+        Poll::Ready(started) => Body::from_stream(started?),
+        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, starting)),
     };
-    let events = event_stream(answer, render, options);
-    Ok(event_response(Body::from_stream(events)))
+    Ok(event_response(events))
 }
 
 /// The weights that an answer can go on with: placed, and some worker has them.
@@ -308,10 +385,7 @@ async fn read_body(
             bytes.extend_from_slice(&data);
         }
     }
-    let discarding = discard(body, max.saturating_mul(DISCARD_FACTOR));
-    app.dispatcher
-        .tasks
-        .spawn(timeout(app.config.body_timeout, discarding));
+    throw_away(app, body);
     let message = format!("the body must have at most {max} bytes");
     Err(ApiError::new(ErrorKind::TooLarge, message))
 }
@@ -346,6 +420,13 @@ async fn grow_room(
         None => *room = Some(more),
     }
     Ok(())
+}
+
+/// Reads the body of a request that was refused, within limits, and keeps nothing of it.
+fn throw_away(app: &App, body: Body) {
+    let max = app.config.body_bytes_max.saturating_mul(DISCARD_FACTOR);
+    let discarding = timeout(app.config.body_timeout, discard(body, max));
+    app.dispatcher.tasks.spawn(discarding);
 }
 
 /// Reads up to `max` bytes of a body that was refused.

@@ -20,6 +20,7 @@ use crate::metrics::Route;
 use crate::openai::{MESSAGES_MAX, fingerprint, role};
 use crate::request::{GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
+use crate::tenants::Caller;
 
 /// The service over what both doors share.
 #[derive(Debug)]
@@ -32,7 +33,12 @@ impl InferenceService {
         Self { app }
     }
 
-    async fn start(&self, request: v1::GenerateRequest) -> Result<Answer, ApiError> {
+    async fn start(&self, request: Request<v1::GenerateRequest>) -> Result<Answer, ApiError> {
+        // Of the layer around all methods; without it nobody has asked.
+        let caller = request.extensions().get::<Caller>().cloned();
+        let caller = caller.ok_or_else(ApiError::internal)?;
+        let arrival = self.app.dispatcher.arrive(&caller)?;
+        let request = request.into_inner();
         let answer = AnswerId::unique(unix_seconds());
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let prepared = self.app.dispatcher.prepare(move || {
@@ -44,6 +50,8 @@ impl InferenceService {
             request,
             answer,
             version: None,
+            caller,
+            arrival: Some(arrival),
         };
         self.app.dispatcher.start(prepared.await?, name).await
     }
@@ -71,7 +79,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let started = self.start(request.into_inner()).await;
+        let started = self.start(request).await;
         let answer = self.answered(Route::GrpcGenerate, started)?;
         Ok(Response::new(Box::pin(responses(answer))))
     }
@@ -80,7 +88,7 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResult>, Status> {
-        let result = match self.start(request.into_inner()).await {
+        let result = match self.start(request).await {
             Ok(answer) => collect(answer, self.app.model.id.clone()).await,
             Err(error) => Err(error),
         };
@@ -250,6 +258,7 @@ fn options(wire: v1::GenerateOptions) -> Options {
         bad_words: Vec::new(),
         constraint: None,
         echo: false,
+        priority: wire.priority,
     }
 }
 

@@ -238,6 +238,7 @@ fn config() -> RouterConfig {
         policy: PolicyKind::LeastLoad,
         unready_grace: Duration::from_millis(50),
         failover_wait: Duration::from_millis(500),
+        hold_wait: Duration::ZERO,
         ..RouterConfig::default()
     }
 }
