@@ -192,7 +192,13 @@ impl Admission {
         self.door.0.lock().bytes()
     }
 
-    /// Notes a request before it is read, which costs more than to refuse it.
+    /// Refuses a request that there is no room for, before it is read.
+    pub(crate) fn knock(&self, tenant: &TenantName) -> Result<(), ApiError> {
+        let has_room = self.door.0.lock().has_room(tenant);
+        has_room.then_some(()).ok_or_else(|| self.full())
+    }
+
+    /// Notes a request before it is understood, which costs more than to refuse it.
     pub(crate) fn arrive(&self, tenant: &TenantName, limits: Limits) -> Result<Arrival, ApiError> {
         if !self.door.0.lock().arrive(tenant, limits) {
             return Err(self.full());

@@ -74,11 +74,19 @@ impl Dispatcher {
         prepare(Arc::clone(&self.preparing), self.prepare_wait, work).await
     }
 
-    /// Lets a request in before it is read: whoever has used up a quota or meets a full queue is told at once.
+    /// Counts a request before it is read: whoever has used up a quota or meets a full queue is told at once. Holds
+    /// no room for it: one that only announces its body holds up nobody.
+    pub(crate) fn knock(&self, caller: &Caller) -> Result<(), ApiError> {
+        let tenant = &caller.tenant;
+        let allowed = self.admission.knock(tenant);
+        let allowed = allowed.and_then(|()| self.quotas.request(tenant));
+        allowed.inspect_err(|error| self.note_refusal(tenant, error))
+    }
+
+    /// Takes in a request that is read and not understood yet.
     pub(crate) fn arrive(&self, caller: &Caller) -> Result<Arrival, ApiError> {
         let tenant = &caller.tenant;
-        let arrived = (self.quotas.request(tenant))
-            .and_then(|()| self.admission.arrive(tenant, self.tenants.limits(tenant)));
+        let arrived = self.admission.arrive(tenant, self.tenants.limits(tenant));
         arrived.inspect_err(|error| self.note_refusal(tenant, error))
     }
 

@@ -7,6 +7,7 @@ mod answer;
 mod answer_id;
 mod asked;
 pub mod auth;
+mod body;
 mod cluster;
 pub mod config;
 mod dispatch;

@@ -11,14 +11,12 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt as _, poll};
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{HeaderName, StatusCode};
-use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::Instant;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
 use tramontane_coordination::{GroupPlacements, Version};
@@ -28,6 +26,7 @@ use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::asked::{Asked, EventId, Position, Tag, mismatch};
 use crate::auth::{Door, Guard, guard};
+use crate::body::{read_body, throw_away};
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
@@ -42,10 +41,6 @@ use crate::tenants::Caller;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
-/// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
-/// so that a client that sends first and reads later sees the refusal instead of a broken connection.
-const DISCARD_FACTOR: usize = 4;
-
 /// Name of one HTTP request in logs and answers; never a client's own. Its answer has the same one unless the
 /// client asks for an answer that has a name already.
 #[derive(Clone, Copy, Debug)]
@@ -140,21 +135,18 @@ async fn generate(
     let caller = request.extensions().get::<Caller>().cloned();
     let caller = caller.ok_or_else(ApiError::internal)?;
     let asked = Asked::read(request.headers(), &caller.tenant, id.0.created())?;
-    let arrival = match app.dispatcher.arrive(&caller) {
-        Ok(arrival) => arrival,
-        Err(error) => {
-            throw_away(app, request.into_body());
-            return Err(error);
-        }
-    };
+    if let Err(error) = app.dispatcher.knock(&caller) {
+        throw_away(app, request.into_body());
+        return Err(error);
+    }
     let mut name = Name {
         request: id.to_string(),
         answer: asked.answer().unwrap_or(id.0),
         version: None,
         caller,
-        arrival: Some(arrival),
+        arrival: None,
     };
-    let read = read(app, route, request, name.answer).await?;
+    let read = read(app, request, (route, &mut name)).await?;
     if let Some(event) = &asked.resume {
         name.version = Some(resumed(app, event, &read)?);
         if event.position == Position::End {
@@ -268,11 +260,12 @@ struct Read {
 
 async fn read(
     app: &Arc<App>,
-    route: Route,
     request: Request,
-    answer: AnswerId,
+    (route, name): (Route, &mut Name),
 ) -> Result<Read, ApiError> {
     let (body, room) = read_body(app, request).await?;
+    name.arrival = Some(app.dispatcher.arrive(&name.caller)?);
+    let answer = name.answer;
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
     let prepared = app.dispatcher.prepare(move || {
         let digest = BodyDigest::of(route.name(), &body);
@@ -348,96 +341,6 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let message = "content-type must be application/json";
     Err(ApiError::new(ErrorKind::MediaType, message))
-}
-
-fn declared_size(headers: &HeaderMap) -> Option<usize> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// The whole body, within the limits of size and time, and the memory that it takes among all bodies.
-/// Memory is taken as data arrives: who only announces a body holds up nobody.
-async fn read_body(
-    app: &App,
-    request: Request,
-) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ApiError> {
-    let deadline = Instant::now() + app.config.body_timeout;
-    let max = app.config.body_bytes_max;
-    let declared = declared_size(request.headers()).unwrap_or_default();
-    let mut body = request.into_body();
-    let mut bytes = BytesMut::new();
-    let mut room = None;
-    let mut is_too_large = declared > max;
-    while !is_too_large {
-        let frame = timeout_at(deadline, body.frame()).await;
-        let frame = frame.map_err(|_elapsed| late_body(app))?;
-        let Some(frame) = frame else {
-            return Ok((bytes.freeze(), room));
-        };
-        let Ok(frame) = frame else {
-            return Err(ApiError::new(ErrorKind::Invalid, "the body ended early"));
-        };
-        let Ok(data) = frame.into_data() else {
-            continue;
-        };
-        is_too_large = data.len() > max - bytes.len();
-        if !is_too_large {
-            grow_room(app, &mut room, bytes.len() + data.len(), deadline).await?;
-            bytes.extend_from_slice(&data);
-        }
-    }
-    throw_away(app, body);
-    let message = format!("the body must have at most {max} bytes");
-    Err(ApiError::new(ErrorKind::TooLarge, message))
-}
-
-fn late_body(app: &App) -> ApiError {
-    let limit = humantime::format_duration(app.config.body_timeout);
-    let message = format!("the body did not arrive within {limit}");
-    ApiError::new(ErrorKind::BodyTimeout, message)
-}
-
-/// Waits for memory so that `room` covers `size` bytes.
-async fn grow_room(
-    app: &App,
-    room: &mut Option<OwnedSemaphorePermit>,
-    size: usize,
-    deadline: Instant,
-) -> Result<(), ApiError> {
-    let held = room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-    let missing = size.div_ceil(1024).saturating_sub(held);
-    if missing == 0 {
-        return Ok(());
-    }
-    let missing = u32::try_from(missing).unwrap_or(u32::MAX);
-    let more = Arc::clone(&app.body_room).acquire_many_owned(missing);
-    let Ok(Ok(more)) = timeout_at(deadline, more).await else {
-        return Err(ApiError::unavailable(
-            "too many large requests are being read",
-        ));
-    };
-    match room {
-        Some(room) => room.merge(more),
-        None => *room = Some(more),
-    }
-    Ok(())
-}
-
-/// Reads the body of a request that was refused, within limits, and keeps nothing of it.
-fn throw_away(app: &App, body: Body) {
-    let max = app.config.body_bytes_max.saturating_mul(DISCARD_FACTOR);
-    let discarding = timeout(app.config.body_timeout, discard(body, max));
-    app.dispatcher.tasks.spawn(discarding);
-}
-
-/// Reads up to `max` bytes of a body that was refused.
-async fn discard(mut body: Body, max: usize) {
-    let mut size = 0_usize;
-    while let Some(Ok(frame)) = body.frame().await {
-        size = size.saturating_add(frame.data_ref().map_or(0, Bytes::len));
-        if size > max {
-            return;
-        }
-    }
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

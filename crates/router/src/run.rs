@@ -18,7 +18,7 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
-use crate::auth::{Auth, cache_secret};
+use crate::auth::{Auth, Known};
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::error::{ApiError, ErrorKind};
@@ -187,7 +187,7 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
-    let known = Known::read(&config, &background)?;
+    let known = Known::read(&config, &background.tasks, &background.stop)?;
     let followed = background.start(&config, &parts.store, shutdown.token.clone());
     let doors = Doors::default();
     let RouterParts {
@@ -286,28 +286,6 @@ struct Given {
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
     scaler: Option<Arc<dyn Scaler>>,
-}
-
-/// Who may ask, and what for.
-struct Known {
-    auth: Arc<Auth>,
-    tenants: Arc<Tenants>,
-}
-
-impl Known {
-    fn read(config: &RouterConfig, background: &Background) -> Result<Self, Error> {
-        let secret = cache_secret(&config.auth)?;
-        let auth = Auth::open(&config.auth, &background.tasks, &background.stop)?;
-        Ok(Self {
-            auth: Arc::new(auth),
-            tenants: Arc::new(tenants(config, secret)),
-        })
-    }
-}
-
-/// The tenants of a configuration.
-pub(crate) fn tenants(config: &RouterConfig, secret: Vec<u8>) -> Tenants {
-    Tenants::new(&config.tenant_defaults, &config.tenants, secret)
 }
 
 /// What [`Background`] keeps.

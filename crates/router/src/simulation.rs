@@ -20,8 +20,8 @@ use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Metrics;
 use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::roster::{PulseTasks, Roster};
-use crate::run::{Doors, dispatcher, tenants};
-use crate::tenants::Caller;
+use crate::run::{Doors, dispatcher};
+use crate::tenants::{Caller, Tenants};
 use crate::worker_pool::WorkerPool;
 
 pub use crate::worker_link::{
@@ -110,7 +110,7 @@ impl RouterCore {
             placements: quietly(placements, &tasks),
             intent: quietly(intent, &tasks),
         };
-        let tenants = Arc::new(tenants(config, Vec::new()));
+        let tenants = Arc::new(Tenants::of(config, Vec::new()));
         let metrics = Arc::new(Metrics::new("simulated", Arc::clone(&tenants)));
         let doors = Doors::default();
         let pool = WorkerPool::new(cluster, config.policy, Arc::default(), roster);

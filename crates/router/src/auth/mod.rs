@@ -22,9 +22,9 @@ use tokio_util::task::TaskTracker;
 
 pub(crate) use guard::{Door, Guard, guard};
 
-use crate::Error;
 use crate::error::{ApiError, ErrorKind};
-use crate::tenants::Caller;
+use crate::tenants::{Caller, Tenants};
+use crate::{Error, RouterConfig};
 use config::{AuthConfig, JwtConfig};
 use follow::{Current, Fetched, Followed, JWKS_BYTES_MAX};
 use jwt::{IssuerKeys, TokenRefusal, TokenRules};
@@ -271,8 +271,30 @@ fn spawn(
     });
 }
 
+/// Who may ask, and what for.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) auth: Arc<Auth>,
+    pub(crate) tenants: Arc<Tenants>,
+}
+
+impl Known {
+    /// Reads what is configured and follows it until `stop`.
+    pub(crate) fn read(
+        config: &RouterConfig,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Result<Self, Error> {
+        let secret = cache_secret(&config.auth)?;
+        Ok(Self {
+            auth: Arc::new(Auth::open(&config.auth, tasks, stop)?),
+            tenants: Arc::new(Tenants::of(config, secret)),
+        })
+    }
+}
+
 /// The secret that is mixed into the salts of prompt caches.
-pub(crate) fn cache_secret(config: &AuthConfig) -> Result<Vec<u8>, Error> {
+fn cache_secret(config: &AuthConfig) -> Result<Vec<u8>, Error> {
     let key = "auth.cache_secret_file";
     let Some(path) = &config.cache_secret_file else {
         return Ok(Vec::new());

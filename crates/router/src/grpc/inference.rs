@@ -37,6 +37,7 @@ impl InferenceService {
         // Of the layer around all methods; without it nobody has asked.
         let caller = request.extensions().get::<Caller>().cloned();
         let caller = caller.ok_or_else(ApiError::internal)?;
+        self.app.dispatcher.knock(&caller)?;
         let arrival = self.app.dispatcher.arrive(&caller)?;
         let request = request.into_inner();
         let answer = AnswerId::unique(unix_seconds());

@@ -134,23 +134,29 @@ impl<W> FairQueue<W> {
         self.bytes
     }
 
-    /// Notes a request that came and is not read yet; whether it can have a place, or wait for one. Refused is only
-    /// who has as many here as any other tenant.
-    pub(crate) fn arrive(&mut self, tenant: &TenantName, limits: Limits) -> bool {
+    /// Whether a request that comes can have a place, or wait for one. Only who has as many here as any other tenant
+    /// cannot.
+    pub(crate) fn has_room(&self, tenant: &TenantName) -> bool {
         let room = self.places_free.saturating_add(self.max.requests);
-        if self.num_arrived + self.num_waiting >= room {
-            let own = self.accounts.get(tenant).map_or(0, Account::num_here);
-            let others = self.accounts.iter().filter(|(name, _)| *name != tenant);
-            if others.map(|(_, account)| account.num_here()).max() <= Some(own) {
-                return false;
-            }
+        if self.num_arrived + self.num_waiting < room {
+            return true;
+        }
+        let own = self.accounts.get(tenant).map_or(0, Account::num_here);
+        let others = self.accounts.iter().filter(|(name, _)| *name != tenant);
+        others.map(|(_, account)| account.num_here()).max() > Some(own)
+    }
+
+    /// Notes a request that came and is not understood yet; whether there is room for it.
+    pub(crate) fn arrive(&mut self, tenant: &TenantName, limits: Limits) -> bool {
+        if !self.has_room(tenant) {
+            return false;
         }
         self.account(tenant, limits).arrived += 1;
         self.num_arrived += 1;
         true
     }
 
-    /// The request that arrived is read, or is gone.
+    /// The request that arrived is understood, or is gone.
     pub(crate) fn settle(&mut self, tenant: &TenantName) {
         if let Some(account) = self.accounts.get_mut(tenant) {
             account.arrived = account.arrived.saturating_sub(1);

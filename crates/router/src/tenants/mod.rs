@@ -19,6 +19,7 @@ pub(crate) use fair::{Ask, Entered, FairQueue, Granted, QueueMax, Ticket};
 pub(crate) use headers::rate_headers;
 pub(crate) use quota::{Left, Quotas};
 
+use crate::RouterConfig;
 use config::{Class, TenantConfig};
 
 /// Longest name of a tenant.
@@ -92,6 +93,11 @@ pub(crate) struct Tenants {
 }
 
 impl Tenants {
+    /// Those of a configuration that was checked.
+    pub(crate) fn of(config: &RouterConfig, secret: Vec<u8>) -> Self {
+        Self::new(&config.tenant_defaults, &config.tenants, secret)
+    }
+
     /// From sections that were checked; names that are none are left out.
     pub(crate) fn new(
         defaults: &TenantConfig,

@@ -6,8 +6,10 @@
     reason = "a test that cannot go on must end"
 )]
 
+mod auth;
 mod disconnect;
 mod failover;
+mod held;
 mod idempotency;
 mod resume;
 mod versions;
