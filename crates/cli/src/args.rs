@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::args::BenchArgs;
 use crate::drill::DrillArgs;
 use crate::kernels::KernelsCommand;
+use crate::keys::KeysCommand;
 use crate::operator::WeightsCommand;
 use crate::output::Format;
 
@@ -67,6 +68,9 @@ pub(crate) enum Command {
     /// Compile CUDA kernels, with or without a GPU
     #[command(subcommand)]
     Kernels(KernelsCommand),
+    /// Make, list and revoke API keys
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Check configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -281,6 +285,9 @@ pub(crate) struct RouterAddress {
         default_value = "http://127.0.0.1:8001"
     )]
     pub(crate) router: String,
+    /// API key of an operator, for routers that ask for one
+    #[arg(long, env = "TRAMONTANE_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
 }
 
 /// Flags of commands that read.
@@ -481,6 +488,9 @@ pub(crate) struct ChatArgs {
     /// Model name; the endpoint's first when absent
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// API key of the endpoint, where it asks for one
+    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
     /// System prompt
     #[arg(long)]
     pub(crate) system: Option<String>,

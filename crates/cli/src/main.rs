@@ -7,6 +7,7 @@ mod config_check;
 mod drill;
 mod exit;
 mod kernels;
+mod keys;
 mod model;
 mod openai_client;
 mod operator;
@@ -72,6 +73,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,
         Command::Kernels(command) => kernels::run(command)?,
+        Command::Keys(command) => keys::run(command)?,
         Command::Config(command) => config_check::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::{Stream, StreamExt as _};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
+
+use crate::settings::misuse;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,12 +22,20 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A client of the endpoint at `url`.
-    pub(crate) fn new(url: &str) -> anyhow::Result<Self> {
+    /// A client of the endpoint at `url`, which says who it is if there is a key.
+    pub(crate) fn new(url: &str, api_key: Option<&str>) -> anyhow::Result<Self> {
+        let mut headers = HeaderMap::new();
+        if let Some(key) = api_key.filter(|key| !key.is_empty()) {
+            let bearer = HeaderValue::from_str(&format!("Bearer {key}"));
+            let mut bearer = bearer.map_err(|_| misuse("--api-key must be visible characters"))?;
+            bearer.set_sensitive(true);
+            headers.insert(AUTHORIZATION, bearer);
+        }
         let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
+            .default_headers(headers)
             // Some servers close a connection after an answer without saying so, and the next request
             // on it would be lost.
             .pool_max_idle_per_host(0)

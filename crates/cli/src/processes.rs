@@ -42,13 +42,14 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
     flags.set("router", "min_workers", args.min_workers.map(|n| n as i64));
     let settings = settings::load(args.process.config.as_deref(), flags)?.value;
     settings.etcd.validate()?;
-    settings.router.validate().map_err(misuse)?;
+    let router = settings.router();
+    router.validate().map_err(misuse)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-router").map_err(misuse)?;
     let (checkpoint, _) = open_model(&args.model)?;
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     drop(checkpoint);
     let shutdown = Shutdown::new();
-    let store = store(&settings.etcd, &settings.router.id, &shutdown)?;
+    let store = store(&settings.etcd, &router.id, &shutdown)?;
     let (http, grpc) = (
         bind(&settings.listen.http).await?,
         bind(&settings.listen.grpc).await?,
@@ -62,7 +63,7 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
         grpc,
         scaler: None,
     };
-    tramontane_router::run(settings.router, parts, shutdown.clone()).await?;
+    tramontane_router::run(router, parts, shutdown.clone()).await?;
     shutdown.trigger();
     shutdown.finish(FINISH_MAX).await;
     Ok(())

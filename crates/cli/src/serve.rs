@@ -77,7 +77,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         grpc,
         scaler: Some(scaler),
     };
-    services.start_router(settings.router, parts);
+    services.start_router(settings.router(), parts);
     let shown = async {
         let shown = banner.show_when_ready().await;
         if shown.is_ok() {
@@ -112,7 +112,7 @@ fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     if !has_log {
         settings.telemetry.log = "warn".to_owned();
     }
-    settings.router.validate().map_err(misuse)?;
+    settings.router().validate().map_err(misuse)?;
     let (threads, workers) = divided(args);
     share_of(&settings.worker, threads, workers, 0)
         .validate()

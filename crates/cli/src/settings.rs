@@ -1,5 +1,6 @@
 //! The settings of every process in one tree: file, environment and flags merged once, at the start.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::net::Ipv6Addr;
 use std::num::NonZeroU16;
@@ -8,7 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use tramontane_router::RouterConfig;
+use tramontane_router::{AuthConfig, RouterConfig, TenantConfig};
 use tramontane_runtime::config::{self, Layers, Loaded, Source};
 use tramontane_runtime::telemetry::TelemetryConfig;
 use tramontane_worker::WorkerConfig;
@@ -45,16 +46,34 @@ pub(crate) fn misuse(error: impl Display) -> anyhow::Error {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Settings {
+    /// Who may ask the router.
+    pub(crate) auth: AuthConfig,
     /// Where etcd is.
     pub(crate) etcd: EtcdSettings,
     /// Where processes listen.
     pub(crate) listen: ListenSettings,
     /// The router.
     pub(crate) router: RouterConfig,
+    /// What a tenant may use where its own section does not say.
+    pub(crate) tenant_defaults: TenantConfig,
+    /// What each tenant may use: a section per tenant.
+    tenants: BTreeMap<String, TenantConfig>,
     /// Logs and traces.
     pub(crate) telemetry: TelemetryConfig,
     /// The worker.
     pub(crate) worker: WorkerConfig,
+}
+
+impl Settings {
+    /// The router's settings, with the sections that stand by themselves.
+    pub(crate) fn router(&self) -> RouterConfig {
+        RouterConfig {
+            auth: self.auth.clone(),
+            tenant_defaults: self.tenant_defaults.clone(),
+            tenants: self.tenants.clone(),
+            ..self.router.clone()
+        }
+    }
 }
 
 /// Where etcd is. The cluster's name is the worker's and the router's alike.

@@ -1,27 +1,40 @@
 //! Who may run now, who waits, who is refused. Never lets more in than the named limits, and never makes
-//! anybody wait for ever.
+//! anybody wait for ever. Whose turn it is, [`FairQueue`] decides.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{ApiError, ErrorKind};
+use crate::tenants::{Ask, Entered, FairQueue, Granted, Limits, QueueMax, TenantName, Ticket};
+
+/// How much may run and wait, and how long.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AdmissionLimits {
+    pub(crate) sequences_max: usize,
+    pub(crate) queue: QueueMax,
+    pub(crate) queue_wait: Duration,
+    /// A request that waits so long counts as one class higher.
+    pub(crate) age: Duration,
+}
 
 /// The door to the workers: a number of sequences, and a bounded queue before it.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    places: Arc<Semaphore>,
-    sequences_max: usize,
-    queue_max: usize,
-    queue_wait: Duration,
-    waiting: Arc<AtomicUsize>,
+    limits: AdmissionLimits,
+    door: Arc<Door>,
     running: Arc<AtomicUsize>,
     stopping: CancellationToken,
 }
+
+/// The queue, shared with those who hold places.
+#[derive(Debug)]
+struct Door(Mutex<FairQueue<oneshot::Sender<Places>>>);
 
 /// The right to run.
 #[derive(Debug)]
@@ -33,13 +46,60 @@ pub(crate) struct Admitted {
 
 /// Places among the sequences that run; gives them back when dropped.
 #[derive(Debug)]
-pub(crate) struct Places(OwnedSemaphorePermit);
+pub(crate) struct Places {
+    door: Arc<Door>,
+    tenant: TenantName,
+    num: usize,
+}
 
 impl Places {
     /// Gives back all but what `num_sequences` need.
     pub(crate) fn shrink_to(&mut self, num_sequences: usize) {
-        let unneeded = self.0.num_permits().saturating_sub(num_sequences);
-        drop(self.0.split(unneeded));
+        let unneeded = self.num.saturating_sub(num_sequences);
+        if unneeded > 0 {
+            self.num -= unneeded;
+            self.door.0.lock().give_back(unneeded);
+            Door::let_in(&self.door);
+        }
+    }
+
+    /// Notes tokens that were generated in these places.
+    pub(crate) fn generated(&self, num_tokens: u32) {
+        let mut queue = self.door.0.lock();
+        queue.generated(&self.tenant, num_tokens.into());
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        let mut queue = self.door.0.lock();
+        queue.give_back(self.num);
+        queue.finish(&self.tenant);
+        drop(queue);
+        Door::let_in(&self.door);
+    }
+}
+
+impl Door {
+    fn places(door: &Arc<Self>, tenant: TenantName, num: usize) -> Places {
+        let door = Arc::clone(door);
+        Places { door, tenant, num }
+    }
+
+    /// Lets in whoever is next, as long as somebody is.
+    fn let_in(door: &Arc<Self>) {
+        loop {
+            // Not in the condition of a loop: the lock must be free again before places can be dropped.
+            let next = door.0.lock().pop(Instant::now());
+            let Some(granted) = next else { return };
+            let Granted {
+                tenant,
+                places,
+                waiter,
+            } = granted;
+            // Whoever is gone drops them, which lets in the next.
+            let _gone = waiter.send(Self::places(door, tenant, places));
+        }
     }
 }
 
@@ -60,20 +120,53 @@ impl Drop for Counted {
     }
 }
 
+/// A request that came and asks for nothing yet. Counts among those who wait until it is settled or dropped.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    door: Arc<Door>,
+    tenant: TenantName,
+    is_settled: AtomicBool,
+}
+
+impl Arrival {
+    /// The request is read, and asks for places or gives up.
+    pub(crate) fn settle(&self) {
+        if !self.is_settled.swap(true, Ordering::Relaxed) {
+            self.door.0.lock().settle(&self.tenant);
+        }
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+/// A request in the queue; leaves it when dropped.
+struct Queued<'a> {
+    door: &'a Arc<Door>,
+    tenant: TenantName,
+    ticket: Ticket,
+}
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        let was_there = self.door.0.lock().leave(&self.tenant, self.ticket);
+        if was_there {
+            // It may have held up others with its size.
+            Door::let_in(self.door);
+        }
+    }
+}
+
 impl Admission {
     /// `stopping` refuses whoever still waits.
-    pub(crate) fn new(
-        sequences_max: usize,
-        queue_max: usize,
-        queue_wait: Duration,
-        stopping: CancellationToken,
-    ) -> Self {
+    pub(crate) fn new(limits: AdmissionLimits, stopping: CancellationToken) -> Self {
+        let queue = FairQueue::new(limits.sequences_max, limits.queue, limits.age);
         Self {
-            places: Arc::new(Semaphore::new(sequences_max)),
-            sequences_max,
-            queue_max,
-            queue_wait,
-            waiting: Arc::default(),
+            limits,
+            door: Arc::new(Door(Mutex::new(queue))),
             running: Arc::default(),
             stopping,
         }
@@ -91,37 +184,68 @@ impl Admission {
 
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
+        self.door.0.lock().num_waiting()
     }
 
-    /// Waits for places for `num_sequences`, first come first served. A request for more sequences than
-    /// there are places takes all of them.
-    pub(crate) async fn admit(&self, num_sequences: usize) -> Result<Admitted, ApiError> {
-        // In range: the configuration bounds the number of places.
-        let places = u32::try_from(num_sequences.min(self.sequences_max)).unwrap_or(u32::MAX);
-        if let Ok(permit) = Arc::clone(&self.places).try_acquire_many_owned(places) {
-            return Ok(self.admitted(permit));
+    /// Memory that they take.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.door.0.lock().bytes()
+    }
+
+    /// Refuses a request that there is no room for, before it is read.
+    pub(crate) fn knock(&self, tenant: &TenantName) -> Result<(), ApiError> {
+        let has_room = self.door.0.lock().has_room(tenant);
+        has_room.then_some(()).ok_or_else(|| self.full())
+    }
+
+    /// Notes a request before it is understood, which costs more than to refuse it.
+    pub(crate) fn arrive(&self, tenant: &TenantName, limits: Limits) -> Result<Arrival, ApiError> {
+        if !self.door.0.lock().arrive(tenant, limits) {
+            return Err(self.full());
         }
-        let queued = Counted::new(&self.waiting);
-        if self.waiting() > self.queue_max {
-            let message = format!("the queue is full with {} requests", self.queue_max);
-            return Err(ApiError::new(ErrorKind::QueueFull, message));
-        }
-        let acquired = timeout(
-            self.queue_wait,
-            Arc::clone(&self.places).acquire_many_owned(places),
-        );
-        let acquired = tokio::select! {
+        Ok(Arrival {
+            door: Arc::clone(&self.door),
+            tenant: tenant.clone(),
+            is_settled: AtomicBool::new(false),
+        })
+    }
+
+    /// Waits for the places that `ask` asks for. A request for more sequences than there are places takes all
+    /// of them.
+    pub(crate) async fn admit(&self, ask: Ask) -> Result<Admitted, ApiError> {
+        let tenant = ask.tenant.clone();
+        let (sender, receiver) = oneshot::channel();
+        let entered = self.door.0.lock().enter(ask, sender, Instant::now());
+        let ticket = match entered {
+            Entered::Now(granted) => {
+                let places = Door::places(&self.door, granted.tenant, granted.places);
+                return Ok(self.admitted(places));
+            }
+            Entered::Waits { ticket, gone } => {
+                // Who had to give way is told so by the end of its channel.
+                drop(gone);
+                ticket
+            }
+            Entered::Full(_) => return Err(self.full()),
+        };
+        let _queued = Queued {
+            door: &self.door,
+            tenant,
+            ticket,
+        };
+        let granted = tokio::select! {
             biased;
-            acquired = acquired => acquired,
+            granted = timeout(self.limits.queue_wait, receiver) => granted,
             () = self.stopping.cancelled() => return Err(stopping()),
         };
-        drop(queued);
-        match acquired {
-            Ok(Ok(permit)) => Ok(self.admitted(permit)),
-            Ok(Err(_closed)) => Err(stopping()),
+        match granted {
+            Ok(Ok(places)) => Ok(self.admitted(places)),
+            Ok(Err(_turned_out)) => {
+                let message = "the queue is full, and others have fewer requests in it";
+                Err(ApiError::new(ErrorKind::QueueFull, message))
+            }
             Err(_elapsed) => {
-                let waited = humantime::format_duration(self.queue_wait);
+                let waited = humantime::format_duration(self.limits.queue_wait);
                 Err(ApiError::unavailable(format!(
                     "no place was free within {waited}"
                 )))
@@ -129,9 +253,16 @@ impl Admission {
         }
     }
 
-    fn admitted(&self, places: OwnedSemaphorePermit) -> Admitted {
+    fn full(&self) -> ApiError {
+        let QueueMax { requests, bytes } = self.limits.queue;
+        let message =
+            format!("the queue is full; it holds {requests} requests and {bytes} bytes of them");
+        ApiError::new(ErrorKind::QueueFull, message)
+    }
+
+    fn admitted(&self, places: Places) -> Admitted {
         Admitted {
-            places: Places(places),
+            places,
             running: Counted::new(&self.running),
         }
     }
@@ -144,14 +275,35 @@ fn stopping() -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tenants::config::Class;
 
     fn door(sequences: usize, queue: usize) -> (Arc<Admission>, CancellationToken) {
         let stop = CancellationToken::new();
-        let wait = Duration::from_secs(10);
-        (
-            Arc::new(Admission::new(sequences, queue, wait, stop.clone())),
-            stop,
-        )
+        let limits = AdmissionLimits {
+            sequences_max: sequences,
+            queue: QueueMax {
+                requests: queue,
+                bytes: 1 << 20,
+            },
+            queue_wait: Duration::from_secs(10),
+            age: Duration::from_secs(20),
+        };
+        (Arc::new(Admission::new(limits, stop.clone())), stop)
+    }
+
+    fn of(tenant: &str, places: usize) -> Ask {
+        Ask {
+            tenant: TenantName::new(tenant).unwrap(),
+            class: Class::Normal,
+            limits: Limits::default(),
+            places,
+            prompt_tokens: 1,
+            bytes: 1,
+        }
+    }
+
+    fn ask(places: usize) -> Ask {
+        of("default", places)
     }
 
     /// Polls a future once, so that it takes its place in the queue.
@@ -166,11 +318,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_full_house_queues_then_refuses_and_lets_in_by_turn() {
         let (door, _stop) = door(2, 1);
-        let first = door.admit(1).await.unwrap();
-        let second = door.admit(1).await.unwrap();
-        let third = queued!(door.admit(1));
+        let first = door.admit(ask(1)).await.unwrap();
+        let second = door.admit(ask(1)).await.unwrap();
+        let third = queued!(door.admit(ask(1)));
         assert_eq!((door.running(), door.waiting()), (2, 1));
-        let refused = door.admit(1).await.unwrap_err();
+        let refused = door.admit(ask(1)).await.unwrap_err();
         assert_eq!(refused.kind, ErrorKind::QueueFull);
         assert!(refused.retry_after.is_some());
         drop(first);
@@ -183,22 +335,22 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_longer_than_the_limit_and_leaving_frees_the_place_in_the_queue() {
         let (door, _stop) = door(1, 1);
-        let held = door.admit(1).await.unwrap();
-        let left = queued!(door.admit(1));
+        let held = door.admit(ask(1)).await.unwrap();
+        let left = queued!(door.admit(ask(1)));
         drop(left);
         assert_eq!(door.waiting(), 0);
-        let late = door.admit(1).await.unwrap_err();
+        let late = door.admit(ask(1)).await.unwrap_err();
         assert_eq!(late.kind, ErrorKind::Unavailable);
         assert_eq!(late.message, "no place was free within 10s");
         drop(held);
-        door.admit(1).await.unwrap();
+        door.admit(ask(1)).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_request_for_more_than_the_house_takes_the_house() {
         let (door, stop) = door(3, 4);
-        let all = door.admit(100).await.unwrap();
-        let waiting = queued!(door.admit(1));
+        let all = door.admit(ask(100)).await.unwrap();
+        let waiting = queued!(door.admit(ask(1)));
         stop.cancel();
         assert_eq!(
             waiting.await.unwrap_err().message,
@@ -210,14 +362,74 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn places_go_back_one_by_one_while_the_request_runs() {
         let (door, _stop) = door(2, 4);
-        let mut all = door.admit(5).await.unwrap();
-        let mut waiting = queued!(door.admit(1));
+        let mut all = door.admit(ask(5)).await.unwrap();
+        let mut waiting = queued!(door.admit(ask(1)));
         all.places.shrink_to(2);
         assert!(futures::poll!(&mut waiting).is_pending());
         all.places.shrink_to(1);
         let second = waiting.await.unwrap();
         assert_eq!(door.running(), 2);
         drop((all, second));
-        door.admit(2).await.unwrap();
+        door.admit(ask(2)).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_request_that_leaves_lets_in_those_behind_it() {
+        let (door, _stop) = door(2, 4);
+        let first = door.admit(ask(1)).await.unwrap();
+        let large = queued!(door.admit(ask(2)));
+        let small = queued!(door.admit(ask(1)));
+        drop(large);
+        let small = timeout(Duration::from_secs(1), small)
+            .await
+            .unwrap()
+            .unwrap();
+        drop((first, small));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn places_for_one_who_left_meanwhile_go_to_the_next() {
+        let (door, _stop) = door(1, 4);
+        let first = door.admit(ask(1)).await.unwrap();
+        let left = queued!(door.admit(ask(1)));
+        let next = queued!(door.admit(ask(1)));
+        // Granted, but nobody looks any more.
+        drop(first);
+        drop(left);
+        drop(
+            timeout(Duration::from_secs(1), next)
+                .await
+                .unwrap()
+                .unwrap(),
+        );
+        door.admit(ask(1)).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_tenant_turns_out_the_last_of_one_that_fills_the_queue() {
+        let (door, _stop) = door(1, 2);
+        let first = door.admit(of("a", 1)).await.unwrap();
+        let kept = queued!(door.admit(of("a", 1)));
+        let out = queued!(door.admit(of("a", 1)));
+        let other = queued!(door.admit(of("b", 1)));
+        assert_eq!(out.await.unwrap_err().kind, ErrorKind::QueueFull);
+        drop(first);
+        drop(kept.await.unwrap());
+        drop(other.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_arrives_is_counted_until_it_asks_or_is_gone() {
+        let (door, _stop) = door(1, 0);
+        let tenant = TenantName::default();
+        let first = door.arrive(&tenant, Limits::default()).unwrap();
+        let refused = door.arrive(&tenant, Limits::default()).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::QueueFull);
+        first.settle();
+        drop(first);
+        let admitted = door.admit(ask(1)).await.unwrap();
+        assert!(door.arrive(&tenant, Limits::default()).is_err());
+        drop(admitted);
+        drop(door.arrive(&tenant, Limits::default()).unwrap());
     }
 }

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use http::header::{AUTHORIZATION, HeaderMap, HeaderName};
+use http::header::{HeaderMap, HeaderName};
 use sha2::{Digest as _, Sha256};
 use tramontane_coordination::Version;
 
@@ -12,6 +12,7 @@ use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
 use crate::request::CHOICES_MAX;
+use crate::tenants::TenantName;
 
 /// The id of the last event that a client has seen, as in the HTML standard.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -40,13 +41,17 @@ pub(crate) struct AskedKey {
 
 impl Asked {
     /// Reads and checks the headers.
-    pub(crate) fn read(headers: &HeaderMap, unix_seconds: u64) -> Result<Self, ApiError> {
+    pub(crate) fn read(
+        headers: &HeaderMap,
+        tenant: &TenantName,
+        unix_seconds: u64,
+    ) -> Result<Self, ApiError> {
         let resume = match one(headers, &LAST_EVENT_ID, EVENT_ID_BYTES_MAX)? {
             Some(text) => Some(text.parse::<EventId>()?),
             None => None,
         };
         let key = one(headers, &IDEMPOTENCY_KEY, KEY_BYTES_MAX)?.map(|key| AskedKey {
-            digest: key_digest(headers, key),
+            digest: key_digest(tenant, key),
             answer: AnswerId::of_key(key, unix_seconds),
         });
         if let (Some(resume), Some(key)) = (&resume, &key)
@@ -93,11 +98,10 @@ fn one<'a>(
     Ok(Some(text))
 }
 
-/// Clients with other credentials have other answers under the same key.
-fn key_digest(headers: &HeaderMap, key: &str) -> KeyDigest {
-    let credentials = headers.get(AUTHORIZATION).map(|value| value.as_bytes());
+/// Other tenants have other answers under the same key.
+fn key_digest(tenant: &TenantName, key: &str) -> KeyDigest {
     let mut digest = Sha256::new();
-    digest.update(Sha256::digest(credentials.unwrap_or_default()));
+    digest.update(Sha256::digest(tenant.as_str().as_bytes()));
     digest.update(key.as_bytes());
     KeyDigest(digest.finalize().into())
 }
@@ -254,6 +258,10 @@ mod tests {
         headers
     }
 
+    fn read(pairs: &[(&HeaderName, &str)]) -> Result<Asked, ApiError> {
+        Asked::read(&headers(pairs), &TenantName::default(), 7)
+    }
+
     #[test]
     fn an_event_id_survives_its_text_form() {
         let answer = AnswerId::unique(7);
@@ -286,12 +294,12 @@ mod tests {
             "1.".repeat(EVENT_ID_BYTES_MAX),
         ];
         for text in wrong {
-            let asked = Asked::read(&headers(&[(&LAST_EVENT_ID, &text)]), 7);
+            let asked = read(&[(&LAST_EVENT_ID, &text)]);
             let error = asked.unwrap_err();
             assert_eq!(error.kind, ErrorKind::Invalid, "{text}");
             assert_eq!(error.param.as_deref(), Some("last-event-id"));
         }
-        Asked::read(&headers(&[(&LAST_EVENT_ID, &good)]), 7).unwrap();
+        read(&[(&LAST_EVENT_ID, &good)]).unwrap();
     }
 
     #[test]
@@ -323,21 +331,24 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_told_apart_by_credentials_but_names_one_answer() {
-        let asked = |credentials: &str, key: &str| {
-            let pairs = [(&AUTHORIZATION, credentials), (&IDEMPOTENCY_KEY, key)];
-            Asked::read(&headers(&pairs), 7).unwrap().key.unwrap()
+    fn a_key_is_told_apart_by_tenant_but_names_one_answer() {
+        let asked = |tenant: &str, key: &str| {
+            let (tenant, headers) = (
+                TenantName::new(tenant).unwrap(),
+                headers(&[(&IDEMPOTENCY_KEY, key)]),
+            );
+            Asked::read(&headers, &tenant, 7).unwrap().key.unwrap()
         };
-        assert_eq!(asked("Bearer a", "k"), asked("Bearer a", "k"));
-        assert_ne!(asked("Bearer a", "k").digest, asked("Bearer b", "k").digest);
-        assert_eq!(asked("Bearer a", "k").answer, asked("Bearer b", "k").answer);
-        assert_ne!(asked("Bearer a", "k").digest, asked("Bearer ", "ak").digest);
+        assert_eq!(asked("a", "k"), asked("a", "k"));
+        assert_ne!(asked("a", "k").digest, asked("b", "k").digest);
+        assert_eq!(asked("a", "k").answer, asked("b", "k").answer);
+        assert_ne!(asked("ab", "k").digest, asked("a", "bk").digest);
         for pairs in [
             vec![(&IDEMPOTENCY_KEY, "")],
             vec![(&IDEMPOTENCY_KEY, "a"), (&IDEMPOTENCY_KEY, "b")],
             vec![(&IDEMPOTENCY_KEY, "k".repeat(257).leak() as &str)],
         ] {
-            let error = Asked::read(&headers(&pairs), 7).unwrap_err();
+            let error = read(&pairs).unwrap_err();
             assert_eq!(error.param.as_deref(), Some("idempotency-key"));
         }
     }
@@ -346,12 +357,7 @@ mod tests {
     fn an_event_of_another_answer_does_not_go_with_a_key() {
         let of = |answer: AnswerId| format!("{answer}/00000000/1");
         let (own, other) = (of(AnswerId::of_key("k", 3)), of(AnswerId::unique(3)));
-        let asked = |event: &str| {
-            Asked::read(
-                &headers(&[(&IDEMPOTENCY_KEY, "k"), (&LAST_EVENT_ID, event)]),
-                7,
-            )
-        };
+        let asked = |event: &str| read(&[(&IDEMPOTENCY_KEY, "k"), (&LAST_EVENT_ID, event)]);
         assert_eq!(
             asked(&own).unwrap().answer(),
             Some(AnswerId::of_key("k", 3))

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tramontane_coordination::{
     Intent, Members, Placements, SeenIntent, Version, WorkerRecord, WorkerState,
 };
-use tramontane_types::WorkerId;
+use tramontane_types::{Placement, WorkerId};
 
 /// Everybody's last known view of the cluster.
 #[derive(Clone, Debug)]
@@ -52,6 +52,14 @@ impl ClusterView {
         check(&self.members(), &self.placements(), &self.intent())
     }
 
+    /// How far the cluster is on its way to serving.
+    pub(crate) fn progress(&self) -> String {
+        match self.check() {
+            Ok(()) => "workers are ready".to_owned(),
+            Err(reason) => reason,
+        }
+    }
+
     /// `Ok` when requests that began with `version` can be served, else why not.
     pub(crate) fn check_version(&self, version: &Version) -> Result<(), String> {
         let (members, seen) = (self.members(), self.intent());
@@ -75,7 +83,7 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
             .values()
             .filter_map(|g| g.pending.as_ref());
         let reason = match pending.next() {
-            Some(pending) => format!("workers are loading placement {}", pending.epoch),
+            Some(pending) => loading(members, pending),
             None if members.workers.is_empty() => "no worker has registered".to_owned(),
             None => "no placement of experts is published".to_owned(),
         };
@@ -87,6 +95,17 @@ fn check(members: &Members, placements: &Placements, seen: &SeenIntent) -> Resul
         ));
     }
     check_workers(members, version, &seen.intent)
+}
+
+/// How many of the workers of a placement have loaded it.
+fn loading(members: &Members, pending: &Placement) -> String {
+    let (epoch, all) = (pending.epoch, pending.workers.len());
+    let has_loaded = |id: &&WorkerId| {
+        let record = members.workers.get(*id);
+        record.is_some_and(|record| record.loaded >= epoch)
+    };
+    let loaded = pending.workers.iter().filter(has_loaded).count();
+    format!("workers are loading placement {epoch}, {loaded} of {all} have it")
 }
 
 fn check_workers(members: &Members, version: &Version, intent: &Intent) -> Result<(), String> {

@@ -1,5 +1,6 @@
 //! The settings of one router, checked once before a port is used. Never read again later.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -10,7 +11,11 @@ use tramontane_runtime::duration_text;
 use tramontane_types::SEGMENTS_PER_EXPERT;
 
 use crate::Error;
+use crate::admission::AdmissionLimits;
+use crate::auth::config::AuthConfig;
 use crate::kept::KeepLimits;
+use crate::tenants::QueueMax;
+use crate::tenants::config::{self as tenants, TenantConfig};
 
 /// Sequences that run at once on all workers together, as seen by this router.
 pub const SEQUENCES_MAX: usize = 1024;
@@ -18,6 +23,13 @@ pub const SEQUENCES_MAX: usize = 1024;
 pub const QUEUE_MAX: usize = 1024;
 /// Longest wait in the queue: most clients' own patience is longer, and trying elsewhere is cheap.
 pub const QUEUE_WAIT: Duration = Duration::from_secs(60);
+/// Memory of the requests that wait for a place or for a worker.
+pub const QUEUE_BYTES_MAX: usize = 256 << 20;
+/// A request that waits so long goes with those of the next higher class: the lowest is behind nobody after two
+/// thirds of the longest wait.
+pub const PRIORITY_AGE: Duration = Duration::from_secs(20);
+/// Longest wait for the first worker: about what a client waits for an answer to begin.
+pub const HOLD_WAIT: Duration = Duration::from_secs(60);
 /// Largest request body and gRPC message.
 pub const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Longest time for a request body to arrive.
@@ -98,6 +110,14 @@ pub struct RouterConfig {
     /// Longest wait in the queue.
     #[serde(with = "duration_text")]
     pub queue_wait: Duration,
+    /// Memory of those that wait, in bytes.
+    pub queue_bytes_max: usize,
+    /// A request that waits so long goes with those of the next higher class.
+    #[serde(with = "duration_text")]
+    pub priority_age: Duration,
+    /// Longest wait of a request that nobody can serve yet; zero refuses it at once.
+    #[serde(with = "duration_text")]
+    pub hold_wait: Duration,
     /// Largest request body and gRPC message in bytes.
     pub body_bytes_max: usize,
     /// Longest time for a request body to arrive.
@@ -138,6 +158,15 @@ pub struct RouterConfig {
     /// Pause between comments that keep an event stream open.
     #[serde(with = "duration_text")]
     pub sse_keepalive: Duration,
+    /// Who may ask: a section of its own.
+    #[serde(skip)]
+    pub auth: AuthConfig,
+    /// What tenants may use, likewise.
+    #[serde(skip)]
+    pub tenant_defaults: TenantConfig,
+    /// What each tenant may use, likewise.
+    #[serde(skip)]
+    pub tenants: BTreeMap<String, TenantConfig>,
 }
 
 impl Default for RouterConfig {
@@ -155,6 +184,9 @@ impl Default for RouterConfig {
             sequences_max: SEQUENCES_MAX,
             queue_max: QUEUE_MAX,
             queue_wait: QUEUE_WAIT,
+            queue_bytes_max: QUEUE_BYTES_MAX,
+            priority_age: PRIORITY_AGE,
+            hold_wait: HOLD_WAIT,
             body_bytes_max: BODY_BYTES_MAX,
             body_timeout: BODY_TIMEOUT,
             connections_max: CONNECTIONS_MAX,
@@ -170,6 +202,9 @@ impl Default for RouterConfig {
             kept_answers_max: KEPT_ANSWERS_MAX,
             kept_bytes_max: KEPT_BYTES_MAX,
             sse_keepalive: SSE_KEEPALIVE,
+            auth: AuthConfig::default(),
+            tenant_defaults: TenantConfig::default(),
+            tenants: BTreeMap::new(),
         }
     }
 }
@@ -198,6 +233,24 @@ impl RouterConfig {
         }
     }
 
+    /// How much may run and wait.
+    pub(crate) const fn admission(&self) -> AdmissionLimits {
+        AdmissionLimits {
+            sequences_max: self.sequences_max,
+            queue: self.queue(),
+            queue_wait: self.queue_wait,
+            age: self.priority_age,
+        }
+    }
+
+    /// How much may wait, for a place or for a worker.
+    pub(crate) const fn queue(&self) -> QueueMax {
+        QueueMax {
+            requests: self.queue_max,
+            bytes: self.queue_bytes_max,
+        }
+    }
+
     /// Checks every value that has a rule.
     ///
     /// # Errors
@@ -220,22 +273,31 @@ impl RouterConfig {
             ("attempts_max", self.attempts_max as usize, 1),
             ("kept_answers_max", self.kept_answers_max, 1),
             ("kept_bytes_max", self.kept_bytes_max, 1 << 20),
+            ("queue_bytes_max", self.queue_bytes_max, 1 << 20),
         ];
         for (key, got, min) in counts {
             // Bytes may be more than any other count.
             let max = match key {
                 "body_bytes_max" => 1 << 30,
-                "kept_bytes_max" => 1 << 40,
+                "kept_bytes_max" | "queue_bytes_max" => 1 << 40,
                 _ => COUNT_MAX,
             };
             if got < min || got > max {
                 return Err(refuse(key, &format!("between {min} and {max}"), got));
             }
         }
+        self.auth.validate()?;
+        tenants::validate(&self.tenant_defaults, &self.tenants)?;
+        self.validate_times()
+    }
+
+    fn validate_times(&self) -> Result<(), Error> {
         let second = Duration::from_secs(1);
         let milli = Duration::from_millis(1);
         let times = [
             ("queue_wait", self.queue_wait, Duration::ZERO),
+            ("priority_age", self.priority_age, milli),
+            ("hold_wait", self.hold_wait, Duration::ZERO),
             ("body_timeout", self.body_timeout, milli),
             ("drain_deadline", self.drain_deadline, Duration::ZERO),
             ("unready_grace", self.unready_grace, Duration::ZERO),

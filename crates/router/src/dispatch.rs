@@ -5,9 +5,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::StreamExt as _;
 use futures::future::try_join_all;
-use futures::stream::{BoxStream, SelectAll, unfold};
+use futures::stream::unfold;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -17,16 +17,19 @@ use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{SamplingParams, Usage};
 
-use crate::admission::{Admission, Counted, Places};
-use crate::answer::{Answer, Shape, Source, Told, stopping};
+use crate::admission::{Admission, Admitted, Arrival, Counted};
+use crate::answer::{Answer, Shape, Source, Told};
 use crate::answer_id::AnswerId;
 use crate::error::ApiError;
+use crate::hold::Hold;
 use crate::journal::Journal;
 use crate::kept::{BodyDigest, Found, KeptAnswers, KeyDigest, Recorder};
-use crate::metrics::{Metrics, Outcome};
+use crate::metrics::Metrics;
 use crate::random::choice_seed;
 use crate::request::{PreparedPrompt, PreparedRequest};
+use crate::running::{Progress, Running};
 use crate::sequence::{Delta, Patience, Sequence, State};
+use crate::tenants::{Ask, Caller, Quotas, TenantName, Tenants};
 use crate::text::AnswerText;
 use crate::worker_pool::WorkerPool;
 
@@ -41,6 +44,9 @@ const VERSIONS_TRIED_MAX: u32 = 3;
 pub(crate) struct Dispatcher {
     pub(crate) pool: Arc<WorkerPool>,
     pub(crate) admission: Admission,
+    pub(crate) hold: Hold,
+    pub(crate) tenants: Arc<Tenants>,
+    pub(crate) quotas: Arc<Quotas>,
     pub(crate) journal: Journal,
     pub(crate) kept: Arc<KeptAnswers>,
     pub(crate) metrics: Arc<Metrics>,
@@ -66,6 +72,27 @@ impl Dispatcher {
         T: Send + 'static,
     {
         prepare(Arc::clone(&self.preparing), self.prepare_wait, work).await
+    }
+
+    /// Counts a request before it is read: whoever has used up a quota or meets a full queue is told at once. Holds
+    /// no room for it: one that only announces its body holds up nobody.
+    pub(crate) fn knock(&self, caller: &Caller) -> Result<(), ApiError> {
+        let tenant = &caller.tenant;
+        let allowed = self.admission.knock(tenant);
+        let allowed = allowed.and_then(|()| self.quotas.request(tenant));
+        allowed.inspect_err(|error| self.note_refusal(tenant, error))
+    }
+
+    /// Takes in a request that is read and not understood yet.
+    pub(crate) fn arrive(&self, caller: &Caller) -> Result<Arrival, ApiError> {
+        let tenant = &caller.tenant;
+        let arrived = self.admission.arrive(tenant, self.tenants.limits(tenant));
+        arrived.inspect_err(|error| self.note_refusal(tenant, error))
+    }
+
+    fn note_refusal(&self, tenant: &TenantName, error: &ApiError) {
+        self.metrics.refused(error.kind);
+        self.metrics.tenants.refused(tenant, error.kind);
     }
 
     /// Admits the request, starts all its sequences, and follows them for as long as the answer is read.
@@ -157,6 +184,42 @@ impl Dispatcher {
         }
     }
 
+    /// Waits until anybody can serve the request, and until it may run.
+    async fn admit(&self, request: &PreparedRequest, name: &Name) -> Result<Admitted, ApiError> {
+        let tenant = &name.caller.tenant;
+        let prompt_tokens = request.prompt_tokens() as u64;
+        let ready = self.ready(request, name).await;
+        let allowed = ready.and_then(|()| self.quotas.prompt(tenant, prompt_tokens));
+        // From here on it counts as one that waits or runs.
+        if let Some(arrival) = &name.arrival {
+            arrival.settle();
+        }
+        allowed.inspect_err(|error| self.note_refusal(tenant, error))?;
+        let ask = Ask {
+            tenant: tenant.clone(),
+            class: self.tenants.class(tenant, request.priority),
+            limits: self.tenants.limits(tenant),
+            places: request.num_sequences(),
+            prompt_tokens,
+            bytes: request.size(),
+        };
+        let admitted = self.admission.admit(ask).await;
+        let admitted = admitted.inspect_err(|error| self.note_refusal(tenant, error))?;
+        self.metrics.tenants.admitted(tenant, prompt_tokens);
+        Ok(admitted)
+    }
+
+    /// Returns once workers can serve the request. One that goes on with weights that nobody has is not held.
+    async fn ready(&self, request: &PreparedRequest, name: &Name) -> Result<(), ApiError> {
+        let cluster = self.pool.cluster();
+        match &name.version {
+            Some(version) => cluster
+                .check_version(version)
+                .map_err(ApiError::unavailable),
+            None => self.hold.until_ready(cluster, request.size()).await,
+        }
+    }
+
     /// Admits the request and starts all its sequences.
     async fn open(
         &self,
@@ -164,26 +227,19 @@ impl Dispatcher {
         name: &Name,
     ) -> Result<(Running, Counted), ApiError> {
         let arrived = Instant::now();
-        self.check(name).map_err(ApiError::unavailable)?;
-        let admitted = self.admission.admit(request.num_sequences()).await;
-        let admitted = admitted.inspect_err(|error| self.metrics.refused(error.kind))?;
+        let admitted = self.admit(&request, name).await?;
         self.metrics.queued_for(arrived.elapsed());
         let (version, sequences) = self.begin(&request, name).await?;
         let num_sequences = sequences.len();
         let streams = sequences
             .into_iter()
             .map(|sequence| deltas(sequence).boxed());
-        let prompt_tokens = request
-            .prompts
-            .iter()
-            .map(|prompt| prompt.ids.len())
-            .sum::<usize>();
         let running = Running {
             version,
             streams: streams.collect(),
             n: request.n as usize,
             usage: Usage {
-                prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
+                prompt_tokens: u32::try_from(request.prompt_tokens()).unwrap_or(u32::MAX),
                 ..Usage::default()
             },
             progress: vec![Progress::default(); num_sequences],
@@ -191,6 +247,8 @@ impl Dispatcher {
             metrics: Arc::clone(&self.metrics),
             abort: self.abort.clone(),
             failed: false,
+            tenant: name.caller.tenant.clone(),
+            quotas: Arc::clone(&self.quotas),
             places: admitted.places,
         };
         Ok((running, admitted.running))
@@ -227,19 +285,10 @@ impl Dispatcher {
     ) -> Result<Vec<Sequence>, ApiError> {
         let mut starting = Vec::with_capacity(request.num_sequences());
         for (index, prompt) in request.prompts.iter().enumerate() {
-            let of = (name.request.as_str(), version);
+            let of = (name, version);
             starting.extend(self.sequences(request, prompt, index, of)?);
         }
         try_join_all(starting).await
-    }
-
-    /// `Ok` when the request can be served, else why not.
-    fn check(&self, name: &Name) -> Result<(), String> {
-        let cluster = self.pool.cluster();
-        match &name.version {
-            Some(version) => cluster.check_version(version),
-            None => cluster.check(),
-        }
     }
 
     /// The sequences of one prompt, all to start on the same worker: they share its prefix cache.
@@ -248,9 +297,10 @@ impl Dispatcher {
         request: &PreparedRequest,
         prompt: &PreparedPrompt,
         prompt_index: usize,
-        (request_id, version): (&str, &Arc<Version>),
+        (name, version): (&Name, &Arc<Version>),
     ) -> Result<Vec<BoxStart>, ApiError> {
-        let blocks = self.pool.blocks(version, &prompt.ids);
+        let salt = self.tenants.salt(&name.caller.tenant);
+        let blocks = self.pool.blocks(version, &prompt.ids, salt);
         let Some(worker) = self.pool.pick(version, &blocks, &[]) else {
             let reason = self.pool.cluster().check_version(version).err();
             return Err(ApiError::unavailable(
@@ -271,8 +321,8 @@ impl Dispatcher {
                 request.stop.clone(),
                 prompt.is_chat,
             );
-            let id = format!("{request_id}-{choice}");
-            let (ids, version) = (Arc::clone(&prompt.ids), Arc::clone(version));
+            let id = format!("{}-{choice}", name.request);
+            let (ids, version) = ((Arc::clone(&prompt.ids), salt), Arc::clone(version));
             let mut sequence = Sequence {
                 choice,
                 pool: Arc::clone(&self.pool),
@@ -293,14 +343,17 @@ impl Dispatcher {
     }
 }
 
-/// What one request and its answer are called.
-#[derive(Clone, Debug)]
+/// What one request and its answer are called, and whose they are.
+#[derive(Debug)]
 pub(crate) struct Name {
     /// In logs and on workers; no two requests have the same.
     pub(crate) request: String,
     pub(crate) answer: AnswerId,
     /// What an answer that is to go on began with; a new one begins with what serves.
     pub(crate) version: Option<Arc<Version>>,
+    pub(crate) caller: Caller,
+    /// Counts it until it is admitted; none where nobody counts.
+    pub(crate) arrival: Option<Arrival>,
 }
 
 impl Name {
@@ -345,140 +398,6 @@ fn deltas(sequence: Sequence) -> impl futures::Stream<Item = Result<Delta, ApiEr
             Err(error) => Some((Err(error), None)),
         }
     })
-}
-
-/// The sequences of one request. Dropping it aborts them.
-struct Running {
-    /// What all of them began with.
-    version: Arc<Version>,
-    streams: SelectAll<BoxStream<'static, Result<Delta, ApiError>>>,
-    /// Answers per prompt.
-    n: usize,
-    usage: Usage,
-    progress: Vec<Progress>,
-    arrived: Instant,
-    metrics: Arc<Metrics>,
-    abort: CancellationToken,
-    failed: bool,
-    places: Places,
-}
-
-/// How far one answer is.
-#[derive(Clone, Copy, Debug, Default)]
-struct Progress {
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
-    num_tokens: u32,
-    cached_tokens: u32,
-    finished: bool,
-}
-
-impl Running {
-    /// Tells `reader` everything up to the end, to an error, or until it is gone or stalls.
-    async fn follow(mut self, reader: mpsc::Sender<Told>, stall_max: Duration) {
-        loop {
-            let next = tokio::select! {
-                biased;
-                next = self.next() => next,
-                () = reader.closed() => return,
-            };
-            let Some(delta) = next else {
-                // Counted before the reader sees the end.
-                drop(self);
-                return;
-            };
-            let usage = self.usage;
-            let telling = timeout(stall_max, reader.send(Told { delta, usage }));
-            let told = tokio::select! {
-                biased;
-                told = telling => told,
-                // The reader sees from the token why nothing more comes.
-                () = self.abort.cancelled(), if !self.failed => return,
-            };
-            match told {
-                Ok(Ok(())) => {}
-                Ok(Err(_gone)) => return,
-                Err(_elapsed) => {
-                    tracing::debug!("a client does not read its answer and is cut off");
-                    return;
-                }
-            }
-        }
-    }
-
-    /// What comes next in any of the answers; `None` when all have ended. Nothing follows an error.
-    async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
-        if self.failed {
-            return None;
-        }
-        // The stop signal first: answers that never pause must not hide it.
-        let next = tokio::select! {
-            biased;
-            () = self.abort.cancelled() => Err(stopping()),
-            next = self.streams.next() => next?,
-        };
-        match &next {
-            Ok(delta) => self.note(delta),
-            Err(_) => {
-                self.failed = true;
-                // Aborts the other answers now, not when the client is done reading.
-                self.streams.clear();
-                self.places.shrink_to(0);
-            }
-        }
-        Some(next)
-    }
-
-    fn note(&mut self, delta: &Delta) {
-        let Some(progress) = self.progress.get_mut(delta.choice) else {
-            return;
-        };
-        let now = Instant::now();
-        let is_first_of_prompt = delta.choice.is_multiple_of(self.n.max(1));
-        if let Some(cached) = delta.cached_tokens.filter(|_| is_first_of_prompt) {
-            // A sequence that starts anew elsewhere says it again.
-            let before = std::mem::replace(&mut progress.cached_tokens, cached);
-            let others = self.usage.cached_tokens.saturating_sub(before);
-            self.usage.cached_tokens = others.saturating_add(cached);
-        }
-        let num_tokens = u32::try_from(delta.tokens.len()).unwrap_or(u32::MAX);
-        if num_tokens > 0 {
-            self.metrics.sampled(num_tokens);
-            match progress.last_token {
-                None => self.metrics.first_token(self.arrived.elapsed()),
-                Some(last) => self.metrics.next_tokens(now - last, num_tokens),
-            }
-            progress.first_token.get_or_insert(now);
-            progress.last_token = Some(now);
-            progress.num_tokens = progress.num_tokens.saturating_add(num_tokens);
-            self.usage.completion_tokens = self.usage.completion_tokens.saturating_add(num_tokens);
-        }
-        if let Some(reason) = delta.finish {
-            progress.finished = true;
-            self.metrics.finished(Outcome::from(reason));
-            let num_running = self.progress.iter().filter(|p| !p.finished).count();
-            self.places.shrink_to(num_running);
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        for progress in &self.progress {
-            if !progress.finished {
-                self.metrics.finished(if self.failed {
-                    Outcome::Error
-                } else {
-                    Outcome::Abort
-                });
-            }
-            if let (Some(first), Some(last)) = (progress.first_token, progress.last_token) {
-                self.metrics.token_pace(last - first, progress.num_tokens);
-            }
-        }
-        self.metrics
-            .request_ended(self.arrived.elapsed(), self.usage);
-    }
 }
 
 #[cfg(test)]

@@ -25,6 +25,16 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// A setting of another section outside its rule.
+    #[error("{key} must be {rule}, got {got}")]
+    Setting {
+        /// Section and key.
+        key: String,
+        /// The rule.
+        rule: String,
+        /// What came.
+        got: String,
+    },
     /// The address of a listening socket cannot be read.
     #[error("listening socket")]
     Listener(#[source] std::io::Error),
@@ -45,6 +55,10 @@ pub(crate) enum ErrorKind {
     ContextLength,
     /// A known parameter that this server does not offer.
     Unsupported,
+    /// Nobody is known who sent this.
+    Unauthenticated,
+    /// Whoever sent this may not do it.
+    Forbidden,
     /// No such model here.
     ModelNotFound,
     /// No such route, worker or placement.
@@ -67,6 +81,8 @@ pub(crate) enum ErrorKind {
     ResumeMismatch,
     /// The queue is full.
     QueueFull,
+    /// The tenant has used up a quota.
+    RateLimited,
     /// Nobody can serve this now.
     Unavailable,
     /// A fault of ours.
@@ -77,6 +93,8 @@ impl ErrorKind {
     pub(crate) const fn status(self) -> StatusCode {
         match self {
             Self::Invalid | Self::ContextLength | Self::Unsupported => StatusCode::BAD_REQUEST,
+            Self::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Self::Forbidden => StatusCode::FORBIDDEN,
             Self::ModelNotFound | Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -86,7 +104,7 @@ impl ErrorKind {
             Self::Precondition => StatusCode::CONFLICT,
             Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Self::ResumeMismatch => StatusCode::CONFLICT,
-            Self::QueueFull => StatusCode::TOO_MANY_REQUESTS,
+            Self::QueueFull | Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -95,7 +113,9 @@ impl ErrorKind {
     /// The `type` of the OpenAI error object.
     pub(crate) const fn class(self) -> &'static str {
         match self {
-            Self::QueueFull => "rate_limit_error",
+            Self::Unauthenticated => "authentication_error",
+            Self::Forbidden => "permission_error",
+            Self::QueueFull | Self::RateLimited => "rate_limit_error",
             Self::Unavailable => "overloaded_error",
             Self::Internal => "server_error",
             _ => "invalid_request_error",
@@ -108,6 +128,8 @@ impl ErrorKind {
             Self::Invalid => None,
             Self::ContextLength => Some("context_length_exceeded"),
             Self::Unsupported => Some("unsupported_parameter"),
+            Self::Unauthenticated => Some("invalid_api_key"),
+            Self::Forbidden => Some("permission_denied"),
             Self::ModelNotFound => Some("model_not_found"),
             Self::NotFound => Some("not_found"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
@@ -118,7 +140,7 @@ impl ErrorKind {
             Self::Precondition => Some("precondition_failed"),
             Self::KeyReused => Some("idempotency_key_reused"),
             Self::ResumeMismatch => Some("resume_mismatch"),
-            Self::QueueFull => Some("rate_limit_exceeded"),
+            Self::QueueFull | Self::RateLimited => Some("rate_limit_exceeded"),
             Self::Unavailable => Some("service_unavailable"),
             Self::Internal => Some("internal_error"),
         }
@@ -129,10 +151,12 @@ impl ErrorKind {
             Self::Invalid | Self::ContextLength | Self::Unsupported | Self::MediaType => {
                 Code::InvalidArgument
             }
+            Self::Unauthenticated => Code::Unauthenticated,
+            Self::Forbidden => Code::PermissionDenied,
             Self::ModelNotFound | Self::NotFound => Code::NotFound,
             Self::MethodNotAllowed => Code::Unimplemented,
             Self::BodyTimeout | Self::Deadline => Code::DeadlineExceeded,
-            Self::TooLarge | Self::QueueFull => Code::ResourceExhausted,
+            Self::TooLarge | Self::QueueFull | Self::RateLimited => Code::ResourceExhausted,
             Self::Precondition => Code::FailedPrecondition,
             Self::KeyReused | Self::ResumeMismatch => Code::FailedPrecondition,
             Self::Unavailable => Code::Unavailable,
@@ -146,6 +170,8 @@ impl ErrorKind {
             Self::Invalid => "INVALID_PARAMETER",
             Self::ContextLength => "CONTEXT_LENGTH_EXCEEDED",
             Self::Unsupported => "UNSUPPORTED_PARAMETER",
+            Self::Unauthenticated => "UNAUTHENTICATED",
+            Self::Forbidden => "PERMISSION_DENIED",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
             Self::NotFound => "NOT_FOUND",
             Self::MethodNotAllowed => "METHOD_NOT_ALLOWED",
@@ -157,6 +183,7 @@ impl ErrorKind {
             Self::KeyReused => "IDEMPOTENCY_KEY_REUSED",
             Self::ResumeMismatch => "RESUME_MISMATCH",
             Self::QueueFull => "QUEUE_FULL",
+            Self::RateLimited => "QUOTA_EXCEEDED",
             Self::Unavailable => "UNAVAILABLE",
             Self::Internal => "INTERNAL",
         }

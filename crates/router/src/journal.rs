@@ -25,6 +25,8 @@ pub(crate) struct Entry {
     prompt: Arc<[TokenId]>,
     sampled: Vec<TokenId>,
     params: SamplingParams,
+    /// Of its tenant.
+    cache_salt: u64,
     /// What it began with, and goes on with wherever it runs.
     version: Arc<Version>,
     /// Where it runs.
@@ -40,7 +42,7 @@ impl Journal {
     pub(crate) fn open(
         &self,
         request_id: String,
-        prompt: Arc<[TokenId]>,
+        (prompt, cache_salt): (Arc<[TokenId]>, u64),
         params: SamplingParams,
         version: Arc<Version>,
     ) -> Entry {
@@ -49,6 +51,7 @@ impl Journal {
             prompt,
             sampled: Vec::new(),
             params,
+            cache_salt,
             version,
             worker: None,
             sent: 0,
@@ -123,7 +126,7 @@ impl Entry {
             prompt_ids,
             sampling: Some(v1::Sampling::from(&self.params)),
             num_resumed: u32::try_from(self.sampled.len()).unwrap_or(u32::MAX),
-            cache_salt: 0,
+            cache_salt: self.cache_salt,
             model: self.version.model.to_string(),
             numeric_class: self.version.numeric_class.to_string(),
         }
@@ -152,7 +155,7 @@ mod tests {
             numeric_class: "cpu-q8".into(),
         });
         let prompt = Arc::from([1, 2, 3]);
-        let mut entry = journal.open("r-0".to_owned(), prompt, params.clone(), version);
+        let mut entry = journal.open("r-0".to_owned(), (prompt, 7), params.clone(), version);
         let first = entry.next_request();
         assert_eq!((first.num_resumed, first.request_id.as_str()), (0, "r-0.1"));
         entry.record(7);
@@ -160,7 +163,7 @@ mod tests {
         let wire = entry.next_request();
         assert_eq!(wire.request_id, "r-0.2");
         assert_eq!(wire.prompt_ids, [1, 2, 3, 7, 8]);
-        assert_eq!(wire.num_resumed, 2);
+        assert_eq!((wire.num_resumed, wire.cache_salt), (2, 7));
         let weights = (wire.model.as_str(), wire.numeric_class.as_str());
         assert_eq!(weights, ("f1", "cpu-q8"));
         assert_eq!(wire.sampling, Some(v1::Sampling::from(&params)));

@@ -1,6 +1,6 @@
 //! Answers to requests with an idempotency key, kept so that a retry gets the same answer: while it is made,
 //! and for a while after it is whole. Never holds more than its limits, and never shows one client another's:
-//! an answer is found only with the key, the credentials and the body of the request that began it.
+//! an answer is found only by the tenant, with the key and the body of the request that began it.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// An answer keeps this many deltas also when there is no memory left, or nobody could follow it.
 const DELTAS_MIN: usize = 64;
 
-/// What a kept answer is found by: a digest of the client's credentials and its idempotency key.
+/// What a kept answer is found by: a digest of the tenant and its idempotency key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct KeyDigest(pub(crate) [u8; 32]);
 

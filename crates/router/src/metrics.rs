@@ -3,6 +3,7 @@
 //! Names with the prefix `vllm:` mean what they mean in vLLM, so that existing dashboards work.
 
 mod labels;
+mod tenants;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,9 @@ use tramontane_runtime::metrics as shared;
 use tramontane_types::{FinishReason, Usage};
 
 use crate::error::ErrorKind;
+use crate::tenants::Tenants;
 use labels::{LossLabels, OutcomeLabels, RefusalLabels, RequestLabels, WeightsLabels};
+use tenants::TenantMetrics;
 
 /// Metrics of one router.
 #[derive(Debug)]
@@ -41,6 +44,7 @@ pub(crate) struct Metrics {
     token_pace_seconds: Histogram,
     request_seconds: Histogram,
     gauges: Gauges,
+    pub(crate) tenants: TenantMetrics,
     /// Of all answers, those that still run included.
     tokens_sampled: AtomicU64,
 }
@@ -69,6 +73,8 @@ struct Gauges {
 pub(crate) struct Reading {
     pub(crate) running: usize,
     pub(crate) waiting: usize,
+    pub(crate) waiting_bytes: usize,
+    pub(crate) held: usize,
     pub(crate) journal_entries: usize,
     pub(crate) journal_tokens: usize,
     pub(crate) kept_answers: usize,
@@ -194,7 +200,7 @@ impl Gauges {
 
 impl Metrics {
     /// All metrics at zero, labelled with the served model.
-    pub(crate) fn new(model: &str) -> Self {
+    pub(crate) fn new(model: &str, tenants: Arc<Tenants>) -> Self {
         let mut metrics = Self {
             registry: Registry::default(),
             requests: Family::default(),
@@ -214,6 +220,7 @@ impl Metrics {
             token_pace_seconds: Histogram::new(shared::ITL_BUCKETS),
             request_seconds: Histogram::new(shared::LATENCY_BUCKETS),
             gauges: Gauges::default(),
+            tenants: TenantMetrics::new(tenants),
             tokens_sampled: AtomicU64::new(0),
         };
         metrics.register_own();
@@ -269,6 +276,7 @@ impl Metrics {
             self.queue_seconds.clone(),
         );
         self.gauges.register(own);
+        self.tenants.register(own);
     }
 
     fn register_vllm(&mut self, model: &str) {
@@ -337,6 +345,7 @@ impl Metrics {
         let gauges = &self.gauges;
         gauges.running.set(count(reading.running));
         gauges.waiting.set(count(reading.waiting));
+        self.tenants.set(reading.held, reading.waiting_bytes);
         gauges.journal_entries.set(count(reading.journal_entries));
         gauges.journal_tokens.set(count(reading.journal_tokens));
         gauges.kept_answers.set(count(reading.kept_answers));

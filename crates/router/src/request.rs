@@ -15,6 +15,10 @@ use crate::run::ServedModel;
 pub(crate) const N_MAX: u32 = 128;
 /// Most sequences of one request: prompts times answers.
 pub(crate) const CHOICES_MAX: usize = 128;
+/// Memory of a request beside its prompts: its task, its connection and its strings, roughly.
+const REQUEST_BYTES: usize = 16 << 10;
+/// Most classes that a request may ask to be lowered by.
+pub(crate) const PRIORITY_MAX: u32 = 2;
 /// Tokens of a completion when nobody says, as in the OpenAI API.
 pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
@@ -58,6 +62,8 @@ pub(crate) struct Options {
     pub(crate) constraint: Option<Arc<Constraint>>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
+    /// Classes of priority below the tenant's own.
+    pub(crate) priority: Option<u32>,
 }
 
 /// A request that breaks no rule that can be checked without the tokenizer.
@@ -72,6 +78,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) stop: StopDecoder,
     pub(crate) n: u32,
     pub(crate) echo: bool,
+    /// Classes of priority below the tenant's own.
+    pub(crate) priority: u32,
 }
 
 /// One prompt, ready to run.
@@ -91,12 +99,30 @@ pub(crate) struct PreparedRequest {
     pub(crate) prompts: Vec<PreparedPrompt>,
     pub(crate) stop: StopDecoder,
     pub(crate) n: u32,
+    /// Classes of priority below the tenant's own.
+    pub(crate) priority: u32,
 }
 
 impl PreparedRequest {
     /// Sequences that this request runs.
     pub(crate) fn num_sequences(&self) -> usize {
         self.prompts.len() * self.n as usize
+    }
+
+    /// Tokens of all prompts.
+    pub(crate) fn prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(|prompt| prompt.ids.len()).sum()
+    }
+
+    /// About the memory that it takes while it waits.
+    pub(crate) fn size(&self) -> usize {
+        let echoes = self
+            .prompts
+            .iter()
+            .filter_map(|prompt| prompt.echo.as_ref());
+        let echoes: usize = echoes.map(String::len).sum();
+        let ids = self.prompt_tokens() * size_of::<TokenId>();
+        REQUEST_BYTES + self.prompts.len() * size_of::<PreparedPrompt>() + ids + echoes
     }
 }
 
@@ -124,6 +150,11 @@ impl GenerationRequest {
             );
             return Err(ApiError::invalid("prompt", message));
         }
+        let priority = options.priority.unwrap_or(0);
+        if priority > PRIORITY_MAX {
+            let message = format!("priority must be between 0 and {PRIORITY_MAX}, got {priority}");
+            return Err(ApiError::invalid("priority", message));
+        }
         let stop = StopDecoder::new(&options.stop)?;
         let max_tokens_name = options.max_tokens_name.unwrap_or("max_tokens");
         let sampling = sampling(options);
@@ -144,6 +175,7 @@ impl GenerationRequest {
             stop,
             n,
             echo: options.echo,
+            priority,
         })
     }
 }
@@ -231,6 +263,7 @@ pub(crate) fn prepare(
         prompts,
         stop: request.stop,
         n: request.n,
+        priority: request.priority,
     })
 }
 

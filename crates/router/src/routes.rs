@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::task::Poll;
 
 use axum::body::Body;
 use axum::extract::{Extension, Path, Request, State};
@@ -10,13 +11,12 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use bytes::{Bytes, BytesMut};
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue};
+use bytes::Bytes;
+use futures::{StreamExt as _, poll};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{HeaderName, StatusCode};
-use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::Instant;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
 use tramontane_coordination::{GroupPlacements, Version};
@@ -24,23 +24,23 @@ use tramontane_runtime::{build_info, metrics as shared_metrics};
 
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
-use crate::asked::{Asked, Position, Tag, mismatch};
+use crate::asked::{Asked, EventId, Position, Tag, mismatch};
+use crate::auth::{Door, Guard, guard};
+use crate::body::{read_body, throw_away};
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
-use crate::kept::BodyDigest;
+use crate::kept::{BodyDigest, KeyDigest};
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, Head, Parsed, Render, StreamOptions, error_response,
-    event_stream, fingerprint, last_event,
+    self, ChatRender, CompletionRender, EventBytes, Head, Parsed, Render, StreamOptions,
+    error_response, event_stream, fingerprint, held_stream, last_event,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
+use crate::tenants::Caller;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
-/// so that a client that sends first and reads later sees the refusal instead of a broken connection.
-const DISCARD_FACTOR: usize = 4;
-
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 /// Name of one HTTP request in logs and answers; never a client's own. Its answer has the same one unless the
 /// client asks for an answer that has a name already.
 #[derive(Clone, Copy, Debug)]
@@ -65,12 +65,18 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
         .route("/version", get(version))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        // Around all of them, and around those that do not exist.
+        .layer(middleware::from_fn_with_state(
+            Guard::new(Door::Http, app),
+            guard,
+        ))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(name_request))
         .with_state(Arc::clone(app))
 }
 
 async fn name_request(mut request: Request, next: Next) -> Response {
+    let began = Instant::now();
     let id = HttpRequestId(AnswerId::unique(unix_seconds()));
     let value = HeaderValue::from_str(&id.to_string());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -80,6 +86,8 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     if let Ok(value) = value {
         response.headers_mut().insert(REQUEST_ID, value);
     }
+    let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    response.headers_mut().insert(PROCESSING_MS, took.into());
     response
 }
 
@@ -123,54 +131,115 @@ async fn generate(
     request: Request,
 ) -> Result<Response, ApiError> {
     check_media_type(request.headers())?;
-    let asked = Asked::read(request.headers(), id.0.created())?;
+    // Of the layer around all routes; without it nobody has asked.
+    let caller = request.extensions().get::<Caller>().cloned();
+    let caller = caller.ok_or_else(ApiError::internal)?;
+    let asked = Asked::read(request.headers(), &caller.tenant, id.0.created())?;
+    if let Err(error) = app.dispatcher.knock(&caller) {
+        throw_away(app, request.into_body());
+        return Err(error);
+    }
     let mut name = Name {
         request: id.to_string(),
         answer: asked.answer().unwrap_or(id.0),
         version: None,
+        caller,
+        arrival: None,
     };
-    let read = read(app, route, request, name.answer).await?;
-    let num_choices = read.request.num_sequences();
+    let read = read(app, request, (route, &mut name)).await?;
     if let Some(event) = &asked.resume {
-        // Who has not seen the cluster yet does not know what it serves.
-        app.cluster.check().map_err(ApiError::unavailable)?;
-        if !read.parsed.stream {
-            let message = "last-event-id is only allowed when stream is true";
-            return Err(ApiError::invalid("last-event-id", message));
-        }
-        let version = event.version(read.digest, versions(app))?;
-        event.check_choices(num_choices)?;
-        app.metrics.resumed();
+        name.version = Some(resumed(app, event, &read)?);
         if event.position == Position::End {
             return Ok(event_response(Body::from(last_event())));
         }
-        name.version = Some(Arc::new(version));
     }
+    let key = asked.key.map(|key| (key.digest, read.digest));
+    let asking = Asking {
+        route,
+        seen: asked.resume.map(|event| event.position),
+        parsed: read.parsed,
+        digest: read.digest,
+    };
+    let is_new = name.version.is_none();
+    if is_new && asking.parsed.stream && app.dispatcher.hold.would_hold(&app.cluster) {
+        return held(app, asking, (read.request, name, key)).await;
+    }
+    let answer = start(app, (read.request, name, key)).await?;
+    if !asking.parsed.stream {
+        let render = render(app, route, &asking.parsed, &answer);
+        return whole(answer, render).await;
+    }
+    Ok(event_response(Body::from_stream(
+        asking.events(app, answer),
+    )))
+}
+
+/// The weights that an answer began with that goes on after `event`.
+fn resumed(app: &App, event: &EventId, read: &Read) -> Result<Arc<Version>, ApiError> {
+    // Who has not seen the cluster yet does not know what it serves.
+    app.cluster.check().map_err(ApiError::unavailable)?;
+    if !read.parsed.stream {
+        let message = "last-event-id is only allowed when stream is true";
+        return Err(ApiError::invalid("last-event-id", message));
+    }
+    let version = event.version(read.digest, versions(app))?;
+    event.check_choices(read.request.num_sequences())?;
+    app.metrics.resumed();
+    Ok(Arc::new(version))
+}
+
+/// What is asked for, how it is called, and the idempotency key if it has one.
+type Start = (PreparedRequest, Name, Option<(KeyDigest, BodyDigest)>);
+
+async fn start(app: &Arc<App>, (request, name, key): Start) -> Result<Answer, ApiError> {
     let resumed = name.version.clone();
-    let answer = match asked.key {
-        Some(key) => {
-            let key = (key.digest, read.digest);
-            app.dispatcher.start_keyed(read.request, name, key).await?
-        }
-        None => app.dispatcher.start(read.request, name).await?,
+    let answer = match key {
+        Some(key) => app.dispatcher.start_keyed(request, name, key).await?,
+        None => app.dispatcher.start(request, name).await?,
     };
     if resumed.is_some_and(|version| version != *answer.version()) {
         let message = "the answer of this idempotency-key began with other weights than that of last-event-id";
         return Err(mismatch(message));
     }
-    let parsed = read.parsed;
-    let render = render(app, route, &parsed, &answer);
-    if !parsed.stream {
-        return whole(answer, render).await;
+    Ok(answer)
+}
+
+/// How an answer is wanted.
+struct Asking {
+    route: Route,
+    seen: Option<Position>,
+    parsed: Parsed,
+    digest: BodyDigest,
+}
+
+impl Asking {
+    fn events(self, app: &App, answer: Answer) -> EventBytes {
+        let render = render(app, self.route, &self.parsed, &answer);
+        let options = StreamOptions {
+            include_usage: self.parsed.include_usage,
+            keepalive: app.config.sse_keepalive,
+            tag: Tag::of(self.digest, answer.version()),
+            seen: self.seen,
+        };
+        event_stream(answer, render, options).boxed()
     }
-    let options = StreamOptions {
-        include_usage: parsed.include_usage,
-        keepalive: app.config.sse_keepalive,
-        tag: Tag::of(read.digest, answer.version()),
-        seen: asked.resume.map(|event| event.position),
+}
+
+/// The stream of an answer that nobody can make yet: it begins at once, with comments that tell how far the
+/// workers are. What is refused at once is refused with its status.
+async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, ApiError> {
+    let cluster = app.cluster.clone();
+    let keepalive = app.config.sse_keepalive;
+    let app = Arc::clone(app);
+    let mut starting = Box::pin(async move {
+        let answer = start(&app, asked).await?;
+        Ok(asking.events(&app, answer))
+    });
+    let events = match poll!(&mut starting) {
+        Poll::Ready(started) => Body::from_stream(started?),
+        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, starting)),
     };
-    let events = event_stream(answer, render, options);
-    Ok(event_response(Body::from_stream(events)))
+    Ok(event_response(events))
 }
 
 /// The weights that an answer can go on with: placed, and some worker has them.
@@ -191,11 +260,12 @@ struct Read {
 
 async fn read(
     app: &Arc<App>,
-    route: Route,
     request: Request,
-    answer: AnswerId,
+    (route, name): (Route, &mut Name),
 ) -> Result<Read, ApiError> {
     let (body, room) = read_body(app, request).await?;
+    name.arrival = Some(app.dispatcher.arrive(&name.caller)?);
+    let answer = name.answer;
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
     let prepared = app.dispatcher.prepare(move || {
         let digest = BodyDigest::of(route.name(), &body);
@@ -271,92 +341,6 @@ fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     }
     let message = "content-type must be application/json";
     Err(ApiError::new(ErrorKind::MediaType, message))
-}
-
-fn declared_size(headers: &HeaderMap) -> Option<usize> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// The whole body, within the limits of size and time, and the memory that it takes among all bodies.
-/// Memory is taken as data arrives: who only announces a body holds up nobody.
-async fn read_body(
-    app: &App,
-    request: Request,
-) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ApiError> {
-    let deadline = Instant::now() + app.config.body_timeout;
-    let max = app.config.body_bytes_max;
-    let declared = declared_size(request.headers()).unwrap_or_default();
-    let mut body = request.into_body();
-    let mut bytes = BytesMut::new();
-    let mut room = None;
-    let mut is_too_large = declared > max;
-    while !is_too_large {
-        let frame = timeout_at(deadline, body.frame()).await;
-        let frame = frame.map_err(|_elapsed| late_body(app))?;
-        let Some(frame) = frame else {
-            return Ok((bytes.freeze(), room));
-        };
-        let Ok(frame) = frame else {
-            return Err(ApiError::new(ErrorKind::Invalid, "the body ended early"));
-        };
-        let Ok(data) = frame.into_data() else {
-            continue;
-        };
-        is_too_large = data.len() > max - bytes.len();
-        if !is_too_large {
-            grow_room(app, &mut room, bytes.len() + data.len(), deadline).await?;
-            bytes.extend_from_slice(&data);
-        }
-    }
-    let discarding = discard(body, max.saturating_mul(DISCARD_FACTOR));
-    app.dispatcher
-        .tasks
-        .spawn(timeout(app.config.body_timeout, discarding));
-    let message = format!("the body must have at most {max} bytes");
-    Err(ApiError::new(ErrorKind::TooLarge, message))
-}
-
-fn late_body(app: &App) -> ApiError {
-    let limit = humantime::format_duration(app.config.body_timeout);
-    let message = format!("the body did not arrive within {limit}");
-    ApiError::new(ErrorKind::BodyTimeout, message)
-}
-
-/// Waits for memory so that `room` covers `size` bytes.
-async fn grow_room(
-    app: &App,
-    room: &mut Option<OwnedSemaphorePermit>,
-    size: usize,
-    deadline: Instant,
-) -> Result<(), ApiError> {
-    let held = room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-    let missing = size.div_ceil(1024).saturating_sub(held);
-    if missing == 0 {
-        return Ok(());
-    }
-    let missing = u32::try_from(missing).unwrap_or(u32::MAX);
-    let more = Arc::clone(&app.body_room).acquire_many_owned(missing);
-    let Ok(Ok(more)) = timeout_at(deadline, more).await else {
-        return Err(ApiError::unavailable(
-            "too many large requests are being read",
-        ));
-    };
-    match room {
-        Some(room) => room.merge(more),
-        None => *room = Some(more),
-    }
-    Ok(())
-}
-
-/// Reads up to `max` bytes of a body that was refused.
-async fn discard(mut body: Body, max: usize) {
-    let mut size = 0_usize;
-    while let Some(Ok(frame)) = body.frame().await {
-        size = size.saturating_add(frame.data_ref().map_or(0, Bytes::len));
-        if size > max {
-            return;
-        }
-    }
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

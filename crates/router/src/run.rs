@@ -18,16 +18,19 @@ use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
+use crate::auth::{Auth, Known};
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::error::{ApiError, ErrorKind};
 use crate::events::{self, EventLog};
+use crate::hold::Hold;
 use crate::journal::Journal;
 use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
 use crate::roster::{PulseTasks, Roster};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
+use crate::tenants::{Quotas, Tenants};
 use crate::worker_link::GrpcConnect;
 use crate::worker_pool::WorkerPool;
 use crate::{Error, RouterConfig, grpc, http_server, routes};
@@ -92,6 +95,7 @@ impl ServedModel {
 pub(crate) struct App {
     pub(crate) config: RouterConfig,
     pub(crate) dispatcher: Arc<Dispatcher>,
+    pub(crate) auth: Arc<Auth>,
     pub(crate) cluster: ClusterView,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) scaler: Option<Arc<dyn Scaler>>,
@@ -151,6 +155,8 @@ impl App {
         self.metrics.render(Reading {
             running: self.dispatcher.admission.running(),
             waiting: self.dispatcher.admission.waiting(),
+            waiting_bytes: self.dispatcher.admission.waiting_bytes(),
+            held: self.dispatcher.hold.num_held(),
             journal_entries: self.dispatcher.journal.num_entries(),
             journal_tokens: self.dispatcher.journal.num_tokens(),
             kept_answers: self.dispatcher.kept.num_answers(),
@@ -181,6 +187,7 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
+    let known = Known::read(&config, &background.tasks, &background.stop)?;
     let followed = background.start(&config, &parts.store, shutdown.token.clone());
     let doors = Doors::default();
     let RouterParts {
@@ -197,7 +204,7 @@ pub async fn run(
         model,
         scaler,
     };
-    let app = app(config.clone(), given, followed, &doors);
+    let app = app(config.clone(), (given, known), followed, &doors);
     let grpc = grpc::serve(
         grpc,
         Arc::clone(&app),
@@ -290,7 +297,13 @@ struct Followed {
     roster: Roster,
 }
 
-fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) -> Arc<App> {
+fn app(
+    config: RouterConfig,
+    (given, known): (Given, Known),
+    followed: Followed,
+    doors: &Doors,
+) -> Arc<App> {
+    let Known { auth, tenants } = known;
     let Given {
         store,
         tokenizer,
@@ -304,11 +317,11 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         planning,
         roster,
     } = followed;
-    let metrics = Arc::new(Metrics::new(&model.id));
+    let metrics = Arc::new(Metrics::new(&model.id, Arc::clone(&tenants)));
     let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,
-        pool,
+        (pool, tenants),
         Arc::clone(&tokenizer),
         Arc::clone(&metrics),
         doors,
@@ -319,6 +332,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         )),
         config,
         dispatcher,
+        auth,
         cluster,
         store,
         scaler,
@@ -341,7 +355,7 @@ pub(crate) fn unix_seconds() -> u64 {
 /// What runs sequences.
 pub(crate) fn dispatcher(
     config: &RouterConfig,
-    pool: WorkerPool,
+    (pool, tenants): (WorkerPool, Arc<Tenants>),
     tokenizer: Arc<Tokenizer>,
     metrics: Arc<Metrics>,
     doors: &Doors,
@@ -349,12 +363,10 @@ pub(crate) fn dispatcher(
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Dispatcher {
         pool: Arc::new(pool),
-        admission: Admission::new(
-            config.sequences_max,
-            config.queue_max,
-            config.queue_wait,
-            doors.refuse.clone(),
-        ),
+        admission: Admission::new(config.admission(), doors.refuse.clone()),
+        hold: Hold::new(config.hold_wait, config.queue(), doors.refuse.clone()),
+        quotas: Arc::new(Quotas::new(Arc::clone(&tenants))),
+        tenants,
         journal: Journal::default(),
         kept: KeptAnswers::new(config.keep_limits()),
         metrics,

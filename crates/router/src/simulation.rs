@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::roster::{PulseTasks, Roster};
 use crate::run::{Doors, dispatcher};
+use crate::tenants::{Caller, Tenants};
 use crate::worker_pool::WorkerPool;
 
 pub use crate::worker_link::{
@@ -109,10 +110,11 @@ impl RouterCore {
             placements: quietly(placements, &tasks),
             intent: quietly(intent, &tasks),
         };
-        let metrics = Arc::new(Metrics::new("simulated"));
+        let tenants = Arc::new(Tenants::of(config, Vec::new()));
+        let metrics = Arc::new(Metrics::new("simulated", Arc::clone(&tenants)));
         let doors = Doors::default();
         let pool = WorkerPool::new(cluster, config.policy, Arc::default(), roster);
-        let dispatcher = dispatcher(config, pool, tokenizer, metrics, &doors);
+        let dispatcher = dispatcher(config, (pool, tenants), tokenizer, metrics, &doors);
         Self {
             dispatcher,
             pulse_stop,
@@ -139,11 +141,14 @@ impl RouterCore {
             prompts: vec![prompt],
             stop: StopDecoder::new(&[]).map_err(|_| ApiError::internal())?,
             n: 1,
+            priority: 0,
         };
         let name = Name {
             request: request_id.to_owned(),
             answer: AnswerId::of_key(request_id, 0),
             version: None,
+            caller: Caller::default(),
+            arrival: None,
         };
         Ok(Generation(self.dispatcher.start(request, name).await?))
     }

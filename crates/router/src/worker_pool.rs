@@ -83,8 +83,8 @@ impl WorkerPool {
         self.events.sequence_moved(from);
     }
 
-    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId]) -> PromptBlocks {
-        self.hasher.blocks(version, prompt)
+    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId], salt: u64) -> PromptBlocks {
+        self.hasher.blocks(version, prompt, salt)
     }
 
     /// The policy's choice among the ready workers of `version` that are not excluded; of those that show

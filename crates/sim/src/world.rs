@@ -206,6 +206,8 @@ impl World {
                 let config = RouterConfig {
                     id: node.to_string(),
                     replicas: NonZeroUsize::new(self.plan.replicas).unwrap_or(NonZeroUsize::MIN),
+                    // Its clients come back by themselves, and its views tell nobody that they changed.
+                    hold_wait: Duration::ZERO,
                     ..RouterConfig::default()
                 };
                 let tokenizer = Arc::clone(&self.tokenizer);

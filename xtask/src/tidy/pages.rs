@@ -9,9 +9,11 @@ use super::read;
 /// The page of settings and the files with their structs.
 const SETTINGS_PAGE: &str = "docs/configuration.md";
 const SETTINGS_ROOT: &str = "crates/cli/src/settings.rs";
-const SETTINGS_SOURCES: [&str; 4] = [
+const SETTINGS_SOURCES: [&str; 6] = [
     SETTINGS_ROOT,
+    "crates/router/src/auth/config.rs",
     "crates/router/src/config.rs",
+    "crates/router/src/tenants/config.rs",
     "crates/worker/src/config.rs",
     "crates/runtime/src/telemetry.rs",
 ];
@@ -21,6 +23,8 @@ const METRICS_SOURCES: [&str; 2] = [
     "crates/router/src/metrics.rs",
     "crates/worker/src/metrics.rs",
 ];
+/// More of the router's, which are registered under the same prefix.
+const TENANT_METRICS: &str = "crates/router/src/metrics/tenants.rs";
 /// Every metric's name begins with one of these.
 const METRIC_PREFIXES: [&str; 2] = ["tramontane_", "vllm:"];
 /// The page of the API, and what it must name: pieces of source between two marks, without their tests.
@@ -58,7 +62,9 @@ pub(super) fn check(root: &Path) -> anyhow::Result<Vec<String>> {
     );
     let [router, worker] = METRICS_SOURCES;
     let names = [
-        router_metrics(&on_one_line(&read(root, router)?)),
+        router_metrics(&on_one_line(
+            &(read(root, router)? + &read(root, TENANT_METRICS)?),
+        )),
         worker_metrics(&on_one_line(&read(root, worker)?)),
     ];
     findings.extend(metrics(&names, &read(root, METRICS_PAGE)?));

@@ -74,6 +74,9 @@ pub(crate) struct BenchArgs {
     /// The endpoint
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,
+    /// API key of the endpoint, where it asks for one
+    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
     /// Model name; the endpoint's first when absent
     #[arg(long)]
     pub(crate) model: Option<String>,

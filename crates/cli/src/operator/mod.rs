@@ -14,7 +14,10 @@ use std::error::Error as _;
 use std::future::Future;
 use std::time::Duration;
 
-use tonic::Code;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::{Code, Request, Status};
 use tonic::transport::{Channel, Endpoint};
 use tramontane_proto::v1::admin_client::AdminClient;
 
@@ -27,6 +30,7 @@ pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;
 use crate::exit::{Exit, refusal};
+use crate::settings::misuse;
 
 /// Longest wait for a connection to the router.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,7 +47,32 @@ pub(crate) const SEE_WEIGHTS: &str = "tramontane weights list";
 pub(crate) const SEE_WORKERS: &str = "tramontane workers list";
 
 /// A connection to a router's admin service.
-pub(crate) type Admin = AdminClient<Channel>;
+pub(crate) type Admin = AdminClient<InterceptedService<Channel, Proof>>;
+
+/// Says with every call who the operator is.
+#[derive(Clone, Debug)]
+pub(crate) struct Proof(Option<MetadataValue<Ascii>>);
+
+impl Proof {
+    fn new(api_key: Option<&str>) -> anyhow::Result<Self> {
+        let Some(key) = api_key.filter(|key| !key.is_empty()) else {
+            return Ok(Self(None));
+        };
+        let bearer = MetadataValue::try_from(format!("Bearer {key}"));
+        let mut bearer = bearer.map_err(|_| misuse("--api-key must be visible characters"))?;
+        bearer.set_sensitive(true);
+        Ok(Self(Some(bearer)))
+    }
+}
+
+impl Interceptor for Proof {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(bearer) = &self.0 {
+            request.metadata_mut().insert("authorization", bearer.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// Connects to the router that the operator names.
 ///
@@ -73,7 +102,8 @@ pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
             next,
         )
     })?;
-    Ok(AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
+    let proof = Proof::new(address.api_key.as_deref())?;
+    Ok(AdminClient::with_interceptor(channel, proof).max_decoding_message_size(ANSWER_BYTES_MAX))
 }
 
 /// The router's refusal in its own words, and `next`, the command to try.
@@ -122,8 +152,6 @@ pub(crate) async fn interruptible<T>(
 
 #[cfg(test)]
 mod tests {
-    use tonic::Status;
-
     use super::*;
     use crate::exit;
 

@@ -373,7 +373,7 @@ pub(crate) mod tests {
     }
 
     /// One layer, two experts; each is held whole by one of `holders`.
-    fn placement(epoch: u64, holders: [&str; 2]) -> Placement {
+    pub(crate) fn placement(epoch: u64, holders: [&str; 2]) -> Placement {
         let workers: BTreeSet<&str> = holders.into_iter().collect();
         let workers: Vec<WorkerId> = workers.into_iter().map(WorkerId::new).collect();
         let slice = |id: &str| {

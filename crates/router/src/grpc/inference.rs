@@ -11,6 +11,7 @@ use tramontane_proto::{finish_reason_to_wire, v1};
 use tramontane_tokenizer::{ChatMessage, ChatRequest};
 use tramontane_types::FinishReason;
 
+use super::caller;
 use super::deadline::Deadline;
 use super::status::{counted, status};
 use crate::answer::Answer;
@@ -33,7 +34,11 @@ impl InferenceService {
         Self { app }
     }
 
-    async fn start(&self, request: v1::GenerateRequest) -> Result<Answer, ApiError> {
+    async fn start(&self, request: Request<v1::GenerateRequest>) -> Result<Answer, ApiError> {
+        let caller = caller(&request)?;
+        self.app.dispatcher.knock(&caller)?;
+        let arrival = self.app.dispatcher.arrive(&caller)?;
+        let request = request.into_inner();
         let answer = AnswerId::unique(unix_seconds());
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let prepared = self.app.dispatcher.prepare(move || {
@@ -45,6 +50,8 @@ impl InferenceService {
             request,
             answer,
             version: None,
+            caller,
+            arrival: Some(arrival),
         };
         self.app.dispatcher.start(prepared.await?, name).await
     }
@@ -67,7 +74,7 @@ impl Inference for InferenceService {
         let deadline = Deadline::of(request.metadata());
         let started = match deadline {
             Ok(deadline) => deadline
-                .meet(self.start(request.into_inner()))
+                .meet(self.start(request))
                 .await
                 .map(|answer| (answer, deadline)),
             Err(error) => Err(error),
@@ -82,7 +89,7 @@ impl Inference for InferenceService {
     ) -> Result<Response<v1::GenerateResult>, Status> {
         let deadline = Deadline::of(request.metadata());
         let work = async {
-            let answer = self.start(request.into_inner()).await?;
+            let answer = self.start(request).await?;
             collect(answer, self.app.model.id.clone()).await
         };
         let result = match deadline {
@@ -261,6 +268,7 @@ fn options(wire: v1::GenerateOptions) -> Options {
         bad_words: Vec::new(),
         constraint: None,
         echo: false,
+        priority: wire.priority,
     }
 }
 

@@ -11,10 +11,13 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
 use futures::StreamExt as _;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::Request;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
@@ -24,8 +27,13 @@ use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
 use tramontane_runtime::Accepted;
 
+pub(crate) use status::refusal;
+
 use crate::Error;
+use crate::auth::{Door, Guard, guard};
+use crate::error::ApiError;
 use crate::run::App;
+use crate::tenants::Caller;
 
 /// Calls at once on one connection.
 const CALLS_PER_CONNECTION: usize = 256;
@@ -62,12 +70,21 @@ pub(crate) fn serve(
     let admin = AdminServer::new(admin::AdminService::new(Arc::clone(&app)))
         .max_decoding_message_size(message_bytes_max);
     let (reporter, health) = tonic_health::server::health_reporter();
+    let guarded = from_fn_with_state(Guard::new(Door::Grpc, &app), guard);
     tasks.spawn(keep_health(reporter, app, stop.clone()));
     let reflection_v1 = reflection().build_v1().map_err(Error::Reflection)?;
     let reflection_v1alpha = reflection().build_v1alpha().map_err(Error::Reflection)?;
     let incoming = TcpIncoming::from(listener)
         .with_nodelay(Some(true))
         .map(|socket| socket.map(Accepted::new));
+    let routes = Routes::new(inference)
+        .add_service(open_inference)
+        .add_service(admin)
+        .add_service(health)
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha);
+    // Around all of them, and around methods that do not exist.
+    let routes = Routes::from(routes.into_axum_router().layer(guarded));
     let server = Server::builder()
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
         .max_concurrent_streams(CALLS_PER_CONNECTION as u32)
@@ -75,13 +92,14 @@ pub(crate) fn serve(
         .http2_max_pending_accept_reset_streams(Some(RESET_STREAMS_MAX))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_service(inference)
-        .add_service(open_inference)
-        .add_service(admin)
-        .add_service(health)
-        .add_service(reflection_v1)
-        .add_service(reflection_v1alpha);
+        .add_routes(routes);
     Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
+}
+
+/// Who calls: of the layer around all methods, without which nobody has asked.
+fn caller<T>(request: &Request<T>) -> Result<Caller, ApiError> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    caller.ok_or_else(ApiError::internal)
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

@@ -17,6 +17,7 @@ use tramontane_runtime::build_info;
 use tramontane_types::FinishReason;
 
 use self::tensors::{BYTES, Inputs};
+use super::caller;
 use super::deadline::Deadline;
 use super::status::{counted, status};
 use crate::answer::{Answer, Choice};
@@ -71,8 +72,12 @@ impl OpenInferenceService {
 
     async fn infer(
         &self,
-        request: oip::ModelInferRequest,
+        request: Request<oip::ModelInferRequest>,
     ) -> Result<oip::ModelInferResponse, ApiError> {
+        let caller = caller(&request)?;
+        self.app.dispatcher.knock(&caller)?;
+        let arrival = self.app.dispatcher.arrive(&caller)?;
+        let request = request.into_inner();
         self.check(&request.model_name, &request.model_version)?;
         if request.id.len() > ID_BYTES_MAX {
             let got = request.id.len();
@@ -93,6 +98,8 @@ impl OpenInferenceService {
             request: format!("infer-{answer}"),
             answer,
             version: None,
+            caller,
+            arrival: Some(arrival),
         };
         let mut answer = self.app.dispatcher.start(prepared.await?, called).await?;
         let choices = answer.collect().await?;
@@ -167,7 +174,7 @@ impl GrpcInferenceService for OpenInferenceService {
         request: Request<oip::ModelInferRequest>,
     ) -> Result<Response<oip::ModelInferResponse>, Status> {
         let result = match Deadline::of(request.metadata()) {
-            Ok(deadline) => deadline.meet(self.infer(request.into_inner())).await,
+            Ok(deadline) => deadline.meet(self.infer(request)).await,
             Err(error) => Err(error),
         };
         counted(&self.app.metrics, Route::GrpcModelInfer, result).map(Response::new)

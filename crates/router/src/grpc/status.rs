@@ -18,6 +18,9 @@ pub(crate) fn status(error: &ApiError) -> Status {
     if let Some(param) = &error.param {
         details.add_bad_request_violation(param, &error.message);
     }
+    if error.kind == ErrorKind::RateLimited {
+        details.add_quota_failure_violation("tenant", &error.message);
+    }
     if error.retry_after.is_some() {
         details.set_retry_info(error.retry_after);
     }
@@ -38,6 +41,11 @@ pub(super) fn counted<T>(
         tracing::debug!(kind = ?error.kind, %error, "request refused");
         status(&error)
     })
+}
+
+/// The whole answer to a call that is refused before its method is known.
+pub(crate) fn refusal<B: Default>(error: &ApiError) -> http::Response<B> {
+    status(error).into_http()
 }
 
 /// The refusal of something that is not there.

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use serde_json::{Value, json};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorKind};
 
 /// The body of an error.
 pub(crate) fn error_body(error: &ApiError) -> Value {
@@ -33,6 +33,10 @@ pub(crate) fn error_response(error: &ApiError) -> Response {
         "false"
     };
     headers.insert("x-should-retry", HeaderValue::from_static(can_help));
+    if error.kind == ErrorKind::Unauthenticated {
+        let scheme = HeaderValue::from_static("Bearer realm=\"tramontane\"");
+        headers.insert(WWW_AUTHENTICATE, scheme);
+    }
     if let Some(after) = error.retry_after {
         headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(after)));
         headers.insert("retry-after-ms", HeaderValue::from(millis(after)));
@@ -51,7 +55,6 @@ fn millis(after: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
 
     #[test]
     fn all_four_keys_are_there_and_only_what_passes_may_be_retried() {

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod held;
 mod logprobs;
 mod models;
 mod options;
@@ -19,6 +20,7 @@ use tramontane_types::{FinishReason, Usage};
 pub(crate) use chat::{ChatRender, MESSAGES_MAX, parse_chat, role};
 pub(crate) use completions::{CompletionRender, parse_completion};
 pub(crate) use error::{error_body, error_response};
+pub(crate) use held::{EventBytes, held_stream};
 pub(crate) use models::{model, models};
 pub(crate) use stream::{StreamOptions, event_stream, last_event};
 

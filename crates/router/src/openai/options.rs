@@ -124,6 +124,7 @@ pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
         },
         ignore_eos: body.boolean("ignore_eos")?,
         n: body.unsigned("n")?,
+        priority: body.unsigned("priority")?,
         ..Options::default()
     })
 }

@@ -61,6 +61,11 @@ pub(crate) const fn last_event() -> Bytes {
     Bytes::from_static(DONE)
 }
 
+/// The event that says why no more come. Without an id: a client may go on after the last event that has one.
+pub(super) fn error_event(error: &ApiError) -> Bytes {
+    Bytes::from(format!("data: {}\n\n", error_body(error)))
+}
+
 /// How far one choice is, in the units of [`Position`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Cursor {
@@ -109,10 +114,8 @@ impl Events {
         }
     }
 
-    /// Not by an id: a client may go on after the last event that has one.
     fn fail(&mut self, error: &ApiError) {
-        let event = format!("data: {}\n\n", error_body(error));
-        self.ready.push_back(Bytes::from(event));
+        self.ready.push_back(error_event(error));
         self.ended = true;
     }
 

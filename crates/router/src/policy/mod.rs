@@ -57,9 +57,9 @@ pub(crate) struct PromptBlocks(pub(crate) Vec<u64>);
 pub(crate) struct BlockHasher(RandomState);
 
 impl BlockHasher {
-    /// Workers of different weights have nothing in common to find again.
-    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId]) -> PromptBlocks {
-        let mut before = self.0.hash_one(version);
+    /// Workers of different weights have nothing in common to find again, nor have tenants of different salts.
+    pub(crate) fn blocks(&self, version: &Version, prompt: &[TokenId], salt: u64) -> PromptBlocks {
+        let mut before = self.0.hash_one((version, salt));
         let blocks = prompt.chunks_exact(BLOCK_TOKENS).take(PROMPT_BLOCKS_MAX);
         PromptBlocks(
             blocks
@@ -97,7 +97,7 @@ pub(crate) mod tests {
                 model: model.into(),
                 numeric_class: "c".into(),
             };
-            hasher.blocks(&version, prompt).0
+            hasher.blocks(&version, prompt, 0).0
         };
         let long: Vec<u32> = (0..200).collect();
         let blocks = of("f", &long);

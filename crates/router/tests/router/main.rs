@@ -6,8 +6,10 @@
     reason = "a test that cannot go on must end"
 )]
 
+mod auth;
 mod disconnect;
 mod failover;
+mod held;
 mod idempotency;
 mod resume;
 mod versions;
@@ -238,6 +240,7 @@ fn config() -> RouterConfig {
         policy: PolicyKind::LeastLoad,
         unready_grace: Duration::from_millis(50),
         failover_wait: Duration::from_millis(500),
+        hold_wait: Duration::ZERO,
         ..RouterConfig::default()
     }
 }

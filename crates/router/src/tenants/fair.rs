@@ -1,0 +1,397 @@
+//! Whose request is next: fair queueing between tenants by the tokens that they use, after Sheng et al., "Fairness
+//! in Serving Large Language Models" (<https://arxiv.org/abs/2401.00588>). Each tenant has a counter of what it was
+//! served, prompt tokens when a request begins and generated ones as they come, divided by its weight; the tenant
+//! with the lowest goes next. Within a tenant and class it is first come, first served. Pure: it never waits, and
+//! time is an argument.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::TenantName;
+use super::config::{CLASSES, Class, Limits};
+
+/// What a prompt token counts.
+pub(crate) const PROMPT_COST: u64 = 1;
+/// What a generated token counts: it takes a step of its own, a prompt's tokens share steps.
+pub(crate) const GENERATED_COST: u64 = 2;
+/// Units of a counter per unit of cost, so that large weights still move it.
+const SCALE: u64 = 1 << 12;
+/// Tenants that are remembered. Those with nothing to do are forgotten beyond it, their use with them.
+const ACCOUNTS_MAX: usize = 16_384;
+
+/// How much may wait, of all tenants together. Who has more waiting than others gives way to them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueueMax {
+    pub(crate) requests: usize,
+    pub(crate) bytes: usize,
+}
+
+/// What a request asks for.
+#[derive(Clone, Debug)]
+pub(crate) struct Ask {
+    pub(crate) tenant: TenantName,
+    pub(crate) class: Class,
+    pub(crate) limits: Limits,
+    /// Sequences.
+    pub(crate) places: usize,
+    pub(crate) prompt_tokens: u64,
+    /// Memory that it takes while it waits.
+    pub(crate) bytes: usize,
+}
+
+/// Names a request that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ticket(u64);
+
+/// A request that may run.
+#[derive(Debug)]
+pub(crate) struct Granted<W> {
+    pub(crate) tenant: TenantName,
+    pub(crate) places: usize,
+    pub(crate) waiter: W,
+}
+
+/// What became of a request that came.
+#[derive(Debug)]
+pub(crate) enum Entered<W> {
+    /// It runs.
+    Now(Granted<W>),
+    /// It waits; `gone` had to give way.
+    Waits { ticket: Ticket, gone: Vec<W> },
+    /// There is no room for it.
+    Full(W),
+}
+
+/// All who wait, and what everybody has had.
+#[derive(Debug)]
+pub(crate) struct FairQueue<W> {
+    accounts: BTreeMap<TenantName, Account<W>>,
+    max: QueueMax,
+    /// A request that waits so long counts as one class higher.
+    age: Duration,
+    places: usize,
+    places_free: usize,
+    num_waiting: usize,
+    num_arrived: usize,
+    bytes: usize,
+    next_ticket: u64,
+    /// Whose queue was the last to become empty.
+    last_left: Option<TenantName>,
+}
+
+#[derive(Debug)]
+struct Account<W> {
+    limits: Limits,
+    /// Cost of what it was served, in [`SCALE`] units, divided by its weight.
+    served: u64,
+    /// Requests that run.
+    running: usize,
+    /// Requests that came and do not wait yet.
+    arrived: usize,
+    waiting: [VecDeque<Waiter<W>>; CLASSES],
+    num_waiting: usize,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Waiter<W> {
+    ticket: Ticket,
+    places: usize,
+    prompt_tokens: u64,
+    bytes: usize,
+    since: Instant,
+    what: W,
+}
+
+/// Where the next request is: class as it counts after its wait, use of its tenant, order of arrival.
+type Turn = (usize, u64, Ticket);
+
+impl<W> FairQueue<W> {
+    pub(crate) fn new(places: usize, max: QueueMax, age: Duration) -> Self {
+        Self {
+            accounts: BTreeMap::new(),
+            max,
+            age,
+            places,
+            places_free: places,
+            num_waiting: 0,
+            num_arrived: 0,
+            bytes: 0,
+            next_ticket: 0,
+            last_left: None,
+        }
+    }
+
+    /// Requests that wait.
+    pub(crate) const fn num_waiting(&self) -> usize {
+        self.num_waiting
+    }
+
+    /// Memory that they take.
+    pub(crate) const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether a request that comes can have a place, or wait for one. Only who has as many here as any other tenant
+    /// cannot.
+    pub(crate) fn has_room(&self, tenant: &TenantName) -> bool {
+        let room = self.places_free.saturating_add(self.max.requests);
+        if self.num_arrived + self.num_waiting < room {
+            return true;
+        }
+        let own = self.accounts.get(tenant).map_or(0, Account::num_here);
+        let others = self.accounts.iter().filter(|(name, _)| *name != tenant);
+        others.map(|(_, account)| account.num_here()).max() > Some(own)
+    }
+
+    /// Notes a request that came and is not understood yet; whether there is room for it.
+    pub(crate) fn arrive(&mut self, tenant: &TenantName, limits: Limits) -> bool {
+        if !self.has_room(tenant) {
+            return false;
+        }
+        self.account(tenant, limits).arrived += 1;
+        self.num_arrived += 1;
+        true
+    }
+
+    /// The request that arrived is understood, or is gone.
+    pub(crate) fn settle(&mut self, tenant: &TenantName) {
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            account.arrived = account.arrived.saturating_sub(1);
+            self.num_arrived = self.num_arrived.saturating_sub(1);
+        }
+    }
+
+    /// A request comes: it runs, it waits, or there is no room.
+    pub(crate) fn enter(&mut self, mut ask: Ask, what: W, now: Instant) -> Entered<W> {
+        ask.places = ask.places.min(self.places);
+        let floor = self.floor();
+        let account = self.account(&ask.tenant, ask.limits);
+        // Who had nothing to do does not save up for later.
+        if account.num_waiting == 0 {
+            account.served = account.served.max(floor);
+        }
+        let may_run = account.running < account.limits.concurrent;
+        if may_run && ask.places <= self.places_free && self.next(now).is_none() {
+            return Entered::Now(self.grant(&ask.tenant, ask.places, ask.prompt_tokens, what));
+        }
+        let Some(gone) = self.make_room(&ask) else {
+            return Entered::Full(what);
+        };
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.num_waiting += 1;
+        self.bytes += ask.bytes;
+        let account = self.account(&ask.tenant, ask.limits);
+        account.num_waiting += 1;
+        account.bytes += ask.bytes;
+        account.waiting[ask.class.index()].push_back(Waiter {
+            ticket,
+            places: ask.places,
+            prompt_tokens: ask.prompt_tokens,
+            bytes: ask.bytes,
+            since: now,
+            what,
+        });
+        Entered::Waits { ticket, gone }
+    }
+
+    /// The next request that may run.
+    pub(crate) fn pop(&mut self, now: Instant) -> Option<Granted<W>> {
+        let (tenant, class) = self.next(now)?;
+        let account = self.accounts.get_mut(&tenant)?;
+        let queue = &mut account.waiting[class];
+        let fits = queue
+            .front()
+            .is_some_and(|head| head.places <= self.places_free);
+        // A large request is not passed by smaller ones: they would keep it from ever running.
+        let head = fits.then(|| queue.pop_front())??;
+        account.num_waiting -= 1;
+        account.bytes -= head.bytes;
+        self.num_waiting -= 1;
+        self.bytes -= head.bytes;
+        if account.num_waiting == 0 {
+            self.last_left = Some(tenant.clone());
+        }
+        Some(self.grant(&tenant, head.places, head.prompt_tokens, head.what))
+    }
+
+    /// Takes a request out that waits no longer. Whether it was there.
+    pub(crate) fn leave(&mut self, tenant: &TenantName, ticket: Ticket) -> bool {
+        let Some(account) = self.accounts.get_mut(tenant) else {
+            return false;
+        };
+        for queue in &mut account.waiting {
+            let Some(index) = queue.iter().position(|waiter| waiter.ticket == ticket) else {
+                continue;
+            };
+            let bytes = queue.remove(index).map_or(0, |waiter| waiter.bytes);
+            account.num_waiting -= 1;
+            account.bytes -= bytes;
+            self.num_waiting -= 1;
+            self.bytes -= bytes;
+            return true;
+        }
+        false
+    }
+
+    /// Notes tokens that a request of `tenant` generated.
+    pub(crate) fn generated(&mut self, tenant: &TenantName, num_tokens: u64) {
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            account.charge(num_tokens.saturating_mul(GENERATED_COST));
+        }
+    }
+
+    /// Takes places back, of a request that goes on with fewer.
+    pub(crate) fn give_back(&mut self, places: usize) {
+        self.places_free = (self.places_free + places).min(self.places);
+    }
+
+    /// A request of `tenant` has ended.
+    pub(crate) fn finish(&mut self, tenant: &TenantName) {
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            account.running = account.running.saturating_sub(1);
+        }
+    }
+
+    /// What a tenant that comes back is counted as having had at least: the least of those who wait, or what
+    /// the last who waited has had.
+    fn floor(&self) -> u64 {
+        let waiting = self.accounts.values().filter(|a| a.num_waiting > 0);
+        let least = waiting.map(|account| account.served).min();
+        let last = || {
+            let last = self.last_left.as_ref()?;
+            Some(self.accounts.get(last)?.served)
+        };
+        least.or_else(last).unwrap_or(0)
+    }
+
+    fn account(&mut self, tenant: &TenantName, limits: Limits) -> &mut Account<W> {
+        if self.accounts.len() >= ACCOUNTS_MAX && !self.accounts.contains_key(tenant) {
+            self.accounts.retain(|_, account| !account.is_idle());
+        }
+        let account = self.accounts.entry(tenant.clone());
+        account.or_insert_with(|| Account::new(limits))
+    }
+
+    /// The tenant and class of whoever is next, whether there are places or not.
+    fn next(&self, now: Instant) -> Option<(TenantName, usize)> {
+        let mut best: Option<(Turn, &TenantName, usize)> = None;
+        for (tenant, account) in &self.accounts {
+            if account.num_waiting == 0 || account.running >= account.limits.concurrent {
+                continue;
+            }
+            for (class, queue) in account.waiting.iter().enumerate() {
+                let Some(head) = queue.front() else { continue };
+                let turn = (
+                    self.aged(class, head.since, now),
+                    account.served,
+                    head.ticket,
+                );
+                if best.as_ref().is_none_or(|(other, ..)| turn < *other) {
+                    best = Some((turn, tenant, class));
+                }
+            }
+        }
+        best.map(|(_, tenant, class)| (tenant.clone(), class))
+    }
+
+    fn aged(&self, class: usize, since: Instant, now: Instant) -> usize {
+        let waited = now.saturating_duration_since(since).as_nanos();
+        let steps = waited.checked_div(self.age.as_nanos()).unwrap_or(0);
+        class.saturating_sub(usize::try_from(steps).unwrap_or(usize::MAX))
+    }
+
+    fn grant(
+        &mut self,
+        tenant: &TenantName,
+        places: usize,
+        prompt_tokens: u64,
+        waiter: W,
+    ) -> Granted<W> {
+        self.places_free -= places;
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            account.running += 1;
+            account.charge(prompt_tokens.saturating_mul(PROMPT_COST));
+        }
+        Granted {
+            tenant: tenant.clone(),
+            places,
+            waiter,
+        }
+    }
+
+    /// Makes room for one that is to wait, at the cost of the tenants that have most waiting; `None` when its own
+    /// is among those. What is large may turn out several that are small.
+    fn make_room(&mut self, ask: &Ask) -> Option<Vec<W>> {
+        if self.max.requests == 0 || ask.bytes > self.max.bytes {
+            return None;
+        }
+        let mut gone = Vec::new();
+        while self.num_waiting >= self.max.requests || self.bytes + ask.bytes > self.max.bytes {
+            let longest = self.gives_way(ask)?;
+            gone.push(self.turn_out(&longest)?);
+        }
+        Some(gone)
+    }
+
+    /// The tenant that has most of what there is too little of, if that is more than the one who asks would have.
+    fn gives_way(&self, ask: &Ask) -> Option<TenantName> {
+        let is_crowded = self.num_waiting >= self.max.requests;
+        let held = |account: &Account<W>| {
+            if is_crowded {
+                account.num_waiting
+            } else {
+                account.bytes
+            }
+        };
+        let asked = if is_crowded { 1 } else { ask.bytes };
+        let own = self.accounts.get(&ask.tenant).map_or(0, held) + asked;
+        let (name, longest) = self.accounts.iter().max_by_key(|(_, a)| held(a))?;
+        (held(longest) > own).then(|| name.clone())
+    }
+
+    /// Takes the last that came of the lowest class out of a tenant's queue.
+    fn turn_out(&mut self, tenant: &TenantName) -> Option<W> {
+        let account = self.accounts.get_mut(tenant)?;
+        let queue = account.waiting.iter_mut().rev().find(|q| !q.is_empty())?;
+        let last = queue.pop_back()?;
+        account.num_waiting -= 1;
+        account.bytes -= last.bytes;
+        self.num_waiting -= 1;
+        self.bytes -= last.bytes;
+        Some(last.what)
+    }
+}
+
+impl<W> Account<W> {
+    fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            served: 0,
+            running: 0,
+            arrived: 0,
+            waiting: std::array::from_fn(|_| VecDeque::new()),
+            num_waiting: 0,
+            bytes: 0,
+        }
+    }
+
+    const fn num_here(&self) -> usize {
+        self.arrived + self.num_waiting
+    }
+
+    const fn is_idle(&self) -> bool {
+        self.running == 0 && self.num_here() == 0
+    }
+
+    fn charge(&mut self, cost: u64) {
+        let share = cost.saturating_mul(SCALE) / u64::from(self.limits.weight.get());
+        self.served = self.served.saturating_add(share);
+    }
+}
+
+#[cfg(test)]
+mod tests;

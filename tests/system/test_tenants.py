@@ -1,0 +1,225 @@
+"""Tenants, keys and tokens against real processes: who gets in, who goes first, and what waits for the first worker."""
+
+import concurrent.futures
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from conftest import BINARY, Process, Server, free_port, run, wait_until
+from test_resume import etcd  # noqa: F401, a fixture
+
+ISSUER, AUDIENCE = "https://issuer.example", "tramontane"
+
+
+def ask(url, path="/v1/models", body=None, key=None, timeout=60):
+    """Status, headers and JSON of one request."""
+    headers = {"content-type": "application/json"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status, answer.headers, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.load(error)
+
+
+def completion(tokens=8, **more):
+    return {"prompt": "Hello", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, **more}
+
+
+class Issuer:
+    """Signs tokens with keys of three kinds; the public halves are in a file."""
+
+    def __init__(self, folder):
+        self.keys = {
+            "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+            "ES256": ec.generate_private_key(ec.SECP256R1()),
+            "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+        }
+        self.jwks = folder / "jwks.json"
+        self.write(self.keys)
+
+    def write(self, keys):
+        algorithms = {"RS256": jwt.algorithms.RSAAlgorithm, "ES256": jwt.algorithms.ECAlgorithm,
+                      "EdDSA": jwt.algorithms.OKPAlgorithm}
+        jwks = []
+        for name, key in keys.items():
+            jwks.append({**json.loads(algorithms[name].to_jwk(key.public_key())), "kid": name})
+        self.jwks.write_text(json.dumps({"keys": jwks}))
+
+    def token(self, algorithm="ES256", key=None, kid=None, **claims):
+        now = int(time.time())
+        claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 300, "tenant": "acme", **claims}
+        claims = {name: value for name, value in claims.items() if value is not None}
+        return jwt.encode(claims, key or self.keys[algorithm], algorithm, {"kid": kid or algorithm})
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded")
+    issuer, keys = Issuer(folder), folder / "keys"
+    client = run("keys", "add", "--tenant", "globex", "--name", "client", "--file", keys).stdout.strip()
+    operator = run("keys", "add", "--tenant", "ops", "--operator", "--file", keys).stdout.strip()
+    config = folder / "config.toml"
+    config.write_text(
+        f'[auth]\nkeys_file = "{keys}"\n[auth.jwt]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\n'
+        f'jwks_file = "{issuer.jwks}"\n[router]\nsequences_max = 2\nqueue_max = 16\n[tenants.slow]\nrequests_per_minute = 1\n'
+    )
+    server = Server("--workers", "1", "--config", config)
+    server.keys, server.client, server.operator, server.issuer = keys, client, operator, issuer
+    yield server
+    log = server.output()
+    assert server.stop() == 0, log[-4000:]
+    assert client not in log and operator not in log, "a key is in the log"
+
+
+def test_tokens_of_all_kinds_get_in(guarded):
+    for algorithm in guarded.issuer.keys:
+        status, _, body = ask(guarded.url, key=guarded.issuer.token(algorithm))
+        assert status == 200, (algorithm, body)
+
+
+@pytest.mark.parametrize("changes", [
+    {"exp": 1}, {"exp": None}, {"aud": "other"}, {"aud": None}, {"iss": "https://other.example"},
+    {"nbf": 4_000_000_000}, {"kid": "unknown"}, {"kid": "../../../etc/passwd"}, {"kid": "RS256"},
+    {"algorithm": "HS256", "key": "secret" * 10, "kid": "ES256"}, {"algorithm": "none", "key": ""},
+    {"algorithm": "ES256", "key": ec.generate_private_key(ec.SECP256R1())},
+], ids=str)
+def test_other_tokens_do_not(guarded, changes):
+    token = guarded.issuer.token(**changes)
+    status, headers, body = ask(guarded.url, key=token)
+    assert status == 401, body
+    assert headers["www-authenticate"].startswith("Bearer")
+    assert token not in json.dumps(body)
+
+
+def test_a_token_without_a_tenant_is_forbidden(guarded):
+    for tenant in [None, 7, "a b", ""]:
+        assert ask(guarded.url, key=guarded.issuer.token(tenant=tenant))[0] == 403
+
+
+def test_a_key_works_until_it_is_revoked(guarded):
+    made = run("keys", "add", "--tenant", "globex", "--name", "gone", "--file", guarded.keys).stdout.strip()
+    wait_until(lambda: ask(guarded.url, key=made)[0] == 200, 10, "the new key works")
+    listed = json.loads(run("keys", "list", "--file", guarded.keys, "--output", "json").stdout)
+    assert "gone" in [key["name"] for key in listed]
+    run("keys", "revoke", "gone", "--file", guarded.keys)
+    wait_until(lambda: ask(guarded.url, key=made)[0] == 401, 10, "the revoked key is refused")
+    assert made not in guarded.keys.read_text()
+
+
+def test_operators_need_a_key_of_theirs(guarded):
+    def status(key):
+        return run("status", "--router", guarded.grpc, *(["--api-key", key] if key else []), check=False)
+
+    assert status(guarded.operator).returncode == 0
+    for key in [None, guarded.client, "trm_x"]:
+        assert status(key).returncode == 1
+
+
+def test_a_quota_is_told_in_headers(guarded):
+    key = run("keys", "add", "--tenant", "slow", "--file", guarded.keys).stdout.strip()
+    wait_until(lambda: ask(guarded.url, key=key)[0] == 200, 10, "the new key works")
+    status, headers, _ = ask(guarded.url, "/v1/completions", completion(), key)
+    assert (status, headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == (200, "1", "0")
+    status, headers, body = ask(guarded.url, "/v1/completions", completion(), key)
+    assert (status, headers["x-should-retry"]) == (429, "true"), body
+    assert 0 < int(headers["retry-after-ms"]) <= 60_001
+
+
+def test_ten_times_the_requests_are_no_more_tokens(guarded):
+    """Two tenants that both always have more to ask, at 10:1: equal tokens within 5 %."""
+    tokens, stop = {"many": 0, "few": 0}, threading.Event()
+    counting = threading.Lock()
+    keys = {tenant: guarded.issuer.token(tenant=tenant) for tenant in tokens}
+
+    def work(tenant):
+        while not stop.is_set():
+            status, _, body = ask(guarded.url, "/v1/completions", completion(32), keys[tenant])
+            if status == 429:
+                stop.wait(0.01)
+                continue
+            assert status == 200, body
+            with counting:
+                tokens[tenant] += body["usage"]["completion_tokens"] if not stop.is_set() else 0
+
+    with concurrent.futures.ThreadPoolExecutor(22) as pool:
+        workers = [pool.submit(work, tenant) for tenant in ["many"] * 20 + ["few"] * 2]
+        # Two in line and two running at most: the few always have one waiting.
+        wait_until(lambda: tokens["few"] >= 32 * 60 or any(w.done() for w in workers), 240, "enough tokens")
+        stop.set()
+        for worker in workers:
+            worker.result()
+    assert abs(tokens["many"] - tokens["few"]) <= 0.05 * tokens["few"], tokens
+
+
+def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
+    """F18 in one run: as many tokens per second under ten times the load, refusals within 50 ms, probes answer."""
+    key = guarded.issuer.token(tenant="load")
+
+    def measure(clients, seconds):
+        done, refused, probes = [], [], []
+        end = time.monotonic() + seconds
+
+        def work():
+            while time.monotonic() < end:
+                began = time.monotonic()
+                status, headers, _ = ask(guarded.url, "/v1/completions", completion(64), key, timeout=120)
+                took = time.monotonic() - began
+                if status == 200:
+                    done.append(time.monotonic())
+                else:
+                    assert status == 429 and headers["retry-after-ms"], status
+                    refused.append(took)
+                    time.sleep(0.25)
+
+        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+            workers = [pool.submit(work) for _ in range(clients)]
+            while time.monotonic() < end:
+                began = time.monotonic()
+                assert ask(guarded.url, "/health/live")[0] == 200
+                probes.append(time.monotonic() - began)
+                time.sleep(0.1)
+            for worker in workers:
+                worker.result()
+        return len([at for at in done if at < end]) / seconds, sorted(refused), sorted(probes)
+
+    capacity, _, _ = measure(4, 6)
+    goodput, refused, probes = measure(40, 12)
+    middle = refused[len(refused) // 2] if refused else 0
+    print(f"capacity {capacity:.1f}/s, goodput {goodput:.1f}/s, {len(refused)} refused, median {middle * 1000:.0f} ms")
+    assert refused, "nobody was refused at ten times the load"
+    assert goodput >= 0.95 * capacity - 1 / 6
+    assert middle < 0.05, f"half of the refusals took more than {middle * 1000:.0f} ms"
+    assert probes[-1] < 1
+
+
+def test_a_request_waits_for_the_first_worker(etcd):
+    """A router alone; a stream and a whole answer ask; a worker comes; both are answered."""
+    http, grpc = free_port(), free_port()
+    common = ["--etcd", etcd, "--cluster", "held"]
+    router = Process("router", [BINARY, "router", *common, "--http-port", http, "--grpc-port", grpc])
+    url = f"http://127.0.0.1:{http}"
+    router.wait_for("router serves")
+    body = json.dumps(completion(4, stream=True)).encode()
+    request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, urllib.request.urlopen(request, timeout=120) as stream:
+        assert stream.status == 200
+        assert stream.readline().startswith(b": waiting: ")
+        assert ask(url, "/health/ready")[0] == 503
+        whole = pool.submit(ask, url, "/v1/completions", completion(4), None, 120)
+        worker = Process("worker", [BINARY, "worker", *common, "--grpc-port", free_port(), "--ops-port", free_port(),
+                                    "--id", "w-0"])
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+        status, _, answer = whole.result()
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+    assert worker.stop() == 0, worker.output()[-4000:]
+    assert router.stop() == 0, router.output()[-4000:]
