@@ -2,8 +2,11 @@
 
 mod args;
 mod bench;
+mod certs;
 mod chat;
 mod config_check;
+mod dial;
+mod doors;
 mod drill;
 mod exit;
 mod kernels;
@@ -29,6 +32,7 @@ const BLOCKING_MAX: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    tramontane_runtime::tls::install_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();
@@ -72,6 +76,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => bench::run(args).await?,
         Command::Model(command) => model::run(command)?,
         Command::Kernels(command) => kernels::run(command)?,
+        Command::Certs(command) => certs::run(command)?,
         Command::Config(command) => config_check::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();

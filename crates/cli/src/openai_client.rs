@@ -1,5 +1,6 @@
 //! A small client of any OpenAI-compatible endpoint: what `chat` and `bench` need, nothing more.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -19,17 +20,22 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A client of the endpoint at `url`.
-    pub(crate) fn new(url: &str) -> anyhow::Result<Self> {
+    /// A client of the endpoint at `url`, whose certificate is of `ca`, or of the system's authorities.
+    pub(crate) fn new(url: &str, ca: Option<&Path>) -> anyhow::Result<Self> {
         let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             // Some servers close a connection after an answer without saying so, and the next request
             // on it would be lost.
-            .pool_max_idle_per_host(0)
-            .build()
-            .context("http client")?;
+            .pool_max_idle_per_host(0);
+        let http = match (ca, base.starts_with("https://")) {
+            (Some(ca), _) => http.tls_certs_only(authorities(ca)?),
+            (None, true) => http,
+            // In the clear nobody is believed: a system without authorities is no obstacle.
+            (None, false) => http.tls_certs_only([]),
+        };
+        let http = http.build().context("http client")?;
         Ok(Self { http, base })
     }
 
@@ -75,6 +81,16 @@ impl Client {
         });
         Ok(events.boxed())
     }
+}
+
+fn authorities(path: &Path) -> anyhow::Result<Vec<reqwest::Certificate>> {
+    let read = || format!("CA {}", path.display());
+    let pem = std::fs::read(path).with_context(read)?;
+    let found = reqwest::Certificate::from_pem_bundle(&pem).with_context(read)?;
+    if found.is_empty() {
+        bail!("CA {} must be PEM with certificates, got none", path.display());
+    }
+    Ok(found)
 }
 
 /// Cuts a byte stream into server-sent events.

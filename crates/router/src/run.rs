@@ -14,6 +14,7 @@ use tramontane_coordination::{
     Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
     watch_intent, watch_members, watch_placements,
 };
+use tramontane_runtime::tls::{Incoming, Role, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
@@ -54,6 +55,10 @@ pub struct RouterParts {
     pub http: TcpListener,
     /// Bound socket of the gRPC API.
     pub grpc: TcpListener,
+    /// Bound socket of the operators' gRPC API.
+    pub admin: TcpListener,
+    /// What it shows to others, and whom it believes.
+    pub tls: Tls,
     /// Who starts and ends workers on an operator's word, if anybody does.
     pub scaler: Option<Arc<dyn Scaler>>,
 }
@@ -95,6 +100,8 @@ pub(crate) struct App {
     pub(crate) cluster: ClusterView,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) scaler: Option<Arc<dyn Scaler>>,
+    /// The way to workers.
+    pub(crate) connect: GrpcConnect,
     pub(crate) events: Arc<EventLog>,
     pub(crate) planning: Option<Planning>,
     pub(crate) model: Arc<ServedModel>,
@@ -181,7 +188,9 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
-    let followed = background.start(&config, &parts.store, shutdown.token.clone());
+    let connect = GrpcConnect(parts.tls.link(Role::Worker));
+    let roster = (connect.clone(), shutdown.token.clone());
+    let followed = background.start(&config, &parts.store, roster);
     let doors = Doors::default();
     let RouterParts {
         store,
@@ -189,6 +198,8 @@ pub async fn run(
         model,
         http,
         grpc,
+        admin,
+        tls,
         scaler,
     } = parts;
     let given = Given {
@@ -196,24 +207,29 @@ pub async fn run(
         tokenizer,
         model,
         scaler,
+        connect,
     };
     let app = app(config.clone(), given, followed, &doors);
-    let grpc = grpc::serve(
-        grpc,
-        Arc::clone(&app),
-        doors.refuse.clone(),
-        &background.tasks,
-        &background.stop,
-    )?;
+    let health = grpc::Health {
+        ready: app.ready.clone(),
+        tasks: &background.tasks,
+        stop: &background.stop,
+    };
+    let grpc = Incoming::new(grpc, tls.clients_door("grpc"));
+    let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
+    let admin = Incoming::new(admin, tls.cluster_door("admin"));
+    let refuse = doors.refuse.clone();
+    let admin = grpc::serve_admin(admin, &app, &tls.guard(), refuse, &health)?;
     let http = http_server::serve(
-        http,
+        Incoming::new(http, tls.clients_door("http")),
         routes::routes(&app),
         config.connections_max,
         doors.clone(),
     );
     let grpc = async { grpc.await.map_err(Error::Grpc) };
+    let admin = async { admin.await.map_err(Error::Grpc) };
     let serve = async {
-        tokio::try_join!(grpc, async {
+        tokio::try_join!(grpc, admin, async {
             http.await;
             Ok(())
         })
@@ -279,6 +295,7 @@ struct Given {
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
     scaler: Option<Arc<dyn Scaler>>,
+    connect: GrpcConnect,
 }
 
 /// What [`Background`] keeps.
@@ -296,6 +313,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         tokenizer,
         model,
         scaler,
+        connect,
     } = given;
     let Followed {
         cluster,
@@ -322,6 +340,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         cluster,
         store,
         scaler,
+        connect,
         events,
         planning,
         model: Arc::new(model),
@@ -385,7 +404,7 @@ impl Background {
         &self,
         config: &RouterConfig,
         store: &Arc<dyn Store>,
-        stopping: CancellationToken,
+        (connect, stopping): (GrpcConnect, CancellationToken),
     ) -> Followed {
         let (tasks, stop) = (&self.tasks, &self.stop);
         let listed = watch_members(Arc::clone(store), tasks, stop.clone());
@@ -393,7 +412,7 @@ impl Background {
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        let roster = Roster::follow(listed.clone(), Arc::new(GrpcConnect), pulses);
+        let roster = Roster::follow(listed.clone(), Arc::new(connect), pulses);
         let cluster = ClusterView {
             members: roster.members(),
             placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),

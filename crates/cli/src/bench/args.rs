@@ -74,6 +74,9 @@ pub(crate) struct BenchArgs {
     /// The endpoint
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,
+    /// CA of the endpoint's certificate; the system's when absent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
     /// Model name; the endpoint's first when absent
     #[arg(long)]
     pub(crate) model: Option<String>,

@@ -15,7 +15,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tramontane_proto::v1::admin_client::AdminClient;
 
 pub(crate) use events::events;
@@ -26,10 +26,9 @@ pub(crate) use weights::{WeightsCommand, weights};
 pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;
+use crate::dial;
 use crate::exit::{Exit, refusal};
 
-/// Longest wait for a connection to the router.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer: a placement may have 1 MiB, and a long list of workers more.
@@ -50,29 +49,7 @@ pub(crate) type Admin = AdminClient<Channel>;
 /// # Errors
 /// With exit status 2 for an address that is none, and 5 when nobody answers there.
 pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
-    let url = if address.router.contains("://") {
-        address.router.clone()
-    } else {
-        format!("http://{}", address.router)
-    };
-    let endpoint = Endpoint::from_shared(url.clone())
-        .map_err(|error| {
-            let message = format!("--router {url:?} is no address: {error}");
-            refusal(Exit::Misused, message, "--router http://127.0.0.1:8001")
-        })?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(REQUEST_TIMEOUT);
-    let channel = endpoint.connect().await.map_err(|error| {
-        let cause = error
-            .source()
-            .map_or_else(|| error.to_string(), ToString::to_string);
-        let next = "tramontane serve (starts one), or name a running one with --router";
-        refusal(
-            Exit::Unavailable,
-            format!("no router at {url}: {cause}"),
-            next,
-        )
-    })?;
+    let channel = dial::admin(address, Some(REQUEST_TIMEOUT)).await?;
     Ok(AdminClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
 }
 
