@@ -50,7 +50,11 @@ pub(crate) fn check(ports: &[Port<'_>], tls: &Tls, insecure: bool) -> anyhow::Re
         if has_tls || insecure || stays_here(port)? {
             continue;
         }
-        let Port { key, address, shows } = port;
+        let Port {
+            key,
+            address,
+            shows,
+        } = port;
         let files = match shows {
             Shows::Clients => "tls.clients_cert and tls.clients_key",
             Shows::Cluster => "tls.cluster_cert, tls.cluster_key and tls.cluster_ca",
@@ -87,13 +91,23 @@ mod tests {
 
     fn checked(address: &str, shows: Shows, insecure: bool) -> anyhow::Result<()> {
         let key = "listen.ops";
-        let port = Port { key, address, shows };
+        let port = Port {
+            key,
+            address,
+            shows,
+        };
         check(&[port], &Tls::default(), insecure)
     }
 
     #[test]
     fn a_port_without_tls_stays_on_this_machine_unless_somebody_says_otherwise() {
-        for here in ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "[::ffff:127.0.0.1]:1"] {
+        for here in [
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            "localhost:1",
+            "[::ffff:127.0.0.1]:1",
+        ] {
             checked(here, Shows::Cluster, false).unwrap();
         }
         for beyond in ["0.0.0.0:8101", "[::]:8101", "10.0.0.1:8101"] {
@@ -101,12 +115,22 @@ mod tests {
             let error = checked(beyond, Shows::Cluster, false).unwrap_err();
             let text = error.to_string();
             assert!(error.is::<Misuse>(), "{text}");
-            for word in [beyond, "listen.ops", "tls.cluster_cert", "certs init", "--insecure"] {
+            for word in [
+                beyond,
+                "listen.ops",
+                "tls.cluster_cert",
+                "certs init",
+                "--insecure",
+            ] {
                 assert!(text.contains(word), "{text}");
             }
         }
         let error = checked("0.0.0.0:1", Shows::Clients, false).unwrap_err();
         assert!(error.to_string().contains("tls.clients_cert"), "{error}");
-        assert!(checked("nowhere", Shows::Clients, false).unwrap_err().is::<Misuse>());
+        assert!(
+            checked("nowhere", Shows::Clients, false)
+                .unwrap_err()
+                .is::<Misuse>()
+        );
     }
 }

@@ -88,7 +88,10 @@ fn authorities(path: &Path) -> anyhow::Result<Vec<reqwest::Certificate>> {
     let pem = std::fs::read(path).with_context(read)?;
     let found = reqwest::Certificate::from_pem_bundle(&pem).with_context(read)?;
     if found.is_empty() {
-        bail!("CA {} must be PEM with certificates, got none", path.display());
+        bail!(
+            "CA {} must be PEM with certificates, got none",
+            path.display()
+        );
     }
     Ok(found)
 }

@@ -79,7 +79,13 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let shutdown = Shutdown::new();
     follow(&tls, &settings.tls, &shutdown);
     if config.island_rank > 0 {
-        return rank(&args, config, has_weights, (&settings.listen, tls, shutdown)).await;
+        return rank(
+            &args,
+            config,
+            has_weights,
+            (&settings.listen, tls, shutdown),
+        )
+        .await;
     }
     let store = store(&settings, &config.id, &shutdown)?;
     let opened = open_worker_model(&args, &config, &store, (&tls, &shutdown)).await?;
@@ -177,7 +183,11 @@ async fn open_worker_model(
 pub(crate) fn router_doors(settings: &Settings, cluster: &str) -> anyhow::Result<Tls> {
     let tls = doors::identities(&settings.tls, cluster, Role::Router)?;
     let listen = &settings.listen;
-    let port = |key, address, shows| Port { key, address, shows };
+    let port = |key, address, shows| Port {
+        key,
+        address,
+        shows,
+    };
     let ports = [
         port("listen.http", &listen.http, Shows::Clients),
         port("listen.grpc", &listen.grpc, Shows::Clients),
@@ -191,7 +201,11 @@ pub(crate) fn router_doors(settings: &Settings, cluster: &str) -> anyhow::Result
 fn worker_doors(settings: &Settings, island_rank: u32) -> anyhow::Result<Tls> {
     let tls = doors::identities(&settings.tls, &settings.etcd.cluster, Role::Worker)?;
     let (listen, shows) = (&settings.listen, Shows::Cluster);
-    let port = |key, address| Port { key, address, shows };
+    let port = |key, address| Port {
+        key,
+        address,
+        shows,
+    };
     let ports = [
         port("listen.ops", &listen.ops),
         port("listen.worker", &listen.worker),

@@ -18,9 +18,9 @@ use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::WorkerConfig;
 
 use crate::args::ServeArgs;
+use crate::doors::bind;
 use crate::model::{open_model, open_tokenizer};
 use crate::output;
-use crate::doors::bind;
 use crate::processes::{choose_device, follow, router_doors};
 use crate::settings::{self, Flags, Settings, misuse};
 use crate::supervisor::{Supervisor, WorkerRecipe, share_of};
@@ -64,7 +64,12 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let http = bind(&settings.listen.http).await?;
     let grpc = bind(&settings.listen.grpc).await?;
     let admin = bind(&settings.listen.admin).await?;
-    let banner = Banner::new(&args, &model_name, &checkpoint, (&http, &grpc, &admin, &tls))?;
+    let banner = Banner::new(
+        &args,
+        &model_name,
+        &checkpoint,
+        (&http, &grpc, &admin, &tls),
+    )?;
     let signals = Shutdown::new();
     signals.trigger_on_signals().context("signal handlers")?;
     follow(&tls, &settings.tls, &signals);

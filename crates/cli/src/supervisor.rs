@@ -19,9 +19,9 @@ use tramontane_types::WorkerId;
 use tramontane_worker::{ExchangeKind, ProcessKind, WorkerConfig, WorkerParts};
 
 use crate::args::ExchangeArg;
+use crate::doors::bind;
 use crate::model::progress_bar;
 use crate::output;
-use crate::doors::bind;
 
 /// Changes of scale that wait; each takes milliseconds to begin.
 const SCALE_QUEUE_MAX: usize = 4;

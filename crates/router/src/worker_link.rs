@@ -99,4 +99,3 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES))
 }
-

@@ -59,9 +59,13 @@ impl Authority {
         let mut params = params(&format!("tramontane {cluster} {}", holder.name()), days)?;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        if holder != Holder::EtcdClient {
+            params
+                .extended_key_usages
+                .push(ExtendedKeyUsagePurpose::ServerAuth);
+        }
         let role = match holder {
-            Holder::Clients => None,
+            Holder::Clients | Holder::Etcd | Holder::EtcdClient => None,
             Holder::Router => Some(Role::Router),
             Holder::Worker => Some(Role::Worker),
             Holder::Operator => Some(Role::Operator),
@@ -70,10 +74,12 @@ impl Authority {
             let name = PeerName::new(cluster, role).to_string();
             let name = SanType::URI(name.try_into().context("the name")?);
             params.subject_alt_names.push(name);
+        }
+        if holder != Holder::Clients {
             let client = ExtendedKeyUsagePurpose::ClientAuth;
             params.extended_key_usages.push(client);
         }
-        for host in hosts {
+        for host in hosts.iter().filter(|_| holder != Holder::EtcdClient) {
             let name = match host.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),
                 Err(_name) => SanType::DnsName(host.as_str().try_into().context("a host")?),

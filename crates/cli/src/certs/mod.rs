@@ -89,10 +89,15 @@ pub(crate) enum Holder {
     Worker,
     /// A person who runs the operator's commands
     Operator,
+    /// An etcd: it has no role in the cluster, and is both ends of its own connections
+    Etcd,
+    /// A process towards etcd: without names, because etcd compares them with where a client comes from
+    EtcdClient,
 }
 
 impl Holder {
-    const ALL: [Self; 4] = [Self::Clients, Self::Router, Self::Worker, Self::Operator];
+    /// Those that everybody needs.
+    const FIRST: [Self; 4] = [Self::Clients, Self::Router, Self::Worker, Self::Operator];
 
     const fn name(self) -> &'static str {
         match self {
@@ -100,6 +105,8 @@ impl Holder {
             Self::Router => "router",
             Self::Worker => "worker",
             Self::Operator => "operator",
+            Self::Etcd => "etcd",
+            Self::EtcdClient => "etcd-client",
         }
     }
 }
@@ -114,14 +121,14 @@ pub(crate) fn run(command: CertsCommand) -> anyhow::Result<()> {
 
 fn init(args: &InitArgs) -> anyhow::Result<()> {
     let hosts = hosts(&args.names)?;
-    let names = Holder::ALL.map(Holder::name);
+    let names = Holder::FIRST.map(Holder::name);
     let files = ["ca"].into_iter().chain(names);
     for name in files {
         refuse_to_overwrite(&args.dir, name)?;
     }
     let (authority, ca) = Authority::new(&args.cluster, CA_DAYS)?;
     let mut made = vec![("ca", ca)];
-    for holder in Holder::ALL {
+    for holder in Holder::FIRST {
         let pair = authority.issue(&args.cluster, holder, &hosts, args.names.days)?;
         made.push((holder.name(), pair));
     }
@@ -148,7 +155,11 @@ fn issue(args: &IssueArgs) -> anyhow::Result<()> {
     let pair = authority.issue(&args.cluster, args.role, &hosts, args.names.days)?;
     write(&args.dir, name, &pair)?;
     let [cert, key] = files(&args.dir, name);
-    Ok(output::line(&format!("{}\n{}", cert.display(), key.display()))?)
+    Ok(output::line(&format!(
+        "{}\n{}",
+        cert.display(),
+        key.display()
+    ))?)
 }
 
 /// Certificate and key of a name.
@@ -162,7 +173,10 @@ fn files(dir: &Path, name: &str) -> [PathBuf; 2] {
 fn refuse_to_overwrite(dir: &Path, name: &str) -> anyhow::Result<()> {
     let there = files(dir, name).into_iter().find(|file| file.exists());
     let Some(there) = there else { return Ok(()) };
-    let message = format!("{} is there already and is not overwritten", there.display());
+    let message = format!(
+        "{} is there already and is not overwritten",
+        there.display()
+    );
     let next = "another --dir, or `tramontane certs issue --name NAME` for a further certificate";
     Err(refusal(Exit::Conflict, message, next))
 }
@@ -209,7 +223,11 @@ fn hosts(names: &NameArgs) -> anyhow::Result<Vec<String>> {
     let got = hosts.len();
     if got > HOSTS_MAX {
         let message = format!("at most {HOSTS_MAX} hosts fit a certificate, got {got}");
-        return Err(refusal(Exit::Misused, message, "a wildcard such as --host '*.example.org'"));
+        return Err(refusal(
+            Exit::Misused,
+            message,
+            "a wildcard such as --host '*.example.org'",
+        ));
     }
     Ok(hosts)
 }

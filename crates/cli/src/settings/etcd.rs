@@ -146,9 +146,7 @@ fn is_here(url: &str) -> bool {
 }
 
 fn is_endpoint(url: &str) -> bool {
-    let plain = [HTTP, HTTPS]
-        .iter()
-        .find_map(|s| url.strip_prefix(s));
+    let plain = [HTTP, HTTPS].iter().find_map(|s| url.strip_prefix(s));
     let authority = plain.unwrap_or(url).trim_end_matches('/');
     authority.rsplit_once(':').is_some_and(|(host, port)| {
         let is_v6 = |host: &str| {
@@ -228,8 +226,14 @@ mod tests {
             password: Secret::new("hunter2".to_owned()),
             ..EtcdSettings::default()
         };
-        let error = at("10.0.0.1:2379", false).login(false).unwrap_err().to_string();
-        assert!(error.contains("10.0.0.1:2379") && !error.contains("hunter2"), "{error}");
+        let error = at("10.0.0.1:2379", false)
+            .login(false)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("10.0.0.1:2379") && !error.contains("hunter2"),
+            "{error}"
+        );
         assert!(at("http://10.0.0.1:2379", true).login(false).is_err());
         for (settings, insecure) in [
             (at("10.0.0.1:2379", false), true),

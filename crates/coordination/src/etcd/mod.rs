@@ -16,8 +16,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use etcd_client::{
-    Channel, Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, KeyValue, PutOptions, Txn,
-    TxnOp, TxnOpResponse,
+    Channel, Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, KeyValue,
+    PutOptions, Txn, TxnOp, TxnOpResponse,
 };
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep, timeout};

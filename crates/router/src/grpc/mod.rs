@@ -53,7 +53,9 @@ pub(crate) fn serve(
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, Error> {
     let inference = InferenceServer::new(inference::InferenceService::new(Arc::clone(app)))
         .max_decoding_message_size(app.config.body_bytes_max);
-    let reflection_v1 = reflection(INFERENCE).build_v1().map_err(Error::Reflection)?;
+    let reflection_v1 = reflection(INFERENCE)
+        .build_v1()
+        .map_err(Error::Reflection)?;
     let reflection_v1alpha = reflection(INFERENCE)
         .build_v1alpha()
         .map_err(Error::Reflection)?;
@@ -108,7 +110,10 @@ fn reflection(service: &'static str) -> tonic_reflection::server::Builder<'stati
 
 impl Health<'_> {
     /// The health service of the door of `service`.
-    fn serve(&self, service: &'static str) -> HealthServer<impl tonic_health::pb::health_server::Health> {
+    fn serve(
+        &self,
+        service: &'static str,
+    ) -> HealthServer<impl tonic_health::pb::health_server::Health> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let (ready, stop) = (self.ready.clone(), self.stop.clone());
         self.tasks

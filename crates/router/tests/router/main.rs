@@ -1735,8 +1735,16 @@ async fn reflection_lists_the_services_in_both_versions() {
     use tonic_reflection::pb::{v1 as new, v1alpha as old};
     let scene = Scene::start(config(), vec![storyteller()]).await;
     for (url, served, elsewhere) in [
-        (&scene.grpc, "tramontane.v1.Inference", "tramontane.v1.Admin"),
-        (&scene.admin, "tramontane.v1.Admin", "tramontane.v1.Inference"),
+        (
+            &scene.grpc,
+            "tramontane.v1.Inference",
+            "tramontane.v1.Admin",
+        ),
+        (
+            &scene.admin,
+            "tramontane.v1.Admin",
+            "tramontane.v1.Inference",
+        ),
     ] {
         let channel = channel(url).await;
         let ask = new::server_reflection_request::MessageRequest::ListServices(String::new());
@@ -1773,7 +1781,7 @@ async fn reflection_lists_the_services_in_both_versions() {
     }
     let mut outside = AdminClient::new(channel(&scene.grpc).await);
     let asked = outside.cluster_status(v1::ClusterStatusRequest {}).await;
-    assert_eq!(asked.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(asked.unwrap_err().code(), tonic::Code::Unimplemented);
     scene.end().await;
 }
 

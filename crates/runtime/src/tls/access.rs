@@ -84,7 +84,9 @@ impl Guard {
         if got.cluster == **cluster && allowed.contains(&got.role) {
             return Ok(());
         }
-        let names = allowed.iter().map(|role| PeerName::new(cluster, *role).to_string());
+        let names = allowed
+            .iter()
+            .map(|role| PeerName::new(cluster, *role).to_string());
         let expected = match allowed {
             [] => "nobody".to_owned(),
             _ => names.collect::<Vec<_>>().join(" or "),
@@ -184,8 +186,13 @@ mod tests {
             let allowed = roles(&path);
             assert!(!allowed.is_empty() && allowed.len() < 3, "{path}");
             for role in Role::ALL {
-                let may = |cluster| guard.check(&path, Some(&peer(Ok(PeerName::new(cluster, role)))));
-                assert_eq!(may("prod").is_ok(), allowed.contains(&role), "{path} {role}");
+                let may =
+                    |cluster| guard.check(&path, Some(&peer(Ok(PeerName::new(cluster, role)))));
+                assert_eq!(
+                    may("prod").is_ok(),
+                    allowed.contains(&role),
+                    "{path} {role}"
+                );
                 assert!(may("test").is_err(), "{path} {role}");
             }
         }

@@ -79,11 +79,13 @@ impl Files {
             return Ok(roots);
         };
         for certificate in certificates("CA", path, bytes)? {
-            roots.add(certificate).map_err(|source| TlsError::Unusable {
-                what: "CA",
-                path: path.clone(),
-                source,
-            })?;
+            roots
+                .add(certificate)
+                .map_err(|source| TlsError::Unusable {
+                    what: "CA",
+                    path: path.clone(),
+                    source,
+                })?;
         }
         Ok(roots)
     }
@@ -119,11 +121,7 @@ fn own(
 }
 
 /// The end of the first certificate's time; an error outside of it.
-fn valid_until(
-    path: &Path,
-    chain: &[CertificateDer<'static>],
-    now: i64,
-) -> Result<i64, TlsError> {
+fn valid_until(path: &Path, chain: &[CertificateDer<'static>], now: i64) -> Result<i64, TlsError> {
     let unreadable = || TlsError::NotPem {
         what: "certificate",
         path: path.to_owned(),
@@ -147,10 +145,8 @@ fn valid_until(
 
 /// A time as certificates show it.
 pub(super) fn date(unix_seconds: i64) -> String {
-    ASN1Time::from_timestamp(unix_seconds).map_or_else(
-        |_beyond| unix_seconds.to_string(),
-        |time| time.to_string(),
-    )
+    ASN1Time::from_timestamp(unix_seconds)
+        .map_or_else(|_beyond| unix_seconds.to_string(), |time| time.to_string())
 }
 
 fn certificates(
@@ -181,8 +177,15 @@ fn described(bytes: &[u8]) -> String {
         return format!("{} bytes that are no PEM", bytes.len());
     };
     let label = bytes[begin + MARK.len()..].iter();
-    let label: Vec<u8> = label.take(32).take_while(|b| **b != b'-').copied().collect();
-    format!("PEM with a {}", String::from_utf8_lossy(&label).escape_debug())
+    let label: Vec<u8> = label
+        .take(32)
+        .take_while(|b| **b != b'-')
+        .copied()
+        .collect();
+    format!(
+        "PEM with a {}",
+        String::from_utf8_lossy(&label).escape_debug()
+    )
 }
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {

@@ -53,8 +53,7 @@ impl Cluster {
         expected: Expected,
     ) -> Result<Self, TlsError> {
         let (own, ca) = (Some((cert, key)), Some(ca));
-        let make =
-            move |files: &Files, contents: &Contents| configs(files, contents, &expected);
+        let make = move |files: &Files, contents: &Contents| configs(files, contents, &expected);
         let current = Reloaded::load("cluster", Files { own, ca }, make)?;
         Ok(Self {
             name: current.get().name.clone(),

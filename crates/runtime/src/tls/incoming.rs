@@ -30,7 +30,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First byte of every TLS connection: a handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// What somebody is told who speaks HTTP to a port of HTTPS.
-const PLAIN_HTTP: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 39\r\n\
+const PLAIN_HTTP: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 39\r\n\
 connection: close\r\n\r\nthis port speaks TLS: use https:// here";
 /// Most of such a request that is read.
 const PLAIN_BYTES_MAX: u64 = 64 << 10;
@@ -174,7 +175,9 @@ impl Incoming {
                 match ended {
                     Ok(Ok(socket)) => return Poll::Ready(Accepted::new(socket)),
                     Ok(Err(refused)) => self.report(&refused),
-                    Err(error) => tracing::error!(door = self.door.name, %error, "a handshake did not end well"),
+                    Err(error) => {
+                        tracing::error!(door = self.door.name, %error, "a handshake did not end well")
+                    }
                 }
             }
             if self.handshakes.len() >= HANDSHAKES_MAX {
@@ -250,7 +253,9 @@ async fn secured(
     };
     match timeout(HANDSHAKE_TIMEOUT, begin(stream, peer, config)).await {
         Ok(done) => done,
-        Err(_elapsed) => Err(refused(format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"))),
+        Err(_elapsed) => Err(refused(format!(
+            "no TLS handshake within {HANDSHAKE_TIMEOUT:?}"
+        ))),
     }
 }
 

@@ -104,7 +104,9 @@ impl Link {
             return Err(LinkError::NoHost(uri));
         };
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        let to = uri.authority().map_or_else(String::new, ToString::to_string);
+        let to = uri
+            .authority()
+            .map_or_else(String::new, ToString::to_string);
         let failed = |source| LinkError::Tcp {
             to: to.clone(),
             source,

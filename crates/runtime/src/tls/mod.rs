@@ -115,9 +115,9 @@ impl Tls {
             ("cluster_cert", settings.cluster_cert.as_ref()),
             ("cluster_ca", settings.cluster_ca.as_ref()),
         )?;
-        let cluster = own.zip(with_ca).map(|((cert, key), (_, ca))| {
-            Cluster::load((cert, key, ca), expected)
-        });
+        let cluster = own
+            .zip(with_ca)
+            .map(|((cert, key), (_, ca))| Cluster::load((cert, key, ca), expected));
         Ok(Self {
             clients: clients.transpose()?.map(Arc::new),
             cluster: cluster.transpose()?.map(Arc::new),

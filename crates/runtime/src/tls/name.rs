@@ -1,5 +1,6 @@
-//! Who a certificate says that its holder is: `spiffe://CLUSTER/ROLE`, one URI among its names. Trusts nothing: whether
-//! the certificate itself is believed is decided elsewhere.
+//! Who a certificate says that its holder is: `spiffe://CLUSTER/ROLE`, one URI among its names, or for authorities that
+//! put no URIs into certificates the host name `ROLE.CLUSTER.tramontane.internal`. Trusts nothing: whether the certificate
+//! itself is believed is decided elsewhere.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,6 +11,8 @@ use x509_parser::parse_x509_certificate;
 
 /// What such a URI begins with.
 const SCHEME: &str = "spiffe://";
+/// What such a host name ends with; `internal` is nobody's domain.
+const DOMAIN: &str = ".tramontane.internal";
 /// Most of a foreign name that is shown.
 const SHOWN_CHARS_MAX: usize = 128;
 
@@ -73,12 +76,13 @@ impl PeerName {
             .subject_alternative_name()
             .map_err(|_invalid| BadName::Unreadable)?;
         let names = names.map_or(&[][..], |names| &names.value.general_names);
-        let mut uris = names.iter().filter_map(|name| match name {
+        let mut ours = names.iter().filter_map(|name| match name {
             GeneralName::URI(uri) if uri.starts_with(SCHEME) => Some(*uri),
+            GeneralName::DNSName(host) if host.ends_with(DOMAIN) => Some(*host),
             _ => None,
         });
-        match (uris.next(), uris.next()) {
-            (Some(uri), None) => uri.parse(),
+        match (ours.next(), ours.next()) {
+            (Some(name), None) => name.parse(),
             (None, _) => Err(BadName::Missing),
             (Some(one), Some(two)) => Err(BadName::Several(shown(one), shown(two))),
         }
@@ -94,14 +98,16 @@ impl fmt::Display for PeerName {
 impl FromStr for PeerName {
     type Err = BadName;
 
-    fn from_str(uri: &str) -> Result<Self, BadName> {
-        let unknown = || BadName::Unknown(shown(uri));
-        let path = uri.strip_prefix(SCHEME).ok_or_else(unknown)?;
-        let (cluster, role) = path.split_once('/').ok_or_else(unknown)?;
+    fn from_str(name: &str) -> Result<Self, BadName> {
+        let unknown = || BadName::Unknown(shown(name));
+        let parts = match (name.strip_prefix(SCHEME), name.strip_suffix(DOMAIN)) {
+            (Some(path), _) => path.split_once('/'),
+            (None, Some(host)) => host.split_once('.').map(|(role, cluster)| (cluster, role)),
+            (None, None) => None,
+        };
+        let (cluster, role) = parts.ok_or_else(unknown)?;
         let role = Role::ALL.into_iter().find(|known| known.name() == role);
-        let role = role
-            .filter(|_| !cluster.is_empty())
-            .ok_or_else(unknown)?;
+        let role = role.filter(|_| !cluster.is_empty()).ok_or_else(unknown)?;
         Ok(Self::new(cluster, role))
     }
 }
@@ -138,6 +144,8 @@ mod tests {
         let name: PeerName = "spiffe://prod.eu_1/worker".parse().unwrap();
         assert_eq!(name, PeerName::new("prod.eu_1", Role::Worker));
         assert_eq!(name.to_string(), "spiffe://prod.eu_1/worker");
+        let host: PeerName = "router.prod.eu.tramontane.internal".parse().unwrap();
+        assert_eq!(host, PeerName::new("prod.eu", Role::Router));
         for bad in [
             "spiffe://prod",
             "spiffe:///worker",
@@ -145,6 +153,10 @@ mod tests {
             "spiffe://prod/worker/",
             "spiffe://prod/ns/worker",
             "https://prod/worker",
+            "worker.prod",
+            "worker.tramontane.internal",
+            "cook.prod.tramontane.internal",
+            "spiffe://worker.prod.tramontane.internal",
         ] {
             assert_eq!(bad.parse::<PeerName>(), Err(BadName::Unknown(bad.into())));
         }

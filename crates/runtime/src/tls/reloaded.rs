@@ -109,7 +109,11 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             Ok(_same) => {}
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                tracing::warn!(what = self.what, error, "TLS files cannot be read, the old identity stays");
+                tracing::warn!(
+                    what = self.what,
+                    error,
+                    "TLS files cannot be read, the old identity stays"
+                );
             }
         }
         self.warn_of_end(&mut seen, now);
@@ -121,17 +125,28 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
                 self.current.store(Arc::new(value));
                 (seen.until, seen.warned) = (until, None);
                 let until = until.map(date);
-                tracing::info!(what = self.what, until, "new TLS files are used from now on");
+                tracing::info!(
+                    what = self.what,
+                    until,
+                    "new TLS files are used from now on"
+                );
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                tracing::error!(what = self.what, error, "new TLS files cannot be used, the old identity stays");
+                tracing::error!(
+                    what = self.what,
+                    error,
+                    "new TLS files cannot be used, the old identity stays"
+                );
             }
         }
     }
 
     fn warn_of_end(&self, seen: &mut Seen, now: i64) {
-        let (soon, again) = (EXPIRY_WARNING.as_secs() as i64, EXPIRY_WARNING_EVERY.as_secs() as i64);
+        let (soon, again) = (
+            EXPIRY_WARNING.as_secs() as i64,
+            EXPIRY_WARNING_EVERY.as_secs() as i64,
+        );
         let Some(until) = seen.until.filter(|until| *until < now.saturating_add(soon)) else {
             return;
         };

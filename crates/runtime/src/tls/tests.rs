@@ -120,7 +120,9 @@ impl Echo {
 
     async fn open(&self, mut link: Link) -> Result<Opened, String> {
         let opened = link.call(self.uri.clone()).await;
-        opened.map(hyper_util::rt::TokioIo::into_inner).map_err(|error| error.to_string())
+        opened
+            .map(hyper_util::rt::TokioIo::into_inner)
+            .map_err(|error| error.to_string())
     }
 
     /// What comes back, or why nothing does: a server's refusal is read, not connected to.
@@ -178,7 +180,10 @@ async fn strangers_are_refused_by_both_ends() {
     let trusting = Trust::load("test", ca.clone(), Some(own)).unwrap();
     // By name: the certificate has one.
     let uri = door.uri.to_string().replace("127.0.0.1", "localhost");
-    let door = Echo { uri: uri.parse().unwrap(), ..door };
+    let door = Echo {
+        uri: uri.parse().unwrap(),
+        ..door
+    };
     let error = door.ask(trusting.link()).await.unwrap_err();
     assert!(error.contains("UnknownCA"), "{error}");
     let nameless = Trust::load("test", ca, None).unwrap();
@@ -192,13 +197,21 @@ async fn plaintext_and_tls_do_not_meet_and_say_so() {
     let made = Made::new();
     let worker = made.process("prod", Role::Worker);
     let open = Echo::start(worker.ops_door("ops")).await;
-    let mut stream = TcpStream::connect(open.uri.authority().unwrap().as_str()).await.unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").await.unwrap();
+    let mut stream = TcpStream::connect(open.uri.authority().unwrap().as_str())
+        .await
+        .unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+        .await
+        .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
-    assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{answer}");
+    assert!(
+        head.contains(&format!("content-length: {}\r\n", body.len())),
+        "{answer}"
+    );
     assert!(body.contains("https://"), "{body}");
 
     let plain = Echo::start(Door::plain("worker")).await;
@@ -223,7 +236,11 @@ async fn one_that_never_begins_a_handshake_holds_up_nobody_and_is_given_up() {
             .await
             .unwrap();
     }
-    assert!(begin.elapsed() <= HANDSHAKE_TIMEOUT + DAY / 86_400, "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() <= HANDSHAKE_TIMEOUT + DAY / 86_400,
+        "{:?}",
+        begin.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -231,7 +248,10 @@ async fn nobody_goes_beyond_this_machine_in_the_clear_unless_told_to() {
     let mut link = Tls::default().link(Role::Worker);
     let error = link.call("http://192.0.2.1:1".parse().unwrap()).await;
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("192.0.2.1:1") && error.contains("--insecure"), "{error}");
+    assert!(
+        error.contains("192.0.2.1:1") && error.contains("--insecure"),
+        "{error}"
+    );
     let door = Echo::start(Door::plain("worker")).await;
     door.ask(link).await.unwrap();
 }
@@ -307,11 +327,26 @@ fn what_cannot_be_used_is_named() {
     let key = fs::read_to_string(made.path("ca.pem")).unwrap();
     let leaked: &'static [u8] = Box::leak(key.into_bytes().into_boxed_slice());
     let table = [
-        (load(&half), "tls.cluster_cert is set without tls.cluster_ca"),
-        (with(&|dir| fs::remove_file(dir.join("one.pem")).unwrap()), "one.pem: No such file"),
-        (with(&write("one.pem", b"")), "one.pem must be PEM with at least one certificate, got an empty file"),
-        (with(&write("one.pem", b"hello")), "got 5 bytes that are no PEM"),
-        (with(&write("one-key.pem", leaked)), "one-key.pem must be PEM with a private key, got PEM with a CERTIFICATE"),
+        (
+            load(&half),
+            "tls.cluster_cert is set without tls.cluster_ca",
+        ),
+        (
+            with(&|dir| fs::remove_file(dir.join("one.pem")).unwrap()),
+            "one.pem: No such file",
+        ),
+        (
+            with(&write("one.pem", b"")),
+            "one.pem must be PEM with at least one certificate, got an empty file",
+        ),
+        (
+            with(&write("one.pem", b"hello")),
+            "got 5 bytes that are no PEM",
+        ),
+        (
+            with(&write("one-key.pem", leaked)),
+            "one-key.pem must be PEM with a private key, got PEM with a CERTIFICATE",
+        ),
         (with(&write("ca.pem", b"x")), "CA "),
     ];
     for (got, expected) in table {
@@ -323,15 +358,24 @@ fn what_cannot_be_used_is_named() {
         load(&made.settings("one"))
     };
     let old = issued(&["spiffe://prod/worker"], (-9, -1));
-    assert!(old.contains("one.pem is valid from ") && old.contains(", now is "), "{old}");
+    assert!(
+        old.contains("one.pem is valid from ") && old.contains(", now is "),
+        "{old}"
+    );
     let none = issued(&[], NOW);
-    assert!(none.contains("one.pem has no URI spiffe://CLUSTER/router"), "{none}");
+    assert!(
+        none.contains("one.pem has no URI spiffe://CLUSTER/router"),
+        "{none}"
+    );
     let other = issued(&["spiffe://prod/operator"], NOW);
     assert!(other.contains("is that of spiffe://prod/operator, expected spiffe://prod/worker"));
     let foreign = Made::new();
     fs::copy(foreign.path("ca.pem"), made.path("ca.pem")).unwrap();
     let foreign = issued(&["spiffe://prod/worker"], NOW);
-    assert!(foreign.contains("none that CA ") && foreign.contains("UnknownIssuer"), "{foreign}");
+    assert!(
+        foreign.contains("none that CA ") && foreign.contains("UnknownIssuer"),
+        "{foreign}"
+    );
     fs::write(made.path("ca.pem"), leaked).unwrap();
     made.issue("two", &["spiffe://prod/worker"], NOW);
     let mixed = TlsSettings {

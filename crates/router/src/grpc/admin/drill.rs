@@ -72,7 +72,10 @@ fn worker(
         let text = format!("worker {id} at {address}: {what}");
         refusal(&ApiError::unavailable(text))
     };
-    let client = app.connect.client(&record.address).map_err(|error| unreachable(&error.to_string()))?;
+    let client = app
+        .connect
+        .client(&record.address)
+        .map_err(|error| unreachable(&error.to_string()))?;
     Ok((client, unreachable))
 }
 

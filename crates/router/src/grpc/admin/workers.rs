@@ -55,7 +55,10 @@ pub(super) async fn drain(app: &App, id: &str) -> Result<v1::DrainWorkerResponse
             record.address
         )))
     };
-    let mut worker = app.connect.client(&record.address).map_err(|error| unreachable(error.to_string()))?;
+    let mut worker = app
+        .connect
+        .client(&record.address)
+        .map_err(|error| unreachable(error.to_string()))?;
     match timeout(DRAIN_ANSWER_MAX, worker.drain(v1::DrainRequest {})).await {
         Ok(Ok(_)) => {
             tracing::info!(worker = %id, "worker asked to drain");
