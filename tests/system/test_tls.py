@@ -70,7 +70,6 @@ class Secured:
         self.tmp, self.certs, self.foreign = tmp, tmp / "certs", tmp / "foreign"
         certs(self.certs, "init", "--host", "llm.example.org")
         certs(self.certs, "issue", "--role", "etcd")
-        certs(self.certs, "issue", "--role", "etcd-client")
         certs(self.foreign, "init")
         certs(self.certs, "issue", "--role", "router", "--name", "other-cluster", cluster="other")
         expired(self.certs, "router")
@@ -124,7 +123,7 @@ class Secured:
         return {"TRAMONTANE_ETCD__PASSWORD": PASSWORD}
 
     def common(self, role):
-        cert, key = pair(self.live, "etcd-client")
+        cert, key = pair(self.live, role)
         settings = self.tmp / f"{role}.toml"
         settings.write_text(
             tls_section(self.live, role) + f'[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
@@ -386,7 +385,7 @@ def test_new_certificates_are_taken_while_a_stream_runs(secured):
     renewed.mkdir()
     for name in ("ca.pem", "ca-key.pem"):
         shutil.copy(secured.certs / name, renewed / name)
-    for role in ("clients", "router", "worker", "operator", "etcd-client"):
+    for role in ("clients", "router", "worker", "operator"):
         certs(renewed, "issue", "--role", role)
     switch(secured, renewed)
     for port, old in before.items():

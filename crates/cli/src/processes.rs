@@ -51,6 +51,7 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
         http,
         grpc,
         admin,
+        workers: tls.link(Role::Worker),
         tls,
         scaler: None,
     };

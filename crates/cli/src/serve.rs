@@ -13,7 +13,7 @@ use tramontane_coordination::planner::{Intent, set_intent};
 use tramontane_coordination::{MemoryStore, Store};
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
-use tramontane_runtime::tls::Tls;
+use tramontane_runtime::tls::{Link, Tls};
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::WorkerConfig;
 
@@ -87,6 +87,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         grpc,
         admin,
         tls,
+        // They are in this process, and open to this machine only.
+        workers: Link::default(),
         scaler: Some(scaler),
     };
     services.start_router(settings.router, parts);

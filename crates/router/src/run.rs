@@ -14,7 +14,7 @@ use tramontane_coordination::{
     Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
     watch_intent, watch_members, watch_placements,
 };
-use tramontane_runtime::tls::{Incoming, Role, Tls};
+use tramontane_runtime::tls::{Incoming, Link, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
@@ -57,8 +57,10 @@ pub struct RouterParts {
     pub grpc: TcpListener,
     /// Bound socket of the operators' gRPC API.
     pub admin: TcpListener,
-    /// What it shows to others, and whom it believes.
+    /// What it shows to clients and operators, and which of these it believes.
     pub tls: Tls,
+    /// The way to workers.
+    pub workers: Link,
     /// Who starts and ends workers on an operator's word, if anybody does.
     pub scaler: Option<Arc<dyn Scaler>>,
 }
@@ -188,7 +190,7 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
-    let connect = GrpcConnect(parts.tls.link(Role::Worker));
+    let connect = GrpcConnect(parts.workers.clone());
     let roster = (connect.clone(), shutdown.token.clone());
     let followed = background.start(&config, &parts.store, roster);
     let doors = Doors::default();
@@ -200,6 +202,7 @@ pub async fn run(
         grpc,
         admin,
         tls,
+        workers: _,
         scaler,
     } = parts;
     let given = Given {

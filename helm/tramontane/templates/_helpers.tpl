@@ -38,15 +38,6 @@ app.kubernetes.io/component: {{ .component }}
 {{- index .root.Values.tls.existing .holder | default (printf "%s-%s-tls" (include "tramontane.name" .root) .holder) -}}
 {{- end -}}
 
-{{/* The secret that processes show to etcd; empty in the clear. */}}
-{{- define "tramontane.etcdSecret" -}}
-{{- if .Values.etcd.endpoints -}}
-{{ .Values.etcd.tlsSecret }}
-{{- else if not .Values.tls.insecure -}}
-{{ include "tramontane.secret" (dict "root" . "holder" "etcd-client") }}
-{{- end -}}
-{{- end -}}
-
 {{/* Names by which the holder's ports are reached, one a line. */}}
 {{- define "tramontane.hosts" -}}
 {{- $name := include "tramontane.name" .root -}}
@@ -93,9 +84,9 @@ localhost
 {{- end }}
 {{- end }}
 {{- else if not .root.Values.tls.insecure }}
-- { name: TRAMONTANE_ETCD__TLS_CA, value: /tls/etcd/ca.crt }
-- { name: TRAMONTANE_ETCD__TLS_CERT, value: /tls/etcd/tls.crt }
-- { name: TRAMONTANE_ETCD__TLS_KEY, value: /tls/etcd/tls.key }
+- { name: TRAMONTANE_ETCD__TLS_CA, value: /tls/cluster/ca.crt }
+- { name: TRAMONTANE_ETCD__TLS_CERT, value: /tls/cluster/tls.crt }
+- { name: TRAMONTANE_ETCD__TLS_KEY, value: /tls/cluster/tls.key }
 {{- end }}
 {{- end -}}
 
@@ -106,7 +97,7 @@ localhost
 - { name: tls-clients, mountPath: /tls/clients, readOnly: true }
 {{- end }}
 {{- end }}
-{{- if include "tramontane.etcdSecret" .root }}
+{{- if and .root.Values.etcd.endpoints .root.Values.etcd.tlsSecret }}
 - { name: tls-etcd, mountPath: /tls/etcd, readOnly: true }
 {{- end }}
 {{- end -}}
@@ -120,9 +111,9 @@ localhost
   secret: { secretName: {{ include "tramontane.secret" (dict "root" .root "holder" "clients") }}, defaultMode: 0440 }
 {{- end }}
 {{- end }}
-{{- with include "tramontane.etcdSecret" .root }}
+{{- if and .root.Values.etcd.endpoints .root.Values.etcd.tlsSecret }}
 - name: tls-etcd
-  secret: { secretName: {{ . }}, defaultMode: 0440 }
+  secret: { secretName: {{ .root.Values.etcd.tlsSecret }}, defaultMode: 0440 }
 {{- end }}
 {{- end -}}
 

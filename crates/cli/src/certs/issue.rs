@@ -59,13 +59,9 @@ impl Authority {
         let mut params = params(&format!("tramontane {cluster} {}", holder.name()), days)?;
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        if holder != Holder::EtcdClient {
-            params
-                .extended_key_usages
-                .push(ExtendedKeyUsagePurpose::ServerAuth);
-        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let role = match holder {
-            Holder::Clients | Holder::Etcd | Holder::EtcdClient => None,
+            Holder::Clients | Holder::Etcd => None,
             Holder::Router => Some(Role::Router),
             Holder::Worker => Some(Role::Worker),
             Holder::Operator => Some(Role::Operator),
@@ -79,7 +75,7 @@ impl Authority {
             let client = ExtendedKeyUsagePurpose::ClientAuth;
             params.extended_key_usages.push(client);
         }
-        for host in hosts.iter().filter(|_| holder != Holder::EtcdClient) {
+        for host in hosts {
             let name = match host.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),
                 Err(_name) => SanType::DnsName(host.as_str().try_into().context("a host")?),

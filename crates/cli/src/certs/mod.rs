@@ -91,8 +91,6 @@ pub(crate) enum Holder {
     Operator,
     /// An etcd: it has no role in the cluster, and is both ends of its own connections
     Etcd,
-    /// A process towards etcd: without names, because etcd compares them with where a client comes from
-    EtcdClient,
 }
 
 impl Holder {
@@ -106,7 +104,6 @@ impl Holder {
             Self::Worker => "worker",
             Self::Operator => "operator",
             Self::Etcd => "etcd",
-            Self::EtcdClient => "etcd-client",
         }
     }
 }

@@ -50,7 +50,7 @@ use tramontane_router::{
     PolicyKind, RouterConfig, RouterParts, ScaleError, ScaleStarted, Scaler, ServedModel, run,
 };
 use tramontane_runtime::Shutdown;
-use tramontane_runtime::tls::{Tls, install_provider};
+use tramontane_runtime::tls::{Link, Tls, install_provider};
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{Epoch, Placement, SegmentRange, SliceHolders, WorkerId};
 
@@ -390,6 +390,7 @@ impl Scene {
             grpc,
             admin,
             tls: Tls::default(),
+            workers: Link::default(),
             scaler,
         };
         let shutdown = Shutdown::new();
