@@ -73,7 +73,7 @@ class Cluster(Load):
             ]))
         self.processes.append(Process("router", [
             BINARY, "router", "--model", model, "--model-name", "bench", "--etcd", etcd,
-            "--http-port", http, "--grpc-port", router_grpc, "--min-workers", workers,
+            "--http-port", http, "--grpc-port", router_grpc, "--admin-port", free_port(), "--min-workers", workers,
         ], slices))
         ready = f"{self.url}/health/ready"
         wait_until(lambda: answers(ready, *self.processes), READY_SECONDS, "the cluster is ready")

@@ -42,7 +42,7 @@ class Ours:
         port = free_port()
         server = Server("serve", [
             BINARY, "serve", "--model", self.model, "--workers", 1, "--threads", self.threads,
-            "--weights", weights, "--http-port", port, "--grpc-port", 0,
+            "--weights", weights, "--http-port", port, "--grpc-port", 0, "--admin-port", 0,
         ], port, "/health/ready")
         try:
             server.bench(1, 16, 8)

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 BINARY = pathlib.Path(os.environ.get("TRAMONTANE_BINARY", TARGET / "release" / "tramontane"))
 REPORT = TARGET / "chaos"
-HTTP, GRPC, WORKER, OPS, ETCD, PEER = 8000, 8001, 8100, 8101, 2379, 2380
+HTTP, GRPC, ADMIN, WORKER, OPS, ETCD, PEER = 8000, 8001, 8002, 8100, 8101, 2379, 2380
 START_SECONDS, STOP_SECONDS, SETTLE_SECONDS = 60, 60, 60
 
 
@@ -208,14 +208,17 @@ class Cluster:
     def router_argv(self, number, min_workers):
         return lambda address: [
             BINARY, "router", "--etcd", self.etcd.urls(), "--cluster", "chaos", "--host", address,
-            "--http-port", HTTP, "--grpc-port", GRPC, "--min-workers", min_workers,
+            "--http-port", HTTP, "--grpc-port", GRPC, "--admin-host", address, "--admin-port", ADMIN,
+            # Hosts of a network that nobody else reaches.
+            "--insecure", "--min-workers", min_workers,
         ]
 
     def add_worker(self, name, *flags):
         roles = self.roles.get(name, "attention,experts")
         argv = lambda address: [
             BINARY, "worker", "--etcd", self.etcd.urls(), "--cluster", "chaos", "--id", name, "--threads", "1",
-            "--host", address, "--grpc-port", WORKER, "--ops-port", OPS, "--roles", roles, "--weights", "q8", *flags,
+            "--host", address, "--grpc-port", WORKER, "--ops-port", OPS, "--roles", roles, "--weights", "q8",
+            "--insecure", *flags,
         ]
         self.workers[name] = Process(self.network, name, argv, self.worker_env).start()
         return self.workers[name]
@@ -223,14 +226,14 @@ class Cluster:
     def processes(self):
         return [*self.etcd.members, *self.routers, *self.workers.values()]
 
-    def channel(self, router=0):
-        address = f"{self.routers[router].address}:{GRPC}"
+    def channel(self, router=0, port=GRPC):
+        address = f"{self.routers[router].address}:{port}"
         if address not in self.channels:
             self.channels[address] = grpc.insecure_channel(address)
         return self.channels[address]
 
     def admin(self, router=0):
-        return self.protos.admin_grpc.AdminStub(self.channel(router))
+        return self.protos.admin_grpc.AdminStub(self.channel(router, ADMIN))
 
     def status(self, router=0):
         try:

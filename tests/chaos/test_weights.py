@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from cluster import BINARY, GRPC, ROOT, wait_until
+from cluster import ADMIN, BINARY, ROOT, wait_until
 from history import Baseline
 from load import Client
 
@@ -17,7 +17,7 @@ DEMO = ROOT / "models" / "demo"
 
 
 def tramontane(cluster, *args):
-    address = f"{cluster.routers[0].address}:{GRPC}"
+    address = f"{cluster.routers[0].address}:{ADMIN}"
     done = subprocess.run([BINARY, *args, "--router", address], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

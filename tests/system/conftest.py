@@ -96,16 +96,17 @@ class Server(Process):
 
     def __init__(self, *flags):
         super().__init__(
-            "serve", [BINARY, "serve", "--http-port", "0", "--grpc-port", "0", *flags]
+            "serve", [BINARY, "serve", "--http-port", "0", "--grpc-port", "0", "--admin-port", "0", *flags]
         )
         self.url = self.wait_for(r"OpenAI API\s+(http://\S+)/v1").group(1)
         self.grpc = self.wait_for(r"gRPC API\s+(\S+)").group(1)
+        self.admin = self.wait_for(r"admin API\s+(\S+)").group(1)
 
 
-def run(*args, check=True, seconds=60, input=None):
+def run(*args, check=True, seconds=60, input=None, env=None):
     """Runs the binary to its end; returns the completed process with text output."""
     done = subprocess.run(
-        [str(BINARY), *map(str, args)], capture_output=True, text=True, timeout=seconds, input=input
+        [str(BINARY), *map(str, args)], capture_output=True, text=True, timeout=seconds, input=input, env=env
     )
     if check:
         assert done.returncode == 0, f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -169,7 +169,7 @@ def checkpoint(tmp_path):
 
 def refused_to_load(directory):
     process = Process("serve", [
-        BINARY, "serve", "--model", directory, "--http-port", "0", "--grpc-port", "0",
+        BINARY, "serve", "--model", directory, "--http-port", "0", "--grpc-port", "0", "--admin-port", "0",
     ])
     assert process.popen.wait(60) != 0, process.output()
     return process.output()

@@ -1,5 +1,6 @@
 """The Helm chart: lints, renders, refuses bad values, and agrees with itself and with the binary."""
 
+import base64
 import pathlib
 import subprocess
 import sys
@@ -13,6 +14,14 @@ HELM = pathlib.Path(sys.executable).parent / "helm"
 VARIANTS = {
     "defaults": {},
     "own-etcd": {"etcd.endpoints[0]": "http://etcd.infra:2379"},
+    "own-etcd-tls": {
+        "etcd.endpoints[0]": "https://etcd.infra:2379", "etcd.tlsSecret": "etcd-ca", "etcd.clientCert": "false",
+        "etcd.authSecret": "etcd-user",
+    },
+    "insecure": {"tls.insecure": "true"},
+    "cert-manager": {"tls.certManager.enabled": "true", "tls.certManager.issuer.name": "ours", "tls.hosts[0]": "llm.example.org"},
+    "secrets": {f"tls.existing.{holder}": f"my-{holder}" for holder in ("clients", "router", "worker", "operator", "etcd")},
+    "operators": {"networkPolicy.operators.team": "ops"},
     "claim": {"model.existingClaim": "weights", "model.path": "mixtral", "worker.weights": "q8"},
     "roles": {"worker.roles": "experts", "worker.threads": "4", "worker.expertMemory": "1000000"},
 }
@@ -54,6 +63,89 @@ def test_selectors_find_their_pods(objects):
         if o["kind"] == "PodDisruptionBudget":
             selector = o["spec"]["selector"]["matchLabels"].items()
             assert sum(selector <= l.items() for l in labels) == 1
+        if o["kind"] == "NetworkPolicy":
+            selector = o["spec"]["podSelector"]["matchLabels"].items()
+            chosen = [t for _, t in pods(objects) if selector <= t["metadata"]["labels"].items()]
+            assert len(chosen) == 1
+            names = {p["name"] for c in chosen[0]["spec"]["containers"] for p in c["ports"]}
+            for rule in o["spec"]["ingress"]:
+                assert {p["port"] for p in rule["ports"]} <= names
+                assert "from" in rule or {p["port"] for p in rule["ports"]} <= {"http", "grpc", "ops", "health"}
+
+
+def environment(container):
+    return {e["name"]: e for e in container.get("env", [])}
+
+
+def ours(objects):
+    """Pods, containers and environment of the binary's processes."""
+    found = [(t, c) for _, t in pods(objects) for c in t["spec"]["containers"] if c["name"] in ("router", "worker")]
+    assert len(found) == 2
+    return [(template, container, environment(container)) for template, container in found]
+
+
+def test_every_process_has_certificates_or_says_that_it_goes_without(objects):
+    for template, container, env in ours(objects):
+        schemes = {container[p]["httpGet"]["scheme"] for p in ("startupProbe", "livenessProbe", "readinessProbe")}
+        if env.get("TRAMONTANE_TLS__INSECURE", {}).get("value") == "true":
+            assert schemes == {"HTTP"} and not [n for n in env if n.startswith("TRAMONTANE_TLS__C")]
+            assert "--admin-host=0.0.0.0" not in container["args"]
+            continue
+        assert schemes == {"HTTPS"} and "TRAMONTANE_TLS__INSECURE" not in env
+        mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+        volumes = {v["name"]: v for v in template["spec"]["volumes"]}
+        files = {name: e["value"] for name, e in env.items() if "_TLS" in name}
+        assert {"TRAMONTANE_TLS__CLUSTER_CERT", "TRAMONTANE_TLS__CLUSTER_KEY", "TRAMONTANE_TLS__CLUSTER_CA"} <= set(files)
+        assert ("TRAMONTANE_TLS__CLIENTS_CERT" in files) == (container["name"] == "router")
+        made = secrets(objects)
+        for path in files.values():
+            directory, file = path.rsplit("/", 1)
+            secret = volumes[mounts[directory]]["secret"]["secretName"]
+            assert secret not in made or file in made[secret], f"{secret} has no {file}"
+            assert file in ("tls.crt", "tls.key", "ca.crt")
+
+
+def secrets(objects):
+    return {o["metadata"]["name"]: o["data"] for o in objects if o["kind"] == "Secret"}
+
+
+def test_the_authority_of_helm_is_mounted_nowhere(objects):
+    for _, template in pods(objects):
+        for volume in template["spec"].get("volumes", []):
+            assert volume.get("secret", {}).get("secretName") != "rel-ca"
+
+
+def test_certificates_of_helm_are_what_the_binary_takes(objects, tmp_path):
+    made = secrets(objects)
+    if "rel-router-tls" not in made:
+        pytest.skip("these certificates are not Helm's")
+    for name, data in made.items():
+        for file, text in data.items():
+            (tmp_path / f"{name}-{file}").write_bytes(base64.b64decode(text))
+    for holder in ("clients", "router", "worker", "operator"):
+        cert = tmp_path / f"rel-{holder}-tls-tls.crt"
+        verified = subprocess.run(
+            ["openssl", "verify", "-CAfile", tmp_path / f"rel-{holder}-tls-ca.crt", cert], capture_output=True, text=True
+        )
+        assert verified.returncode == 0, verified.stderr
+        asked = run(
+            "status", "--router", "127.0.0.1:1", "--tls-ca", tmp_path / f"rel-{holder}-tls-ca.crt",
+            "--tls-cert", cert, "--tls-key", tmp_path / f"rel-{holder}-tls-tls.key", check=False,
+        )
+        # An operator's is taken, and nobody is there; the others are known for what they are.
+        said = {"operator": "no router at", "clients": "has no URI"}.get(holder, f"is that of spiffe://rel/{holder}, expected")
+        assert said in asked.stderr, asked.stderr
+
+
+def test_cert_manager_is_asked_for_roles(objects):
+    asked = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "Certificate"}
+    if not asked:
+        pytest.skip("cert-manager makes none of these")
+    for role in ("router", "worker", "operator"):
+        spec = asked[f"rel-{role}"]
+        assert spec["uris"] == [f"spiffe://rel/{role}"] and "client auth" in spec["usages"]
+    assert "llm.example.org" in asked["rel-clients"]["dnsNames"]
+    assert "dnsNames" not in asked["rel-operator"]
 
 
 def test_ports_mounts_and_services_exist(objects):
@@ -97,6 +189,7 @@ def test_ports_are_those_of_the_binary(objects):
 
 @pytest.mark.parametrize("key,value", [
     ("worker.roles", "cook"), ("worker.replicas", "0"), ("etcd.replicas", "2"), ("worker.weights", "q3"),
+    ("tls.certManager.enabled", "true"), ("tls.days", "0"), ("tls.existing.cook", "x"),
     ("model.path", "../../etc"), ("nonsense", "1"), ("image.digest", "sha256:12"),
 ])
 def test_bad_values_are_refused(key, value):

@@ -50,10 +50,11 @@ def etcd(tmp_path_factory):
 class Cluster:
     def __init__(self, etcd, *router_flags, name="test"):
         self.etcd, self.name = etcd, name
-        self.http, self.grpc = free_port(), free_port()
+        self.http, self.grpc, self.admin = free_port(), free_port(), free_port()
         self.router = Process("router", [
             BINARY, "router", "--etcd", etcd, "--cluster", name, "--host", "127.0.0.1",
-            "--http-port", self.http, "--grpc-port", self.grpc, "--min-workers", "3", *router_flags,
+            "--http-port", self.http, "--grpc-port", self.grpc, "--admin-port", self.admin, "--min-workers", "3",
+            *router_flags,
         ])
         self.workers, self.ops = {}, {}
 
@@ -64,14 +65,18 @@ class Cluster:
             "--host", "127.0.0.1", "--grpc-port", free_port(), "--ops-port", self.ops[name], *flags,
         ], env)
 
+    def doors(self):
+        """Where operators and clients come in."""
+        return f"127.0.0.1:{self.admin}", f"127.0.0.1:{self.grpc}"
+
     def list_workers(self):
-        done = run("workers", "list", "--output", "json", "--router", f"127.0.0.1:{self.grpc}", check=False)
+        done = run("workers", "list", "--output", "json", "--router", f"127.0.0.1:{self.admin}", check=False)
         if done.returncode != 0:
             return {}
         return {w["id"]: w for w in json.loads(done.stdout)}
 
     def status(self):
-        done = run("status", "--output", "json", "--router", f"127.0.0.1:{self.grpc}", check=False)
+        done = run("status", "--output", "json", "--router", f"127.0.0.1:{self.admin}", check=False)
         return json.loads(done.stdout) if done.stdout else {}
 
     def client(self, **options):
@@ -141,7 +146,7 @@ def test_three_processes_serve_and_are_listed(cluster):
     workers = cluster.list_workers()
     assert sorted(workers) == ["w-0", "w-1", "w-2"]
     assert all(w["segments"] > 0 for w in workers.values()), workers
-    placement = run("placement", "show", "--router", f"127.0.0.1:{cluster.grpc}").stdout
+    placement = run("placement", "show", "--router", f"127.0.0.1:{cluster.admin}").stdout
     assert all(name in placement for name in workers)
 
 
@@ -171,7 +176,7 @@ def test_a_worker_leaves_by_sigterm_without_a_lost_request(cluster):
 
 
 def test_the_operator_drains_a_worker(cluster):
-    router = ["--router", f"127.0.0.1:{cluster.grpc}"]
+    router = ["--router", f"127.0.0.1:{cluster.admin}"]
     plan = run("workers", "drain", "w-2", "--dry-run", *router)
     assert "w-2" in plan.stderr and "w-2" in cluster.list_workers()
     run("workers", "drain", "w-2", *router)

@@ -9,16 +9,22 @@ from test_cluster import Cluster, etcd  # noqa: F401 (a fixture)
 DRILL_SECONDS = 400
 
 
-def drill(grpc, kind, worker, *flags, check=True):
+def drill(doors, kind, worker, *flags, check=True):
     """Runs a drill; returns the exit status, the verdict and what was said to the person."""
+    admin, grpc = doors
     done = run(
-        "drill", kind, worker, "--router", grpc, "--output", "json", *flags,
+        "drill", kind, worker, "--router", admin, "--grpc", grpc, "--output", "json", *flags,
         check=False, seconds=DRILL_SECONDS,
     )
     verdict = json.loads(done.stdout) if done.stdout else {}
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.returncode, verdict, done.stderr
+
+
+def doors(server):
+    """Where operators and clients come in."""
+    return server.admin, server.grpc
 
 
 def assert_nothing_was_lost(verdict):
@@ -40,7 +46,7 @@ def one_process():
 
 
 def test_a_slow_worker_changes_nothing(one_process):
-    _, verdict, _ = drill(one_process.grpc, "slow", "worker-1", "--for", "2s", "--delay", "20ms")
+    _, verdict, _ = drill(doors(one_process), "slow", "worker-1", "--for", "2s", "--delay", "20ms")
     assert_nothing_was_lost(verdict)
     assert verdict["loss_reported_ms"] is None
     assert verdict["epoch_after"] == verdict["epoch_before"]
@@ -48,44 +54,44 @@ def test_a_slow_worker_changes_nothing(one_process):
 
 def test_a_partition_from_one_peer_changes_nothing(one_process):
     flags = ["--for", "2s", "--peers", "worker-0"]
-    _, verdict, _ = drill(one_process.grpc, "partition", "worker-1", *flags)
+    _, verdict, _ = drill(doors(one_process), "partition", "worker-1", *flags)
     assert_nothing_was_lost(verdict)
 
 
 def test_a_worker_that_reaches_no_peer_is_left(one_process):
     """It answers its router all the time; only what it lacks says that its sequences must go on elsewhere."""
-    _, verdict, _ = drill(one_process.grpc, "partition", "worker-1", "--for", "12s")
+    _, verdict, _ = drill(doors(one_process), "partition", "worker-1", "--for", "12s")
     assert_nothing_was_lost(verdict)
     assert max(verdict["stall_ms"]) < 8000, verdict
 
 
 def test_what_cannot_be_drilled_is_refused_by_name(one_process):
-    code, _, said = drill(one_process.grpc, "pause", "worker-1", check=False)
+    code, _, said = drill(doors(one_process), "pause", "worker-1", check=False)
     assert code == 4 and "slow or a kill drill" in said, said
-    code, _, said = drill(one_process.grpc, "slow", "worker-9", check=False)
+    code, _, said = drill(doors(one_process), "slow", "worker-9", check=False)
     assert code == 3 and "worker-9" in said and "workers list" in said, said
-    code, _, said = drill(one_process.grpc, "slow", "worker-1", "--for", "61s", check=False)
+    code, _, said = drill(doors(one_process), "slow", "worker-1", "--for", "61s", check=False)
     assert code == 2 and "duration_ms" in said and "60000" in said, said
-    code, _, said = drill(one_process.grpc, "partition", "worker-1", "--peers", "nobody", check=False)
+    code, _, said = drill(doors(one_process), "partition", "worker-1", "--peers", "nobody", check=False)
     assert code == 3 and "nobody" in said, said
-    code, _, said = drill("127.0.0.1:1", "slow", "worker-1", check=False)
+    code, _, said = drill(("127.0.0.1:1", "127.0.0.1:1"), "slow", "worker-1", check=False)
     assert code == 5 and "--router" in said, said
 
 
 def test_a_killed_worker_of_three_changes_nothing(one_process):
-    _, verdict, _ = drill(one_process.grpc, "kill", "worker-1")
+    _, verdict, _ = drill(doors(one_process), "kill", "worker-1")
     assert_nothing_was_lost(verdict)
     assert verdict["loss_reported_ms"] is not None
     assert verdict["epoch_after"] > verdict["epoch_before"]
-    workers = json.loads(run("workers", "list", "--output", "json", "--router", one_process.grpc).stdout)
+    workers = json.loads(run("workers", "list", "--output", "json", "--router", one_process.admin).stdout)
     assert [w["id"] for w in workers] == ["worker-0", "worker-2"]
 
 
 def test_drills_are_off_by_default_and_a_lone_worker_wants_a_yes(server):
-    code, _, said = drill(server.grpc, "kill", "worker-0", check=False)
+    code, _, said = drill(doors(server), "kill", "worker-0", check=False)
     assert code == 4 and "worker.drills = true" in said, said
     lone = Server("--workers", "2", "--drills")
-    code, _, said = drill(lone.grpc, "kill", "worker-0", check=False)
+    code, _, said = drill(doors(lone), "kill", "worker-0", check=False)
     assert code == 4 and "--yes" in said, said
     assert lone.stop() == 0
 
@@ -107,13 +113,13 @@ def processes(etcd, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("seconds", [1, 8])
 def test_a_process_that_stands_still_changes_nothing(processes, seconds):
-    _, verdict, _ = drill(f"127.0.0.1:{processes.grpc}", "pause", "w-1", "--for", f"{seconds}s")
+    _, verdict, _ = drill(processes.doors(), "pause", "w-1", "--for", f"{seconds}s")
     assert_nothing_was_lost(verdict)
     assert all(worker.alive() for worker in processes.workers.values())
 
 
 def test_a_killed_process_changes_nothing(processes):
-    _, verdict, _ = drill(f"127.0.0.1:{processes.grpc}", "kill", "w-1")
+    _, verdict, _ = drill(processes.doors(), "kill", "w-1")
     assert_nothing_was_lost(verdict)
     assert processes.workers["w-1"].popen.wait(10) == -9
     assert verdict["epoch_after"] > verdict["epoch_before"]

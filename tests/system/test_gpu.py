@@ -23,7 +23,7 @@ def has_driver():
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has a driver")
-@pytest.mark.parametrize("command", [("serve", "--http-port", "0", "--grpc-port", "0"), ("worker", "--id", "w")])
+@pytest.mark.parametrize("command", [("serve", "--http-port", "0", "--grpc-port", "0", "--admin-port", "0"), ("worker", "--id", "w")])
 def test_a_gpu_that_is_not_there_is_named_and_the_way_on_too(command):
     done = run(*command, "--device", "cuda:0")
     assert done.returncode == 2, done.stderr

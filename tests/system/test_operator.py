@@ -28,7 +28,7 @@ def serve():
 
 
 def tramontane(server, *args, check=True):
-    return run(*args, "--router", server.grpc, check=check, seconds=120)
+    return run(*args, "--router", server.admin, check=check, seconds=120)
 
 
 def read(server, *args):
@@ -117,7 +117,7 @@ def test_exit_statuses(serve):
         (5, ["top", *nobody]),
     ]
     for expected, args in cases:
-        router = [] if "--router" in args else ["--router", serve.grpc]
+        router = [] if "--router" in args else ["--router", serve.admin]
         done = run(*args, *router, check=False)
         assert done.returncode == expected, f"{args}: {done.returncode}\n{done.stderr}"
         if expected > 2:
@@ -126,7 +126,7 @@ def test_exit_statuses(serve):
 
 
 def test_ctrl_c_is_130_and_events_are_followed(serve):
-    following = Process("events", [BINARY, "events", "--follow", "-o", "json", "--router", serve.grpc])
+    following = Process("events", [BINARY, "events", "--follow", "-o", "json", "--router", serve.admin])
     following.wait_for(r"router_started")
     tramontane(serve, "workers", "cordon", "worker-1")
     cordoned = following.wait_for(r'\{[^\n]*"worker_cordoned"[^\n]*\}').group(0)
@@ -221,7 +221,7 @@ def test_top_shows_the_cluster_once_where_there_is_no_terminal(serve):
 def test_top_is_drawn_anew_on_a_terminal_until_ctrl_c(serve):
     terminal, end = pty.openpty()
     top = subprocess.Popen(
-        [BINARY, "top", "--router", serve.grpc], stdin=end, stdout=end, stderr=subprocess.PIPE, start_new_session=True
+        [BINARY, "top", "--router", serve.admin], stdin=end, stdout=end, stderr=subprocess.PIPE, start_new_session=True
     )
     os.close(end)
     try:
@@ -240,7 +240,7 @@ def test_top_is_drawn_anew_on_a_terminal_until_ctrl_c(serve):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """An etcd, a router and two workers as processes; leases long enough to outlast a test."""
-    etcd, peer, http, grpc = (free_port() for _ in range(4))
+    etcd, peer, http, grpc, admin = (free_port() for _ in range(5))
     url = f"http://127.0.0.1:{etcd}"
     store = Process("etcd", [
         "etcd", "--data-dir", tmp_path_factory.mktemp("etcd"), "--listen-client-urls", url,
@@ -251,9 +251,9 @@ def cluster(tmp_path_factory):
     wait_until(lambda: etcd_healthy(etcd), 60, "etcd is healthy")
     router = Process("router", [
         BINARY, "router", "--etcd", url, "--cluster", "operator", "--host", "127.0.0.1",
-        "--http-port", http, "--grpc-port", grpc, "--min-workers", "2",
+        "--http-port", http, "--grpc-port", grpc, "--admin-port", admin, "--min-workers", "2",
     ])
-    router.url, router.grpc = f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}"
+    router.url, router.admin = f"http://127.0.0.1:{http}", f"127.0.0.1:{admin}"
     names = ("w-0", "w-1")
     router.workers = {
         name: Process(name, [
@@ -294,7 +294,7 @@ def test_a_killed_worker_is_removed_before_its_lease_ends(cluster):
 
 def test_closed_pipes_are_no_failure(serve):
     listing = subprocess.Popen(
-        [BINARY, "placement", "show", "--router", serve.grpc], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [BINARY, "placement", "show", "--router", serve.admin], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     listing.stdout.close()
     assert listing.wait(60) == 0, listing.stderr.read()

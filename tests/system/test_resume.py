@@ -198,15 +198,15 @@ def etcd(tmp_path_factory):
 
 class Router(Process):
     def __init__(self, etcd, name):
-        self.http, self.grpc = free_port(), free_port()
+        self.http, self.grpc, self.admin = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http}"
         super().__init__(name, [
             BINARY, "router", "--etcd", etcd, "--cluster", "resume", "--host", "127.0.0.1",
-            "--http-port", self.http, "--grpc-port", self.grpc, "--min-workers", "2",
+            "--http-port", self.http, "--grpc-port", self.grpc, "--admin-port", self.admin, "--min-workers", "2",
         ], {"TRAMONTANE_ROUTER__ID": name})
 
     def ready(self):
-        done = run("status", "--output", "json", "--router", f"127.0.0.1:{self.grpc}", check=False)
+        done = run("status", "--output", "json", "--router", f"127.0.0.1:{self.admin}", check=False)
         return bool(done.stdout) and json.loads(done.stdout)["ready"]
 
 

@@ -65,7 +65,7 @@ def test_a_worker_waits_for_others_and_ends_when_told_to(etcd):  # noqa: F811
 
 def test_roles_change_under_load_and_outlive_a_restart(etcd):  # noqa: F811
     cluster = Cluster(etcd, name="changing")
-    router = ["--router", f"127.0.0.1:{cluster.grpc}"]
+    router = ["--router", f"127.0.0.1:{cluster.admin}"]
     try:
         for name in ("w-0", "w-1", "w-2"):
             cluster.start_worker(name)

@@ -149,14 +149,25 @@ def test_health_and_reflection_over_grpc(server):
         ProtoReflectionDescriptorDatabase,
     )
 
-    channel = grpc.insecure_channel(server.grpc)
-    health = health_pb2_grpc.HealthStub(channel)
-    assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == 1
-    database = ProtoReflectionDescriptorDatabase(channel)
-    services = set(database.get_services())
-    assert {"tramontane.v1.Inference", "tramontane.v1.Admin", "grpc.health.v1.Health"} <= services
-    service = DescriptorPool(database).FindServiceByName("tramontane.v1.Inference")
-    assert "Generate" in service.methods_by_name
+    for address, here, elsewhere, method in [
+        (server.grpc, "tramontane.v1.Inference", "tramontane.v1.Admin", "Generate"),
+        (server.admin, "tramontane.v1.Admin", "tramontane.v1.Inference", "ClusterStatus"),
+    ]:
+        channel = grpc.insecure_channel(address)
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=10).status == 1
+        database = ProtoReflectionDescriptorDatabase(channel)
+        services = set(database.get_services())
+        assert {here, "grpc.health.v1.Health"} <= services and elsewhere not in services
+        service = DescriptorPool(database).FindServiceByName(here)
+        assert method in service.methods_by_name
+
+
+def test_the_public_door_has_no_admin_api(server, proto):
+    admin = proto.admin_grpc.AdminStub(grpc.insecure_channel(server.grpc))
+    with pytest.raises(grpc.RpcError) as refused:
+        admin.ClusterStatus(proto.admin.ClusterStatusRequest(), timeout=10)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_health_and_metrics_over_http(server):
@@ -169,7 +180,7 @@ def test_health_and_metrics_over_http(server):
 
 
 def test_operator_commands(server):
-    router = ["--router", server.grpc]
+    router = ["--router", server.admin]
     status = json.loads(run("status", "--output", "json", *router).stdout)
     assert status["ready"] and status["workers_ready"] == 2 and status["epoch"] >= 1
     assert "ready" in run("status", *router).stdout

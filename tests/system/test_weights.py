@@ -33,12 +33,12 @@ class Cluster:
         wait_until(lambda: etcd_healthy(etcd), 60, "etcd is healthy")
         self.routers, self.workers = [], {}
         for number in range(2):
-            http, grpc = free_port(), free_port()
+            http, grpc, admin = free_port(), free_port(), free_port()
             router = Process(f"router-{number}", [
                 BINARY, "router", "--etcd", url, "--cluster", "weights", "--host", "127.0.0.1",
-                "--http-port", http, "--grpc-port", grpc, "--min-workers", "2",
+                "--http-port", http, "--grpc-port", grpc, "--admin-port", admin, "--min-workers", "2",
             ], env={"TRAMONTANE_ROUTER__SETTLE_TIME": "500ms"})
-            router.url, router.grpc = f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}"
+            router.url, router.admin = f"http://127.0.0.1:{http}", f"127.0.0.1:{admin}"
             self.routers.append(router)
 
     def start(self, name, *flags):
@@ -48,7 +48,7 @@ class Cluster:
         ])
 
     def tramontane(self, *args, check=True):
-        return run(*args, "--router", self.routers[0].grpc, check=check, seconds=120)
+        return run(*args, "--router", self.routers[0].admin, check=check, seconds=120)
 
     def read(self, *args):
         return json.loads(self.tramontane(*args, "-o", "json").stdout)

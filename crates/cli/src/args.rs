@@ -10,6 +10,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::args::BenchArgs;
+use crate::certs::CertsCommand;
 use crate::drill::DrillArgs;
 use crate::kernels::KernelsCommand;
 use crate::keys::KeysCommand;
@@ -71,6 +72,9 @@ pub(crate) enum Command {
     /// Make, list and revoke API keys
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Make certificates, for those who have no authority
+    #[command(subcommand)]
+    Certs(CertsCommand),
     /// Check configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -278,16 +282,24 @@ pub(crate) enum ConfigCommand {
 /// Where a router listens for operators.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RouterAddress {
-    /// Address of a router's gRPC port
-    #[arg(
-        long,
-        env = "TRAMONTANE_ROUTER",
-        default_value = "http://127.0.0.1:8001"
-    )]
+    /// Address of a router's admin port; https:// asks for TLS, without either a certificate decides
+    #[arg(long, env = "TRAMONTANE_ROUTER", default_value = "127.0.0.1:8002")]
     pub(crate) router: String,
     /// API key of an operator, for routers that ask for one
     #[arg(long, env = "TRAMONTANE_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
+    /// Configuration file (TOML) whose [tls] section names the operator's certificate
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// CA of the cluster's certificates
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// The operator's certificate
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its key
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
 }
 
 /// Flags of commands that read.
@@ -340,6 +352,9 @@ pub(crate) struct ProcessArgs {
     /// Log filter, such as "info,tramontane_engine=debug"
     #[arg(long)]
     pub(crate) log: Option<String>,
+    /// Open ports beyond this machine in the clear where there is no certificate
+    #[arg(long)]
+    pub(crate) insecure: bool,
 }
 
 /// Where etcd is.
@@ -389,6 +404,12 @@ pub(crate) struct ServeArgs {
     /// Port of the gRPC API (0: any free port)
     #[arg(long, default_value_t = 8001)]
     pub(crate) grpc_port: u16,
+    /// Address to listen on for operators
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) admin_host: IpAddr,
+    /// Port of the operators' gRPC API (0: any free port)
+    #[arg(long, default_value_t = 8002)]
+    pub(crate) admin_port: u16,
 }
 
 /// How rows travel between the workers of one process.
@@ -419,6 +440,12 @@ pub(crate) struct RouterArgs {
     /// Port of the gRPC API
     #[arg(long)]
     pub(crate) grpc_port: Option<u16>,
+    /// Address to listen on for operators; --host does not change it
+    #[arg(long)]
+    pub(crate) admin_host: Option<IpAddr>,
+    /// Port of the operators' gRPC API
+    #[arg(long)]
+    pub(crate) admin_port: Option<u16>,
     /// Workers to wait for before the first placement
     #[arg(long)]
     pub(crate) min_workers: Option<usize>,
@@ -485,6 +512,9 @@ pub(crate) struct ChatArgs {
     /// The endpoint
     #[arg(long, env = "OPENAI_BASE_URL", default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,
+    /// CA of the endpoint's certificate; the system's when absent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
     /// Model name; the endpoint's first when absent
     #[arg(long)]
     pub(crate) model: Option<String>,

@@ -10,7 +10,7 @@ use crate::output;
 
 /// Runs the conversation until end of input, or answers one message and returns.
 pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let client = Client::new(&args.url, args.api_key.as_deref())?;
+    let client = Client::new(&args.url, args.api_key.as_deref(), args.tls_ca.as_deref())?;
     let model = match args.model.clone() {
         Some(model) => model,
         None => client.first_model().await?,

@@ -2,8 +2,11 @@
 
 mod args;
 mod bench;
+mod certs;
 mod chat;
 mod config_check;
+mod dial;
+mod doors;
 mod drill;
 mod exit;
 mod kernels;
@@ -30,6 +33,7 @@ const BLOCKING_MAX: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    tramontane_runtime::tls::install_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();
@@ -74,6 +78,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Model(command) => model::run(command)?,
         Command::Kernels(command) => kernels::run(command)?,
         Command::Keys(command) => keys::run(command)?,
+        Command::Certs(command) => certs::run(command)?,
         Command::Config(command) => config_check::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -1,5 +1,6 @@
 //! A small client of any OpenAI-compatible endpoint: what `chat` and `bench` need, nothing more.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -22,8 +23,9 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A client of the endpoint at `url`, which says who it is if there is a key.
-    pub(crate) fn new(url: &str, api_key: Option<&str>) -> anyhow::Result<Self> {
+    /// A client of the endpoint at `url`, whose certificate is of `ca`, or of the system's authorities; it says who it
+    /// is if there is a key.
+    pub(crate) fn new(url: &str, api_key: Option<&str>, ca: Option<&Path>) -> anyhow::Result<Self> {
         let mut headers = HeaderMap::new();
         if let Some(key) = api_key.filter(|key| !key.is_empty()) {
             let bearer = HeaderValue::from_str(&format!("Bearer {key}"));
@@ -38,9 +40,14 @@ impl Client {
             .default_headers(headers)
             // Some servers close a connection after an answer without saying so, and the next request
             // on it would be lost.
-            .pool_max_idle_per_host(0)
-            .build()
-            .context("http client")?;
+            .pool_max_idle_per_host(0);
+        let http = match (ca, base.starts_with("https://")) {
+            (Some(ca), _) => http.tls_certs_only(authorities(ca)?),
+            (None, true) => http,
+            // In the clear nobody is believed: a system without authorities is no obstacle.
+            (None, false) => http.tls_certs_only([]),
+        };
+        let http = http.build().context("http client")?;
         Ok(Self { http, base })
     }
 
@@ -86,6 +93,19 @@ impl Client {
         });
         Ok(events.boxed())
     }
+}
+
+fn authorities(path: &Path) -> anyhow::Result<Vec<reqwest::Certificate>> {
+    let read = || format!("CA {}", path.display());
+    let pem = std::fs::read(path).with_context(read)?;
+    let found = reqwest::Certificate::from_pem_bundle(&pem).with_context(read)?;
+    if found.is_empty() {
+        bail!(
+            "CA {} must be PEM with certificates, got none",
+            path.display()
+        );
+    }
+    Ok(found)
 }
 
 /// Cuts a byte stream into server-sent events.

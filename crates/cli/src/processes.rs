@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
 use toml::Value;
 use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
+use tramontane_runtime::tls::{Role, Tls, TlsSettings};
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::device::{self, ChosenDevice};
 use tramontane_worker::{
@@ -18,41 +18,31 @@ use tramontane_worker::{
 };
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
+use crate::doors::{self, Port, Shows, bind};
 use crate::model::{open_model, open_tokenizer, progress_bar};
-use crate::settings::{self, EtcdSettings, Flags, ListenSettings, misuse};
+use crate::settings::{self, Flags, ListenSettings, Settings, misuse};
 
 /// How long tasks may take to end after the service itself has.
 const FINISH_MAX: Duration = Duration::from_secs(10);
 
 /// Runs a router until it is stopped.
 pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
-    let mut flags = Flags::default();
-    common_flags(&mut flags, &args.process, &args.etcd);
-    let defaults = ListenSettings::default();
-    flags.set(
-        "listen",
-        "http",
-        listen(&defaults.http, args.host, args.http_port),
-    );
-    flags.set(
-        "listen",
-        "grpc",
-        listen(&defaults.grpc, args.host, args.grpc_port),
-    );
-    flags.set("router", "min_workers", args.min_workers.map(|n| n as i64));
-    let settings = settings::load(args.process.config.as_deref(), flags)?.value;
+    let settings = settings::load(args.process.config.as_deref(), router_flags(&args))?.value;
     settings.etcd.validate()?;
     let router = settings.router();
     router.validate().map_err(misuse)?;
+    let tls = router_doors(&settings, &settings.etcd.cluster)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-router").map_err(misuse)?;
     let (checkpoint, _) = open_model(&args.model)?;
     let (tokenizer, model) = open_tokenizer(&args.model, &checkpoint)?;
     drop(checkpoint);
     let shutdown = Shutdown::new();
-    let store = store(&settings.etcd, &router.id, &shutdown)?;
-    let (http, grpc) = (
+    follow(&tls, &settings.tls, &shutdown);
+    let store = store(&settings, &router.id, &shutdown)?;
+    let (http, grpc, admin) = (
         bind(&settings.listen.http).await?,
         bind(&settings.listen.grpc).await?,
+        bind(&settings.listen.admin).await?,
     );
     shutdown.trigger_on_signals().context("signal handlers")?;
     let parts = RouterParts {
@@ -61,6 +51,9 @@ pub(crate) async fn router(args: RouterArgs) -> anyhow::Result<()> {
         model,
         http,
         grpc,
+        admin,
+        workers: tls.link(Role::Worker),
+        tls,
         scaler: None,
     };
     tramontane_router::run(router, parts, shutdown.clone()).await?;
@@ -75,7 +68,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let has_weights = settings::is_given(&loaded, "worker.weights");
     let settings = loaded.value;
     settings.etcd.validate()?;
-    let mut config = settings.worker;
+    let mut config = settings.worker.clone();
     config.cluster.clone_from(&settings.etcd.cluster);
     if config.id.is_empty() {
         config.id = host_name()?;
@@ -83,13 +76,21 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     config
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
+    let tls = worker_doors(&settings, config.island_rank)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
-    if config.island_rank > 0 {
-        return rank(&args, config, has_weights, &settings.listen).await;
-    }
     let shutdown = Shutdown::new();
-    let store = store(&settings.etcd, &config.id, &shutdown)?;
-    let opened = open_worker_model(&args, &config, &store, &shutdown).await?;
+    follow(&tls, &settings.tls, &shutdown);
+    if config.island_rank > 0 {
+        return rank(
+            &args,
+            config,
+            has_weights,
+            (&settings.listen, tls, shutdown),
+        )
+        .await;
+    }
+    let store = store(&settings, &config.id, &shutdown)?;
+    let opened = open_worker_model(&args, &config, &store, (&tls, &shutdown)).await?;
     let Some((checkpoint, model_name)) = opened else {
         shutdown.finish(FINISH_MAX).await;
         return Ok(());
@@ -110,6 +111,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
         )),
         exchange: ExchangeKind::Grpc,
         process: ProcessKind::Own,
+        tls,
     };
     tramontane_worker::run(config, parts, shutdown.clone()).await?;
     shutdown.trigger();
@@ -123,7 +125,7 @@ async fn rank(
     args: &WorkerArgs,
     mut config: WorkerConfig,
     has_weights: bool,
-    listen: &ListenSettings,
+    (listen, tls, shutdown): (&ListenSettings, Tls, Shutdown),
 ) -> anyhow::Result<()> {
     if args.model_from_peers {
         let rank = config.island_rank;
@@ -136,11 +138,11 @@ async fn rank(
         config.weights = checkpoint.weight_format()?;
     }
     let _device = choose_device(&mut config, &checkpoint)?;
-    let shutdown = Shutdown::new();
     shutdown.trigger_on_signals().context("signal handlers")?;
     let parts = RankParts {
         checkpoint,
         ops: Some(bind(&listen.ops).await?),
+        tls,
     };
     tramontane_worker::run_rank(config, parts, shutdown.clone()).await?;
     shutdown.trigger();
@@ -153,7 +155,7 @@ async fn open_worker_model(
     args: &WorkerArgs,
     config: &WorkerConfig,
     store: &Arc<dyn Store>,
-    shutdown: &Shutdown,
+    (tls, shutdown): (&Tls, &Shutdown),
 ) -> anyhow::Result<Option<(Arc<Checkpoint>, String)>> {
     if !args.model_from_peers {
         let opened = open_model(&args.model)?;
@@ -169,6 +171,7 @@ async fn open_worker_model(
     });
     let wish = PeerModel {
         store: Arc::clone(store),
+        link: tls.link(Role::Worker),
         cluster: config.cluster.clone(),
         id: config.id.clone(),
         name: args.model.model_name.clone(),
@@ -176,6 +179,62 @@ async fn open_worker_model(
     };
     let opened = open_from_peers(wish, shutdown.token.clone()).await?;
     Ok(opened.map(|(checkpoint, name)| (Arc::new(checkpoint), name)))
+}
+
+/// The identities of a router, and whether its ports may be open where they are to be.
+pub(crate) fn router_doors(settings: &Settings, cluster: &str) -> anyhow::Result<Tls> {
+    let tls = doors::identities(&settings.tls, cluster, Role::Router)?;
+    let listen = &settings.listen;
+    let port = |key, address, shows| Port {
+        key,
+        address,
+        shows,
+    };
+    let ports = [
+        port("listen.http", &listen.http, Shows::Clients),
+        port("listen.grpc", &listen.grpc, Shows::Clients),
+        port("listen.admin", &listen.admin, Shows::Cluster),
+    ];
+    doors::check(&ports, &tls, settings.tls.insecure)?;
+    Ok(tls)
+}
+
+/// Those of a worker. A rank that follows has no port but that for health checks.
+fn worker_doors(settings: &Settings, island_rank: u32) -> anyhow::Result<Tls> {
+    let tls = doors::identities(&settings.tls, &settings.etcd.cluster, Role::Worker)?;
+    let (listen, shows) = (&settings.listen, Shows::Cluster);
+    let port = |key, address| Port {
+        key,
+        address,
+        shows,
+    };
+    let ports = [
+        port("listen.ops", &listen.ops),
+        port("listen.worker", &listen.worker),
+    ];
+    let opened = if island_rank > 0 { 1 } else { ports.len() };
+    doors::check(&ports[..opened], &tls, settings.tls.insecure)?;
+    Ok(tls)
+}
+
+/// Looks at the files of an identity from now on.
+pub(crate) fn follow(tls: &Tls, settings: &TlsSettings, shutdown: &Shutdown) {
+    tls.watch(settings.reload_every, &shutdown.tasks, &shutdown.token);
+}
+
+fn router_flags(args: &RouterArgs) -> Flags {
+    let mut flags = Flags::default();
+    common_flags(&mut flags, &args.process, &args.etcd);
+    let defaults = ListenSettings::default();
+    let (host, admin_host) = (args.host, args.admin_host);
+    let http = listen(&defaults.http, host, args.http_port);
+    let grpc = listen(&defaults.grpc, host, args.grpc_port);
+    let admin = listen(&defaults.admin, admin_host, args.admin_port);
+    flags.set("listen", "http", http);
+    flags.set("listen", "grpc", grpc);
+    flags.set("listen", "admin", admin);
+    flags.set("router", "min_workers", args.min_workers.map(|n| n as i64));
+    flags
 }
 
 fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
@@ -214,6 +273,7 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
 
 fn common_flags(flags: &mut Flags, process: &ProcessArgs, etcd: &EtcdArgs) {
     flags.set("telemetry", "log", process.log.clone());
+    flags.set("tls", "insecure", process.insecure.then_some(true));
     flags.set("etcd", "cluster", etcd.cluster.clone());
     let endpoints =
         |list: &Vec<String>| list.iter().cloned().map(Value::String).collect::<Vec<_>>();
@@ -238,20 +298,23 @@ pub(crate) fn choose_device(
     device::choose(config, checkpoint.geometry()).map_err(|e| misuse(format!("worker.{e}")))
 }
 
-/// Listens on `host:port`.
-pub(crate) async fn bind(address: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("listening on {address}"))
-}
-
 /// etcd, and the file beside it that remembers it for the process of this name.
 fn store(
-    settings: &EtcdSettings,
+    Settings {
+        etcd: settings,
+        tls,
+        ..
+    }: &Settings,
     process: &str,
     shutdown: &Shutdown,
 ) -> anyhow::Result<Arc<dyn Store>> {
-    let config = EtcdConfig::new(settings.endpoints.clone(), &settings.cluster);
+    let mut config = EtcdConfig::new(settings.endpoints.clone(), &settings.cluster);
+    let login = settings.login(tls.insecure)?;
+    config.user = login.map(|(user, password)| (user, password.reveal().to_owned()));
+    if let Some(trust) = settings.trust()? {
+        trust.watch(tls.reload_every, &shutdown.tasks, &shutdown.token);
+        config.tls = Some(trust.link());
+    }
     let etcd = Arc::new(EtcdStore::new(config).map_err(misuse)?);
     let Some(directory) = &settings.state_dir else {
         return Ok(etcd);

@@ -13,13 +13,15 @@ use tramontane_coordination::planner::{Intent, set_intent};
 use tramontane_coordination::{MemoryStore, Store};
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
+use tramontane_runtime::tls::{Link, Tls};
 use tramontane_runtime::{Shutdown, telemetry};
 use tramontane_worker::WorkerConfig;
 
 use crate::args::ServeArgs;
+use crate::doors::bind;
 use crate::model::{open_model, open_tokenizer};
 use crate::output;
-use crate::processes::{bind, choose_device};
+use crate::processes::{choose_device, follow, router_doors};
 use crate::settings::{self, Flags, Settings, misuse};
 use crate::supervisor::{Supervisor, WorkerRecipe, share_of};
 
@@ -31,6 +33,7 @@ const READY_POLL: Duration = Duration::from_millis(20);
 /// Runs everything until it is stopped.
 pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let (mut settings, has_weights) = load(&args)?;
+    let tls = router_doors(&settings, &settings.etcd.cluster)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane").map_err(misuse)?;
     let (checkpoint, model_name) = open_model(&args.model)?;
     if !has_weights {
@@ -58,11 +61,18 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         ..Intent::default()
     };
     set_intent(&*store, &intent, None).await.map_err(misuse)?;
-    let http = bind(&SocketAddr::new(args.host, args.http_port).to_string()).await?;
-    let grpc = bind(&SocketAddr::new(args.host, args.grpc_port).to_string()).await?;
-    let banner = Banner::new(&args, &model_name, &checkpoint, (&http, &grpc))?;
+    let http = bind(&settings.listen.http).await?;
+    let grpc = bind(&settings.listen.grpc).await?;
+    let admin = bind(&settings.listen.admin).await?;
+    let banner = Banner::new(
+        &args,
+        &model_name,
+        &checkpoint,
+        (&http, &grpc, &admin, &tls),
+    )?;
     let signals = Shutdown::new();
     signals.trigger_on_signals().context("signal handlers")?;
+    follow(&tls, &settings.tls, &signals);
 
     let recipe = recipe(&args, &settings.worker, &store, &checkpoint, model_name);
     let (mut services, scaler) = Supervisor::new(recipe);
@@ -75,6 +85,10 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         model,
         http,
         grpc,
+        admin,
+        tls,
+        // They are in this process, and open to this machine only.
+        workers: Link::default(),
         scaler: Some(scaler),
     };
     services.start_router(settings.router(), parts);
@@ -97,6 +111,11 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 fn load(args: &ServeArgs) -> anyhow::Result<(Settings, bool)> {
     let mut flags = Flags::default();
     flags.set("telemetry", "log", args.process.log.clone());
+    flags.set("tls", "insecure", args.process.insecure.then_some(true));
+    let at = |host, port| Some(SocketAddr::new(host, port).to_string());
+    flags.set("listen", "http", at(args.host, args.http_port));
+    flags.set("listen", "grpc", at(args.host, args.grpc_port));
+    flags.set("listen", "admin", at(args.admin_host, args.admin_port));
     flags.set("worker", "device", args.compute.device.clone());
     flags.set("worker", "weights", args.compute.weights.clone());
     flags.set("worker", "kv_format", args.compute.kv_format.clone());
@@ -158,9 +177,11 @@ impl Banner {
         args: &ServeArgs,
         model: &str,
         checkpoint: &Checkpoint,
-        (http, grpc): (&TcpListener, &TcpListener),
+        (http, grpc, admin, tls): (&TcpListener, &TcpListener, &TcpListener, &Tls),
     ) -> anyhow::Result<Self> {
-        let (http, grpc) = (http.local_addr()?, grpc.local_addr()?);
+        let (grpc, admin) = (grpc.local_addr()?, admin.local_addr()?);
+        let scheme = if tls.has_clients() { "https" } else { "http" };
+        let http = format!("{scheme}://{}", http.local_addr()?);
         let g = checkpoint.geometry();
         let workers = match args.workers {
             1 => "1 worker".to_owned(),
@@ -168,23 +189,27 @@ impl Banner {
         };
         let text = format!(
             "Tramontane serves {model} from {workers}: {} layers, {} experts, {} per token.\n\n  \
-             OpenAI API  http://{http}/v1\n  gRPC API    {grpc}\n\n\
+             OpenAI API  {http}/v1\n  gRPC API    {grpc}\n  admin API   {admin}\n\n\
              Ask it something:\n\n  \
-             curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\\n    \
+             curl {http}/v1/chat/completions -H 'content-type: application/json' \\\n    \
              -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of Poland?\"}}]}}'\n\n\
-             or talk to it: tramontane chat --url http://{http}   Ctrl-C ends.",
+             or talk to it: tramontane chat --url {http}   Ctrl-C ends.",
             g.num_layers, g.num_experts, g.top_k
         );
         Ok(Self {
             text,
-            ready: format!("http://{http}/health/ready"),
+            ready: format!("{http}/health/ready"),
         })
     }
 
     /// Shows it as soon as requests are answered.
     async fn show_when_ready(&self) -> anyhow::Result<()> {
-        // It talks to itself: never through the proxy that the environment may name.
-        let client = reqwest::Client::builder().no_proxy().build()?;
+        // It talks to itself: never through the proxy that the environment may name, and whatever names its certificate
+        // has for others.
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .tls_danger_accept_invalid_certs(true)
+            .build()?;
         while !client
             .get(&self.ready)
             .send()

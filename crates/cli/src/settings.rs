@@ -1,23 +1,28 @@
 //! The settings of every process in one tree: file, environment and flags merged once, at the start.
 
+mod etcd;
+mod secret;
+
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::net::Ipv6Addr;
-use std::num::NonZeroU16;
 use std::path::Path;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use tramontane_router::{AuthConfig, RouterConfig, TenantConfig};
 use tramontane_runtime::config::{self, Layers, Loaded, Source};
 use tramontane_runtime::telemetry::TelemetryConfig;
+use tramontane_runtime::tls::TlsSettings;
 use tramontane_worker::WorkerConfig;
+
+pub(crate) use etcd::EtcdSettings;
 
 /// Port of the OpenAI-compatible HTTP API.
 pub(crate) const HTTP_PORT: u16 = 8000;
 /// Port of the router's gRPC API.
 pub(crate) const ROUTER_GRPC_PORT: u16 = 8001;
+/// Port of the router's gRPC API for operators.
+pub(crate) const ADMIN_PORT: u16 = 8002;
 /// Port of a worker's gRPC API.
 pub(crate) const WORKER_GRPC_PORT: u16 = 8100;
 /// Port of a worker's health checks and metrics.
@@ -60,6 +65,8 @@ pub(crate) struct Settings {
     tenants: BTreeMap<String, TenantConfig>,
     /// Logs and traces.
     pub(crate) telemetry: TelemetryConfig,
+    /// Certificates, and whether to do without.
+    pub(crate) tls: TlsSettings,
     /// The worker.
     pub(crate) worker: WorkerConfig,
 }
@@ -76,60 +83,6 @@ impl Settings {
     }
 }
 
-/// Where etcd is. The cluster's name is the worker's and the router's alike.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct EtcdSettings {
-    /// Such as `http://etcd-0:2379`.
-    pub(crate) endpoints: Vec<String>,
-    /// Processes of one name work together.
-    pub(crate) cluster: String,
-    /// Where a process keeps what it last knew of the cluster, for a start while etcd is away.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) state_dir: Option<PathBuf>,
-}
-
-impl Default for EtcdSettings {
-    fn default() -> Self {
-        Self {
-            state_dir: None,
-            endpoints: vec!["http://127.0.0.1:2379".to_owned()],
-            cluster: tramontane_worker::config::CLUSTER.to_owned(),
-        }
-    }
-}
-
-impl EtcdSettings {
-    /// Checks that every endpoint is `host:port`, with or without `http://` or `https://` in front.
-    ///
-    /// # Errors
-    /// [`Misuse`] that names the endpoint.
-    pub(crate) fn validate(&self) -> anyhow::Result<()> {
-        match self.endpoints.iter().find(|url| !is_endpoint(url)) {
-            Some(url) => Err(misuse(format!(
-                "etcd.endpoints must be host:port or http(s)://host:port, got {url:?}"
-            ))),
-            None => Ok(()),
-        }
-    }
-}
-
-fn is_endpoint(url: &str) -> bool {
-    let plain = ["http://", "https://"]
-        .iter()
-        .find_map(|s| url.strip_prefix(s));
-    let authority = plain.unwrap_or(url).trim_end_matches('/');
-    authority.rsplit_once(':').is_some_and(|(host, port)| {
-        let is_v6 = |host: &str| {
-            let inner = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-            inner.is_some_and(|inner| inner.parse::<Ipv6Addr>().is_ok())
-        };
-        let in_name = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-        let is_name = !host.is_empty() && host.bytes().all(in_name);
-        (is_name || is_v6(host)) && port.parse::<NonZeroU16>().is_ok()
-    })
-}
-
 /// Where processes listen: `host:port`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -138,6 +91,8 @@ pub(crate) struct ListenSettings {
     pub(crate) http: String,
     /// The router's gRPC API.
     pub(crate) grpc: String,
+    /// The router's gRPC API for operators.
+    pub(crate) admin: String,
     /// A worker's gRPC API.
     pub(crate) worker: String,
     /// A worker's health checks and metrics.
@@ -150,6 +105,7 @@ impl Default for ListenSettings {
         Self {
             http: at(HTTP_PORT),
             grpc: at(ROUTER_GRPC_PORT),
+            admin: at(ADMIN_PORT),
             worker: at(WORKER_GRPC_PORT),
             ops: at(WORKER_OPS_PORT),
         }
@@ -184,7 +140,7 @@ pub(crate) fn load(file: Option<&Path>, flags: Flags) -> anyhow::Result<Loaded<S
         environment: config::environment(),
         flags: flags.0,
     };
-    config::load(&layers).map_err(|e| misuse(with_cause(&e)))
+    config::load(&layers).map_err(|e| misuse(chain(&e)))
 }
 
 /// Whether file, environment or a flag says `section.key`.
@@ -193,50 +149,17 @@ pub(crate) fn is_given(loaded: &Loaded<Settings>, key: &str) -> bool {
     source.is_some_and(|source| *source != Source::Default)
 }
 
-fn with_cause(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_etcd_endpoint_is_a_host_and_a_port() {
-        let check = |url: &str| {
-            let endpoints = vec!["http://etcd-0:2379".to_owned(), url.to_owned()];
-            let cluster = String::new();
-            let settings = EtcdSettings {
-                endpoints,
-                cluster,
-                state_dir: None,
-            };
-            settings.validate()
-        };
-        for good in ["etcd:2379", "https://10.0.0.1:2379/", "http://[::1]:2379"] {
-            check(good).unwrap();
+/// An error with all that lies beneath it.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some repeat their cause.
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
         }
-        for bad in [
-            "",
-            "notaurl",
-            "http://",
-            "http://etcd",
-            "etcd:0",
-            "etcd:65536",
-            ":2379",
-            "ftp://etcd:1",
-            "http://etcd:2379/path",
-            "::1:2379",
-            "a b:1",
-        ] {
-            let error = check(bad).unwrap_err();
-            assert!(
-                error.is::<Misuse>() && error.to_string().contains(&format!("{bad:?}")),
-                "{error}"
-            );
-        }
+        source = cause.source();
     }
+    text
 }

@@ -14,13 +14,14 @@ use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
 use tramontane_router::{RouterConfig, RouterParts, ScaleError, ScaleStarted, Scaler};
 use tramontane_runtime::Shutdown;
+use tramontane_runtime::tls::Tls;
 use tramontane_types::WorkerId;
 use tramontane_worker::{ExchangeKind, ProcessKind, WorkerConfig, WorkerParts};
 
 use crate::args::ExchangeArg;
+use crate::doors::bind;
 use crate::model::progress_bar;
 use crate::output;
-use crate::processes::bind;
 
 /// Changes of scale that wait; each takes milliseconds to begin.
 const SCALE_QUEUE_MAX: usize = 4;
@@ -221,6 +222,8 @@ impl WorkerRecipe {
                 ExchangeArg::Local => ExchangeKind::Local(Arc::clone(&self.local)),
             },
             process: ProcessKind::Shared,
+            // Of one process, and reached on this machine only.
+            tls: Tls::default(),
         })
     }
 }

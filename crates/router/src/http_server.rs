@@ -1,6 +1,7 @@
 //! Accepts HTTP connections and serves them, within limits on their number, their headers and their
 //! patience. Knows nothing about what is served.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,11 +9,11 @@ use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tramontane_runtime::Accepted;
+use tramontane_runtime::tls::{Incoming, Socket};
 
 use crate::run::Doors;
 
@@ -28,14 +29,12 @@ const STREAMS_MAX: u32 = 256;
 const RESET_STREAMS_MAX: usize = 64;
 /// HTTP/2 connections are asked for a sign of life this often.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Pause when the operating system has no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Aborted answers get this long to send their last event.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// Serves until `doors.refuse`, and then until every connection has ended.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    mut incoming: Incoming,
     routes: Router,
     connections_max: usize,
     doors: Doors,
@@ -50,25 +49,16 @@ pub(crate) async fn serve(
         };
         let Ok(place) = place else { break };
         let stream = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = poll_fn(|cx| incoming.poll_accept(cx)) => accepted,
             () = doors.refuse.cancelled() => break,
         };
-        match stream {
-            Ok((stream, _from)) => {
-                let serving =
-                    connection(stream, routes.clone(), Arc::clone(&builder), doors.clone());
-                tasks.spawn(async move {
-                    serving.await;
-                    drop(place);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "connection not accepted");
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
+        let serving = connection(stream, routes.clone(), Arc::clone(&builder), doors.clone());
+        tasks.spawn(async move {
+            serving.await;
+            drop(place);
+        });
     }
-    drop(listener);
+    drop(incoming);
     tasks.close();
     tasks.wait().await;
 }
@@ -93,15 +83,13 @@ fn builder() -> Builder<TokioExecutor> {
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: Accepted<Socket>,
     routes: Router,
     builder: Arc<Builder<TokioExecutor>>,
     doors: Doors,
 ) {
-    // Without it small events wait for acknowledgements; a socket that refuses is slow, not broken.
-    let _ = stream.set_nodelay(true);
     let service = TowerToHyperService::new(routes);
-    let serving = builder.serve_connection(TokioIo::new(Accepted::new(stream)), service);
+    let serving = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(serving);
     let ended = tokio::select! {
         ended = serving.as_mut() => ended,
@@ -123,7 +111,9 @@ async fn connection(
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
     use tramontane_runtime::HELLO_TIMEOUT;
+    use tramontane_runtime::tls::Door;
 
     use super::*;
 
@@ -133,7 +123,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let doors = Doors::default();
         let tasks = TaskTracker::new();
-        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        let incoming = Incoming::new(listener, Door::plain("http"));
+        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
         // The begin of HTTP/2's hello: nobody knows yet which version it will be.
         for said in ["", "PRI * HTTP/2.0"] {
             let client = async {

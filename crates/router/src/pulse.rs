@@ -92,14 +92,16 @@ async fn follow(worker: WorkerId, link: Arc<dyn WorkerLink>, signs: Arc<Signs>) 
     loop {
         let asked = Instant::now();
         let answer = timeout(PULSE_MAX, link.status()).await;
-        let is_alive = match answer {
+        let is_alive = match &answer {
             Ok(Ok(status)) => status.stuck_ms < STUCK_MAX.as_millis() as u64,
-            Ok(Err(status)) => is_its_own(&status),
+            Ok(Err(status)) => is_its_own(status),
             Err(_elapsed) if asked.elapsed() > PULSE_MAX + OWN_DELAY_MAX => continue,
             Err(_elapsed) => false,
         };
         if signs.gone.swap(!is_alive, Ordering::Relaxed) == is_alive {
-            tracing::info!(%worker, is_alive, "sign of life");
+            let why = answer.ok().and_then(Result::err);
+            let why = why.as_ref().map(Status::message);
+            tracing::info!(%worker, is_alive, why, "sign of life");
             signs.changed.notify_waiters();
         }
         sleep_until(asked + PULSE_EVERY).await;

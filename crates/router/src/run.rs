@@ -14,6 +14,7 @@ use tramontane_coordination::{
     Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
     watch_intent, watch_members, watch_placements,
 };
+use tramontane_runtime::tls::{Incoming, Link, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
@@ -57,6 +58,12 @@ pub struct RouterParts {
     pub http: TcpListener,
     /// Bound socket of the gRPC API.
     pub grpc: TcpListener,
+    /// Bound socket of the operators' gRPC API.
+    pub admin: TcpListener,
+    /// What it shows to clients and operators, and which of these it believes.
+    pub tls: Tls,
+    /// The way to workers.
+    pub workers: Link,
     /// Who starts and ends workers on an operator's word, if anybody does.
     pub scaler: Option<Arc<dyn Scaler>>,
 }
@@ -99,6 +106,8 @@ pub(crate) struct App {
     pub(crate) cluster: ClusterView,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) scaler: Option<Arc<dyn Scaler>>,
+    /// The way to workers.
+    pub(crate) connect: GrpcConnect,
     pub(crate) events: Arc<EventLog>,
     pub(crate) planning: Option<Planning>,
     pub(crate) model: Arc<ServedModel>,
@@ -188,7 +197,9 @@ pub async fn run(
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
     let known = Known::read(&config, &background.tasks, &background.stop)?;
-    let followed = background.start(&config, &parts.store, shutdown.token.clone());
+    let connect = GrpcConnect(parts.workers.clone());
+    let roster = (connect.clone(), shutdown.token.clone());
+    let followed = background.start(&config, &parts.store, roster);
     let doors = Doors::default();
     let RouterParts {
         store,
@@ -196,6 +207,9 @@ pub async fn run(
         model,
         http,
         grpc,
+        admin,
+        tls,
+        workers: _,
         scaler,
     } = parts;
     let given = Given {
@@ -203,24 +217,30 @@ pub async fn run(
         tokenizer,
         model,
         scaler,
+        connect,
     };
     let app = app(config.clone(), (given, known), followed, &doors);
-    let grpc = grpc::serve(
-        grpc,
-        Arc::clone(&app),
-        doors.refuse.clone(),
-        &background.tasks,
-        &background.stop,
-    )?;
+    let health = grpc::Health {
+        ready: app.ready.clone(),
+        tasks: &background.tasks,
+        stop: &background.stop,
+    };
+    let grpc = Incoming::new(grpc, tls.clients_door("grpc"));
+    let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
+    let admin = Incoming::new(admin, tls.cluster_door("admin"));
+    let (roles, refuse) = (tls.guard(), doors.refuse.clone());
+    let roles = tls.has_cluster().then_some(&roles);
+    let admin = grpc::serve_admin(admin, &app, roles, refuse, &health)?;
     let http = http_server::serve(
-        http,
+        Incoming::new(http, tls.clients_door("http")),
         routes::routes(&app),
         config.connections_max,
         doors.clone(),
     );
     let grpc = async { grpc.await.map_err(Error::Grpc) };
+    let admin = async { admin.await.map_err(Error::Grpc) };
     let serve = async {
-        tokio::try_join!(grpc, async {
+        tokio::try_join!(grpc, admin, async {
             http.await;
             Ok(())
         })
@@ -286,6 +306,7 @@ struct Given {
     tokenizer: Arc<Tokenizer>,
     model: ServedModel,
     scaler: Option<Arc<dyn Scaler>>,
+    connect: GrpcConnect,
 }
 
 /// What [`Background`] keeps.
@@ -309,6 +330,7 @@ fn app(
         tokenizer,
         model,
         scaler,
+        connect,
     } = given;
     let Followed {
         cluster,
@@ -336,6 +358,7 @@ fn app(
         cluster,
         store,
         scaler,
+        connect,
         events,
         planning,
         model: Arc::new(model),
@@ -397,7 +420,7 @@ impl Background {
         &self,
         config: &RouterConfig,
         store: &Arc<dyn Store>,
-        stopping: CancellationToken,
+        (connect, stopping): (GrpcConnect, CancellationToken),
     ) -> Followed {
         let (tasks, stop) = (&self.tasks, &self.stop);
         let listed = watch_members(Arc::clone(store), tasks, stop.clone());
@@ -405,7 +428,7 @@ impl Background {
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        let roster = Roster::follow(listed.clone(), Arc::new(GrpcConnect), pulses);
+        let roster = Roster::follow(listed.clone(), Arc::new(connect), pulses);
         let cluster = ClusterView {
             members: roster.members(),
             placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),

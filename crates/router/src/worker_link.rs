@@ -13,6 +13,7 @@ use tramontane_proto::v1::worker_client::WorkerClient;
 use tramontane_proto::v1::{
     GenerateSequenceRequest, SequenceEvent, WorkerStatus, WorkerStatusRequest,
 };
+use tramontane_runtime::tls::Link;
 
 /// Longest wait for a connection to a worker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -46,13 +47,24 @@ pub trait Connect: Send + Sync + Debug {
     fn connect(&self, address: &str) -> Result<Arc<dyn WorkerLink>, tonic::transport::Error>;
 }
 
-/// gRPC over TCP.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct GrpcConnect;
+/// gRPC over a link.
+#[derive(Clone, Debug, Default)]
+pub struct GrpcConnect(pub Link);
 
 impl Connect for GrpcConnect {
     fn connect(&self, address: &str) -> Result<Arc<dyn WorkerLink>, tonic::transport::Error> {
-        Ok(Arc::new(GrpcLink(client(address)?)))
+        Ok(Arc::new(GrpcLink(self.client(address)?)))
+    }
+}
+
+impl GrpcConnect {
+    /// A client that connects when first used, and again when the connection is lost.
+    pub(crate) fn client(
+        &self,
+        address: &str,
+    ) -> Result<WorkerClient<Channel>, tonic::transport::Error> {
+        let channel = self.0.connect_lazy(&endpoint(address)?);
+        Ok(WorkerClient::new(channel))
     }
 }
 
@@ -86,9 +98,4 @@ pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
         .keep_alive_while_idle(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES))
-}
-
-/// A client that connects when first used, and again when the connection is lost.
-pub(crate) fn client(address: &str) -> Result<WorkerClient<Channel>, tonic::transport::Error> {
-    Ok(WorkerClient::new(endpoint(address)?.connect_lazy()))
 }

@@ -1,4 +1,4 @@
-//! What every process does at start and stop: configuration, logs and traces, metrics, health, shutdown.
+//! What every process does at start and stop: configuration, TLS, logs and traces, metrics, health, shutdown.
 
 mod accepted;
 pub mod build_info;
@@ -9,6 +9,7 @@ pub mod ops;
 pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
+pub mod tls;
 
 pub use accepted::{Accepted, HELLO_TIMEOUT};
 pub use readiness::{Readiness, ReadinessSetter};

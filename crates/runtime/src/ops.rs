@@ -9,8 +9,8 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::{StatusCode, header};
-use tokio::net::TcpListener;
 
+use crate::tls::Incoming;
 use crate::{Readiness, Shutdown, metrics};
 
 /// Says whether the process still does its work: `Err` with the reason makes `/health/live` fail.
@@ -43,13 +43,13 @@ impl std::fmt::Debug for Ops {
 ///
 /// # Errors
 /// When accepting connections fails for good.
-pub async fn serve(listener: TcpListener, ops: Ops, stopped: Shutdown) -> std::io::Result<()> {
+pub async fn serve(incoming: Incoming, ops: Ops, stopped: Shutdown) -> std::io::Result<()> {
     let routes = Router::new()
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
         .route("/metrics", get(render))
         .with_state(ops);
-    axum::serve(listener, routes)
+    axum::serve(incoming, routes)
         .with_graceful_shutdown(async move { stopped.token.cancelled().await })
         .await
 }

@@ -13,14 +13,16 @@ use tramontane_compute::Experts;
 use tramontane_coordination::{Roles, Version, WorkerState};
 use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
-    LinkSettings, TcpDial, Transport,
+    LinkSettings, Transport,
 };
 use tramontane_model::Checkpoint;
+use tramontane_runtime::tls::Link;
 use tramontane_types::{Placement, WorkerId};
 
 use crate::WorkerConfig;
 use crate::attention::{AttentionMaker, EngineSlot};
 use crate::backend::Computing;
+use crate::dial::LinkDial;
 use crate::drill::Drills;
 use crate::expert_keeper::KeptExperts;
 use crate::metrics::StepMetrics;
@@ -64,6 +66,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) life: &'a Life,
     pub(crate) drills: &'a Arc<Drills>,
     pub(crate) weights: &'a Arc<WeightStats>,
+    /// The way to other workers.
+    pub(crate) link: Link,
 }
 
 impl Plan<'_> {
@@ -151,7 +155,7 @@ impl Plan<'_> {
                 self.computing.backend.row_format(),
             ),
             link: LinkSettings::default(),
-            dial: Arc::new(TcpDial),
+            dial: Arc::new(LinkDial(self.link.clone())),
         };
         let (ended, tasks) = (self.life.ended.clone(), self.life.tasks.clone());
         let (desk, runtime) = (Arc::clone(desk), Handle::current());

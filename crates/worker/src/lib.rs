@@ -9,6 +9,7 @@ mod attention;
 mod backend;
 pub mod config;
 pub mod device;
+mod dial;
 mod drain;
 mod drill;
 pub mod engine_thread;

@@ -18,6 +18,7 @@ use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1;
 use tramontane_runtime::ops::Ops;
+use tramontane_runtime::tls::{Guard, Incoming, Role, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
 use tramontane_types::WorkerId;
 
@@ -55,6 +56,8 @@ pub struct WorkerParts {
     pub exchange: ExchangeKind,
     /// Whose process it runs in.
     pub process: ProcessKind,
+    /// What it shows to others, and whom it believes.
+    pub tls: Tls,
 }
 
 /// How rows travel between workers.
@@ -91,12 +94,13 @@ pub async fn run(
     let (setter, readiness) = Readiness::starting("loading");
     let ops = LateOps::default();
     if let Some(listener) = parts.ops.take() {
-        life.serve_ops(listener, readiness, Arc::clone(&ops));
+        let incoming = Incoming::new(listener, parts.tls.ops_door("ops"));
+        life.serve_ops(incoming, readiness, Arc::clone(&ops));
     }
     let address = advertised(&config, &parts.grpc)?;
     let watched = Watched::start(&parts.store, &life);
     let weights = Arc::default();
-    let checkpoint = watched.back(&parts.checkpoint, &config, &weights, &life);
+    let checkpoint = watched.back(&parts, &config, &weights, &life);
     let computing = Computing::make(&config, &device, &checkpoint).await?;
     let roles = roles::initial(&config, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
@@ -115,6 +119,7 @@ pub async fn run(
         life: &life,
         drills: &drills,
         weights: &weights,
+        link: parts.tls.link(Role::Worker),
     };
     let worker = plan.assemble();
     let begun = worker.begin(roles, &shutdown).await;
@@ -126,8 +131,10 @@ pub async fn run(
     record.socket = bound.as_ref().and_then(BoundSocket::record);
     worker.show(&ops);
 
-    let services = worker.services(&config, &checkpoint, &drain, &life);
+    let guard = parts.tls.guard();
+    let services = worker.services((&config, guard), &checkpoint, &drain, &life);
     let (grpc, store, progress) = (parts.grpc, parts.store, parts.progress);
+    let grpc = Incoming::new(grpc, parts.tls.cluster_door("worker"));
     let served = life.serve_grpc(grpc, services, setter)?;
     worker.come_together(&life, &shutdown).await;
     record.capacity_bytes = worker.node.capacity(&config, roles);
@@ -173,18 +180,20 @@ impl Watched {
     /// The checkpoint, with the other members to be asked for what cannot be read here.
     fn back(
         &self,
-        checkpoint: &Checkpoint,
+        parts: &WorkerParts,
         config: &WorkerConfig,
         stats: &Arc<WeightStats>,
         life: &Life,
     ) -> Arc<Checkpoint> {
+        let checkpoint = &parts.checkpoint;
         let asker = v1::WeightsAsker {
             worker_id: config.id.clone(),
             cluster: config.cluster.clone(),
             model: checkpoint.fingerprint().to_owned(),
         };
         let (members, stats) = (self.members.clone(), Arc::clone(stats));
-        let peers = PeerWeights::new(asker, members, stats, life.ended.clone());
+        let link = parts.tls.link(Role::Worker);
+        let peers = PeerWeights::new(asker, link, members, stats, life.ended.clone());
         Arc::new(checkpoint.backed_by(Arc::new(peers)))
     }
 }
@@ -248,7 +257,7 @@ impl Life {
     }
 
     /// Serves the operations port: alive while loading, with metrics from when there are any.
-    fn serve_ops(&self, listener: TcpListener, ready: Readiness, late: LateOps) {
+    fn serve_ops(&self, incoming: Incoming, ready: Readiness, late: LateOps) {
         let node = Arc::clone(&late);
         let ops = Ops {
             live: Arc::new(move || node.get().map_or(Ok(()), |(node, _)| server::alive(node))),
@@ -262,7 +271,7 @@ impl Life {
             token: self.ended.clone(),
             tasks: self.tasks.clone(),
         };
-        let served = tramontane_runtime::ops::serve(listener, ops, stopped);
+        let served = tramontane_runtime::ops::serve(incoming, ops, stopped);
         self.tasks.spawn(async move {
             if let Err(error) = served.await {
                 tracing::error!(%error, "the operations port ended");
@@ -272,12 +281,12 @@ impl Life {
 
     fn serve_grpc(
         &self,
-        listener: TcpListener,
+        incoming: Incoming,
         services: Services,
         readiness: ReadinessSetter,
     ) -> Result<Served, Error> {
         let (node, ended) = (Arc::clone(&services.node), self.ended.clone());
-        let (serve, reporter) = server::serve(listener, services)?;
+        let (serve, reporter) = server::serve(incoming, services)?;
         self.tasks.spawn(server::report_health(
             node,
             reporter,
@@ -358,7 +367,7 @@ impl Worker {
 
     fn services(
         &self,
-        config: &WorkerConfig,
+        (config, guard): (&WorkerConfig, Guard),
         checkpoint: &Arc<Checkpoint>,
         drain: &CancellationToken,
         life: &Life,
@@ -367,6 +376,7 @@ impl Worker {
             node: Arc::clone(&self.node),
             cluster: config.cluster.clone(),
             model: self.node.version.model.to_string(),
+            guard,
             weights: WeightsServing {
                 me: self.node.id.clone(),
                 cluster: config.cluster.clone(),

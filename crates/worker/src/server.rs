@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tramontane_coordination::WorkerState;
 use tramontane_exchange::{ExpertService, ExpertServiceConfig, LinkSettings};
 use tramontane_proto::DESCRIPTORS;
 use tramontane_runtime::ReadinessSetter;
+use tramontane_runtime::tls::{Guard, Incoming};
 
 use crate::Error;
 use crate::generate_service::GenerateService;
@@ -45,6 +45,8 @@ pub(crate) struct Services {
     pub(crate) node: Arc<Node>,
     pub(crate) cluster: String,
     pub(crate) model: String,
+    /// Who may call what.
+    pub(crate) guard: Guard,
     /// What it gives of its checkpoint.
     pub(crate) weights: WeightsServing,
     /// Cancelled by the Drain call.
@@ -56,7 +58,7 @@ pub(crate) struct Services {
 
 /// Serves until `ended`, then lets open streams end. Returns the server as a future, and its health.
 pub(crate) fn serve(
-    listener: TcpListener,
+    incoming: Incoming,
     services: Services,
 ) -> Result<
     (
@@ -69,6 +71,7 @@ pub(crate) fn serve(
         node,
         cluster,
         model,
+        guard,
         weights,
         drain,
         ended,
@@ -83,7 +86,7 @@ pub(crate) fn serve(
     let experts = ExpertService::new(config, experts, ended.clone(), tasks).into_service();
     let island = node.hub.clone().map(|hub| {
         let (stop, tasks) = (ended.clone(), island_tasks);
-        IslandService { hub, stop, tasks }.into_service()
+        guard.before(IslandService { hub, stop, tasks }.into_service())
     });
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
@@ -98,14 +101,13 @@ pub(crate) fn serve(
         ..LinkSettings::default()
     };
     let router = ExpertService::tune(Server::builder(), link)
-        .add_service(GenerateService::new(node, drain).into_service())
-        .add_service(health)
-        .add_service(reflection().build_v1().map_err(Error::Reflection)?)
-        .add_service(reflection().build_v1alpha().map_err(Error::Reflection)?)
-        .add_service(WeightsService::new(weights).into_service())
-        .add_service(experts)
+        .add_service(guard.before(GenerateService::new(node, drain).into_service()))
+        .add_service(guard.before(health))
+        .add_service(guard.before(reflection().build_v1().map_err(Error::Reflection)?))
+        .add_service(guard.before(reflection().build_v1alpha().map_err(Error::Reflection)?))
+        .add_service(guard.before(WeightsService::new(weights).into_service()))
+        .add_service(guard.before(experts))
         .add_optional_service(island);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let incoming =
         incoming.map(move |socket| Ok::<_, std::io::Error>(Severable::new(socket?, crash.clone())));
     let server = async move {

@@ -6,23 +6,22 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 use tramontane_runtime::Accepted;
+use tramontane_runtime::tls::{PeerInfo, Socket};
 
-/// A TCP connection and what breaks it.
+/// A connection and what breaks it.
 #[derive(Debug)]
 pub(crate) struct Severable {
-    socket: Accepted<TcpStream>,
+    socket: Accepted<Socket>,
     cut: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
 impl Severable {
     /// A connection that breaks with `cut`; never without one.
-    pub(crate) fn new(socket: TcpStream, cut: Option<CancellationToken>) -> Self {
+    pub(crate) fn new(socket: Accepted<Socket>, cut: Option<CancellationToken>) -> Self {
         let cut = cut.map(|cut| Box::pin(cut.cancelled_owned()));
-        let socket = Accepted::new(socket);
         Self { socket, cut }
     }
 
@@ -37,7 +36,7 @@ impl Severable {
 }
 
 impl Connected for Severable {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = PeerInfo;
 
     fn connect_info(&self) -> Self::ConnectInfo {
         self.socket.connect_info()

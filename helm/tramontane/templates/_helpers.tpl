@@ -24,6 +24,99 @@ app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 {{- end -}}
 
+{{- define "tramontane.etcdScheme" -}}
+{{ if .Values.tls.insecure }}http{{ else }}https{{ end }}
+{{- end -}}
+
+{{/* What probes speak. */}}
+{{- define "tramontane.scheme" -}}
+{{ if .Values.tls.insecure }}HTTP{{ else }}HTTPS{{ end }}
+{{- end -}}
+
+{{/* The secret of a holder's certificate: clients, router, worker or etcd. */}}
+{{- define "tramontane.secret" -}}
+{{- index .root.Values.tls.existing .holder | default (printf "%s-%s-tls" (include "tramontane.name" .root) .holder) -}}
+{{- end -}}
+
+{{/* Names by which the holder's ports are reached, one a line. */}}
+{{- define "tramontane.hosts" -}}
+{{- $name := include "tramontane.name" .root -}}
+{{- $service := index (dict "clients" $name "router" (printf "%s-admin" $name) "worker" (printf "%s-worker" $name) "etcd" (printf "%s-etcd" $name)) .holder -}}
+{{- $ns := .root.Release.Namespace -}}
+localhost
+{{ $service }}
+{{ $service }}.{{ $ns }}
+{{ $service }}.{{ $ns }}.svc
+{{- if has .holder (list "worker" "etcd") }}
+*.{{ $service }}
+*.{{ $service }}.{{ $ns }}.svc
+{{- end }}
+{{- if eq .holder "clients" }}
+{{- range .root.Values.tls.hosts }}
+{{ . }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Where a process of a role has its identity. */}}
+{{- define "tramontane.tlsEnv" -}}
+{{- if .root.Values.tls.insecure }}
+- { name: TRAMONTANE_TLS__INSECURE, value: "true" }
+{{- else }}
+- { name: TRAMONTANE_TLS__CLUSTER_CERT, value: /tls/cluster/tls.crt }
+- { name: TRAMONTANE_TLS__CLUSTER_KEY, value: /tls/cluster/tls.key }
+- { name: TRAMONTANE_TLS__CLUSTER_CA, value: /tls/cluster/ca.crt }
+{{- if eq .role "router" }}
+- { name: TRAMONTANE_TLS__CLIENTS_CERT, value: /tls/clients/tls.crt }
+- { name: TRAMONTANE_TLS__CLIENTS_KEY, value: /tls/clients/tls.key }
+{{- end }}
+{{- end }}
+{{- with .root.Values.etcd.authSecret }}
+- { name: TRAMONTANE_ETCD__USER, valueFrom: { secretKeyRef: { name: {{ . }}, key: username } } }
+- { name: TRAMONTANE_ETCD__PASSWORD, valueFrom: { secretKeyRef: { name: {{ . }}, key: password } } }
+{{- end }}
+{{- if .root.Values.etcd.endpoints }}
+{{- if .root.Values.etcd.tlsSecret }}
+- { name: TRAMONTANE_ETCD__TLS_CA, value: /tls/etcd/ca.crt }
+{{- if .root.Values.etcd.clientCert }}
+- { name: TRAMONTANE_ETCD__TLS_CERT, value: /tls/etcd/tls.crt }
+- { name: TRAMONTANE_ETCD__TLS_KEY, value: /tls/etcd/tls.key }
+{{- end }}
+{{- end }}
+{{- else if not .root.Values.tls.insecure }}
+- { name: TRAMONTANE_ETCD__TLS_CA, value: /tls/cluster/ca.crt }
+- { name: TRAMONTANE_ETCD__TLS_CERT, value: /tls/cluster/tls.crt }
+- { name: TRAMONTANE_ETCD__TLS_KEY, value: /tls/cluster/tls.key }
+{{- end }}
+{{- end -}}
+
+{{- define "tramontane.tlsMounts" -}}
+{{- if not .root.Values.tls.insecure }}
+- { name: tls-cluster, mountPath: /tls/cluster, readOnly: true }
+{{- if eq .role "router" }}
+- { name: tls-clients, mountPath: /tls/clients, readOnly: true }
+{{- end }}
+{{- end }}
+{{- if and .root.Values.etcd.endpoints .root.Values.etcd.tlsSecret }}
+- { name: tls-etcd, mountPath: /tls/etcd, readOnly: true }
+{{- end }}
+{{- end -}}
+
+{{- define "tramontane.tlsVolumes" -}}
+{{- if not .root.Values.tls.insecure }}
+- name: tls-cluster
+  secret: { secretName: {{ include "tramontane.secret" (dict "root" .root "holder" .role) }}, defaultMode: 0440 }
+{{- if eq .role "router" }}
+- name: tls-clients
+  secret: { secretName: {{ include "tramontane.secret" (dict "root" .root "holder" "clients") }}, defaultMode: 0440 }
+{{- end }}
+{{- end }}
+{{- if and .root.Values.etcd.endpoints .root.Values.etcd.tlsSecret }}
+- name: tls-etcd
+  secret: { secretName: {{ .root.Values.etcd.tlsSecret }}, defaultMode: 0440 }
+{{- end }}
+{{- end -}}
+
 {{- define "tramontane.etcdEndpoints" -}}
 {{- if .Values.etcd.endpoints -}}
 {{ join "," .Values.etcd.endpoints }}
@@ -31,7 +124,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- $name := include "tramontane.name" . -}}
 {{- $endpoints := list -}}
 {{- range $i := until (int .Values.etcd.replicas) -}}
-{{- $endpoints = append $endpoints (printf "http://%s-etcd-%d.%s-etcd:2379" $name $i $name) -}}
+{{- $endpoints = append $endpoints (printf "%s://%s-etcd-%d.%s-etcd:2379" (include "tramontane.etcdScheme" $) $name $i $name) -}}
 {{- end -}}
 {{ join "," $endpoints }}
 {{- end -}}

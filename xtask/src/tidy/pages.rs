@@ -9,13 +9,15 @@ use super::read;
 /// The page of settings and the files with their structs.
 const SETTINGS_PAGE: &str = "docs/configuration.md";
 const SETTINGS_ROOT: &str = "crates/cli/src/settings.rs";
-const SETTINGS_SOURCES: [&str; 6] = [
+const SETTINGS_SOURCES: [&str; 8] = [
     SETTINGS_ROOT,
     "crates/router/src/auth/config.rs",
+    "crates/cli/src/settings/etcd.rs",
     "crates/router/src/config.rs",
     "crates/router/src/tenants/config.rs",
     "crates/worker/src/config.rs",
     "crates/runtime/src/telemetry.rs",
+    "crates/runtime/src/tls/mod.rs",
 ];
 /// The page of metrics, and where each process names its own.
 const METRICS_PAGE: &str = "docs/metrics.md";

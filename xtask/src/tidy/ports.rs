@@ -11,9 +11,10 @@ use super::read;
 /// Where the ports have their names.
 const SOURCE: &str = "crates/cli/src/settings.rs";
 /// Their names.
-const NAMES: [&str; 4] = [
+const NAMES: [&str; 5] = [
     "HTTP_PORT",
     "ROUTER_GRPC_PORT",
+    "ADMIN_PORT",
     "WORKER_GRPC_PORT",
     "WORKER_OPS_PORT",
 ];
@@ -25,10 +26,13 @@ const PLACES: [(&str, &[&str]); 4] = [
         &["HTTP_PORT", "ROUTER_GRPC_PORT", "WORKER_GRPC_PORT"],
     ),
     ("helm/tramontane/templates", &NAMES),
-    ("crates/cli/src/args.rs", &["HTTP_PORT", "ROUTER_GRPC_PORT"]),
+    (
+        "crates/cli/src/args.rs",
+        &["HTTP_PORT", "ROUTER_GRPC_PORT", "ADMIN_PORT"],
+    ),
 ];
-/// etcd's own ports: clients and peers.
-const ETCD_PORTS: [u16; 2] = [2379, 2380];
+/// etcd's own ports: clients, peers, health.
+const ETCD_PORTS: [u16; 3] = [2379, 2380, 2381];
 /// Ports below it are the system's; shorter numbers are other things.
 const PORT_MIN: u16 = 1024;
 

@@ -77,6 +77,9 @@ pub(crate) struct BenchArgs {
     /// API key of the endpoint, where it asks for one
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
+    /// CA of the endpoint's certificate; the system's when absent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
     /// Model name; the endpoint's first when absent
     #[arg(long)]
     pub(crate) model: Option<String>,

@@ -35,7 +35,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     if let Some(BenchCommand::Model(args)) = args.command {
         return tokio::task::spawn_blocking(move || model::run(&args)).await?;
     }
-    let client = Client::new(&args.url, args.api_key.as_deref())?;
+    let client = Client::new(&args.url, args.api_key.as_deref(), args.tls_ca.as_deref())?;
     let model = match args.model.clone() {
         Some(model) => model,
         None => client.first_model().await?,

@@ -4,39 +4,18 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tramontane_proto::v1::admin_client::AdminClient;
 use tramontane_proto::v1::{self, DrillKind};
 
-use super::{DrillArgs, EXIT_MISUSED, EXIT_UNAVAILABLE, Kind, NoVerdict, REQUEST_TIMEOUT};
+use super::{DrillArgs, Kind, REQUEST_TIMEOUT};
 
-/// Longest wait for a connection to the router.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the router is asked.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// All must be well for this long before it counts.
 const WELL_FOR: Duration = Duration::from_secs(1);
 /// A worker that stands still does not answer: not waited for longer.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// Connects to a router, for operators' and clients' calls alike.
-pub(super) async fn connect(router: &str) -> Result<Channel, NoVerdict> {
-    let url = if router.contains("://") {
-        router.to_owned()
-    } else {
-        format!("http://{router}")
-    };
-    let endpoint = Endpoint::from_shared(url.clone()).map_err(|_invalid| {
-        let text =
-            format!("--router must be an address such as http://127.0.0.1:8001, got {url:?}");
-        NoVerdict::new(EXIT_MISUSED, text)
-    })?;
-    let connected = endpoint.connect_timeout(CONNECT_TIMEOUT).connect().await;
-    connected.map_err(|error| {
-        let text = format!("no router at {url} ({error}); name one with --router");
-        NoVerdict::new(EXIT_UNAVAILABLE, text)
-    })
-}
 
 /// The cluster at one moment.
 #[derive(Clone, Debug, Default)]

@@ -6,6 +6,7 @@ mod probe;
 mod verdict;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use self::cluster::{Seen, Watch};
 use self::probe::{Load, Probe};
 use self::verdict::Verdict;
 use crate::args::ReadArgs;
+use crate::dial;
+use crate::exit;
 use crate::output;
 
 /// Longest wait for an answer of the router.
@@ -57,6 +60,12 @@ pub(crate) struct DrillArgs {
     /// Go on although requests may fail
     #[arg(long)]
     pub(crate) yes: bool,
+    /// Address of the router's public gRPC port, where the load goes; https:// asks for TLS
+    #[arg(long, default_value = "127.0.0.1:8001")]
+    pub(crate) grpc: String,
+    /// CA of its certificate; that of --tls-ca when absent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) grpc_ca: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
 }
@@ -153,6 +162,12 @@ impl From<Status> for NoVerdict {
     }
 }
 
+impl From<anyhow::Error> for NoVerdict {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(exit::of(&error) as u8, format!("{error:#}"))
+    }
+}
+
 /// Runs the drill and prints the verdict.
 pub(crate) async fn run(args: DrillArgs) -> anyhow::Result<ExitCode> {
     let verdict = match drill(&args).await {
@@ -175,10 +190,12 @@ pub(crate) async fn run(args: DrillArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn drill(args: &DrillArgs) -> Result<Verdict, NoVerdict> {
-    let channel = cluster::connect(&args.read.router.router).await?;
-    let mut admin = AdminClient::new(channel.clone());
+    let (router, grpc_ca) = (&args.read.router, args.grpc_ca.as_ref());
+    let mut admin = AdminClient::new(dial::admin(router, None).await?);
     let before = look_first(args, &mut admin).await?;
-    let probe = Probe::new(channel.clone(), args.streams).await?;
+    let ca = grpc_ca.or(router.tls_ca.as_ref()).map(PathBuf::as_path);
+    let public = dial::public(&args.grpc, ca).await?;
+    let probe = Probe::new(public, args.streams).await?;
 
     output::note("reference: the same requests without a fault");
     let reference = probe.reference().await?;

@@ -17,8 +17,8 @@ use std::time::Duration;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
-use tonic::transport::{Channel, Endpoint};
 use tramontane_proto::v1::admin_client::AdminClient;
 
 pub(crate) use events::events;
@@ -29,11 +29,10 @@ pub(crate) use weights::{WeightsCommand, weights};
 pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;
+use crate::dial;
 use crate::exit::{Exit, refusal};
 use crate::settings::misuse;
 
-/// Longest wait for a connection to the router.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait for an answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer: a placement may have 1 MiB, and a long list of workers more.
@@ -68,7 +67,9 @@ impl Proof {
 impl Interceptor for Proof {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(bearer) = &self.0 {
-            request.metadata_mut().insert("authorization", bearer.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", bearer.clone());
         }
         Ok(request)
     }
@@ -79,29 +80,7 @@ impl Interceptor for Proof {
 /// # Errors
 /// With exit status 2 for an address that is none, and 5 when nobody answers there.
 pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
-    let url = if address.router.contains("://") {
-        address.router.clone()
-    } else {
-        format!("http://{}", address.router)
-    };
-    let endpoint = Endpoint::from_shared(url.clone())
-        .map_err(|error| {
-            let message = format!("--router {url:?} is no address: {error}");
-            refusal(Exit::Misused, message, "--router http://127.0.0.1:8001")
-        })?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .timeout(REQUEST_TIMEOUT);
-    let channel = endpoint.connect().await.map_err(|error| {
-        let cause = error
-            .source()
-            .map_or_else(|| error.to_string(), ToString::to_string);
-        let next = "tramontane serve (starts one), or name a running one with --router";
-        refusal(
-            Exit::Unavailable,
-            format!("no router at {url}: {cause}"),
-            next,
-        )
-    })?;
+    let channel = dial::admin(address, Some(REQUEST_TIMEOUT)).await?;
     let proof = Proof::new(address.api_key.as_deref())?;
     Ok(AdminClient::with_interceptor(channel, proof).max_decoding_message_size(ANSWER_BYTES_MAX))
 }

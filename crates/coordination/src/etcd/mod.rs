@@ -16,11 +16,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, KeyValue, PutOptions, Txn,
-    TxnOp, TxnOpResponse,
+    Channel, Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, KeyValue,
+    PutOptions, Txn, TxnOp, TxnOpResponse,
 };
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::Endpoint;
+use tramontane_runtime::tls::Link;
 
 use status::error_of;
 
@@ -62,6 +64,8 @@ pub struct EtcdConfig {
     pub cluster: String,
     /// User and password.
     pub user: Option<(String, String)>,
+    /// The way to endpoints that have TLS: those of `https`, and those without a scheme.
+    pub tls: Option<Link>,
     /// See [`CALL_DEADLINE`].
     pub call_deadline: Duration,
     /// See [`ATTEMPT_TIMEOUT`].
@@ -91,6 +95,7 @@ impl EtcdConfig {
             endpoints,
             cluster: cluster.to_owned(),
             user: None,
+            tls: None,
             call_deadline: CALL_DEADLINE,
             attempt_timeout: ATTEMPT_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
@@ -111,6 +116,20 @@ impl EtcdConfig {
             ));
         }
         Ok(())
+    }
+
+    /// A channel to an endpoint with TLS; `None` for one in the clear.
+    fn secured(&self, url: &str) -> Result<Option<tonic::transport::Channel>, etcd_client::Error> {
+        let authority = url.strip_prefix("https://").unwrap_or(url);
+        let Some(link) = self.tls.as_ref().filter(|_| !url.starts_with("http://")) else {
+            return Ok(None);
+        };
+        let endpoint = Endpoint::from_shared(format!("http://{authority}"))?
+            .origin(format!("https://{authority}").parse()?)
+            .connect_timeout(self.connect_timeout)
+            .http2_keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT);
+        Ok(Some(link.connect_lazy(&endpoint)))
     }
 
     fn connect_options(&self) -> ConnectOptions {
@@ -137,12 +156,12 @@ struct Shared {
     config: EtcdConfig,
     /// `/tramontane/<cluster>/`
     root: String,
-    endpoints: Vec<Endpoint>,
+    endpoints: Vec<Member>,
     /// Index of the endpoint that calls go to.
     preferred: AtomicUsize,
 }
 
-struct Endpoint {
+struct Member {
     url: String,
     client: OnceCell<Client>,
 }
@@ -157,7 +176,7 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     /// The endpoint to use now, and its index for [`Shared::leave`].
-    fn endpoint(&self) -> Result<(usize, &Endpoint), Error> {
+    fn endpoint(&self) -> Result<(usize, &Member), Error> {
         let index = self.preferred.load(Ordering::Relaxed) % self.endpoints.len().max(1);
         let endpoint = self.endpoints.get(index);
         Ok((
@@ -178,10 +197,13 @@ impl Shared {
         }
     }
 
-    async fn client(&self, operation: &'static str, endpoint: &Endpoint) -> Result<Client, Error> {
+    async fn client(&self, operation: &'static str, endpoint: &Member) -> Result<Client, Error> {
         let connect = || async {
             let options = Some(self.config.connect_options());
-            Client::connect([&endpoint.url], options).await
+            match self.config.secured(&endpoint.url)? {
+                Some(channel) => Client::from_channel(Channel::Tonic(channel), options).await,
+                None => Client::connect([&endpoint.url], options).await,
+            }
         };
         let client = endpoint.client.get_or_try_init(connect).await;
         client.cloned().map_err(|e| error_of(operation, &e))
@@ -214,7 +236,7 @@ impl EtcdStore {
     /// [`Error::Invalid`] for a configuration that cannot work.
     pub fn new(config: EtcdConfig) -> Result<Self, Error> {
         config.validate()?;
-        let endpoints = config.endpoints.iter().map(|url| Endpoint {
+        let endpoints = config.endpoints.iter().map(|url| Member {
             url: url.clone(),
             client: OnceCell::new(),
         });

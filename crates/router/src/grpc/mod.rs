@@ -1,5 +1,5 @@
-//! The gRPC door: `tramontane.v1.Inference` and `Admin`, the Open Inference Protocol, health and reflection. The same requests, limits
-//! and errors as over HTTP.
+//! The gRPC doors: `tramontane.v1.Inference` and the Open Inference Protocol for clients, with the same requests, limits
+//! and errors as over HTTP, and `Admin` for operators at a port of its own. Health and reflection at both.
 
 mod admin;
 mod deadline;
@@ -12,20 +12,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
-use futures::StreamExt as _;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
+use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
 use tramontane_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
-use tramontane_runtime::Accepted;
+use tramontane_runtime::Readiness;
+use tramontane_runtime::tls::{Guard as RoleGuard, Incoming};
 
 pub(crate) use status::refusal;
 
@@ -43,57 +42,94 @@ const HEADER_BYTES_MAX: u32 = 64 * 1024;
 const RESET_STREAMS_MAX: usize = 64;
 /// Connections are asked for a sign of life this often.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Health answers for these names: the whole, and each service.
-const HEALTH_NAMES: [&str; 6] = [
-    "inference.GRPCInferenceService",
-    "",
-    "tramontane.v1.Inference",
-    "tramontane.v1.Admin",
-    "readiness",
-    "liveness",
-];
+/// Services that health and reflection name at each door.
+const CLIENTS: &[&str] = &["tramontane.v1.Inference", "inference.GRPCInferenceService"];
+const OPERATORS: &[&str] = &["tramontane.v1.Admin"];
+const HEALTH: &str = "grpc.health.v1.Health";
 
-/// Serves until `refuse`, and then until every call has ended.
+/// What the health of a door follows.
+#[derive(Debug)]
+pub(crate) struct Health<'a> {
+    pub(crate) ready: Readiness,
+    pub(crate) tasks: &'a TaskTracker,
+    pub(crate) stop: &'a CancellationToken,
+}
+
+/// Serves clients until `refuse`, and then until every call has ended.
 pub(crate) fn serve(
-    listener: TcpListener,
-    app: Arc<App>,
+    incoming: Incoming,
+    app: &Arc<App>,
     refuse: CancellationToken,
-    tasks: &TaskTracker,
-    stop: &CancellationToken,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>>, Error> {
+    health: &Health<'_>,
+) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, Error> {
     let message_bytes_max = app.config.body_bytes_max;
-    let inference = InferenceServer::new(inference::InferenceService::new(Arc::clone(&app)))
+    let inference = InferenceServer::new(inference::InferenceService::new(Arc::clone(app)))
         .max_decoding_message_size(message_bytes_max);
-    let open_inference = open_inference::OpenInferenceService::new(Arc::clone(&app));
+    let open_inference = open_inference::OpenInferenceService::new(Arc::clone(app));
     let open_inference = GrpcInferenceServiceServer::new(open_inference)
         .max_decoding_message_size(message_bytes_max);
-    let admin = AdminServer::new(admin::AdminService::new(Arc::clone(&app)))
-        .max_decoding_message_size(message_bytes_max);
-    let (reporter, health) = tonic_health::server::health_reporter();
-    let guarded = from_fn_with_state(Guard::new(Door::Grpc, &app), guard);
-    tasks.spawn(keep_health(reporter, app, stop.clone()));
-    let reflection_v1 = reflection().build_v1().map_err(Error::Reflection)?;
-    let reflection_v1alpha = reflection().build_v1alpha().map_err(Error::Reflection)?;
-    let incoming = TcpIncoming::from(listener)
-        .with_nodelay(Some(true))
-        .map(|socket| socket.map(Accepted::new));
+    let reflection_v1 = reflection(CLIENTS).build_v1().map_err(Error::Reflection)?;
+    let reflection_v1alpha = reflection(CLIENTS)
+        .build_v1alpha()
+        .map_err(Error::Reflection)?;
     let routes = Routes::new(inference)
         .add_service(open_inference)
-        .add_service(admin)
-        .add_service(health)
+        .add_service(health.serve(CLIENTS))
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha);
-    // Around all of them, and around methods that do not exist.
-    let routes = Routes::from(routes.into_axum_router().layer(guarded));
-    let server = Server::builder()
+    let server = limited().add_routes(proven(routes, app));
+    Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
+}
+
+/// Serves operators, likewise. `roles` checks their certificates; without any they prove who they are as clients do.
+pub(crate) fn serve_admin(
+    incoming: Incoming,
+    app: &Arc<App>,
+    roles: Option<&RoleGuard>,
+    refuse: CancellationToken,
+    health: &Health<'_>,
+) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, Error> {
+    let admin = AdminServer::new(admin::AdminService::new(Arc::clone(app)))
+        .max_decoding_message_size(app.config.body_bytes_max);
+    let reflection_v1 = reflection(OPERATORS)
+        .build_v1()
+        .map_err(Error::Reflection)?;
+    let reflection_v1alpha = reflection(OPERATORS)
+        .build_v1alpha()
+        .map_err(Error::Reflection)?;
+    let health = health.serve(OPERATORS);
+    let routes = match roles {
+        Some(roles) => Routes::new(roles.before(admin))
+            .add_service(roles.before(health))
+            .add_service(roles.before(reflection_v1))
+            .add_service(roles.before(reflection_v1alpha)),
+        None => {
+            let routes = Routes::new(admin)
+                .add_service(health)
+                .add_service(reflection_v1)
+                .add_service(reflection_v1alpha);
+            proven(routes, app)
+        }
+    };
+    let server = limited().add_routes(routes);
+    Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
+}
+
+/// The same services, and methods that do not exist, behind the layer that asks who calls.
+fn proven(routes: Routes, app: &App) -> Routes {
+    let guarded = from_fn_with_state(Guard::new(Door::Grpc, app), guard);
+    Routes::from(routes.into_axum_router().layer(guarded))
+}
+
+/// A server with the limits of both doors.
+fn limited() -> Server {
+    Server::builder()
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
         .max_concurrent_streams(CALLS_PER_CONNECTION as u32)
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_max_pending_accept_reset_streams(Some(RESET_STREAMS_MAX))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .add_routes(routes);
-    Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
 }
 
 /// Who calls: of the layer around all methods, without which nobody has asked.
@@ -102,26 +138,48 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, ApiError> {
     caller.ok_or_else(ApiError::internal)
 }
 
-fn reflection() -> tonic_reflection::server::Builder<'static> {
-    tonic_reflection::server::Builder::configure()
+fn reflection(services: &[&str]) -> tonic_reflection::server::Builder<'static> {
+    let mut builder = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(tramontane_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(HEALTH);
+    for service in services {
+        builder = builder.with_service_name(*service);
+    }
+    builder
+}
+
+impl Health<'_> {
+    /// The health service of the door of `services`.
+    fn serve(
+        &self,
+        services: &'static [&'static str],
+    ) -> HealthServer<impl tonic_health::pb::health_server::Health> {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        let (ready, stop) = (self.ready.clone(), self.stop.clone());
+        self.tasks
+            .spawn(keep_health(reporter, services, ready, stop));
+        health
+    }
 }
 
 /// Keeps the health service true to readiness until `stop`. Liveness is that it answers.
-async fn keep_health(reporter: HealthReporter, app: Arc<App>, stop: CancellationToken) {
-    let mut ready = app.ready.clone();
-    drop(app);
+async fn keep_health(
+    reporter: HealthReporter,
+    services: &'static [&'static str],
+    mut ready: Readiness,
+    stop: CancellationToken,
+) {
     loop {
         let is_ready = ready.check().is_ok();
-        for name in HEALTH_NAMES {
-            let serves = is_ready || name == "liveness";
+        for name in ["", "readiness", "liveness"].iter().chain(services) {
+            let serves = is_ready || *name == "liveness";
             let status = if serves {
                 ServingStatus::Serving
             } else {
                 ServingStatus::NotServing
             };
-            reporter.set_service_status(name, status).await;
+            reporter.set_service_status(*name, status).await;
         }
         tokio::select! {
             changed = ready.changed() => if !changed { return },

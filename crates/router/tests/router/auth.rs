@@ -156,18 +156,20 @@ async fn every_grpc_method_is_closed_save_health() {
     let paths = grpc_paths();
     assert!(paths.len() > 20, "{paths:?}");
     for path in paths {
-        let url = format!("{}{path}", scene.grpc);
-        for key in [None, Some("trm_wrong")] {
-            assert_eq!(grpc_status(&client, &url, key).await, "16", "{path}");
-        }
-        if path.contains("v1.Admin/") {
-            assert_eq!(grpc_status(&client, &url, Some(ACME)).await, "7", "{path}");
+        for door in [&scene.grpc, &scene.admin] {
+            let url = format!("{door}{path}");
+            for key in [None, Some("trm_wrong")] {
+                assert_eq!(grpc_status(&client, &url, key).await, "16", "{url}");
+            }
+            if path.contains("v1.Admin/") {
+                assert_eq!(grpc_status(&client, &url, Some(ACME)).await, "7", "{url}");
+            }
         }
     }
-    let admin = format!("{}/tramontane.v1.Admin/ClusterStatus", scene.grpc);
+    let admin = format!("{}/tramontane.v1.Admin/ClusterStatus", scene.admin);
     // Its answer has a message, so the status comes behind it.
     assert_eq!(grpc_status(&client, &admin, Some(OPERATOR)).await, "");
-    let mut health = HealthClient::new(channel(&scene).await);
+    let mut health = HealthClient::new(channel(&scene.grpc).await);
     let asked = HealthCheckRequest::default();
     let serving = health.check(asked).await.unwrap().into_inner().status;
     assert_eq!(serving, ServingStatus::Serving as i32);
@@ -177,7 +179,7 @@ async fn every_grpc_method_is_closed_save_health() {
 #[tokio::test]
 async fn a_grpc_caller_is_known_by_its_metadata() {
     let (scene, _dir) = guarded_scene().await;
-    let mut client = InferenceClient::new(channel(&scene).await);
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
     let refused = client
         .list_models(v1::ListModelsRequest {})
         .await
@@ -262,7 +264,7 @@ async fn a_quota_is_shown_and_who_has_used_it_up_is_told_when_to_come_back() {
     let other = chat_as(&scene, GLOBEX, &[]).await;
     assert_eq!(other.status(), 200);
     assert!(!other.headers().contains_key("x-ratelimit-limit-requests"));
-    let mut client = InferenceClient::new(channel(&scene).await);
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
     let mut request = Request::new(plain(v1::GenerateOptions::default()));
     request
         .metadata_mut()

@@ -72,7 +72,7 @@ async fn a_stream_that_comes_early_is_told_so_and_gets_its_answer() {
 #[tokio::test]
 async fn a_whole_answer_and_one_over_grpc_wait_too() {
     let mut scene = alone(patient(PATIENCE)).await;
-    let mut client = InferenceClient::new(channel(&scene).await);
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
     let url = format!("{}/v1/chat/completions", scene.http);
     let body = json!({ "messages": [{ "role": "user", "content": "hi" }] });
     let asked = scene.client.post(url).json(&body).send();
@@ -109,7 +109,7 @@ async fn nobody_waits_for_a_worker_longer_than_the_limit() {
     let events = events(stream).await;
     let [error] = parse(&events).try_into().unwrap();
     assert_eq!(error["error"]["code"], "service_unavailable");
-    let mut client = InferenceClient::new(channel(&scene).await);
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
     let refused = client
         .generate_once(plain(v1::GenerateOptions::default()))
         .await;

@@ -52,6 +52,7 @@ use tramontane_router::{
     PolicyKind, RouterConfig, RouterParts, ScaleError, ScaleStarted, Scaler, ServedModel, run,
 };
 use tramontane_runtime::Shutdown;
+use tramontane_runtime::tls::{Link, Tls, install_provider};
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{Epoch, Placement, SegmentRange, SliceHolders, WorkerId};
 
@@ -220,6 +221,7 @@ struct Scene {
     tokenizer: Arc<Tokenizer>,
     http: String,
     grpc: String,
+    admin: String,
     client: reqwest::Client,
     shutdown: Shutdown,
     running: JoinHandle<Result<(), tramontane_router::Error>>,
@@ -371,9 +373,11 @@ impl Scene {
         servers: tokio::task::JoinSet<()>,
         scaler: Option<Arc<dyn Scaler>>,
     ) -> Self {
+        install_provider();
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let urls = [&http, &grpc].map(|l| format!("http://{}", l.local_addr().unwrap()));
+        let admin = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let urls = [&http, &grpc, &admin].map(|l| format!("http://{}", l.local_addr().unwrap()));
         let tokenizer = tokenizer();
         let model = ServedModel {
             id: "demo".to_owned(),
@@ -387,15 +391,19 @@ impl Scene {
             model,
             http,
             grpc,
+            admin,
+            tls: Tls::default(),
+            workers: Link::default(),
             scaler,
         };
         let shutdown = Shutdown::new();
         let running = TaskTracker::new().spawn(run(config, parts, shutdown.clone()));
-        let [http, grpc] = urls;
+        let [http, grpc, admin] = urls;
         Self {
             tokenizer,
             http,
             grpc,
+            admin,
             client: reqwest::Client::new(),
             shutdown,
             running,
@@ -473,8 +481,8 @@ impl Scene {
     }
 }
 
-async fn channel(scene: &Scene) -> Channel {
-    Channel::from_shared(scene.grpc.clone())
+async fn channel(url: &str) -> Channel {
+    Channel::from_shared(url.to_owned())
         .unwrap()
         .connect()
         .await
@@ -821,7 +829,7 @@ async fn a_worker_that_is_frozen_is_noticed_and_passed_over() {
     };
     put(&*scene.store, &frozen.key(), &frozen).await;
     let known = async || {
-        let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+        let mut admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
         let workers = admin
             .list_workers(v1::ListWorkersRequest {})
             .await
@@ -1297,7 +1305,7 @@ async fn grpc_tokenizes_and_lists_models() {
 #[tokio::test]
 async fn operators_see_the_cluster_and_drain_workers() {
     let scene = Scene::start(config(), vec![storyteller()]).await;
-    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let mut admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
     let status = admin
         .cluster_status(v1::ClusterStatusRequest {})
         .await
@@ -1342,7 +1350,7 @@ async fn operators_see_the_cluster_and_drain_workers() {
 // ---- what operators do ----
 
 async fn admin(scene: &Scene) -> AdminClient<Channel> {
-    AdminClient::new(channel(scene).await)
+    AdminClient::new(channel(&scene.admin).await)
 }
 
 fn cordon(id: &str, cordoned: bool) -> v1::SetCordonRequest {
@@ -1446,7 +1454,7 @@ async fn an_operator_changes_and_clears_what_is_wanted_of_the_placement() {
 async fn two_operators_at_once_lose_neither_change() {
     let scripts = vec![storyteller(), storyteller(), storyteller(), storyteller()];
     let scene = Scene::start(config(), scripts).await;
-    let channel = channel(&scene).await;
+    let channel = channel(&scene.admin).await;
     let cordons = ["w0", "w1", "w2", "w3"].map(|id| {
         let mut admin = AdminClient::new(channel.clone());
         async move { admin.set_cordon(cordon(id, true)).await.unwrap() }
@@ -1600,7 +1608,7 @@ async fn what_happens_is_told_to_those_who_ask_and_to_those_who_watch() {
 #[tokio::test]
 async fn a_drill_goes_to_its_worker_and_a_refusal_comes_back_as_it_is() {
     let scene = Scene::start(config(), vec![storyteller()]).await;
-    let admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
     let ask = async |worker: &str, kind: v1::DrillKind, peers: &[&str]| {
         let drill = v1::DrillRequest {
             kind: kind.into(),
@@ -1640,7 +1648,7 @@ async fn operators_plan_before_they_move_and_know_whom_they_need() {
         ..config()
     };
     let scene = Scene::start(config, vec![storyteller(), storyteller()]).await;
-    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let mut admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
     let workers = admin
         .list_workers(v1::ListWorkersRequest {})
         .await
@@ -1730,48 +1738,54 @@ async fn a_second_ready_holder_of_everything_makes_the_cluster_safe() {
 async fn reflection_lists_the_services_in_both_versions() {
     use tonic_reflection::pb::{v1 as new, v1alpha as old};
     let scene = Scene::start(config(), vec![storyteller()]).await;
-    let channel = channel(&scene).await;
-    let ask = new::server_reflection_request::MessageRequest::ListServices(String::new());
-    let request = new::ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(ask),
-    };
-    let mut client = new::server_reflection_client::ServerReflectionClient::new(channel.clone());
-    let answer = client
-        .server_reflection_info(futures::stream::iter([request]))
-        .await
-        .unwrap();
-    let answer = answer
-        .into_inner()
-        .next()
-        .await
-        .unwrap()
-        .unwrap()
-        .message_response
-        .unwrap();
-    let new::server_reflection_response::MessageResponse::ListServicesResponse(list) = answer
-    else {
-        panic!("a list expected")
-    };
-    let names: Vec<&str> = list.service.iter().map(|s| s.name.as_str()).collect();
-    for name in [
-        "tramontane.v1.Inference",
-        "tramontane.v1.Admin",
-        "grpc.health.v1.Health",
+    for (url, served, elsewhere) in [
+        (
+            &scene.grpc,
+            "tramontane.v1.Inference",
+            "tramontane.v1.Admin",
+        ),
+        (
+            &scene.admin,
+            "tramontane.v1.Admin",
+            "tramontane.v1.Inference",
+        ),
     ] {
-        assert!(names.contains(&name), "{names:?}");
+        let channel = channel(url).await;
+        let ask = new::server_reflection_request::MessageRequest::ListServices(String::new());
+        let request = new::ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(ask),
+        };
+        let mut client =
+            new::server_reflection_client::ServerReflectionClient::new(channel.clone());
+        let answer = client
+            .server_reflection_info(futures::stream::iter([request]))
+            .await
+            .unwrap();
+        let answer = answer.into_inner().next().await.unwrap().unwrap();
+        let answer = answer.message_response.unwrap();
+        let new::server_reflection_response::MessageResponse::ListServicesResponse(list) = answer
+        else {
+            panic!("a list expected")
+        };
+        let names: Vec<&str> = list.service.iter().map(|s| s.name.as_str()).collect();
+        assert!(names.contains(&served) && names.contains(&"grpc.health.v1.Health"));
+        assert!(!names.contains(&elsewhere), "{names:?}");
+        let ask = old::server_reflection_request::MessageRequest::ListServices(String::new());
+        let request = old::ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(ask),
+        };
+        let mut client = old::server_reflection_client::ServerReflectionClient::new(channel);
+        let answer = client
+            .server_reflection_info(futures::stream::iter([request]))
+            .await
+            .unwrap();
+        assert!(answer.into_inner().next().await.unwrap().is_ok());
     }
-    let ask = old::server_reflection_request::MessageRequest::ListServices(String::new());
-    let request = old::ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(ask),
-    };
-    let mut client = old::server_reflection_client::ServerReflectionClient::new(channel);
-    let answer = client
-        .server_reflection_info(futures::stream::iter([request]))
-        .await
-        .unwrap();
-    assert!(answer.into_inner().next().await.unwrap().is_ok());
+    let mut outside = AdminClient::new(channel(&scene.grpc).await);
+    let asked = outside.cluster_status(v1::ClusterStatusRequest {}).await;
+    assert_eq!(asked.unwrap_err().code(), tonic::Code::Unimplemented);
     scene.end().await;
 }
 
@@ -1791,7 +1805,7 @@ async fn a_router_that_stops_says_so_first_and_finishes_what_runs() {
         ..config()
     };
     let scene = Scene::start(lingering, vec![slow]).await;
-    let mut health = HealthClient::new(channel(&scene).await);
+    let mut health = HealthClient::new(channel(&scene.grpc).await);
     let mut check = async |service: &str| {
         let request = HealthCheckRequest {
             service: service.to_owned(),

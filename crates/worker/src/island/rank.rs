@@ -20,6 +20,7 @@ use tramontane_proto::v1::{
     self, island_client::IslandClient, lead_message::Kind, rank_message::Kind as Said,
 };
 use tramontane_runtime::ops::Ops;
+use tramontane_runtime::tls::{Incoming, Link, Role, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 
 use super::{BEAT_EVERY, QUEUE_MAX, SILENCE_MAX, message_bytes_max, wire};
@@ -40,6 +41,8 @@ pub struct RankParts {
     pub checkpoint: Arc<Checkpoint>,
     /// Where health checks are asked for.
     pub ops: Option<TcpListener>,
+    /// What it shows to others, and whom it believes.
+    pub tls: Tls,
 }
 
 /// Runs a rank that follows the leader of its island until `shutdown` is triggered. A leader that is not there is waited
@@ -64,7 +67,8 @@ pub async fn run_rank(
     let device = device::choose(&mut config, parts.checkpoint.geometry())?;
     let (setter, readiness) = Readiness::starting("loading");
     if let Some(listener) = parts.ops.take() {
-        serve_ops(listener, readiness, &shutdown);
+        let incoming = Incoming::new(listener, parts.tls.ops_door("ops"));
+        serve_ops(incoming, readiness, &shutdown);
     }
     let checkpoint = Arc::clone(&parts.checkpoint);
     let loading = config.clone();
@@ -75,6 +79,7 @@ pub async fn run_rank(
         .map_err(|source| Error::Task { what, source })??;
     let rank = Rank {
         leader,
+        link: parts.tls.link(Role::Worker),
         hello: hello(&config, &loaded.backend, &parts.checkpoint),
         message_bytes: message_bytes_max(parts.checkpoint.geometry()),
         orders: Orders::start(loaded, parts.checkpoint)?,
@@ -84,13 +89,13 @@ pub async fn run_rank(
     Ok(())
 }
 
-fn serve_ops(listener: TcpListener, ready: Readiness, shutdown: &Shutdown) {
+fn serve_ops(incoming: Incoming, ready: Readiness, shutdown: &Shutdown) {
     let ops = Ops {
         live: Arc::new(|| Ok(())),
         ready,
         metrics: Arc::new(|| "# EOF\n".to_owned()),
     };
-    let served = tramontane_runtime::ops::serve(listener, ops, shutdown.clone());
+    let served = tramontane_runtime::ops::serve(incoming, ops, shutdown.clone());
     shutdown.tasks.spawn(async move {
         if let Err(error) = served.await {
             tracing::error!(%error, "the operations port ended");
@@ -156,6 +161,7 @@ impl Loaded {
 #[derive(Debug)]
 struct Rank {
     leader: String,
+    link: Link,
     hello: v1::RankHello,
     message_bytes: usize,
     orders: Orders,
@@ -236,7 +242,7 @@ impl Rank {
     ) -> Result<Streaming<v1::LeadMessage>, String> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.leader));
         let endpoint = endpoint.map_err(|error| error.to_string())?;
-        let channel = endpoint.tcp_nodelay(true).connect().await;
+        let channel = self.link.connect(&endpoint).await;
         let channel = channel.map_err(|error| error.to_string())?;
         let mut client = IslandClient::new(channel)
             .max_decoding_message_size(self.message_bytes)

@@ -18,6 +18,7 @@ use tramontane_coordination::{Members, WorkerState};
 use tramontane_exchange::LinkSettings;
 use tramontane_model::{Description, Error, Part, Source};
 use tramontane_proto::v1::{self, weights_chunk::Kind, weights_client::WeightsClient};
+use tramontane_runtime::tls::Link;
 use tramontane_types::WorkerId;
 
 use super::{FETCHES_MAX, RANGE_BYTES_MAX, RANGE_PIECES_MAX, WeightStats, from_wire};
@@ -41,6 +42,7 @@ const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct PeerWeights {
     asker: v1::WeightsAsker,
+    link: Link,
     members: watch::Receiver<Arc<Members>>,
     runtime: Handle,
     stop: CancellationToken,
@@ -127,12 +129,14 @@ impl PeerWeights {
     /// Asks on behalf of `asker` those `members` that have its model. `stop` ends all waits.
     pub(crate) fn new(
         asker: v1::WeightsAsker,
+        link: Link,
         members: watch::Receiver<Arc<Members>>,
         stats: Arc<WeightStats>,
         stop: CancellationToken,
     ) -> Self {
         Self {
             asker,
+            link,
             members,
             runtime: Handle::current(),
             stop,
@@ -256,13 +260,12 @@ impl PeerWeights {
             address: peer.address.clone(),
         })?;
         // A connection of its own: the windows of expert calls are not theirs.
-        let channel = endpoint
+        let endpoint = endpoint
             .connect_timeout(link.connect_timeout)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(link.keepalive_interval)
             .keep_alive_timeout(link.keepalive_timeout)
-            .keep_alive_while_idle(false)
-            .connect_lazy();
+            .keep_alive_while_idle(false);
+        let channel = self.link.connect_lazy(&endpoint);
         let client = WeightsClient::new(channel).max_decoding_message_size(DESCRIPTION_BYTES_MAX);
         // Addresses of members that left are not asked again.
         let members = Arc::clone(&self.members.borrow());
@@ -396,7 +399,7 @@ mod tests {
         };
         let (_sender, members) = watch::channel(Arc::new(members));
         let stop = CancellationToken::new();
-        let peers = PeerWeights::new(asker, members, Arc::default(), stop);
+        let peers = PeerWeights::new(asker, Link::default(), members, Arc::default(), stop);
         let begin = Instant::now();
         let drips = async |_: &Peer| -> Result<(), Failure> {
             loop {

@@ -15,6 +15,7 @@ use tramontane_coordination::{
 };
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1;
+use tramontane_runtime::tls::Link;
 
 use super::client::PeerWeights;
 use crate::Error;
@@ -31,6 +32,8 @@ const OPEN_PAUSE: Duration = Duration::from_secs(2);
 pub struct PeerModel {
     /// Where the others are listed.
     pub store: Arc<dyn Store>,
+    /// The way to them.
+    pub link: Link,
     /// Name of the cluster.
     pub cluster: String,
     /// Id of the worker that wants it.
@@ -151,7 +154,13 @@ async fn open(
         cluster: wish.cluster.clone(),
         model: found.fingerprint.clone(),
     };
-    let peers = Arc::new(PeerWeights::new(asker, members, Arc::default(), ended));
+    let peers = Arc::new(PeerWeights::new(
+        asker,
+        wish.link.clone(),
+        members,
+        Arc::default(),
+        ended,
+    ));
     let description = peers.describe().await.map_err(|source| Error::Described {
         model: found.fingerprint.clone(),
         source: Box::new(source),
@@ -216,6 +225,7 @@ mod tests {
     fn the_model_is_the_published_one_or_what_most_have() {
         let wish = |name: Option<&str>| PeerModel {
             store: Arc::new(MemoryStore::new()),
+            link: Link::default(),
             cluster: "c".to_owned(),
             id: "me".to_owned(),
             name: name.map(str::to_owned),

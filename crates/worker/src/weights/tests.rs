@@ -190,7 +190,14 @@ impl Scene {
             model: self.checkpoint.fingerprint().to_owned(),
         };
         let (members, stats) = (self.members.subscribe(), Arc::clone(&self.stats));
-        Arc::new(PeerWeights::new(asker, members, stats, self.ended.clone()))
+        let link = tramontane_runtime::tls::Link::default();
+        Arc::new(PeerWeights::new(
+            asker,
+            link,
+            members,
+            stats,
+            self.ended.clone(),
+        ))
     }
 
     /// The first bytes of a file, as peers give them.

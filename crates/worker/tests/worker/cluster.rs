@@ -20,6 +20,7 @@ use tramontane_exchange::LocalTransport;
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1::{self, sequence_event::Kind, worker_client::WorkerClient};
 use tramontane_runtime::Shutdown;
+use tramontane_runtime::tls::{Link, Tls};
 use tramontane_testkit::tiny::TinyModel;
 use tramontane_types::{Epoch, Placement, SamplingParams, SegmentRange, SliceHolders, WorkerId};
 use tramontane_worker::{
@@ -145,6 +146,7 @@ impl Cluster {
     /// The checkpoint that the others have, of which nothing is here.
     pub(crate) async fn checkpoint_of_peers(&self, config: &WorkerConfig) -> Arc<Checkpoint> {
         let wish = PeerModel {
+            link: Link::default(),
             store: Arc::clone(&self.store),
             cluster: config.cluster.clone(),
             id: config.id.clone(),
@@ -177,6 +179,7 @@ impl Cluster {
         let id = config.id.clone();
         let address = grpc.local_addr().unwrap();
         let parts = WorkerParts {
+            tls: Tls::default(),
             store: Arc::clone(&self.store),
             checkpoint,
             model_name: "tiny".to_owned(),

@@ -18,6 +18,7 @@ use tramontane_coordination::MemoryStore;
 use tramontane_proto::v1::island_client::IslandClient;
 use tramontane_proto::v1::{self, rank_message, sequence_event::Kind};
 use tramontane_runtime::Shutdown;
+use tramontane_runtime::tls::Tls;
 use tramontane_types::SamplingParams;
 use tramontane_worker::{
     ExchangeKind, ProcessKind, RankParts, WorkerConfig, WorkerParts, run, run_rank,
@@ -71,6 +72,7 @@ fn rank_process() {
     let device = emulator();
     tramontane_worker::device::provide(1, &device);
     let parts = RankParts {
+        tls: Tls::default(),
         checkpoint: Arc::new(tramontane_model::Checkpoint::open(directory.as_ref()).unwrap()),
         ops: None,
     };
@@ -239,6 +241,7 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
 #[tokio::test]
 async fn an_island_without_gpus_and_a_rank_without_a_leader_are_refused_by_name() {
     let parts = || RankParts {
+        tls: Tls::default(),
         checkpoint: checkpoint(),
         ops: None,
     };
@@ -263,6 +266,7 @@ async fn an_island_without_gpus_and_a_rank_without_a_leader_are_refused_by_name(
     );
     // And the other way round.
     let parts = WorkerParts {
+        tls: Tls::default(),
         store: Arc::new(MemoryStore::new()),
         checkpoint: checkpoint(),
         model_name: "tiny".to_owned(),

@@ -12,7 +12,6 @@ use tramontane_types::WorkerId;
 use super::{not_found, refusal};
 use crate::error::ApiError;
 use crate::run::App;
-use crate::worker_link::client;
 
 /// Longest wait for a worker to begin a drill, or to say what drills have done to it.
 const DRILL_ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -73,7 +72,10 @@ fn worker(
         let text = format!("worker {id} at {address}: {what}");
         refusal(&ApiError::unavailable(text))
     };
-    let client = client(&record.address).map_err(|error| unreachable(&error.to_string()))?;
+    let client = app
+        .connect
+        .client(&record.address)
+        .map_err(|error| unreachable(&error.to_string()))?;
     Ok((client, unreachable))
 }
 

@@ -18,7 +18,6 @@ use super::{count, not_found, refusal, store_refused};
 use crate::error::ApiError;
 use crate::run::App;
 use crate::scaler::{ScaleError, WORKERS_MAX};
-use crate::worker_link::client;
 
 /// Longest wait for a worker to say that it drains.
 const DRAIN_ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -56,7 +55,10 @@ pub(super) async fn drain(app: &App, id: &str) -> Result<v1::DrainWorkerResponse
             record.address
         )))
     };
-    let mut worker = client(&record.address).map_err(|error| unreachable(error.to_string()))?;
+    let mut worker = app
+        .connect
+        .client(&record.address)
+        .map_err(|error| unreachable(error.to_string()))?;
     match timeout(DRAIN_ANSWER_MAX, worker.drain(v1::DrainRequest {})).await {
         Ok(Ok(_)) => {
             tracing::info!(worker = %id, "worker asked to drain");
@@ -85,7 +87,7 @@ pub(super) async fn remove(
         return Err(not_found(format!("there is no worker {id}"), "worker_id"));
     }
     let was_alive = match record {
-        Some(record) => is_alive(record).await,
+        Some(record) => is_alive(app, record).await,
         None => false,
     };
     let is_ready = record.is_some_and(|record| record.state == WorkerState::Ready);
@@ -143,8 +145,8 @@ pub(super) async fn scale(app: &App, wanted: u32) -> Result<v1::ScaleWorkersResp
 }
 
 /// Whether the process of a worker answers.
-async fn is_alive(record: &WorkerRecord) -> bool {
-    let Ok(mut worker) = client(&record.address) else {
+async fn is_alive(app: &App, record: &WorkerRecord) -> bool {
+    let Ok(mut worker) = app.connect.client(&record.address) else {
         return false;
     };
     let status = worker.status(v1::WorkerStatusRequest {});

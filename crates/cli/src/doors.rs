@@ -1,0 +1,136 @@
+//! Which ports a process may open: beyond this machine only with TLS, or on the operator's explicit word.
+
+use std::net::ToSocketAddrs as _;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tramontane_runtime::tls::{Expected, PeerName, Role, Tls, TlsSettings, is_here};
+
+use crate::settings::{chain, misuse};
+
+/// A port that is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Port<'a> {
+    /// The setting that says where.
+    pub(crate) key: &'static str,
+    /// Where.
+    pub(crate) address: &'a str,
+    /// What it shows.
+    pub(crate) shows: Shows,
+}
+
+/// Which identity a port shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shows {
+    /// That for clients.
+    Clients,
+    /// That for other processes.
+    Cluster,
+}
+
+/// The identities of a server of a cluster.
+///
+/// # Errors
+/// [`Misuse`](crate::settings::Misuse) that says what is wrong with which file.
+pub(crate) fn identities(settings: &TlsSettings, cluster: &str, role: Role) -> anyhow::Result<Tls> {
+    let expected = Expected::Name(PeerName::new(cluster, role));
+    Tls::load(settings, expected).map_err(|error| misuse(chain(&error)))
+}
+
+/// Refuses ports that others could reach and that have no TLS, unless the operator wants it so.
+///
+/// # Errors
+/// [`Misuse`](crate::settings::Misuse) that names the port and the ways out; or an address that is none.
+pub(crate) fn check(ports: &[Port<'_>], tls: &Tls, insecure: bool) -> anyhow::Result<()> {
+    for port in ports {
+        let has_tls = match port.shows {
+            Shows::Clients => tls.has_clients(),
+            Shows::Cluster => tls.has_cluster(),
+        };
+        if has_tls || insecure || stays_here(port)? {
+            continue;
+        }
+        let Port {
+            key,
+            address,
+            shows,
+        } = port;
+        let files = match shows {
+            Shows::Clients => "tls.clients_cert and tls.clients_key",
+            Shows::Cluster => "tls.cluster_cert, tls.cluster_key and tls.cluster_ca",
+        };
+        return Err(misuse(format!(
+            "{key} is {address}, beyond this machine, and has no TLS: expected {files} (`tramontane certs init` \
+             makes them), an address of this machine, or --insecure to serve in the clear"
+        )));
+    }
+    Ok(())
+}
+
+/// Whether only this machine reaches a port.
+fn stays_here(port: &Port<'_>) -> anyhow::Result<bool> {
+    let (key, address) = (port.key, port.address);
+    let found = address
+        .to_socket_addrs()
+        .map_err(|error| misuse(format!("{key} must be host:port, got {address:?}: {error}")))?;
+    let found: Vec<_> = found.collect();
+    Ok(!found.is_empty() && found.iter().all(is_here))
+}
+
+/// Listens on `host:port`.
+pub(crate) async fn bind(address: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listening on {address}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::Misuse;
+
+    fn checked(address: &str, shows: Shows, insecure: bool) -> anyhow::Result<()> {
+        let key = "listen.ops";
+        let port = Port {
+            key,
+            address,
+            shows,
+        };
+        check(&[port], &Tls::default(), insecure)
+    }
+
+    #[test]
+    fn a_port_without_tls_stays_on_this_machine_unless_somebody_says_otherwise() {
+        for here in [
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            "localhost:1",
+            "[::ffff:127.0.0.1]:1",
+        ] {
+            checked(here, Shows::Cluster, false).unwrap();
+        }
+        for beyond in ["0.0.0.0:8101", "[::]:8101", "10.0.0.1:8101"] {
+            checked(beyond, Shows::Cluster, true).unwrap();
+            let error = checked(beyond, Shows::Cluster, false).unwrap_err();
+            let text = error.to_string();
+            assert!(error.is::<Misuse>(), "{text}");
+            for word in [
+                beyond,
+                "listen.ops",
+                "tls.cluster_cert",
+                "certs init",
+                "--insecure",
+            ] {
+                assert!(text.contains(word), "{text}");
+            }
+        }
+        let error = checked("0.0.0.0:1", Shows::Clients, false).unwrap_err();
+        assert!(error.to_string().contains("tls.clients_cert"), "{error}");
+        assert!(
+            checked("nowhere", Shows::Clients, false)
+                .unwrap_err()
+                .is::<Misuse>()
+        );
+    }
+}

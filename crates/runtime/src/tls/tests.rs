@@ -1,0 +1,392 @@
+//! Two ends over loopback: who believes whom, what a refusal says, and that new files are new certificates.
+
+use std::fs;
+use std::future::poll_fn;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use http::Uri;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tonic::codegen::Service as _;
+
+use super::*;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// An authority and a directory for what it makes.
+struct Made {
+    dir: TempDir,
+    ca: Issuer<'static, KeyPair>,
+}
+
+/// When a certificate is valid, in days from now.
+type Days = (i64, i64);
+const NOW: Days = (-1, 1);
+
+impl Made {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "CA");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let cert = params.self_signed(&key).unwrap();
+        fs::write(dir.path().join("ca.pem"), cert.pem()).unwrap();
+        let ca = Issuer::new(params, key);
+        Self { dir, ca }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes `NAME.pem` and `NAME-key.pem`.
+    fn issue(&self, name: &str, uris: &[&str], (from, until): Days) {
+        let at = |days: i64| match days < 0 {
+            true => SystemTime::now() - DAY * days.unsigned_abs() as u32,
+            false => SystemTime::now() + DAY * days as u32,
+        };
+        let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        (params.not_before, params.not_after) = (at(from).into(), at(until).into());
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        for uri in uris {
+            let uri = SanType::URI((*uri).try_into().unwrap());
+            params.subject_alt_names.push(uri);
+        }
+        let key = KeyPair::generate().unwrap();
+        let cert = params.signed_by(&key, &self.ca).unwrap();
+        fs::write(self.path(&format!("{name}.pem")), cert.pem()).unwrap();
+        fs::write(self.path(&format!("{name}-key.pem")), key.serialize_pem()).unwrap();
+    }
+
+    fn settings(&self, name: &str) -> TlsSettings {
+        TlsSettings {
+            cluster_cert: Some(self.path(&format!("{name}.pem"))),
+            cluster_key: Some(self.path(&format!("{name}-key.pem"))),
+            cluster_ca: Some(self.path("ca.pem")),
+            ..TlsSettings::default()
+        }
+    }
+
+    /// An identity of a fresh certificate.
+    fn process(&self, cluster: &str, role: Role) -> Tls {
+        let name = PeerName::new(cluster, role);
+        self.issue("one", &[&name.to_string()], NOW);
+        Tls::load(&self.settings("one"), Expected::Name(name)).unwrap()
+    }
+}
+
+/// A door that says hello to everybody, and how to come to it.
+struct Echo {
+    uri: Uri,
+    serving: JoinSet<()>,
+}
+
+impl Echo {
+    async fn start(door: Door) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap());
+        let mut incoming = Incoming::new(listener, door);
+        let mut serving = JoinSet::new();
+        serving.spawn(async move {
+            let mut open = JoinSet::new();
+            loop {
+                let mut socket = poll_fn(|cx| incoming.poll_accept(cx)).await;
+                open.spawn(async move {
+                    let mut buffer = [0; 32];
+                    while let Ok(got @ 1..) = socket.read(&mut buffer).await {
+                        let _gone = socket.write_all(&buffer[..got]).await;
+                        let _gone = socket.flush().await;
+                    }
+                });
+            }
+        });
+        let uri = uri.parse().unwrap();
+        Self { uri, serving }
+    }
+
+    async fn open(&self, mut link: Link) -> Result<Opened, String> {
+        let opened = link.call(self.uri.clone()).await;
+        opened
+            .map(hyper_util::rt::TokioIo::into_inner)
+            .map_err(|error| error.to_string())
+    }
+
+    /// What comes back, or why nothing does: a server's refusal is read, not connected to.
+    async fn ask(&self, link: Link) -> Result<Opened, String> {
+        let mut opened = self.open(link).await?;
+        echoed(&mut opened).await?;
+        Ok(opened)
+    }
+}
+
+/// What a server says that has refused us after our handshake. We say nothing: it would not be read.
+async fn refused(door: &Echo, link: Link) -> String {
+    let mut opened = door.open(link).await.unwrap();
+    opened.read(&mut [0]).await.unwrap_err().to_string()
+}
+
+async fn echoed(opened: &mut Opened) -> Result<(), String> {
+    // As long as the hello of HTTP/2, which a door waits for.
+    let said = [b'x'; 24];
+    let mut heard = [0; 24];
+    let talk = async {
+        opened.write_all(&said).await?;
+        opened.flush().await?;
+        opened.read_exact(&mut heard).await
+    };
+    talk.await.map_err(|error| error.to_string())?;
+    assert_eq!(said, heard);
+    Ok(())
+}
+
+#[tokio::test]
+async fn processes_of_one_cluster_talk_in_the_roles_that_were_meant() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    let router = made.process("prod", Role::Router);
+    let door = Echo::start(worker.cluster_door("worker")).await;
+    door.ask(router.link(Role::Worker)).await.unwrap();
+
+    let error = door.ask(router.link(Role::Router)).await.unwrap_err();
+    assert!(
+        error.ends_with("the peer is spiffe://prod/worker, expected spiffe://prod/router"),
+        "{error}"
+    );
+    let other = made.process("test", Role::Router);
+    let error = door.ask(other.link(Role::Worker)).await.unwrap_err();
+    assert!(error.contains("expected spiffe://test/worker"), "{error}");
+}
+
+#[tokio::test]
+async fn strangers_are_refused_by_both_ends() {
+    let (made, foreign) = (Made::new(), Made::new());
+    let worker = made.process("prod", Role::Worker);
+    let stranger = foreign.process("prod", Role::Router);
+    let door = Echo::start(worker.cluster_door("worker")).await;
+    let error = door.ask(stranger.link(Role::Worker)).await.unwrap_err();
+    assert!(error.contains("UnknownIssuer"), "{error}");
+    // One that believes us and that we do not believe: it hears why.
+    fs::copy(made.path("ca.pem"), foreign.path("both.pem")).unwrap();
+    let ca = foreign.path("both.pem");
+    let own = (foreign.path("one.pem"), foreign.path("one-key.pem"));
+    let trusting = Trust::load("test", ca.clone(), Some(own)).unwrap();
+    // By name: the certificate has one.
+    let uri = door.uri.to_string().replace("127.0.0.1", "localhost");
+    let door = Echo {
+        uri: uri.parse().unwrap(),
+        ..door
+    };
+    let error = refused(&door, trusting.link()).await;
+    assert!(error.contains("UnknownCA"), "{error}");
+    let nameless = Trust::load("test", ca, None).unwrap();
+    let error = refused(&door, nameless.link()).await;
+    assert!(error.contains("CertificateRequired"), "{error}");
+    drop(door.serving);
+}
+
+#[tokio::test]
+async fn plaintext_and_tls_do_not_meet_and_say_so() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    let open = Echo::start(worker.ops_door("ops")).await;
+    let mut stream = TcpStream::connect(open.uri.authority().unwrap().as_str())
+        .await
+        .unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
+    assert!(
+        head.contains(&format!("content-length: {}\r\n", body.len())),
+        "{answer}"
+    );
+    assert!(body.contains("https://"), "{body}");
+
+    let plain = Echo::start(Door::plain("worker")).await;
+    let error = plain.ask(worker.link(Role::Worker)).await.unwrap_err();
+    assert!(error.contains("speaks plaintext"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_never_begins_a_handshake_holds_up_nobody_and_is_given_up() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    let door = Echo::start(worker.cluster_door("worker")).await;
+    let at = door.uri.authority().unwrap().as_str();
+    let mut silent = TcpStream::connect(at).await.unwrap();
+    let mut slow = TcpStream::connect(at).await.unwrap();
+    slow.write_all(&[0x16, 3, 1]).await.unwrap();
+    door.ask(worker.link(Role::Worker)).await.unwrap();
+    let begin = Instant::now();
+    let mut rest = Vec::new();
+    for stream in [&mut silent, &mut slow] {
+        let _closed_or_reset = timeout(HANDSHAKE_TIMEOUT * 2, stream.read_to_end(&mut rest))
+            .await
+            .unwrap();
+    }
+    assert!(
+        begin.elapsed() <= HANDSHAKE_TIMEOUT + DAY / 86_400,
+        "{:?}",
+        begin.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn nobody_goes_beyond_this_machine_in_the_clear_unless_told_to() {
+    let mut link = Tls::default().link(Role::Worker);
+    let error = link.call("http://192.0.2.1:1".parse().unwrap()).await;
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("192.0.2.1:1") && error.contains("--insecure"),
+        "{error}"
+    );
+    let door = Echo::start(Door::plain("worker")).await;
+    door.ask(link).await.unwrap();
+}
+
+#[tokio::test]
+async fn new_files_are_for_new_connections_and_bad_ones_for_nobody() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    let cluster = Arc::clone(worker.cluster.as_ref().unwrap());
+    let serial = || cluster.to(Role::Worker);
+    let door = Echo::start(worker.cluster_door("worker")).await;
+    let mut old = door.ask(worker.link(Role::Worker)).await.unwrap();
+    let shown = |opened: &Opened| match opened {
+        Opened::Tls(stream) => {
+            let (_, connection) = stream.get_ref();
+            connection.peer_certificates().unwrap()[0].to_vec()
+        }
+        Opened::Plain(_) => panic!("TLS expected"),
+    };
+    let before = (shown(&old), serial());
+
+    // Nothing has changed: nothing is made anew.
+    cluster.current.look();
+    assert!(Arc::ptr_eq(&before.1, &serial()));
+    // Only the half of a change, and a name that is not ours.
+    let key = fs::read(made.path("one-key.pem")).unwrap();
+    made.issue("one", &["spiffe://prod/worker"], NOW);
+    let new_key = fs::read(made.path("one-key.pem")).unwrap();
+    fs::write(made.path("one-key.pem"), key).unwrap();
+    cluster.current.look();
+    assert!(Arc::ptr_eq(&before.1, &serial()));
+    made.issue("other", &["spiffe://prod/router"], NOW);
+    let saved = fs::read(made.path("one.pem")).unwrap();
+    fs::copy(made.path("other.pem"), made.path("one.pem")).unwrap();
+    fs::copy(made.path("other-key.pem"), made.path("one-key.pem")).unwrap();
+    cluster.current.look();
+    assert!(Arc::ptr_eq(&before.1, &serial()));
+
+    // The whole of it.
+    fs::write(made.path("one.pem"), saved).unwrap();
+    fs::write(made.path("one-key.pem"), new_key).unwrap();
+    cluster.current.look();
+    let new = door.ask(worker.link(Role::Worker)).await.unwrap();
+    assert_ne!(shown(&new), before.0);
+    echoed(&mut old).await.unwrap();
+    // A file that is gone changes nothing.
+    fs::remove_file(made.path("one.pem")).unwrap();
+    cluster.current.look();
+    door.ask(worker.link(Role::Worker)).await.unwrap();
+}
+
+#[test]
+fn what_cannot_be_used_is_named() {
+    let made = Made::new();
+    let name = PeerName::new("prod", Role::Worker);
+    let load = |settings: &TlsSettings| {
+        let error = Tls::load(settings, Expected::Name(name.clone())).unwrap_err();
+        let cause = std::error::Error::source(&error);
+        cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+    };
+    let with = |change: &dyn Fn(&Path)| {
+        made.issue("one", &["spiffe://prod/worker"], NOW);
+        change(made.dir.path());
+        load(&made.settings("one"))
+    };
+    let write = |file: &'static str, bytes: &'static [u8]| {
+        move |dir: &Path| fs::write(dir.join(file), bytes).unwrap()
+    };
+    let half = TlsSettings {
+        cluster_ca: None,
+        ..made.settings("one")
+    };
+    let key = fs::read_to_string(made.path("ca.pem")).unwrap();
+    let leaked: &'static [u8] = Box::leak(key.into_bytes().into_boxed_slice());
+    let table = [
+        (
+            load(&half),
+            "tls.cluster_cert is set without tls.cluster_ca",
+        ),
+        (
+            with(&|dir| fs::remove_file(dir.join("one.pem")).unwrap()),
+            "one.pem: No such file",
+        ),
+        (
+            with(&write("one.pem", b"")),
+            "one.pem must be PEM with at least one certificate, got an empty file",
+        ),
+        (
+            with(&write("one.pem", b"hello")),
+            "got 5 bytes that are no PEM",
+        ),
+        (
+            with(&write("one-key.pem", leaked)),
+            "one-key.pem must be PEM with a private key, got PEM with a CERTIFICATE",
+        ),
+        (with(&write("ca.pem", b"x")), "CA "),
+    ];
+    for (got, expected) in table {
+        assert!(got.contains(expected), "{got:?} has no {expected:?}");
+    }
+    fs::write(made.path("ca.pem"), leaked).unwrap();
+    let issued = |uris: &[&str], days: Days| {
+        made.issue("one", uris, days);
+        load(&made.settings("one"))
+    };
+    let old = issued(&["spiffe://prod/worker"], (-9, -1));
+    assert!(
+        old.contains("one.pem is valid from ") && old.contains(", now is "),
+        "{old}"
+    );
+    let none = issued(&[], NOW);
+    assert!(
+        none.contains("one.pem has no URI spiffe://CLUSTER/router"),
+        "{none}"
+    );
+    let other = issued(&["spiffe://prod/operator"], NOW);
+    assert!(other.contains("is that of spiffe://prod/operator, expected spiffe://prod/worker"));
+    let foreign = Made::new();
+    fs::copy(foreign.path("ca.pem"), made.path("ca.pem")).unwrap();
+    let foreign = issued(&["spiffe://prod/worker"], NOW);
+    assert!(
+        foreign.contains("none that CA ") && foreign.contains("UnknownIssuer"),
+        "{foreign}"
+    );
+    fs::write(made.path("ca.pem"), leaked).unwrap();
+    made.issue("two", &["spiffe://prod/worker"], NOW);
+    let mixed = TlsSettings {
+        cluster_key: Some(made.path("two-key.pem")),
+        ..made.settings("one")
+    };
+    assert!(load(&mixed).contains("two-key.pem is not that of certificate "));
+}
