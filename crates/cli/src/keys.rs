@@ -20,7 +20,8 @@ use crate::settings::misuse;
 /// Bytes of a name that nobody chose.
 const NAME_DIGITS: usize = 8;
 /// What a new file says first.
-const HEADING: &str = "# API keys of tramontane: name, tenant, SHA-256 of the key, expiry, operator or nothing.\n";
+const HEADING: &str =
+    "# API keys of tramontane: name, tenant, SHA-256 of the key, expiry, operator or nothing.\n";
 
 /// `tramontane keys ...`
 #[derive(Debug, Subcommand)]
@@ -137,8 +138,18 @@ fn list(file: &Path, format: Format) -> anyhow::Result<()> {
     }
     let row = |entry: &KeyEntry| {
         let state = if is_over(entry) { "expired" } else { "valid" };
-        let role = if entry.is_operator { "operator" } else { "client" };
-        let words = [entry.name.as_str(), entry.tenant.as_str(), &time(entry), state, role];
+        let role = if entry.is_operator {
+            "operator"
+        } else {
+            "client"
+        };
+        let words = [
+            entry.name.as_str(),
+            entry.tenant.as_str(),
+            &time(entry),
+            state,
+            role,
+        ];
         words.map(str::to_owned).to_vec()
     };
     let rows: Vec<Vec<String>> = entries.iter().map(row).collect();
@@ -221,7 +232,10 @@ mod tests {
         let again = add(&args(dir.path(), "phone")).unwrap_err();
         assert_eq!(exit::of(&again), Exit::Conflict);
         let text = std::fs::read_to_string(&file).unwrap();
-        assert!(text.starts_with(HEADING) && !text.contains("trm_"), "{text}");
+        assert!(
+            text.starts_with(HEADING) && !text.contains("trm_"),
+            "{text}"
+        );
         assert_eq!(parse(&file, &text).unwrap().len(), 2);
         revoke("laptop", &file).unwrap();
         let left = parse(&file, &std::fs::read_to_string(&file).unwrap()).unwrap();

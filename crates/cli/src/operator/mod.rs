@@ -17,8 +17,8 @@ use std::time::Duration;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::{Code, Request, Status};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
 use tramontane_proto::v1::admin_client::AdminClient;
 
 pub(crate) use events::events;
@@ -68,7 +68,9 @@ impl Proof {
 impl Interceptor for Proof {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(bearer) = &self.0 {
-            request.metadata_mut().insert("authorization", bearer.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", bearer.clone());
         }
         Ok(request)
     }
@@ -107,7 +109,7 @@ pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
 }
 
 /// The router's refusal in its own words, and `next`, the command to try.
-pub(crate) fn refused(next: &str) -> impl Fn(tonic::Status) -> anyhow::Error {
+pub(crate) fn refused(next: &str) -> impl Fn(Status) -> anyhow::Error {
     move |status| {
         let exit = exit_of(&status);
         let next = match exit {
@@ -119,7 +121,7 @@ pub(crate) fn refused(next: &str) -> impl Fn(tonic::Status) -> anyhow::Error {
 }
 
 /// What a refusal of the router is for a script.
-fn exit_of(status: &tonic::Status) -> Exit {
+fn exit_of(status: &Status) -> Exit {
     // The transport's own errors have a cause, and any code.
     if status.source().is_some() && status.code() != Code::Cancelled {
         return Exit::Unavailable;

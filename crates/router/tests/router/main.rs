@@ -234,6 +234,12 @@ fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(Tokenizer::from_dir(std::path::Path::new(dir)).unwrap())
 }
 
+/// An HTTP client; the process needs a choice of cryptography for that, though nothing here is encrypted.
+fn client() -> reqwest::Client {
+    let _chosen = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 fn config() -> RouterConfig {
     RouterConfig {
         planner: false,
@@ -396,7 +402,7 @@ impl Scene {
             tokenizer,
             http,
             grpc,
-            client: reqwest::Client::new(),
+            client: client(),
             shutdown,
             running,
             workers,
