@@ -86,7 +86,7 @@ pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
 }
 
 /// The router's refusal in its own words, and `next`, the command to try.
-pub(crate) fn refused(next: &str) -> impl Fn(tonic::Status) -> anyhow::Error {
+pub(crate) fn refused(next: &str) -> impl Fn(Status) -> anyhow::Error {
     move |status| {
         let exit = exit_of(&status);
         let next = match exit {
@@ -98,7 +98,7 @@ pub(crate) fn refused(next: &str) -> impl Fn(tonic::Status) -> anyhow::Error {
 }
 
 /// What a refusal of the router is for a script.
-fn exit_of(status: &tonic::Status) -> Exit {
+fn exit_of(status: &Status) -> Exit {
     // The transport's own errors have a cause, and any code.
     if status.source().is_some() && status.code() != Code::Cancelled {
         return Exit::Unavailable;

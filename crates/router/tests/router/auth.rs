@@ -149,6 +149,7 @@ async fn grpc_status(client: &reqwest::Client, url: &str, key: Option<&str>) -> 
 #[tokio::test]
 async fn every_grpc_method_is_closed_save_health() {
     let (scene, _dir) = guarded_scene().await;
+    let _chosen = client();
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()

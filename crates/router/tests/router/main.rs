@@ -236,6 +236,12 @@ fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(Tokenizer::from_dir(std::path::Path::new(dir)).unwrap())
 }
 
+/// An HTTP client; the process needs a choice of cryptography for that, though nothing here is encrypted.
+fn client() -> reqwest::Client {
+    let _chosen = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::new()
+}
+
 fn config() -> RouterConfig {
     RouterConfig {
         planner: false,
@@ -404,7 +410,7 @@ impl Scene {
             http,
             grpc,
             admin,
-            client: reqwest::Client::new(),
+            client: client(),
             shutdown,
             running,
             workers,

@@ -61,7 +61,7 @@ fn a_tenant_with_many_requests_does_not_go_before_one_with_few() {
         waits(queue.enter(ask("b", 10), what, now));
     }
     // Both have had the same when b comes: a's first request is older.
-    let order = ["a1", "b1", "b2", "a2", "a3"];
+    let order = ["a1", "b1", "a2", "b2", "a3"];
     let mut ended = "a";
     for expected in order {
         assert_eq!(next(&mut queue, ended, now), Some(expected));
@@ -176,20 +176,25 @@ fn a_full_queue_turns_out_the_last_of_whoever_has_most() {
         Entered::Full("b2")
     ));
     assert_eq!(queue.num_waiting(), 3);
-    // The same for memory.
-    let large = Ask {
-        bytes: 975,
+}
+
+#[test]
+fn a_large_request_does_not_turn_out_those_of_tenants_that_take_less() {
+    let (mut queue, now) = (queue(1, 10), Instant::now());
+    for what in ["a0", "a1", "a2", "a3"] {
+        queue.enter(ask("a", 1), what, now);
+    }
+    let large = |bytes| Ask {
+        bytes,
         ..ask("c", 1)
     };
-    assert!(matches!(queue.enter(large, "c1", now), Entered::Full("c1")));
-    let beyond = Ask {
-        bytes: 1001,
-        ..ask("c", 1)
-    };
-    assert!(matches!(
-        queue.enter(beyond, "c2", now),
-        Entered::Full("c2")
-    ));
+    for bytes in [971, 1001] {
+        let entered = queue.enter(large(bytes), "c1", now);
+        assert!(matches!(entered, Entered::Full("c1")), "{bytes}");
+    }
+    assert!(waits(queue.enter(large(970), "c2", now)).is_empty());
+    // Memory is used up now, and c has most of it.
+    assert_eq!(waits(queue.enter(ask("a", 1), "a4", now)), ["c2"]);
 }
 
 #[test]
