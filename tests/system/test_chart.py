@@ -23,6 +23,7 @@ VARIANTS = {
     "secrets": {f"tls.existing.{holder}": f"my-{holder}" for holder in ("clients", "router", "worker", "operator", "etcd")},
     "operators": {"networkPolicy.operators.team": "ops"},
     "claim": {"model.existingClaim": "weights", "model.path": "mixtral", "worker.weights": "q8"},
+    "auth": {"auth.keysSecret": "keys", "router.env[0].name": "TRAMONTANE_TENANTS__ACME__WEIGHT", "router.env[0].value": "3"},
     "roles": {"worker.roles": "experts", "worker.threads": "4", "worker.expertMemory": "1000000"},
 }
 
@@ -33,7 +34,7 @@ def helm(*args):
 
 def flags(values):
     # A large number given by --set would become a float.
-    kind = lambda key: "--set-string" if key == "worker.expertMemory" else "--set"
+    kind = lambda key: "--set-string" if key in ("worker.expertMemory", "router.env[0].value") else "--set"
     return [flag for key, value in values.items() for flag in (kind(key), f"{key}={value}")]
 
 

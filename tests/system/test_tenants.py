@@ -59,7 +59,8 @@ class Issuer:
         now = int(time.time())
         claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 300, "tenant": "acme", **claims}
         claims = {name: value for name, value in claims.items() if value is not None}
-        return jwt.encode(claims, key or self.keys[algorithm], algorithm, {"kid": kid or algorithm})
+        key = self.keys[algorithm] if key is None else key
+        return jwt.encode(claims, key, algorithm, {"kid": kid or algorithm})
 
 
 @pytest.fixture(scope="module")

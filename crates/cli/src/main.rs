@@ -58,7 +58,7 @@ fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Serve(args) => serve::run(args).await?,
-        Command::Router(args) => processes::router(args).await?,
+        Command::Router(args) => Box::pin(processes::router(args)).await?,
         Command::Worker(args) => processes::worker(args).await?,
         Command::Status(args) => {
             if !operator::interruptible(operator::status(&args)).await? {

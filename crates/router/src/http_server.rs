@@ -117,6 +117,83 @@ mod tests {
 
     use super::*;
 
+    /// Slowloris: each line of the head comes in time, the head never ends.
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_never_ends_does_not_keep_its_place() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let doors = Doors::default();
+        let tasks = TaskTracker::new();
+        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        let client = async {
+            let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
+            writer
+                .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n")
+                .await
+                .unwrap();
+            let mut got = Vec::new();
+            let dripping = async {
+                while writer.write_all(b"x-more: y\r\n").await.is_ok() {
+                    sleep(HEADER_TIMEOUT / 20).await;
+                }
+                // Nobody takes it any more; the answer says when the connection is over.
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                _closed_or_reset = reader.read_to_end(&mut got) => {}
+                () = dripping => {}
+            }
+        };
+        let cut_off = timeout(HEADER_TIMEOUT * 2, client).await;
+        assert!(cut_off.is_ok(), "a slow head keeps its connection");
+        doors.refuse.cancel();
+        serving.await.unwrap();
+    }
+
+    /// An HTTP/2 frame.
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let mut frame = length[1..].to_vec();
+        frame.extend_from_slice(&[kind, flags]);
+        frame.extend_from_slice(&stream.to_be_bytes());
+        frame.extend_from_slice(payload);
+        frame
+    }
+
+    /// CVE-2023-44487: requests that are reset as soon as they are sent.
+    #[tokio::test]
+    async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let doors = Doors::default();
+        let tasks = TaskTracker::new();
+        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        let (headers, reset, settings) = (1, 3, 4);
+        let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        flood.extend(frame(settings, 0, 0, &[]));
+        for stream in (1..20_000).step_by(2) {
+            // GET http://x/, whole.
+            flood.extend(frame(
+                headers,
+                0b101,
+                stream,
+                &[0x82, 0x86, 0x84, 0x41, 1, b'x'],
+            ));
+            flood.extend(frame(reset, 0, stream, &[0, 0, 0, 8]));
+        }
+        let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
+        let writing = tasks.spawn(async move {
+            let _cut_off = writer.write_all(&flood).await;
+            writer
+        });
+        let mut got = Vec::new();
+        let reading = timeout(Duration::from_secs(20), reader.read_to_end(&mut got));
+        assert!(reading.await.is_ok(), "the flood keeps its connection");
+        drop(writing.await.unwrap());
+        doors.refuse.cancel();
+        serving.await.unwrap();
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_client_that_never_asks_does_not_keep_its_place() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

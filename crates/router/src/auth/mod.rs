@@ -53,7 +53,7 @@ pub(crate) fn is_listed(listed: &[&str], path: &str) -> bool {
         Some(_) => path.starts_with(*entry),
         None => path == *entry,
     };
-    listed.iter().any(|entry| covers(entry))
+    listed.iter().any(covers)
 }
 
 /// Why somebody is not let through: for metrics.
@@ -190,7 +190,7 @@ impl Issuer {
                 let keys = Arc::new(Current::new(first));
                 let following = Arc::clone(&keys);
                 spawn(tasks, stop, async move {
-                    file.run(&bytes, |bytes| Ok(following.set(parse(bytes)?)))
+                    file.run(&bytes, |bytes| parse(bytes).map(|keys| following.set(keys)))
                         .await;
                 });
                 keys
@@ -206,7 +206,9 @@ impl Issuer {
                     },
                 );
                 spawn(tasks, stop, async move {
-                    fetched.run(|bytes| Ok(following.set(parse(bytes)?))).await;
+                    fetched
+                        .run(|bytes| parse(bytes).map(|keys| following.set(keys)))
+                        .await;
                 });
                 keys
             }

@@ -109,13 +109,14 @@ async fn a_client_that_left_finds_its_answer_and_goes_on_where_it_was() {
 }
 
 #[tokio::test]
-async fn keys_are_for_one_body_and_one_client() {
-    let scene = Scene::start(config(), vec![storyteller()]).await;
+async fn keys_are_for_one_body_and_one_tenant() {
+    let (config, _dir) = auth::guarded(|_| ());
+    let scene = Scene::start(config, vec![storyteller()]).await;
     let (one, other) = (body(&json!({})), body(&json!({ "temperature": 0 })));
     let key = ("idempotency-key", "k");
     let (anna, otto) = (
-        ("authorization", "Bearer anna"),
-        ("authorization", "Bearer otto"),
+        ("authorization", "Bearer trm_acme"),
+        ("authorization", "Bearer trm_globex"),
     );
     assert_eq!(
         scene.post_with(PATH, &one, &[key, anna]).await.status(),
@@ -126,16 +127,15 @@ async fn keys_are_for_one_body_and_one_client() {
     assert_eq!(refused.headers()["x-should-retry"], "false");
     let error: Value = refused.json().await.unwrap();
     assert_eq!(error["error"]["code"], "idempotency_key_reused");
-    // Another client learns nothing of it.
+    // Another tenant learns nothing of it.
     assert_eq!(
         scene.post_with(PATH, &other, &[key, otto]).await.status(),
         200
     );
-    assert_eq!(scene.post_with(PATH, &other, &[key]).await.status(), 200);
-    assert_eq!(seen(&scene), 3);
+    assert_eq!(seen(&scene), 2);
     let long = "k".repeat(257);
     let refused = scene
-        .post_with(PATH, &one, &[("idempotency-key", &long)])
+        .post_with(PATH, &one, &[("idempotency-key", &long), anna])
         .await;
     assert_eq!(refused.status(), 400);
     scene.end().await;

@@ -1073,6 +1073,19 @@ async fn bodies_that_are_only_announced_hold_up_nobody() {
 }
 
 #[tokio::test]
+async fn a_body_that_does_not_come_is_waited_for_no_longer_than_the_limit() {
+    let quick = RouterConfig {
+        body_timeout: Duration::from_millis(100),
+        ..config()
+    };
+    let scene = Scene::start(quick, vec![storyteller()]).await;
+    let half = chat_on_the_wire(&json!({ "messages": [] }));
+    let mut stream = mute_client(&scene, &half[..half.len() - 5]).await;
+    assert_eq!(said(&mut stream, 12).await, "HTTP/1.1 408");
+    scene.end().await;
+}
+
+#[tokio::test]
 async fn a_finished_answer_gives_its_place_back_though_nobody_reads_it() {
     let calls = AtomicUsize::new(0);
     let first_hangs = scripted(move |_| {
