@@ -916,7 +916,8 @@ proptest! {
                 }
             }
             let (text, calls) = read_calls(tokenizer, &ids);
-            let said: usize = parts.iter().map(String::len).sum();
+            // Each part is encoded as a text of its own, which may begin with a space.
+            let said: usize = parts.iter().map(|part| part.len() + 1).sum();
             let kept = text.len() + calls.iter().map(|call| call.2.len()).sum::<usize>();
             prop_assert!(kept <= said, "{parts:?}: {text:?} {calls:?}");
         }
