@@ -18,7 +18,7 @@ use tramontane_tokenizer::Tokenizer;
 use tramontane_types::{SamplingParams, Usage};
 
 use crate::admission::{Admission, Counted, Places};
-use crate::answer::{Answer, Shape, Source, Told, stopping};
+use crate::answer::{Answer, Shape, Source, Spent, Told, stopping};
 use crate::answer_id::AnswerId;
 use crate::error::ApiError;
 use crate::journal::Journal;
@@ -132,8 +132,8 @@ impl Dispatcher {
             };
             recorder.began(Ok(Arc::clone(&running.version)));
             while let Some(delta) = running.next().await {
-                let (failed, usage) = (delta.is_err(), running.usage);
-                recorder.push(Told { delta, usage });
+                let (failed, spent) = (delta.is_err(), running.spent());
+                recorder.push(Told { delta, spent });
                 if failed {
                     return false;
                 }
@@ -167,7 +167,8 @@ impl Dispatcher {
         self.check(name).map_err(ApiError::unavailable)?;
         let admitted = self.admission.admit(request.num_sequences()).await;
         let admitted = admitted.inspect_err(|error| self.metrics.refused(error.kind))?;
-        self.metrics.queued_for(arrived.elapsed());
+        let queued = arrived.elapsed();
+        self.metrics.queued_for(queued);
         let (version, sequences) = self.begin(&request, name).await?;
         let num_sequences = sequences.len();
         let streams = sequences
@@ -188,6 +189,7 @@ impl Dispatcher {
             },
             progress: vec![Progress::default(); num_sequences],
             arrived,
+            queued,
             metrics: Arc::clone(&self.metrics),
             abort: self.abort.clone(),
             failed: false,
@@ -227,7 +229,7 @@ impl Dispatcher {
     ) -> Result<Vec<Sequence>, ApiError> {
         let mut starting = Vec::with_capacity(request.num_sequences());
         for (index, prompt) in request.prompts.iter().enumerate() {
-            let of = (name.request.as_str(), version);
+            let of = (name, version);
             starting.extend(self.sequences(request, prompt, index, of)?);
         }
         try_join_all(starting).await
@@ -248,7 +250,7 @@ impl Dispatcher {
         request: &PreparedRequest,
         prompt: &PreparedPrompt,
         prompt_index: usize,
-        (request_id, version): (&str, &Arc<Version>),
+        (name, version): (&Name, &Arc<Version>),
     ) -> Result<Vec<BoxStart>, ApiError> {
         let blocks = self.pool.blocks(version, &prompt.ids);
         let Some(worker) = self.pool.pick(version, &blocks, &[]) else {
@@ -265,13 +267,16 @@ impl Dispatcher {
                 ..prompt.sampling.clone()
             };
             let choice = prompt_index * request.n as usize + i as usize;
-            let text = AnswerText::new(
+            let mut text = AnswerText::new(
                 &self.tokenizer,
                 &params,
                 request.stop.clone(),
                 prompt.is_chat,
             );
-            let id = format!("{request_id}-{choice}");
+            if prompt.reads_calls {
+                text = text.with_calls(&self.tokenizer, name.answer, choice);
+            }
+            let id = format!("{}-{choice}", name.request);
             let (ids, version) = (Arc::clone(&prompt.ids), Arc::clone(version));
             let mut sequence = Sequence {
                 choice,
@@ -357,6 +362,7 @@ struct Running {
     usage: Usage,
     progress: Vec<Progress>,
     arrived: Instant,
+    queued: Duration,
     metrics: Arc<Metrics>,
     abort: CancellationToken,
     failed: bool,
@@ -387,8 +393,8 @@ impl Running {
                 drop(self);
                 return;
             };
-            let usage = self.usage;
-            let telling = timeout(stall_max, reader.send(Told { delta, usage }));
+            let spent = self.spent();
+            let telling = timeout(stall_max, reader.send(Told { delta, spent }));
             let told = tokio::select! {
                 biased;
                 told = telling => told,
@@ -427,6 +433,17 @@ impl Running {
             }
         }
         Some(next)
+    }
+
+    /// What the request took so far.
+    fn spent(&self) -> Spent {
+        let first = self.progress.iter().filter_map(|p| p.first_token).min();
+        Spent {
+            usage: self.usage,
+            queued: self.queued,
+            first_token: first.map(|first| first - self.arrived),
+            total: self.arrived.elapsed(),
+        }
     }
 
     fn note(&mut self, delta: &Delta) {

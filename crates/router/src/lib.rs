@@ -29,6 +29,8 @@ mod sequence;
 #[doc(hidden)]
 pub mod simulation;
 mod text;
+mod token_routes;
+mod tools;
 mod worker_link;
 mod worker_pool;
 

@@ -90,6 +90,9 @@ pub(crate) struct Reading {
 pub(crate) enum Route {
     ChatCompletions,
     Completions,
+    Responses,
+    Tokenize,
+    Detokenize,
     GrpcGenerate,
     GrpcGenerateOnce,
 }
@@ -99,6 +102,9 @@ impl Route {
         match self {
             Self::ChatCompletions => "chat_completions",
             Self::Completions => "completions",
+            Self::Responses => "responses",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcGenerateOnce => "grpc_generate_once",
         }

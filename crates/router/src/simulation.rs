@@ -133,6 +133,7 @@ impl RouterCore {
             ids: Arc::from(prompt),
             echo: None,
             is_chat: false,
+            reads_calls: false,
             sampling,
         };
         let request = PreparedRequest {

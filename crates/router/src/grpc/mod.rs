@@ -2,6 +2,7 @@
 //! and errors as over HTTP.
 
 mod admin;
+mod conversation;
 mod inference;
 mod status;
 
