@@ -125,6 +125,7 @@ impl Error {
                 | Self::Encode { .. }
                 | Self::InvalidChat { .. }
                 | Self::Unsupported { .. }
+                | Self::MissingControl { .. }
                 | Self::NoChatFormat
                 | Self::NoInfill
                 | Self::TemplateRefused { .. }
@@ -142,6 +143,7 @@ impl Error {
             Self::TemplateRefused { .. }
             | Self::Template { .. }
             | Self::Unsupported { .. }
+            | Self::MissingControl { .. }
             | Self::NoChatFormat => Some("messages"),
             _ => None,
         }

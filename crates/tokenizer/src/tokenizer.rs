@@ -220,11 +220,15 @@ impl Tokenizer {
         }
     }
 
-    /// False if the tools of a [`ChatRequest`] would not reach the model: format v1, and templates without `tools`.
+    /// False if the tools of a [`ChatRequest`] would not reach the model: format v1, tokenizers that lack the tokens for
+    /// them, and templates without `tools`.
     pub fn supports_tools(&self) -> bool {
         match &self.inner.chat {
             Chat::Template(template) => template.mentions_tools(),
-            Chat::Instruct(version) => *version != InstructVersion::V1,
+            Chat::Instruct(version) => {
+                let has_place = self.control_id("[AVAILABLE_TOOLS]").is_some();
+                *version != InstructVersion::V1 && has_place && self.call_tokens().is_some()
+            }
             Chat::None => false,
         }
     }

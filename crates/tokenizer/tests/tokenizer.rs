@@ -355,6 +355,20 @@ fn calls_of_tools_are_read_as_mistral_common_reads_them() {
 }
 
 #[test]
+fn tools_that_the_tokenizer_has_no_tokens_for_are_the_requests_fault() {
+    let tokenizer = from_dir(&[("tokenizer.model", &demo_file("tokenizer.model"))]).unwrap();
+    let format = tokenizer.chat_format();
+    assert_eq!(format, ChatFormat::Instruct(InstructVersion::V2));
+    assert!(!tokenizer.supports_tools());
+    let mut request = say(&[(Role::User, "hi")]);
+    tokenizer.encode_chat(&request).unwrap();
+    request.tools = vec![json!({"type": "function", "function": {"name": "f"}})];
+    let error = tokenizer.encode_chat(&request).unwrap_err();
+    assert!(error.is_invalid_request(), "{error}");
+    assert!(error.to_string().contains("[AVAILABLE_TOOLS]"), "{error}");
+}
+
+#[test]
 fn only_the_tokens_of_calls_make_calls() {
     let Some(tokenizer) = real("v3") else { return };
     let said = r#"[TOOL_CALLS][{"name": "f", "arguments": {}}]"#;

@@ -21,17 +21,17 @@ pub(crate) use render::ResponseRender;
 
 /// What `include` may list: the log probabilities of the text.
 const INCLUDE_LOGPROBS: &str = "message.output_text.logprobs";
-/// Fields that a response repeats as they came, and what it says where they did not.
-const REPEATED: [(&str, fn() -> Value); 9] = [
-    ("instructions", || Value::Null),
-    ("max_output_tokens", || Value::Null),
-    ("metadata", || json!({})),
-    ("parallel_tool_calls", || true.into()),
-    ("temperature", || 1.0.into()),
-    ("text", || json!({ "format": { "type": "text" } })),
-    ("tool_choice", || "auto".into()),
-    ("tools", || json!([])),
-    ("top_p", || 1.0.into()),
+/// Fields that a response repeats as they came.
+const REPEATED: [&str; 9] = [
+    "instructions",
+    "max_output_tokens",
+    "metadata",
+    "parallel_tool_calls",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_p",
 ];
 
 /// Checks the body of a response.
@@ -69,9 +69,9 @@ pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed
 
 fn repeats(body: &Fields<'_>) -> Value {
     let mut repeats = Map::new();
-    for (name, default) in REPEATED {
-        let value = body.get(name).cloned().unwrap_or_else(default);
-        repeats.insert(name.to_owned(), value);
+    for name in REPEATED {
+        let value = body.get(name).cloned();
+        repeats.insert(name.to_owned(), value.unwrap_or_else(|| default_of(name)));
     }
     // Clients expect all fields of a tool.
     let tools = repeats.get_mut("tools").and_then(Value::as_array_mut);
@@ -83,6 +83,19 @@ fn repeats(body: &Fields<'_>) -> Value {
         }
     }
     repeats.into()
+}
+
+/// What a response says of a field that did not come.
+fn default_of(name: &str) -> Value {
+    match name {
+        "metadata" => json!({}),
+        "parallel_tool_calls" => true.into(),
+        "temperature" | "top_p" => 1.0.into(),
+        "text" => json!({ "format": { "type": "text" } }),
+        "tool_choice" => "auto".into(),
+        "tools" => json!([]),
+        _ => Value::Null,
+    }
 }
 
 /// `include` and `top_logprobs`: whether the answer has log probabilities.
