@@ -2,10 +2,12 @@
 //! [`Answer`] without an idempotency key aborts all that still runs for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tramontane_coordination::Version;
+use tramontane_tokenizer::ToolCall;
 use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
 
 use crate::admission::Counted;
@@ -14,13 +16,26 @@ use crate::error::ApiError;
 use crate::kept::Reader;
 use crate::request::PreparedRequest;
 use crate::sequence::Delta;
+use crate::text::CallDelta;
 
 /// What one request's task tells the reader of its answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Told {
     pub(crate) delta: Result<Delta, ApiError>,
     /// With this delta.
+    pub(crate) spent: Spent,
+}
+
+/// What a request took so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spent {
     pub(crate) usage: Usage,
+    /// Waiting for admission.
+    pub(crate) queued: Duration,
+    /// From its arrival to the first token of any answer.
+    pub(crate) first_token: Option<Duration>,
+    /// Since its arrival.
+    pub(crate) total: Duration,
 }
 
 impl Told {
@@ -29,6 +44,9 @@ impl Told {
         let mut size = size_of::<Self>();
         if let Ok(delta) = &self.delta {
             size += delta.text.len();
+            for call in &delta.calls {
+                size += size_of::<CallDelta>() + call.size();
+            }
             for token in delta.tokens.iter().chain(&delta.prompt_tokens) {
                 size +=
                     size_of::<TokenOutput>() + token.top_logprobs.len() * size_of::<TokenLogprob>();
@@ -44,6 +62,8 @@ pub(crate) struct Choice {
     pub(crate) text: String,
     /// What was asked for about the prompt, from its second token on.
     pub(crate) prompt_tokens: Vec<TokenOutput>,
+    /// Calls of tools.
+    pub(crate) calls: Vec<ToolCall>,
     pub(crate) tokens: Vec<TokenOutput>,
     /// Whether the last of `tokens` ended the answer and has no text.
     pub(crate) has_end_token: bool,
@@ -97,7 +117,7 @@ pub(crate) struct Answer {
     source: Source,
     shape: Shape,
     num_finished: usize,
-    usage: Usage,
+    spent: Spent,
     failed: bool,
     abort: CancellationToken,
     _running: Counted,
@@ -119,11 +139,7 @@ impl Answer {
             source,
             shape,
             num_finished: 0,
-            usage: Usage {
-                prompt_tokens: 0,
-                cached_tokens: 0,
-                completion_tokens: 0,
-            },
+            spent: Spent::default(),
             failed: false,
             abort,
             _running: running,
@@ -138,7 +154,7 @@ impl Answer {
         }
         let next = match self.source.next().await {
             Some(told) => {
-                self.usage = told.usage;
+                self.spent = told.spent;
                 told.delta
             }
             None if self.has_ended() => return None,
@@ -167,6 +183,9 @@ impl Answer {
             };
             choice.text.push_str(&delta.text);
             choice.prompt_tokens.extend(delta.prompt_tokens);
+            for call in &delta.calls {
+                call.add_to(&mut choice.calls);
+            }
             choice.tokens.extend(delta.tokens);
             choice.has_end_token |= delta.has_end_token;
             choice.finish = delta.finish.or(choice.finish);
@@ -202,9 +221,14 @@ impl Answer {
         self.num_finished >= self.shape.num_choices
     }
 
+    /// What it took up to the last delta that was read; final after the last of all.
+    pub(crate) const fn spent(&self) -> Spent {
+        self.spent
+    }
+
     /// Tokens up to the last delta that was read; final after the last of all.
     pub(crate) const fn usage(&self) -> Usage {
-        self.usage
+        self.spent.usage
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use sha2::{Digest as _, Sha256};
+use tramontane_tokenizer::CALL_ID_LEN;
 
 use crate::random::random;
 
@@ -50,6 +51,19 @@ impl AnswerId {
         self.0 as u64
     }
 
+    /// The id of a call of a tool in a choice of this answer: letters and digits that depend on nothing else, so
+    /// that every router gives it the same one.
+    pub(crate) fn call_id(self, choice: usize, index: usize) -> String {
+        const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+        let origin = self.0 & ((1 << ORIGIN_BITS) - 1);
+        let digest: [u8; 32] = Sha256::digest(format!("{origin:x}/{choice}/{index}")).into();
+        let digits = digest.iter().take(CALL_ID_LEN);
+        digits
+            .filter_map(|byte| DIGITS.get(usize::from(*byte) % DIGITS.len()))
+            .map(|digit| char::from(*digit))
+            .collect()
+    }
+
     /// Whether both come from one idempotency key, or are one.
     pub(crate) const fn has_origin_of(self, other: Self) -> bool {
         (self.0 ^ other.0) << (u128::BITS - ORIGIN_BITS) == 0
@@ -93,6 +107,21 @@ mod tests {
         assert_ne!(AnswerId::unique(1_767_225_600), id);
         for wrong in ["", "12", &"g".repeat(32), &"A".repeat(32), &"1".repeat(33)] {
             assert_eq!(wrong.parse::<AnswerId>(), Err(NoAnswerId), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn calls_have_ids_that_any_router_gives_them() {
+        let (early, late) = (AnswerId::of_key("k", 5), AnswerId::of_key("k", 6));
+        assert_eq!(early.call_id(1, 2), late.call_id(1, 2));
+        assert!(tramontane_tokenizer::is_call_id(&early.call_id(0, 0)));
+        let others = [
+            (early, 0, 1),
+            (early, 1, 0),
+            (AnswerId::of_key("l", 5), 0, 0),
+        ];
+        for (answer, choice, index) in others {
+            assert_ne!(answer.call_id(choice, index), early.call_id(0, 0));
         }
     }
 

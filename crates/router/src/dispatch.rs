@@ -159,8 +159,8 @@ impl Dispatcher {
             };
             recorder.began(Ok(Arc::clone(&running.version)));
             while let Some(delta) = running.next().await {
-                let (failed, usage) = (delta.is_err(), running.usage);
-                recorder.push(Told { delta, usage });
+                let (failed, spent) = (delta.is_err(), running.spent());
+                recorder.push(Told { delta, spent });
                 if failed {
                     return false;
                 }
@@ -228,7 +228,8 @@ impl Dispatcher {
     ) -> Result<(Running, Counted), ApiError> {
         let arrived = Instant::now();
         let admitted = self.admit(&request, name).await?;
-        self.metrics.queued_for(arrived.elapsed());
+        let queued = arrived.elapsed();
+        self.metrics.queued_for(queued);
         let (version, sequences) = self.begin(&request, name).await?;
         let num_sequences = sequences.len();
         let streams = sequences
@@ -244,6 +245,7 @@ impl Dispatcher {
             },
             progress: vec![Progress::default(); num_sequences],
             arrived,
+            queued,
             metrics: Arc::clone(&self.metrics),
             abort: self.abort.clone(),
             failed: false,
@@ -315,12 +317,15 @@ impl Dispatcher {
                 ..prompt.sampling.clone()
             };
             let choice = prompt_index * request.n as usize + i as usize;
-            let text = AnswerText::new(
+            let mut text = AnswerText::new(
                 &self.tokenizer,
                 &params,
                 request.stop.clone(),
                 prompt.is_chat,
             );
+            if prompt.reads_calls {
+                text = text.with_calls(&self.tokenizer, name.answer, choice);
+            }
             let id = format!("{}-{choice}", name.request);
             let (ids, version) = ((Arc::clone(&prompt.ids), salt), Arc::clone(version));
             let mut sequence = Sequence {

@@ -112,6 +112,7 @@ async fn connection(
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
+    use tokio::time::sleep;
     use tramontane_runtime::HELLO_TIMEOUT;
     use tramontane_runtime::tls::Door;
 
@@ -124,7 +125,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let doors = Doors::default();
         let tasks = TaskTracker::new();
-        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        let incoming = Incoming::new(listener, Door::plain("http"));
+        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
         let client = async {
             let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
             writer
@@ -167,7 +169,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let doors = Doors::default();
         let tasks = TaskTracker::new();
-        let serving = tasks.spawn(serve(listener, Router::new(), 1, doors.clone()));
+        let incoming = Incoming::new(listener, Door::plain("http"));
+        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
         let (headers, reset, settings) = (1, 3, 4);
         let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         flood.extend(frame(settings, 0, 0, &[]));

@@ -34,6 +34,8 @@ mod sequence;
 pub mod simulation;
 pub mod tenants;
 mod text;
+mod token_routes;
+mod tools;
 mod worker_link;
 mod worker_pool;
 

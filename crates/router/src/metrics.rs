@@ -96,6 +96,9 @@ pub(crate) struct Reading {
 pub(crate) enum Route {
     ChatCompletions,
     Completions,
+    Responses,
+    Tokenize,
+    Detokenize,
     GrpcGenerate,
     GrpcGenerateOnce,
     GrpcModelInfer,
@@ -106,6 +109,9 @@ impl Route {
         match self {
             Self::ChatCompletions => "chat_completions",
             Self::Completions => "completions",
+            Self::Responses => "responses",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcGenerateOnce => "grpc_generate_once",
             Self::GrpcModelInfer => "grpc_model_infer",

@@ -5,14 +5,20 @@
 use std::sync::Arc;
 
 use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
+use tramontane_types::sampling::BAD_WORDS_MAX;
 use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::run::ServedModel;
+use crate::tools::{self, PreparedTools, ToolUse};
 
 /// Most answers of one prompt, as in the OpenAI API.
 pub(crate) const N_MAX: u32 = 128;
+/// Most answers to choose from, as in the OpenAI API.
+pub(crate) const BEST_OF_MAX: u32 = 20;
+/// Most words that may not appear: each may become two sequences of tokens.
+pub(crate) const WORDS_MAX: usize = BAD_WORDS_MAX / 2;
 /// Most sequences of one request: prompts times answers.
 pub(crate) const CHOICES_MAX: usize = 128;
 /// Memory of a request beside its prompts: its task, its connection and its strings, roughly.
@@ -27,6 +33,8 @@ pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 pub(crate) enum Prompt {
     /// Plain text, tokenized with a leading beginning-of-sequence.
     Text(String),
+    /// A text with a gap after `prompt` and before `suffix`, which the answer fills.
+    Infill { prompt: String, suffix: String },
     /// Exactly these tokens.
     Ids(Vec<TokenId>),
     /// A conversation, rendered with the model's chat template.
@@ -56,6 +64,8 @@ pub(crate) struct Options {
     /// Name that the client gave `logprobs`, when not `top_logprobs`.
     pub(crate) logprobs_name: Option<&'static str>,
     pub(crate) n: Option<u32>,
+    /// Answers to make of which the `n` best are given.
+    pub(crate) best_of: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
     /// Words that may not appear; tokenized in [`prepare`].
     pub(crate) bad_words: Vec<String>,
@@ -64,6 +74,7 @@ pub(crate) struct Options {
     pub(crate) echo: bool,
     /// Classes of priority below the tenant's own.
     pub(crate) priority: Option<u32>,
+    pub(crate) tool_use: ToolUse,
 }
 
 /// A request that breaks no rule that can be checked without the tokenizer.
@@ -76,10 +87,13 @@ pub(crate) struct GenerationRequest {
     pub(crate) max_tokens: Option<u32>,
     pub(crate) max_tokens_name: &'static str,
     pub(crate) stop: StopDecoder,
+    /// Answers to make of each prompt.
     pub(crate) n: u32,
     pub(crate) echo: bool,
     /// Classes of priority below the tenant's own.
     pub(crate) priority: u32,
+    pub(crate) bad_words: Vec<String>,
+    pub(crate) tool_use: ToolUse,
 }
 
 /// One prompt, ready to run.
@@ -90,6 +104,8 @@ pub(crate) struct PreparedPrompt {
     pub(crate) echo: Option<String>,
     /// Whether the answer starts a text of its own, as in a chat.
     pub(crate) is_chat: bool,
+    /// Whether calls of tools are looked for in the answer.
+    pub(crate) reads_calls: bool,
     pub(crate) sampling: SamplingParams,
 }
 
@@ -140,6 +156,7 @@ impl GenerationRequest {
                 format!("n must be between 1 and {N_MAX}, got {n}"),
             ));
         }
+        let n = answers_to_make(n, options.best_of)?;
         if prompts.is_empty() {
             return Err(ApiError::invalid("prompt", "prompt must not be empty"));
         }
@@ -157,6 +174,16 @@ impl GenerationRequest {
         }
         let stop = StopDecoder::new(&options.stop)?;
         let max_tokens_name = options.max_tokens_name.unwrap_or("max_tokens");
+        if options.bad_words.len() > WORDS_MAX {
+            let got = options.bad_words.len();
+            let message = format!("bad_words must have at most {WORDS_MAX} entries, got {got}");
+            return Err(ApiError::invalid("bad_words", message));
+        }
+        for prompt in &prompts {
+            if let Prompt::Chat(chat) = prompt {
+                tools::check(&chat.tools, &options.tool_use)?;
+            }
+        }
         let sampling = sampling(options);
         sampling.validate(model.vocab).map_err(|error| {
             let renamed = match error.param {
@@ -176,8 +203,22 @@ impl GenerationRequest {
             n,
             echo: options.echo,
             priority,
+            bad_words: options.bad_words.clone(),
+            tool_use: options.tool_use.clone(),
         })
     }
+}
+
+/// Answers of each prompt: all that are asked for, or more to choose from.
+fn answers_to_make(n: u32, best_of: Option<u32>) -> Result<u32, ApiError> {
+    let Some(best_of) = best_of else {
+        return Ok(n);
+    };
+    if best_of < n || best_of > BEST_OF_MAX.max(n) {
+        let message = format!("best_of must be between n ({n}) and {BEST_OF_MAX}, got {best_of}");
+        return Err(ApiError::invalid("best_of", message));
+    }
+    Ok(best_of)
 }
 
 fn sampling(options: &Options) -> SamplingParams {
@@ -228,6 +269,7 @@ pub(crate) fn prepare(
     model: &ServedModel,
 ) -> Result<PreparedRequest, ApiError> {
     let num_prompts = request.prompts.len();
+    let bad_words = bad_words(&request.bad_words, tokenizer)?;
     let mut prompts = Vec::with_capacity(num_prompts);
     for (i, prompt) in request.prompts.iter().enumerate() {
         let param = match prompt {
@@ -245,18 +287,38 @@ pub(crate) fn prepare(
             return Err(ApiError::invalid("min_tokens", message));
         }
         let echo = request.echo.then(|| match prompt {
-            Prompt::Text(text) => text.clone(),
+            Prompt::Text(text) | Prompt::Infill { prompt: text, .. } => text.clone(),
             Prompt::Ids(_) | Prompt::Chat(_) => tokenizer.decode(&ids, true),
         });
+        let tools = match prompt {
+            Prompt::Chat(chat) => {
+                let constraint = request.sampling.constraint.clone();
+                tools::prepare(chat, &request.tool_use, tokenizer, constraint)?
+            }
+            _ => PreparedTools {
+                constraint: request.sampling.constraint.clone(),
+                ..PreparedTools::default()
+            },
+        };
+        let mut bad_words = bad_words.clone();
+        bad_words.extend(tools.banned.iter().map(|&id| vec![id]));
+        let sampling = SamplingParams {
+            max_tokens,
+            seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
+            bad_words,
+            constraint: tools.constraint,
+            ..request.sampling.clone()
+        };
+        // Once more, with what only the tokenizer could tell.
+        sampling
+            .validate(model.vocab)
+            .map_err(|error| refused(&error, None))?;
         prompts.push(PreparedPrompt {
             ids: ids.into(),
             echo,
             is_chat: matches!(prompt, Prompt::Chat(_)),
-            sampling: SamplingParams {
-                max_tokens,
-                seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
-                ..request.sampling.clone()
-            },
+            reads_calls: tools.reads_calls,
+            sampling,
         });
     }
     Ok(PreparedRequest {
@@ -265,6 +327,34 @@ pub(crate) fn prepare(
         n: request.n,
         priority: request.priority,
     })
+}
+
+/// The tokens of words that may not appear, as vLLM makes them: each as it begins a text, and as it follows a space
+/// where that is a word of another first token and the same length.
+fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<TokenId>>, ApiError> {
+    let mut found: Vec<Vec<TokenId>> = Vec::with_capacity(words.len());
+    for (i, word) in words.iter().enumerate() {
+        let path = format!("bad_words[{i}]");
+        let word = word.trim_start();
+        let encode = |text: &str| {
+            let ids = tokenizer.encode(text);
+            ids.map_err(|error| ApiError::from(error).at(&path))
+        };
+        let plain = encode(word)?;
+        let spaced = encode(&format!(" {word}"))?;
+        if plain.is_empty() {
+            return Err(ApiError::invalid(
+                &path,
+                format!("{path} must have at least one token"),
+            ));
+        }
+        let is_another = spaced.first() != plain.first() && spaced.len() == plain.len();
+        found.push(plain);
+        if is_another {
+            found.push(spaced);
+        }
+    }
+    Ok(found)
 }
 
 fn tokenize(
@@ -283,6 +373,9 @@ fn tokenize(
     };
     let ids = match prompt {
         Prompt::Text(text) => tokenizer.encode_with_bos(text).map_err(named)?,
+        Prompt::Infill { prompt, suffix } => {
+            tokenizer.encode_infill(prompt, suffix).map_err(named)?
+        }
         Prompt::Chat(chat) => tokenizer.encode_chat(chat).map_err(named)?,
         Prompt::Ids(ids) => ids.clone(),
     };

@@ -32,12 +32,13 @@ use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, EventBytes, Head, Parsed, Render, StreamOptions,
-    error_response, event_stream, fingerprint, held_stream, last_event,
+    self, ChatRender, CompletionRender, EventBytes, Head, Parsed, Render, ResponseRender,
+    StreamOptions, error_response, event_stream, fingerprint, held_stream, last_event,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
 use crate::tenants::Caller;
+use crate::token_routes;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
@@ -59,6 +60,16 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(model))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses))
+        .route("/tokenize", post(token_routes::tokenize))
+        .route("/detokenize", post(token_routes::detokenize))
+        .route("/health", get(token_routes::health))
+        .route(
+            "/ping",
+            get(token_routes::health).post(token_routes::health),
+        )
+        .route("/load", get(token_routes::load))
+        .route("/openapi.json", get(token_routes::openapi))
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -112,6 +123,14 @@ async fn completions(
     answer(&app, id, Route::Completions, request).await
 }
 
+async fn responses(
+    State(app): State<Arc<App>>,
+    Extension(id): Extension<HttpRequestId>,
+    request: Request,
+) -> Response {
+    answer(&app, id, Route::Responses, request).await
+}
+
 async fn answer(app: &Arc<App>, id: HttpRequestId, route: Route, request: Request) -> Response {
     let response = match generate(app, id, route, request).await {
         Ok(response) => response,
@@ -150,7 +169,11 @@ async fn generate(
     if let Some(event) = &asked.resume {
         name.version = Some(resumed(app, event, &read)?);
         if event.position == Position::End {
-            return Ok(event_response(Body::from(last_event())));
+            let rest = match route {
+                Route::Responses => Body::empty(),
+                _ => Body::from(last_event()),
+            };
+            return Ok(event_response(rest));
         }
     }
     let key = asked.key.map(|key| (key.digest, read.digest));
@@ -216,7 +239,6 @@ impl Asking {
     fn events(self, app: &App, answer: Answer) -> EventBytes {
         let render = render(app, self.route, &self.parsed, &answer);
         let options = StreamOptions {
-            include_usage: self.parsed.include_usage,
             keepalive: app.config.sse_keepalive,
             tag: Tag::of(self.digest, answer.version()),
             seen: self.seen,
@@ -286,17 +308,26 @@ async fn read(
 fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn Render> {
     let id = answer.id();
     let head = |prefix| Head {
-        id: format!("{prefix}-{id}"),
+        id: format!("{prefix}{id}"),
         created: id.created(),
         model: app.model.id.clone(),
         system_fingerprint: fingerprint(answer.version()),
         tokenizer: (*app.tokenizer).clone(),
         logprobs: parsed.logprobs,
         include_usage: parsed.include_usage,
+        include_metrics: parsed.include_metrics,
     };
     match route {
-        Route::ChatCompletions => Box::new(ChatRender::new(head("chatcmpl"))),
-        _ => Box::new(CompletionRender::new(head("cmpl"), answer.num_choices())),
+        Route::ChatCompletions => Box::new(ChatRender::new(head("chatcmpl-"))),
+        Route::Responses => {
+            let repeats = parsed.repeats.clone();
+            Box::new(ResponseRender::new(head("resp_"), repeats))
+        }
+        _ => {
+            let num_choices = answer.num_choices();
+            let head = head("cmpl-");
+            Box::new(CompletionRender::new(head, num_choices, parsed.best_of))
+        }
     }
 }
 
@@ -304,6 +335,7 @@ fn parse(route: Route, body: &Bytes, model: &ServedModel) -> Result<Parsed, ApiE
     let json = openai::parse_json(body)?;
     match route {
         Route::ChatCompletions => openai::parse_chat(&json, model),
+        Route::Responses => openai::parse_response(&json, model),
         _ => openai::parse_completion(&json, model),
     }
 }
@@ -320,10 +352,10 @@ fn event_response(events: Body) -> Response {
 
 async fn whole(mut answer: Answer, render: Box<dyn Render>) -> Result<Response, ApiError> {
     let choices = answer.collect().await?;
-    Ok(Json(render.whole(&choices, answer.usage())).into_response())
+    Ok(Json(render.whole(&choices, answer.spent())).into_response())
 }
 
-fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(value) = headers.get(CONTENT_TYPE) else {
         return Ok(());
     };
@@ -386,11 +418,21 @@ async fn version() -> Json<Value> {
     Json(json!({ "version": build_info::VERSION }))
 }
 
-async fn not_found() -> Response {
-    error_response(&ApiError::new(
-        ErrorKind::NotFound,
-        "there is no such route",
-    ))
+/// Routes of such servers that this one does not have, with what to use instead.
+async fn not_found(request: Request) -> Response {
+    let path = request.uri().path();
+    let message = match path {
+        _ if path.starts_with("/v1/embeddings") => {
+            "this server generates text and has no embeddings"
+        }
+        _ if path.starts_with("/v1/responses/") => "responses are not kept by this server",
+        _ if path.starts_with("/v1/chat/completions/") => "completions are not kept by this server",
+        "/chat/completions" | "/completions" | "/models" | "/responses" => {
+            "there is no such route; the API is below /v1"
+        }
+        _ => "there is no such route; /openapi.json lists all",
+    };
+    error_response(&ApiError::new(ErrorKind::NotFound, message))
 }
 
 async fn method_not_allowed() -> Response {

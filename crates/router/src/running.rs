@@ -12,7 +12,7 @@ use tramontane_coordination::Version;
 use tramontane_types::Usage;
 
 use crate::admission::Places;
-use crate::answer::{Told, stopping};
+use crate::answer::{Spent, Told, stopping};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, Outcome};
 use crate::sequence::Delta;
@@ -28,6 +28,7 @@ pub(crate) struct Running {
     pub(crate) usage: Usage,
     pub(crate) progress: Vec<Progress>,
     pub(crate) arrived: Instant,
+    pub(crate) queued: Duration,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) abort: CancellationToken,
     pub(crate) failed: bool,
@@ -60,8 +61,8 @@ impl Running {
                 drop(self);
                 return;
             };
-            let usage = self.usage;
-            let telling = timeout(stall_max, reader.send(Told { delta, usage }));
+            let spent = self.spent();
+            let telling = timeout(stall_max, reader.send(Told { delta, spent }));
             let told = tokio::select! {
                 biased;
                 told = telling => told,
@@ -100,6 +101,17 @@ impl Running {
             }
         }
         Some(next)
+    }
+
+    /// What the request took so far.
+    pub(crate) fn spent(&self) -> Spent {
+        let first = self.progress.iter().filter_map(|p| p.first_token).min();
+        Spent {
+            usage: self.usage,
+            queued: self.queued,
+            first_token: first.map(|first| first - self.arrived),
+            total: self.arrived.elapsed(),
+        }
     }
 
     fn note(&mut self, delta: &Delta) {

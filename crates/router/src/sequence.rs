@@ -18,7 +18,7 @@ use crate::error::{ApiError, ErrorKind};
 use crate::journal::Entry;
 use crate::metrics::{LossReason, Metrics};
 use crate::policy::PromptBlocks;
-use crate::text::{AnswerText, TextEnd};
+use crate::text::{AnswerText, CallDelta, TextEnd};
 use crate::worker_link::SequenceEvents;
 use crate::worker_pool::{PoolWorker, WorkerPool};
 
@@ -57,6 +57,10 @@ pub(crate) struct Delta {
     pub(crate) tokens: Vec<TokenOutput>,
     /// Where in `text` the part of each token ends, in bytes.
     pub(crate) text_ends: Vec<usize>,
+    /// New pieces of calls.
+    pub(crate) calls: Vec<CallDelta>,
+    /// Where in `calls` those of each token end.
+    pub(crate) call_ends: Vec<usize>,
     /// Whether the last of `tokens` ended the answer and has no text.
     pub(crate) has_end_token: bool,
     /// Prompt tokens that were cached, when the sequence left the worker's queue.
@@ -74,6 +78,11 @@ impl Delta {
         for rest_end in &mut rest_ends {
             *rest_end -= end;
         }
+        let mut rest_call_ends = self.call_ends.split_off(num_tokens);
+        let calls_end = self.call_ends.last().copied().unwrap_or(0);
+        for rest_end in &mut rest_call_ends {
+            *rest_end -= calls_end;
+        }
         let rest = Self {
             choice: self.choice,
             text: self.text.split_off(end),
@@ -81,6 +90,8 @@ impl Delta {
             has_end_token: self.has_end_token && !rest_tokens.is_empty(),
             tokens: rest_tokens,
             text_ends: rest_ends,
+            calls: self.calls.split_off(calls_end),
+            call_ends: rest_call_ends,
             cached_tokens: None,
             finish: self.finish.take(),
         };
@@ -246,6 +257,8 @@ impl Sequence {
             let added = self.text.push(token.id);
             delta.text.push_str(&added.text);
             delta.text_ends.push(delta.text.len());
+            delta.calls.extend(added.calls);
+            delta.call_ends.push(delta.calls.len());
             delta.tokens.push(TokenOutput::from(token));
             match added.end {
                 Some(TextEnd::StopString) => {
@@ -295,6 +308,7 @@ impl Sequence {
         };
         Delta {
             text: rest.text,
+            calls: rest.calls,
             finish: Some(reason),
             ..self.delta()
         }

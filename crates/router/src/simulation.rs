@@ -135,6 +135,7 @@ impl RouterCore {
             ids: Arc::from(prompt),
             echo: None,
             is_chat: false,
+            reads_calls: false,
             sampling,
         };
         let request = PreparedRequest {

@@ -1,24 +1,84 @@
-//! The text of one answer as its tokens come. Never lets out half a character, the text of an end token,
-//! or anything from a stop string on.
+//! The text and the calls of one answer as its tokens come. Never lets out half a character, the text of an end
+//! token, or anything from a stop string on. Stop strings are looked for in text, not in calls.
 
-use tramontane_tokenizer::{DecodeStart, DecodeStream, StopDecoder, Tokenizer};
+use tramontane_tokenizer::{
+    CallPiece, DecodeStart, DecodeStream, StopDecoder, Tokenizer, ToolCall, ToolCallParser,
+};
 use tramontane_types::{SamplingParams, TokenId};
 
-/// Turns the sampled tokens of one answer into text.
+use crate::answer_id::AnswerId;
+
+/// Turns the sampled tokens of one answer into text and calls.
 #[derive(Debug)]
 pub(crate) struct AnswerText {
-    decoder: DecodeStream,
+    reader: Reader,
     stop: StopDecoder,
     /// Tokens that end the answer and are no part of its text.
     end_ids: Vec<TokenId>,
 }
 
+#[derive(Debug)]
+enum Reader {
+    Text(DecodeStream),
+    Calls(Box<CallReader>),
+}
+
+/// Finds calls and gives ids to those that have none.
+#[derive(Debug)]
+struct CallReader {
+    parser: ToolCallParser,
+    answer: AnswerId,
+    choice: usize,
+}
+
 /// What one token adds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Added {
+    /// Before the calls.
     pub(crate) text: String,
+    pub(crate) calls: Vec<CallDelta>,
     /// Whether the answer ends here, and how.
     pub(crate) end: Option<TextEnd>,
+}
+
+/// Something new of one call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CallDelta {
+    /// Which call of the answer.
+    pub(crate) index: usize,
+    /// Id and name, when it begins.
+    pub(crate) begins: Option<CallHead>,
+    /// The next piece of its arguments.
+    pub(crate) arguments: String,
+}
+
+/// What a call begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CallHead {
+    pub(crate) id: String,
+    pub(crate) name: String,
+}
+
+impl CallDelta {
+    /// Bytes of text in it.
+    pub(crate) fn size(&self) -> usize {
+        let head = self.begins.as_ref();
+        self.arguments.len() + head.map_or(0, |head| head.id.len() + head.name.len())
+    }
+
+    /// Adds it to the calls so far.
+    pub(crate) fn add_to(&self, calls: &mut Vec<ToolCall>) {
+        if let Some(head) = &self.begins {
+            calls.push(ToolCall {
+                id: head.id.clone(),
+                name: head.name.clone(),
+                arguments: String::new(),
+            });
+        }
+        if let Some(call) = calls.get_mut(self.index) {
+            call.arguments.push_str(&self.arguments);
+        }
+    }
 }
 
 /// Why no text can follow.
@@ -48,52 +108,111 @@ impl AnswerText {
             end_ids.extend_from_slice(tokenizer.eos_ids());
         }
         Self {
-            decoder: DecodeStream::new(tokenizer, start, true),
+            reader: Reader::Text(DecodeStream::new(tokenizer, start, true)),
             stop,
             end_ids,
         }
+    }
+
+    /// Looks for calls too, where the model has tokens for them.
+    pub(crate) fn with_calls(
+        mut self,
+        tokenizer: &Tokenizer,
+        answer: AnswerId,
+        choice: usize,
+    ) -> Self {
+        if let Some(parser) = ToolCallParser::new(tokenizer, DecodeStart::Text) {
+            self.reader = Reader::Calls(Box::new(CallReader {
+                parser,
+                answer,
+                choice,
+            }));
+        }
+        self
     }
 
     /// Takes the next token.
     pub(crate) fn push(&mut self, id: TokenId) -> Added {
         if self.is_end(id) {
             return Added {
-                text: String::new(),
                 end: Some(TextEnd::EndToken),
+                ..Added::default()
             };
         }
-        let Some(decoded) = self.decoder.push(id) else {
-            return Added {
-                text: String::new(),
-                end: None,
-            };
-        };
-        let outcome = self.stop.push(&decoded);
-        Added {
-            text: outcome.emit,
-            end: outcome.stopped.then_some(TextEnd::StopString),
-        }
+        let pieces = self.reader.push(id);
+        self.add(pieces)
     }
 
     /// What was held back when the answer ends, and whether a stop string was completed in it.
     pub(crate) fn finish(&mut self) -> Added {
-        let mut text = String::new();
-        if let Some(rest) = self.decoder.finish() {
-            let outcome = self.stop.push(&rest);
-            text.push_str(&outcome.emit);
-            if outcome.stopped {
-                return Added {
-                    text,
-                    end: Some(TextEnd::StopString),
-                };
-            }
+        let pieces = self.reader.finish();
+        let mut added = self.add(pieces);
+        if added.end.is_none() {
+            added.text.push_str(&self.stop.finish());
         }
-        text.push_str(&self.stop.finish());
-        Added { text, end: None }
+        added
     }
 
     /// Whether the worker ends the sequence at this token.
     pub(crate) fn is_end(&self, id: TokenId) -> bool {
         self.end_ids.contains(&id)
+    }
+
+    fn add(&mut self, pieces: Vec<CallPiece>) -> Added {
+        let mut added = Added::default();
+        for piece in pieces {
+            match piece {
+                CallPiece::Text(text) => {
+                    let outcome = self.stop.push(&text);
+                    added.text.push_str(&outcome.emit);
+                    if outcome.stopped {
+                        added.end = Some(TextEnd::StopString);
+                        return added;
+                    }
+                }
+                CallPiece::Begin { index, id, name } => {
+                    // No stop string goes on behind the beginning of a call.
+                    added.text.push_str(&self.stop.finish());
+                    let id = id.unwrap_or_else(|| self.reader.call_id(index));
+                    added.calls.push(CallDelta {
+                        index,
+                        begins: Some(CallHead { id, name }),
+                        arguments: String::new(),
+                    });
+                }
+                CallPiece::Arguments { index, text } => match added.calls.last_mut() {
+                    Some(last) if last.index == index => last.arguments.push_str(&text),
+                    _ => added.calls.push(CallDelta {
+                        index,
+                        begins: None,
+                        arguments: text,
+                    }),
+                },
+            }
+        }
+        added
+    }
+}
+
+impl Reader {
+    fn push(&mut self, id: TokenId) -> Vec<CallPiece> {
+        match self {
+            Self::Text(decoder) => decoder.push(id).map(CallPiece::Text).into_iter().collect(),
+            Self::Calls(calls) => calls.parser.push(id),
+        }
+    }
+
+    fn finish(&mut self) -> Vec<CallPiece> {
+        match self {
+            Self::Text(decoder) => decoder.finish().map(CallPiece::Text).into_iter().collect(),
+            Self::Calls(calls) => calls.parser.finish(),
+        }
+    }
+
+    fn call_id(&self, index: usize) -> String {
+        match self {
+            Self::Text(_) => String::new(),
+            Self::Calls(calls) => calls.answer.call_id(calls.choice, index),
+        }
     }
 }

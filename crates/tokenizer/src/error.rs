@@ -103,6 +103,9 @@ pub enum Error {
         /// What the template engine says.
         reason: String,
     },
+    /// The tokenizer has no tokens for a text with a gap.
+    #[error("the model can not fill gaps: its tokenizer has no [PREFIX] and [SUFFIX]")]
+    NoInfill,
     /// A stop string that can not be used.
     #[error("stop has {actual}, expected {expected}")]
     InvalidStop {
@@ -122,7 +125,9 @@ impl Error {
                 | Self::Encode { .. }
                 | Self::InvalidChat { .. }
                 | Self::Unsupported { .. }
+                | Self::MissingControl { .. }
                 | Self::NoChatFormat
+                | Self::NoInfill
                 | Self::TemplateRefused { .. }
                 | Self::Template { .. }
                 | Self::InvalidStop { .. }
@@ -134,9 +139,11 @@ impl Error {
         match self {
             Self::InvalidChat { param, .. } => Some(param),
             Self::InvalidStop { .. } => Some("stop"),
+            Self::NoInfill => Some("suffix"),
             Self::TemplateRefused { .. }
             | Self::Template { .. }
             | Self::Unsupported { .. }
+            | Self::MissingControl { .. }
             | Self::NoChatFormat => Some("messages"),
             _ => None,
         }

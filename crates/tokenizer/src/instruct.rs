@@ -1,4 +1,4 @@
-//! Mistral's instruct formats v1, v2, v3 and v7, as mistral-common 1.13 encodes them (`tokens/tokenizers/instruct.py`).
+//! Mistral's instruct formats v1 to v13, as mistral-common 1.13 encodes them (`tokens/tokenizers/instruct.py`).
 //! A request is checked, then normalised, then encoded; control tokens are ids from the start, never text.
 
 mod normalize;
@@ -26,6 +26,10 @@ pub enum InstructVersion {
     V3,
     /// The system prompt has control tokens of its own: Mistral Large 2411, Small 2501.
     V7,
+    /// Each tool call has control tokens of its own.
+    V11,
+    /// Tools come with the first user turn, and ids of calls reach the model no more.
+    V13,
 }
 
 impl fmt::Display for InstructVersion {
@@ -35,14 +39,16 @@ impl fmt::Display for InstructVersion {
             Self::V2 => "v2",
             Self::V3 => "v3",
             Self::V7 => "v7",
+            Self::V11 => "v11",
+            Self::V13 => "v13",
         })
     }
 }
 
 impl InstructVersion {
-    /// By the name in a tekken file. Versions from v11 on are not known here: such models bring a template.
+    /// By the name in a tekken file. Versions from v15 on are not known here: such models bring a template.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        [Self::V1, Self::V2, Self::V3, Self::V7]
+        [Self::V1, Self::V2, Self::V3, Self::V7, Self::V11, Self::V13]
             .into_iter()
             .find(|version| version.to_string() == name)
     }
@@ -83,6 +89,26 @@ pub(crate) fn encode(
     encoder.control("<s>")?;
     encoder.conversation(&conversation)?;
     Ok(encoder.ids)
+}
+
+/// Ids of a text with a gap, as `encode_fim` of mistral-common: what follows, what comes before, bos first.
+pub(crate) fn encode_infill(
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    suffix: &str,
+) -> Result<Vec<TokenId>, Error> {
+    /// What is encoded before the suffix so that it gets no space of its own, and its number of tokens.
+    const FRONT: (char, usize) = ('☺', 2);
+    let control = |name| tokenizer.control_id(name).ok_or(Error::NoInfill);
+    let mut ids = vec![
+        tokenizer.bos_id().ok_or(Error::NoInfill)?,
+        control("[SUFFIX]")?,
+    ];
+    let behind = tokenizer.encode(&format!("{}{suffix}", FRONT.0))?;
+    ids.extend(behind.iter().skip(FRONT.1));
+    ids.push(control("[PREFIX]")?);
+    ids.extend(tokenizer.encode(prompt)?);
+    Ok(ids)
 }
 
 /// Format v2 has room for one tool result after the calls of one assistant turn.
@@ -137,7 +163,10 @@ impl ChatEncoder<'_> {
                         .filter(|_| Some(index) == first_user);
                     self.user_v1(turn, system)?;
                 }
-                Role::User => self.user(turn, conversation, Some(index) == last_user)?,
+                Role::User => {
+                    let place = (Some(index) == first_user, Some(index) == last_user);
+                    self.user(turn, conversation, place)?;
+                }
                 Role::Assistant => self.assistant(turn, before_last_user)?,
                 Role::Tool => self.tool(turn, before_last_user)?,
                 Role::System => {
@@ -156,14 +185,19 @@ impl ChatEncoder<'_> {
         self.text(&format!("[INST] {content} [/INST]"))
     }
 
-    /// The last user turn carries the tools and, up to v3, the system prompt.
+    /// The last user turn carries the tools (from v13 on the first one) and, up to v3, the system prompt.
     fn user(
         &mut self,
         turn: &Turn,
         conversation: &Conversation,
-        is_last: bool,
+        (is_first, is_last): (bool, bool),
     ) -> Result<(), Error> {
-        if is_last && !conversation.tools.is_empty() {
+        let carries_tools = if self.version >= InstructVersion::V13 {
+            is_first
+        } else {
+            is_last
+        };
+        if carries_tools && !conversation.tools.is_empty() {
             self.control("[AVAILABLE_TOOLS]")?;
             self.text(&dumps(&Value::Array(conversation.tools.clone())))?;
             self.control("[/AVAILABLE_TOOLS]")?;
@@ -180,7 +214,7 @@ impl ChatEncoder<'_> {
         if has_calls && self.version == InstructVersion::V1 {
             return Err(self.unsupported("tools"));
         }
-        if has_calls && has_content && self.version != InstructVersion::V7 {
+        if has_calls && has_content && self.version < InstructVersion::V7 {
             return Err(self.unsupported("assistant turn with both text and tool calls"));
         }
         if !has_calls && !has_content {
@@ -198,18 +232,31 @@ impl ChatEncoder<'_> {
             })?;
         }
         if has_calls {
-            let calls = turn
-                .tool_calls
-                .iter()
-                .map(|call| self.tool_call(call))
-                .collect();
-            self.control("[TOOL_CALLS]")?;
-            self.text(&dumps(&Value::Array(calls)))?;
+            self.tool_calls(&turn.tool_calls)?;
         }
         if turn.prefix {
             return Ok(());
         }
         self.control("</s>")
+    }
+
+    fn tool_calls(&mut self, calls: &[ToolCall]) -> Result<(), Error> {
+        if self.version < InstructVersion::V11 {
+            let calls = calls.iter().map(|call| self.tool_call(call)).collect();
+            self.control("[TOOL_CALLS]")?;
+            return self.text(&dumps(&Value::Array(calls)));
+        }
+        for call in calls {
+            self.control("[TOOL_CALLS]")?;
+            self.text(&call.name)?;
+            if self.version == InstructVersion::V11 && call.id != normalize::NO_CALL_ID {
+                self.control("[CALL_ID]")?;
+                self.text(&call.id)?;
+            }
+            self.control("[ARGS]")?;
+            self.text(&dumps(&parsed(&call.arguments)))?;
+        }
+        Ok(())
     }
 
     fn tool_call(&self, call: &ToolCall) -> Value {
@@ -235,7 +282,11 @@ impl ChatEncoder<'_> {
                 self.control("[TOOL_RESULTS]")?;
                 self.text(&dumps(&result))?;
             }
-            InstructVersion::V7 => {
+            InstructVersion::V13 => {
+                self.control("[TOOL_RESULTS]")?;
+                self.text(&turn.content)?;
+            }
+            InstructVersion::V7 | InstructVersion::V11 => {
                 self.control("[TOOL_RESULTS]")?;
                 self.text(turn.tool_call_id.as_deref().unwrap_or_default())?;
                 self.control("[TOOL_CONTENT]")?;

@@ -11,6 +11,7 @@ use crate::chat_template::ChatTemplate;
 use crate::decode_stream::{DecodeStart, DecodedBytes};
 use crate::directory::{Companions, FileKind, find, kind_of_file, read};
 use crate::encoder::{Encoder, LeadingSpace, Position};
+use crate::tool_calls::CallTokens;
 use crate::vocabulary::Vocabulary;
 use crate::{Error, GgufTokenizer, InstructVersion, hugging_face, instruct, sentencepiece, tekken};
 
@@ -204,6 +205,12 @@ impl Tokenizer {
         }
     }
 
+    /// Ids of a text with a gap, up to where the model fills it, bos included: `suffix` is what follows the gap.
+    pub fn encode_infill(&self, prompt: &str, suffix: &str) -> Result<Vec<TokenId>, Error> {
+        check_length(prompt.len().saturating_add(suffix.len()))?;
+        instruct::encode_infill(self, prompt, suffix)
+    }
+
     /// How conversations become prompts.
     pub fn chat_format(&self) -> ChatFormat {
         match &self.inner.chat {
@@ -213,13 +220,22 @@ impl Tokenizer {
         }
     }
 
-    /// False if the tools of a [`ChatRequest`] would not reach the model: format v1, and templates without `tools`.
+    /// False if the tools of a [`ChatRequest`] would not reach the model: format v1, tokenizers that lack the tokens for
+    /// them, and templates without `tools`.
     pub fn supports_tools(&self) -> bool {
         match &self.inner.chat {
             Chat::Template(template) => template.mentions_tools(),
-            Chat::Instruct(version) => *version != InstructVersion::V1,
+            Chat::Instruct(version) => {
+                let has_place = self.control_id("[AVAILABLE_TOOLS]").is_some();
+                *version != InstructVersion::V1 && has_place && self.call_tokens().is_some()
+            }
             Chat::None => false,
         }
+    }
+
+    /// The tokens by which the model calls tools, if it has any.
+    pub fn call_tokens(&self) -> Option<CallTokens> {
+        CallTokens::of(self)
     }
 
     /// The token before every prompt, if the model has one.

@@ -15,8 +15,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tramontane_tokenizer::{
-    ChatFormat, ChatMessage, ChatRequest, DecodeStart, DecodeStream, Error, InstructVersion, Role,
-    TEXT_BYTES_MAX, Tokenizer, ToolCall,
+    CallPiece, ChatFormat, ChatMessage, ChatRequest, DecodeStart, DecodeStream, Error,
+    InstructVersion, Role, TEXT_BYTES_MAX, Tokenizer, ToolCall, ToolCallParser,
 };
 
 const FILES: [(&str, &str); 5] = [
@@ -26,6 +26,44 @@ const FILES: [(&str, &str); 5] = [
     ("v7", "mistral_instruct_tokenizer_241114.model.v7"),
     ("tekken", "tekken_240718.json"),
 ];
+
+/// Versions of which no file comes with mistral-common: that of v3 with more control tokens, as in `make_golden.py`.
+const DERIVED: [&str; 2] = ["v11", "v13"];
+const LISTED: [&str; 22] = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+    "[ARGS]",
+    "[CALL_ID]",
+];
+
+fn derived(dir: &Path, version: &str) -> Tokenizer {
+    let file = std::fs::read(dir.join("tekken_240718.json")).unwrap();
+    let mut file: Value = serde_json::from_slice(&file).unwrap();
+    file["config"]["version"] = version.into();
+    let listed = LISTED.iter().enumerate();
+    file["special_tokens"] = listed
+        .map(|(rank, text)| json!({"rank": rank, "token_str": text, "is_control": true}))
+        .collect();
+    from_dir(&[("tekken.json", file.to_string().as_bytes())]).unwrap()
+}
 
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -71,11 +109,11 @@ fn real(name: &str) -> Option<&'static Tokenizer> {
     static LOADED: OnceLock<Option<Vec<(&str, Tokenizer)>>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| {
         let dir = real_files()?;
-        Some(
-            FILES
-                .map(|(name, file)| (name, Tokenizer::from_file(&dir.join(file)).unwrap()))
-                .into(),
-        )
+        let mut loaded: Vec<(&str, Tokenizer)> = FILES
+            .map(|(name, file)| (name, Tokenizer::from_file(&dir.join(file)).unwrap()))
+            .into();
+        loaded.extend(DERIVED.map(|version| (version, derived(&dir, version))));
+        Some(loaded)
     });
     let (_, tokenizer) = loaded
         .as_ref()?
@@ -202,7 +240,7 @@ fn strings_have_the_ids_of_mistral_common() {
 #[test]
 fn conversations_have_the_ids_of_mistral_common() {
     let golden: Value = serde_json::from_str(&golden("chat.json")).unwrap();
-    for (name, _) in FILES {
+    for name in FILES.map(|(name, _)| name).into_iter().chain(DERIVED) {
         let Some(tokenizer) = real(name) else { return };
         for (case, body) in golden["requests"].as_object().unwrap() {
             let expected = &golden["ids"][name][case];
@@ -234,6 +272,110 @@ fn the_instruct_format_is_known_from_the_file() {
     }
     let sizes = FILES.map(|(name, _)| real(name).map(Tokenizer::vocab_size));
     assert_eq!(sizes, [32_000, 32_768, 32_768, 32_768, 131_072].map(Some));
+}
+
+#[test]
+fn texts_with_a_gap_have_the_ids_of_mistral_common() {
+    let golden: Value = serde_json::from_str(&golden("fim.json")).unwrap();
+    for (name, expected) in golden["ids"].as_object().unwrap() {
+        let Some(tokenizer) = real(name) else { return };
+        let gaps = golden["gaps"].as_array().unwrap();
+        for (gap, ids) in gaps.iter().zip(expected.as_array().unwrap()) {
+            let (prompt, suffix) = (gap[0].as_str().unwrap(), gap[1].as_str().unwrap());
+            let got = tokenizer.encode_infill(prompt, suffix).unwrap();
+            assert_eq!(json!(got), *ids, "{name} {prompt:?} {suffix:?}");
+        }
+    }
+    for tokenizer in [Some(demo()), real("v1")].into_iter().flatten() {
+        let error = tokenizer.encode_infill("a", "b").unwrap_err();
+        assert!(error.is_invalid_request() && error.param() == Some("suffix"));
+    }
+}
+
+/// What a parser makes of an answer: its text, and its calls as id, name and arguments.
+fn read_calls(
+    tokenizer: &Tokenizer,
+    ids: &[u32],
+) -> (String, Vec<(Option<String>, String, String)>) {
+    let mut parser = ToolCallParser::new(tokenizer, DecodeStart::Text).unwrap();
+    let mut pieces: Vec<CallPiece> = ids.iter().flat_map(|id| parser.push(*id)).collect();
+    pieces.extend(parser.finish());
+    let (mut text, mut calls) = (String::new(), Vec::new());
+    for piece in pieces {
+        match piece {
+            CallPiece::Text(more) => text.push_str(&more),
+            CallPiece::Begin { index, id, name } => {
+                assert_eq!(index, calls.len());
+                calls.push((id, name, String::new()));
+            }
+            CallPiece::Arguments { index, text } => {
+                assert_eq!(index + 1, calls.len());
+                calls[index].2.push_str(&text);
+            }
+        }
+    }
+    (text, calls)
+}
+
+#[test]
+fn calls_of_tools_are_read_as_mistral_common_reads_them() {
+    let golden: Value = serde_json::from_str(&golden("calls.json")).unwrap();
+    for (name, cases) in golden.as_object().unwrap() {
+        let Some(tokenizer) = real(name) else { return };
+        for case in cases.as_array().unwrap() {
+            let shown = format!("{name} {}", case["said"]);
+            let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            let (text, calls) = read_calls(tokenizer, &ids);
+            let Some(expected) = case["calls"].as_array() else {
+                // No call for mistral-common: text for us, or arguments that were said before the mistake.
+                let said: Vec<String> = serde_json::from_value(case["said"].clone()).unwrap();
+                let mut kept = text;
+                kept.extend(calls.iter().map(|(_, _, arguments)| arguments.as_str()));
+                let last = said.last().unwrap().trim();
+                let last = if last == "[TOOL_CALLS]" { "" } else { last };
+                assert!(last.ends_with(kept.trim()), "{shown}: {kept}");
+                assert_eq!(kept.is_empty(), last.is_empty(), "{shown}");
+                continue;
+            };
+            assert_eq!(text, case["content"], "{shown}");
+            assert_eq!(calls.len(), expected.len(), "{shown}");
+            for ((id, name, arguments), call) in calls.iter().zip(expected) {
+                assert_eq!(*name, call["name"], "{shown}");
+                let arguments: Value = serde_json::from_str(arguments).unwrap();
+                assert_eq!(arguments, call["arguments"], "{shown}");
+                // An id behind the arguments comes too late for a stream.
+                if let Some(id) = id {
+                    assert_eq!(*id, call["id"], "{shown}");
+                }
+            }
+            let has_early_id = !name.starts_with("v3") && shown.contains("CALL_ID");
+            assert!(!has_early_id || calls.iter().all(|(id, _, _)| id.is_some()));
+        }
+    }
+}
+
+#[test]
+fn tools_that_the_tokenizer_has_no_tokens_for_are_the_requests_fault() {
+    let tokenizer = from_dir(&[("tokenizer.model", &demo_file("tokenizer.model"))]).unwrap();
+    let format = tokenizer.chat_format();
+    assert_eq!(format, ChatFormat::Instruct(InstructVersion::V2));
+    assert!(!tokenizer.supports_tools());
+    let mut request = say(&[(Role::User, "hi")]);
+    tokenizer.encode_chat(&request).unwrap();
+    request.tools = vec![json!({"type": "function", "function": {"name": "f"}})];
+    let error = tokenizer.encode_chat(&request).unwrap_err();
+    assert!(error.is_invalid_request(), "{error}");
+    assert!(error.to_string().contains("[AVAILABLE_TOOLS]"), "{error}");
+}
+
+#[test]
+fn only_the_tokens_of_calls_make_calls() {
+    let Some(tokenizer) = real("v3") else { return };
+    let said = r#"[TOOL_CALLS][{"name": "f", "arguments": {}}]"#;
+    let ids = tokenizer.encode(said).unwrap();
+    assert_eq!(read_calls(tokenizer, &ids), (said.to_owned(), Vec::new()));
+    assert!(ToolCallParser::new(demo(), DecodeStart::Text).is_none());
+    assert!(real("v1").is_none_or(|v1| v1.call_tokens().is_none()));
 }
 
 #[test]
@@ -756,6 +898,43 @@ proptest! {
         skip_special in any::<bool>(),
     ) {
         check_stream(demo(), &ids, skip_special);
+    }
+
+    /// Whatever a model says, nothing is lost and nothing panics; text without calls is as without a parser.
+    #[test]
+    fn answers_without_the_tokens_of_calls_are_plain_text(ids in proptest::collection::vec(20u32..3000, 0..30)) {
+        if let Some(tokenizer) = real("v13") {
+            let (text, calls) = read_calls(tokenizer, &ids);
+            prop_assert_eq!(text, tokenizer.decode(&ids, true));
+            prop_assert!(calls.is_empty());
+        }
+    }
+
+    #[test]
+    fn no_answer_breaks_the_parser(
+        parts in proptest::collection::vec(
+            prop_oneof![
+                Just("[TOOL_CALLS]".to_owned()), Just("[ARGS]".to_owned()), Just("[CALL_ID]".to_owned()),
+                "[\\[\\]{}:,\"a-c ]{0,12}", Just("[{\"name\": \"f\", \"arguments\": {".to_owned()),
+            ],
+            0..8,
+        ),
+    ) {
+        for name in ["v3", "v11"] {
+            let Some(tokenizer) = real(name) else { return Ok(()) };
+            let mut ids = Vec::new();
+            for part in &parts {
+                match tokenizer.control_id(part) {
+                    Some(id) => ids.push(id),
+                    None => ids.extend(tokenizer.encode(part).unwrap()),
+                }
+            }
+            let (text, calls) = read_calls(tokenizer, &ids);
+            // Each part is encoded as a text of its own, which may begin with a space.
+            let said: usize = parts.iter().map(|part| part.len() + 1).sum();
+            let kept = text.len() + calls.iter().map(|call| call.2.len()).sum::<usize>();
+            prop_assert!(kept <= said, "{parts:?}: {text:?} {calls:?}");
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 strings.jsonl    one text per line with, for each of Mistral's tokenizers, the number of ids and a digest of them
 chat.json        conversations and the ids mistral-common makes of them, or that it refuses them
+fim.json         texts with a gap and the ids mistral-common makes of them
+calls.json       what models say in each of the forms of tool calls, as ids, and the calls that mistral-common reads in it
 demo.json        texts and conversations with the ids of the demo model (sentencepiece and transformers)
 byte_level/      a small tokenizer in the style of GPT-2, trained on sentences.txt
 transformers.json  its ids, those of a tokenizer.json with prepend_scheme "first", and rendered chat templates
@@ -12,10 +14,13 @@ Needs mistral-common, sentencepiece and transformers. Run from anywhere: make go
 import hashlib
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import mistral_common
 import sentencepiece
+from mistral_common.experimental.tools import _decode_tool_calls, _split_content_and_tool_calls
+from mistral_common.protocol.fim.request import FIMRequest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -31,6 +36,30 @@ FILES = {
     "tekken": "tekken_240718.json",
 }
 STRINGS_FOR = ("v1", "v2", "v3", "tekken")
+# No file of these versions comes with the package: the one of v3 with another version and two more control tokens.
+DERIVED = ("v11", "v13")
+LISTED = [
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]", "[ARGS]", "[CALL_ID]",
+]
+
+
+def derived(version):
+    file = json.loads((DATA / FILES["tekken"]).read_text(encoding="utf-8"))
+    file["config"]["version"] = version
+    file["special_tokens"] = [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(LISTED)]
+    return file
+
+
+def chat_tokenizers():
+    for name, file in FILES.items():
+        yield name, MistralTokenizer.from_file(str(DATA / file), mode=ValidationMode.serving)
+    for version in DERIVED:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tekken.json"
+            path.write_text(json.dumps(derived(version)), encoding="utf-8")
+            yield version, MistralTokenizer.from_file(str(path), mode=ValidationMode.serving)
 
 EDGES = [
     "", " ", "  ", "   ", "\n", "\n\n", "\t", " a", "a ", "  a  b   c ", "\r\n", "a\u00a0b", "a\u200bb", "a\u202fb",
@@ -188,6 +217,21 @@ CHATS = {
             result("12:00", "jklmnopqr", "clock"),
         ]
     },
+    "two_results_swapped": {
+        "messages": [
+            user("W?"),
+            assistant(None, tool_calls=[call("{}"), call("", "jklmnopqr", "clock")]),
+            result("12:00", "jklmnopqr", "clock"),
+            RESULT,
+            assistant("Noon."),
+            user("And?"),
+        ],
+        "tools": [WEATHER, CLOCK],
+    },
+    "two_equal_call_ids": {"messages": [user("W?"), assistant(None, tool_calls=[call("{}"), call("{}")]), RESULT, RESULT]},
+    "foreign_result": {"messages": [user("W?"), CALLS, result("x", "zzzzzzzzz")]},
+    "long_call_id": {"messages": [user("W?"), assistant(None, tool_calls=[call("{}", "call_1234567890")]), result("x", "call_1234567890")]},
+    "system_tools": {"messages": [system("Be brief."), user("Hi"), assistant("Hello"), user("W?")], "tools": [CLOCK]},
     "call_without_result": {"messages": [user("W?"), CALLS]},
     "call_then_user": {"messages": [user("W?"), CALLS, user("Well?")]},
     "result_without_call": {"messages": [user("W?"), assistant("A"), RESULT]},
@@ -212,8 +256,7 @@ CHATS = {
 
 def write_chats():
     golden = {}
-    for name, file in FILES.items():
-        tokenizer = MistralTokenizer.from_file(str(DATA / file), mode=ValidationMode.serving)
+    for name, tokenizer in chat_tokenizers():
         golden[name] = {}
         for case, request in CHATS.items():
             try:
@@ -224,6 +267,82 @@ def write_chats():
                 golden[name][case] = {"refused": f"{type(error).__name__}: {error}"[:120]}
         print(name, sum(isinstance(ids, list) for ids in golden[name].values()), "of", len(CHATS), "encoded")
     write_json("chat.json", {"requests": CHATS, "ids": golden})
+
+
+GAPS = [
+    ("def add(a, b):\n", "    return c\n"),
+    ("", "x"),
+    ("x = ", " # four"),
+    ("  two  spaces\n", "\n\n\tend  "),
+    ("[SUFFIX] Zürich 🙂", "</s>[PREFIX] 中文"),
+]
+
+
+def write_fim():
+    golden = {}
+    for name, tokenizer in chat_tokenizers():
+        if name in ("v1", "v2"):
+            continue  # no tokens for it
+        golden[name] = [tokenizer.encode_fim(FIMRequest(prompt=prompt, suffix=suffix)).tokens for prompt, suffix in GAPS]
+    write_json("fim.json", {"gaps": GAPS, "ids": golden})
+
+
+# What a model says; control tokens stand alone, everything else is text.
+SAID_AS_LIST = [
+    ["Plain text."],
+    ["[TOOL_CALLS]", '[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}, "id": "abcdefghi"}]'],
+    ["[TOOL_CALLS]", '[{"id": "abcdefghi", "name": "f", "arguments": {}}, {"name": "g-2", "arguments": {"a": [{"b": "}]\\""}]}}]'],
+    ["Let me see. 🙂", "[TOOL_CALLS]", '[{"arguments": {"x": null}, "id": "123456789", "name": "late"}]'],
+    ["[TOOL_CALLS]", ' [ {"name" : "f" , "other": 5, "arguments" : { } } ] '],
+    ["[TOOL_CALLS]", '[{"name": "f", "arguments": {"q": "\\u00fc\\n[TOOL_CALLS]"}}]'],
+    ["[TOOL_CALLS]", "I would rather not."],
+    ["[TOOL_CALLS]", '{"name": "f", "arguments": {}}'],
+    ["[TOOL_CALLS]", '[{"name": "f"}]'],
+    ["[TOOL_CALLS]", '[{"arguments": {}}]'],
+    ["[TOOL_CALLS]", '[{"name": "f", "arguments": "text"}]'],
+    ["[TOOL_CALLS]", '[{"name": "f", "arguments": {'],
+    ["[TOOL_CALLS]", "["],
+    ["[TOOL_CALLS]"],
+]
+SAID_BY_NAME = [
+    ["Plain text."],
+    ["[TOOL_CALLS]", "get_weather", "[ARGS]", '{"city": "Zürich", "days": 3}'],
+    ["Let me see. 🙂", "[TOOL_CALLS]", "f", "[ARGS]", "{}", "[TOOL_CALLS]", "g-2", "[ARGS]", '{"a": [{"b": "}]\\""}]}'],
+    ["[TOOL_CALLS]", "f", "[ARGS]", '{"q": "[TOOL_CALLS]g[ARGS]"}'],
+    ["[TOOL_CALLS]", "f", "[ARGS]", "{not json"],
+    ["[TOOL_CALLS]", "f"],
+    ["[TOOL_CALLS]"],
+]
+SAID_WITH_ID = [["[TOOL_CALLS]", "f", "[CALL_ID]", "abcdefghi", "[ARGS]", '{"a": 1}', "[TOOL_CALLS]", "g", "[CALL_ID]", "123456789", "[ARGS]", "{}"]]
+
+
+def read_calls(tokenizer, ids):
+    inner = tokenizer.instruct_tokenizer.tokenizer
+    content, calls = _split_content_and_tool_calls(ids, inner.get_special_token("[TOOL_CALLS]"))
+    read = {"content": inner.decode(content) if content else ""}
+    try:
+        called = _decode_tool_calls(calls, inner)
+        read["calls"] = [{"id": c.id, "name": c.function.name, "arguments": json.loads(c.function.arguments)} for c in called]
+    except Exception as error:
+        read["refused"] = type(error).__name__
+    return read
+
+
+def write_calls():
+    golden = {}
+    for name, tokenizer in chat_tokenizers():
+        if name == "v1":
+            continue
+        inner = tokenizer.instruct_tokenizer.tokenizer
+        said = SAID_AS_LIST if name not in DERIVED else SAID_BY_NAME + (SAID_WITH_ID if name == "v11" else [])
+        golden[name] = []
+        for parts in said:
+            ids = []
+            for part in parts:
+                is_control = part in LISTED
+                ids += [inner.get_special_token(part)] if is_control else inner.encode(part, bos=False, eos=False)
+            golden[name].append({"said": parts, "ids": ids} | read_calls(tokenizer, ids))
+    write_json("calls.json", golden)
 
 
 def write_demo():
@@ -423,5 +542,7 @@ def write_json(name, value):
 if __name__ == "__main__":
     write_strings()
     write_chats()
+    write_fim()
+    write_calls()
     write_demo()
     write_transformers()

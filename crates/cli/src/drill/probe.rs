@@ -103,7 +103,6 @@ impl Probe {
 fn request(index: u32, max_tokens: u32) -> v1::GenerateRequest {
     let is_greedy = index.is_multiple_of(2);
     v1::GenerateRequest {
-        model: String::new(),
         input: Some(Input::Prompt(format!("Tell me story number {index}."))),
         options: Some(v1::GenerateOptions {
             temperature: Some(if is_greedy { 0.0 } else { 1.0 }),
@@ -112,6 +111,7 @@ fn request(index: u32, max_tokens: u32) -> v1::GenerateRequest {
             ignore_eos: Some(true),
             ..v1::GenerateOptions::default()
         }),
+        ..v1::GenerateRequest::default()
     }
 }
 

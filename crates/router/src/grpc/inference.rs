@@ -8,10 +8,10 @@ use futures::stream::unfold;
 use tonic::{Request, Response, Status};
 use tramontane_proto::v1::inference_server::Inference;
 use tramontane_proto::{finish_reason_to_wire, v1};
-use tramontane_tokenizer::{ChatMessage, ChatRequest};
 use tramontane_types::FinishReason;
 
 use super::caller;
+use super::conversation::{call_pieces, calls, conversation};
 use super::deadline::Deadline;
 use super::status::{counted, status};
 use crate::answer::Answer;
@@ -19,7 +19,7 @@ use crate::answer_id::AnswerId;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
-use crate::openai::{MESSAGES_MAX, fingerprint, role};
+use crate::openai::fingerprint;
 use crate::request::{GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
 
@@ -173,6 +173,7 @@ fn responses(
                     finish_reason: delta.finish.map(|r| finish_reason_to_wire(r) as i32),
                     usage,
                     system_fingerprint: last.then(|| fingerprint(answer.version())),
+                    tool_calls: call_pieces(delta.calls),
                 };
                 Some((Ok(response), Some(answer)))
             }
@@ -196,6 +197,7 @@ async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult
             tokens: choice.tokens.iter().map(v1::SampledToken::from).collect(),
             finish_reason: finish_reason_to_wire(choice.finish.unwrap_or(FinishReason::Length))
                 as i32,
+            tool_calls: calls(choice.calls),
         });
     }
     Ok(v1::GenerateResult {
@@ -214,34 +216,27 @@ fn generation_request(
 ) -> Result<GenerationRequest, ApiError> {
     use v1::generate_request::Input;
     model.check(Some(message.model.as_str()).filter(|name| !name.is_empty()))?;
+    let mut options = options(message.options.unwrap_or_default());
+    let suffix = message.suffix;
+    if !suffix.is_empty() && !matches!(message.input, Some(Input::Prompt(_))) {
+        let message = "suffix is only allowed with prompt";
+        return Err(ApiError::invalid("suffix", message));
+    }
     let prompt = match message.input {
+        Some(Input::Prompt(prompt)) if !suffix.is_empty() => Prompt::Infill { prompt, suffix },
         Some(Input::Prompt(text)) => Prompt::Text(text),
         Some(Input::PromptIds(ids)) => Prompt::Ids(ids.ids),
-        Some(Input::Chat(chat)) => Prompt::Chat(conversation(chat)?),
+        Some(Input::Chat(chat)) => {
+            let (chat, tool_use) = conversation(chat)?;
+            options.tool_use = tool_use;
+            Prompt::Chat(chat)
+        }
         None => {
             let message = "one of prompt, prompt_ids and chat is required";
             return Err(ApiError::invalid("input", message));
         }
     };
-    let options = options(message.options.unwrap_or_default());
-    GenerationRequest::new(vec![prompt], &options, model).map_err(|error| error.below("options"))
-}
-
-fn conversation(chat: v1::ChatMessages) -> Result<ChatRequest, ApiError> {
-    if chat.messages.is_empty() || chat.messages.len() > MESSAGES_MAX {
-        let got = chat.messages.len();
-        let message = format!("chat.messages must have 1 to {MESSAGES_MAX} entries, got {got}");
-        return Err(ApiError::invalid("chat.messages", message));
-    }
-    let mut messages = Vec::with_capacity(chat.messages.len());
-    for (i, message) in chat.messages.into_iter().enumerate() {
-        let role = role(&message.role, &format!("chat.messages[{i}].role"))?;
-        messages.push(ChatMessage::new(role, message.content));
-    }
-    Ok(ChatRequest {
-        messages,
-        tools: Vec::new(),
-    })
+    GenerationRequest::new(vec![prompt], &options, model).map_err(in_options)
 }
 
 fn options(wire: v1::GenerateOptions) -> Options {
@@ -264,11 +259,17 @@ fn options(wire: v1::GenerateOptions) -> Options {
         logprobs: wire.logprobs,
         logprobs_name: Some("logprobs"),
         n: wire.n,
-        prompt_logprobs: None,
-        bad_words: Vec::new(),
-        constraint: None,
-        echo: false,
+        bad_words: wire.bad_words,
         priority: wire.priority,
+        ..Options::default()
+    }
+}
+
+/// The path of a field of the options, or of the tools.
+fn in_options(error: ApiError) -> ApiError {
+    match error.param.as_deref() {
+        Some("tools" | "tool_choice") => error.below("chat"),
+        _ => error.below("options"),
     }
 }
 
@@ -279,7 +280,10 @@ fn in_message(error: ApiError) -> ApiError {
     }
     match error.param.as_deref() {
         Some("max_tokens" | "min_tokens") => error.below("options"),
-        Some(param) if param.starts_with("messages") => error.below("chat"),
+        Some(param) if param.starts_with("bad_words") => error.below("options"),
+        Some(param) if param.starts_with("messages") || param.starts_with("tool") => {
+            error.below("chat")
+        }
         _ => error,
     }
 }

@@ -2,6 +2,7 @@
 //! and errors as over HTTP, and `Admin` for operators at a port of its own. Health and reflection at both.
 
 mod admin;
+mod conversation;
 mod deadline;
 mod inference;
 mod open_inference;

@@ -2,9 +2,8 @@
 
 use std::task::Poll;
 
-use tramontane_types::Usage;
-
 use super::*;
+use crate::answer::Spent;
 use crate::sequence::Delta;
 
 fn kept(limits: KeepLimits) -> Arc<KeptAnswers> {
@@ -56,7 +55,7 @@ fn told(text: &str) -> Told {
             text: text.to_owned(),
             ..Delta::default()
         }),
-        usage: Usage::default(),
+        spent: Spent::default(),
     }
 }
 

@@ -1,18 +1,21 @@
 //! `POST /v1/chat/completions`: messages in, assistant messages out.
 
-use serde_json::{Value, json};
-use tramontane_tokenizer::{ChatMessage, ChatRequest, Role};
-use tramontane_types::Usage;
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
+use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
 
 use super::fields::{self, Fields, wrong};
 use super::logprobs::chat_logprobs;
-use super::options::{refuse_unsupported, shared_options, stream_options};
+use super::options::{CHAT_REFUSED, refuse_unsupported, shared_options, stream_options};
+use super::tools::{chat_tools, tool_calls, tool_use};
 use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
-use crate::answer::Choice;
+use crate::answer::{Choice, Spent};
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Prompt};
 use crate::run::ServedModel;
 use crate::sequence::Delta;
+use crate::text::CallDelta;
 
 /// Most messages of a conversation.
 pub(crate) const MESSAGES_MAX: usize = 4096;
@@ -23,10 +26,7 @@ pub(crate) const PARTS_MAX: usize = 1024;
 pub(crate) fn parse_chat(body: &Value, model: &ServedModel) -> Result<Parsed, ApiError> {
     let body = Fields::of(body, "")?;
     model.check(body.string("model")?)?;
-    refuse_unsupported(&body)?;
-    if body.boolean("echo")? == Some(true) {
-        return Err(ApiError::unsupported("echo"));
-    }
+    refuse_unsupported(&body, &CHAT_REFUSED)?;
     let (stream, include_usage) = stream_options(&body)?;
     let mut options = shared_options(&body)?;
     if let Some(max) = body.unsigned("max_completion_tokens")? {
@@ -40,20 +40,24 @@ pub(crate) fn parse_chat(body: &Value, model: &ServedModel) -> Result<Parsed, Ap
         return Err(ApiError::invalid("top_logprobs", message));
     }
     options.logprobs = wants_logprobs.then(|| top.unwrap_or(0));
+    options.tool_use = tool_use(&body, true)?;
     let chat = ChatRequest {
         messages: messages(&body)?,
-        tools: Vec::new(),
+        tools: chat_tools(&body)?,
     };
     let request = GenerationRequest::new(vec![Prompt::Chat(chat)], &options, model)?;
     Ok(Parsed {
         request,
         stream,
         include_usage,
+        include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs: wants_logprobs,
+        best_of: None,
+        repeats: Value::Null,
     })
 }
 
-fn messages(body: &Fields<'_>) -> Result<Vec<ChatMessage>, ApiError> {
+pub(super) fn messages(body: &Fields<'_>) -> Result<Vec<ChatMessage>, ApiError> {
     body.required("messages")?;
     let list = body.array("messages")?.unwrap_or_default();
     if list.is_empty() || list.len() > MESSAGES_MAX {
@@ -77,7 +81,7 @@ fn message(value: &Value, path: &str) -> Result<ChatMessage, ApiError> {
         fields.string("role")?.unwrap_or_default(),
         &fields.path("role"),
     )?;
-    for name in ["tool_calls", "function_call", "audio"] {
+    for name in ["function_call", "audio"] {
         let asks = fields
             .get(name)
             .is_some_and(|v| !v.as_array().is_some_and(Vec::is_empty));
@@ -85,9 +89,32 @@ fn message(value: &Value, path: &str) -> Result<ChatMessage, ApiError> {
             return Err(ApiError::unsupported(&fields.path(name)));
         }
     }
-    let content = content(fields.required("content")?, &fields.path("content"))?;
+    let tool_calls = tool_calls(&fields)?;
+    if !tool_calls.is_empty() && role != Role::Assistant {
+        let path = fields.path("tool_calls");
+        let message = format!("{path} must be in a message of the role assistant");
+        return Err(ApiError::invalid(&path, message));
+    }
+    // Who calls, or refuses, need say nothing.
+    let text = fields.get("content").or_else(|| fields.get("refusal"));
+    let content = match text {
+        Some(value) => content(value, &fields.path("content"))?,
+        None if !tool_calls.is_empty() => String::new(),
+        None => content(fields.required("content")?, &fields.path("content"))?,
+    };
+    let tool_call_id = match role {
+        Role::Tool => {
+            let id = fields.required("tool_call_id")?;
+            Some(fields::string(id, &fields.path("tool_call_id"))?.to_owned())
+        }
+        _ => None,
+    };
+    let name = fields.string("name")?.filter(|_| role == Role::Tool);
     let prefix = fields.boolean("prefix")?.unwrap_or(false);
     Ok(ChatMessage {
+        tool_calls,
+        tool_call_id,
+        name: name.map(str::to_owned),
         prefix,
         ..ChatMessage::new(role, content)
     })
@@ -99,21 +126,24 @@ pub(crate) fn role(name: &str, path: &str) -> Result<Role, ApiError> {
         "system" | "developer" => Ok(Role::System),
         "user" => Ok(Role::User),
         "assistant" => Ok(Role::Assistant),
-        "tool" | "function" => {
+        "tool" => Ok(Role::Tool),
+        "function" => {
             let message = format!(
-                "{path} must be system, developer, user or assistant: tools are not supported by this server"
+                "{path} must be tool instead of function, which is not supported by this server"
             );
             Err(ApiError::new(ErrorKind::Unsupported, message).at(path))
         }
         _ => {
-            let message =
-                format!("{path} must be system, developer, user or assistant, got something else");
+            let message = format!(
+                "{path} must be system, developer, user, assistant or tool, got something else"
+            );
             Err(ApiError::invalid(path, message))
         }
     }
 }
 
-fn content(value: &Value, path: &str) -> Result<String, ApiError> {
+/// Text, whole or in parts, whichever of the names of text parts they have.
+pub(super) fn content(value: &Value, path: &str) -> Result<String, ApiError> {
     let parts = match value {
         Value::String(text) => return Ok(text.clone()),
         Value::Array(parts) => parts,
@@ -135,7 +165,14 @@ fn content(value: &Value, path: &str) -> Result<String, ApiError> {
         }
         let part = Fields::of(part, &path)?;
         let kind = fields::string(part.required("type")?, &part.path("type"))?;
-        if kind != "text" {
+        if kind == "refusal" {
+            text.push_str(fields::string(
+                part.required("refusal")?,
+                &part.path("refusal"),
+            )?);
+            continue;
+        }
+        if !["text", "input_text", "output_text"].contains(&kind) {
             let path = part.path("type");
             let message =
                 format!("{path} must be text: other content is not supported by this server");
@@ -150,13 +187,18 @@ fn content(value: &Value, path: &str) -> Result<String, ApiError> {
 #[derive(Debug)]
 pub(crate) struct ChatRender {
     head: Head,
+    /// Choices that have called a tool.
+    called: BTreeSet<usize>,
 }
 
 const CHUNK: &str = "chat.completion.chunk";
 
 impl ChatRender {
-    pub(crate) const fn new(head: Head) -> Self {
-        Self { head }
+    pub(crate) fn new(head: Head) -> Self {
+        Self {
+            head,
+            called: BTreeSet::new(),
+        }
     }
 
     fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish: Value) -> Value {
@@ -169,9 +211,9 @@ impl ChatRender {
 }
 
 impl Render for ChatRender {
-    fn open(&mut self, choice: usize, _echo: Option<&str>) -> Option<Value> {
+    fn open(&mut self, choice: usize, _echo: Option<&str>) -> Vec<Value> {
         let delta = json!({ "role": "assistant", "content": "" });
-        Some(self.chunk(choice, delta, Value::Null, Value::Null))
+        vec![self.chunk(choice, delta, Value::Null, Value::Null)]
     }
 
     fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
@@ -181,24 +223,37 @@ impl Render for ChatRender {
         } else {
             Value::Null
         };
-        if !delta.text.is_empty() || logprobs_have_content(&logprobs) {
-            let content = json!({ "content": delta.text });
+        let calls = calls_of(&delta.calls);
+        if !calls.is_empty() {
+            self.called.insert(delta.choice);
+        }
+        if !delta.text.is_empty() || !calls.is_empty() || logprobs_have_content(&logprobs) {
+            let mut content = json!({});
+            if !delta.text.is_empty() || calls.is_empty() {
+                content["content"] = delta.text.as_str().into();
+            }
+            if !calls.is_empty() {
+                content["tool_calls"] = calls.into();
+            }
             chunks.push(self.chunk(delta.choice, content, logprobs, Value::Null));
         }
         if delta.finish.is_some() {
-            let reason = finish_reason(delta.finish);
+            let reason = finish_reason(delta.finish, self.called.contains(&delta.choice));
             chunks.push(self.chunk(delta.choice, json!({}), Value::Null, reason));
         }
         chunks
     }
 
-    fn usage(&self, usage: Usage) -> Value {
+    fn end(&mut self, spent: Spent) -> Vec<Value> {
+        if !self.head.include_usage {
+            return Vec::new();
+        }
         let mut last = object(&self.head, CHUNK, Vec::new());
-        last["usage"] = usage_object(usage);
-        last
+        last["usage"] = usage_object(spent, self.head.include_metrics);
+        vec![last]
     }
 
-    fn whole(&self, choices: &[Choice], usage: Usage) -> Value {
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
         let mut list = Vec::with_capacity(choices.len());
         for (index, choice) in choices.iter().enumerate() {
             let logprobs = if self.head.logprobs {
@@ -208,15 +263,62 @@ impl Render for ChatRender {
             };
             list.push(json!({
                 "index": index,
-                "message": { "role": "assistant", "content": choice.text, "refusal": null },
+                "message": message_of(choice),
                 "logprobs": logprobs,
-                "finish_reason": finish_reason(choice.finish),
+                "finish_reason": finish_reason(choice.finish, !choice.calls.is_empty()),
             }));
         }
         let mut whole = object(&self.head, "chat.completion", list);
-        whole["usage"] = usage_object(usage);
+        whole["usage"] = usage_object(spent, self.head.include_metrics);
         whole
     }
+}
+
+/// A whole assistant's message.
+fn message_of(choice: &Choice) -> Value {
+    let mut message = json!({ "role": "assistant", "content": choice.text, "refusal": null });
+    if choice.calls.is_empty() {
+        return message;
+    }
+    if choice.text.is_empty() {
+        message["content"] = Value::Null;
+    }
+    let call = |call: &ToolCall| {
+        json!({
+            "id": call.id,
+            "type": "function",
+            "function": { "name": call.name, "arguments": call.arguments },
+        })
+    };
+    message["tool_calls"] = choice.calls.iter().map(call).collect();
+    message
+}
+
+/// `delta.tool_calls`: one entry per call of which there is something new.
+fn calls_of(deltas: &[CallDelta]) -> Vec<Value> {
+    let mut calls: Vec<Value> = Vec::new();
+    for delta in deltas {
+        if delta.begins.is_none()
+            && let Some(last) = calls.last_mut().filter(|last| last["index"] == delta.index)
+        {
+            let arguments = &mut last["function"]["arguments"];
+            let before = arguments.as_str().unwrap_or_default();
+            *arguments = format!("{before}{}", delta.arguments).into();
+            continue;
+        }
+        let mut call = Map::new();
+        call.insert("index".to_owned(), delta.index.into());
+        let mut function = Map::new();
+        if let Some(head) = &delta.begins {
+            call.insert("id".to_owned(), head.id.as_str().into());
+            call.insert("type".to_owned(), "function".into());
+            function.insert("name".to_owned(), head.name.as_str().into());
+        }
+        function.insert("arguments".to_owned(), delta.arguments.as_str().into());
+        call.insert("function".to_owned(), function.into());
+        calls.push(call.into());
+    }
+    calls
 }
 
 fn logprobs_have_content(logprobs: &Value) -> bool {

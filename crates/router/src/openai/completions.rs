@@ -1,13 +1,12 @@
 //! `POST /v1/completions`: prompts in, their continuations out.
 
 use serde_json::{Value, json};
-use tramontane_types::Usage;
 
 use super::fields::{self, Fields, wrong};
 use super::logprobs::LegacyLogprobs;
-use super::options::{refuse_unsupported, shared_options, stream_options};
-use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
-use crate::answer::Choice;
+use super::options::{COMPLETION_REFUSED, refuse_unsupported, shared_options, stream_options};
+use super::{BestOf, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use crate::answer::{Choice, Spent};
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{CHOICES_MAX, GenerationRequest, Prompt};
 use crate::run::ServedModel;
@@ -20,7 +19,7 @@ pub(crate) const LOGPROBS_MAX: u32 = 5;
 pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Parsed, ApiError> {
     let body = Fields::of(body, "")?;
     model.check(body.string("model")?)?;
-    refuse_unsupported(&body)?;
+    refuse_unsupported(&body, &COMPLETION_REFUSED)?;
     let (stream, include_usage) = stream_options(&body)?;
     let mut options = shared_options(&body)?;
     options.echo = body.boolean("echo")?.unwrap_or(false);
@@ -35,23 +34,50 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
         let message = "echo together with logprobs is not supported by this server";
         return Err(ApiError::new(ErrorKind::Unsupported, message).at("echo"));
     }
-    if let Some(best_of) = body
-        .unsigned("best_of")?
-        .filter(|&best| best != options.n.unwrap_or(1))
-    {
-        let message =
-            format!("best_of is not supported by this server unless it equals n, got {best_of}");
-        return Err(ApiError::new(ErrorKind::Unsupported, message).at("best_of"));
-    }
     let logprobs = options.logprobs.is_some();
-    let prompts = prompts(body.required("prompt")?)?;
+    let kept = options.n.unwrap_or(1);
+    options.best_of = body.unsigned("best_of")?.filter(|&made| made != kept);
+    if options.best_of.is_some() {
+        if stream {
+            let message = "best_of is only allowed without stream, unless it equals n";
+            return Err(ApiError::invalid("best_of", message));
+        }
+        // The best ones are found by them.
+        options.logprobs = options.logprobs.or(Some(0));
+    }
+    let best_of = options.best_of.map(|made| BestOf {
+        made: made as usize,
+        kept: kept as usize,
+    });
+    let mut prompts = prompts(body.required("prompt")?)?;
+    if let Some(suffix) = body.string("suffix")?.filter(|suffix| !suffix.is_empty()) {
+        prompts = infills(prompts, suffix)?;
+    }
     let request = GenerationRequest::new(prompts, &options, model)?;
     Ok(Parsed {
         request,
         stream,
         include_usage,
+        include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs,
+        best_of,
+        repeats: Value::Null,
     })
+}
+
+/// The prompts with a gap between each and `suffix`.
+fn infills(prompts: Vec<Prompt>, suffix: &str) -> Result<Vec<Prompt>, ApiError> {
+    let infill = |prompt| match prompt {
+        Prompt::Text(prompt) => Ok(Prompt::Infill {
+            prompt,
+            suffix: suffix.to_owned(),
+        }),
+        _ => Err(ApiError::invalid(
+            "suffix",
+            "suffix is only allowed with prompts that are strings",
+        )),
+    };
+    prompts.into_iter().map(infill).collect()
 }
 
 /// A string, strings, token ids, or lists of token ids.
@@ -95,14 +121,16 @@ pub(crate) struct CompletionRender {
     head: Head,
     /// Characters of each answer so far, for `text_offset`.
     offsets: Vec<usize>,
+    best_of: Option<BestOf>,
 }
 
 const OBJECT: &str = "text_completion";
 
 impl CompletionRender {
-    pub(crate) fn new(head: Head, num_choices: usize) -> Self {
+    pub(crate) fn new(head: Head, num_choices: usize, best_of: Option<BestOf>) -> Self {
         Self {
             head,
+            best_of,
             offsets: vec![0; num_choices],
         }
     }
@@ -116,10 +144,12 @@ impl CompletionRender {
 }
 
 impl Render for CompletionRender {
-    fn open(&mut self, choice: usize, echo: Option<&str>) -> Option<Value> {
-        let echo = echo?;
+    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Value> {
+        let Some(echo) = echo else {
+            return Vec::new();
+        };
         let opened = Self::choice(choice, echo, Value::Null, Value::Null);
-        Some(chunk(&self.head, OBJECT, vec![opened]))
+        vec![chunk(&self.head, OBJECT, vec![opened])]
     }
 
     fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
@@ -143,20 +173,23 @@ impl Render for CompletionRender {
             delta.choice,
             &delta.text,
             logprobs,
-            finish_reason(delta.finish),
+            finish_reason(delta.finish, false),
         );
         vec![chunk(&self.head, OBJECT, vec![choice])]
     }
 
-    fn usage(&self, usage: Usage) -> Value {
+    fn end(&mut self, spent: Spent) -> Vec<Value> {
+        if !self.head.include_usage {
+            return Vec::new();
+        }
         let mut last = object(&self.head, OBJECT, Vec::new());
-        last["usage"] = usage_object(usage);
-        last
+        last["usage"] = usage_object(spent, self.head.include_metrics);
+        vec![last]
     }
 
-    fn whole(&self, choices: &[Choice], usage: Usage) -> Value {
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
         let mut list = Vec::with_capacity(choices.len());
-        for (index, choice) in choices.iter().enumerate() {
+        for (index, choice) in chosen(choices, self.best_of).into_iter().enumerate() {
             let mut logprobs = Value::Null;
             if self.head.logprobs {
                 let mut legacy = LegacyLogprobs::starting_at(0);
@@ -167,11 +200,33 @@ impl Render for CompletionRender {
                 index,
                 &choice.text,
                 logprobs,
-                finish_reason(choice.finish),
+                finish_reason(choice.finish, false),
             ));
         }
         let mut whole = object(&self.head, OBJECT, list);
-        whole["usage"] = usage_object(usage);
+        whole["usage"] = usage_object(spent, self.head.include_metrics);
         whole
     }
+}
+
+/// Of the answers of each prompt the best ones, best first: by the mean log probability of their tokens.
+fn chosen(choices: &[Choice], best_of: Option<BestOf>) -> Vec<&Choice> {
+    let Some(BestOf { made, kept }) = best_of else {
+        return choices.iter().collect();
+    };
+    let mut chosen = Vec::with_capacity(choices.len());
+    for answers in choices.chunks(made.max(1)) {
+        let mut answers: Vec<&Choice> = answers.iter().collect();
+        // Of equals the first.
+        answers.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
+        answers.truncate(kept);
+        chosen.extend(answers);
+    }
+    chosen
+}
+
+fn mean_logprob(choice: &Choice) -> f64 {
+    let logprobs = choice.tokens.iter().filter_map(|token| token.logprob);
+    let sum: f64 = logprobs.map(f64::from).sum();
+    sum / choice.tokens.len().max(1) as f64
 }

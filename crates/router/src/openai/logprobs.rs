@@ -26,12 +26,50 @@ pub(crate) fn chat_logprobs(
     json!({ "content": content, "refusal": null })
 }
 
+/// `logprobs` of a response's text: one entry per token.
+pub(crate) fn response_logprobs(tokens: &[TokenOutput], tokenizer: &Tokenizer) -> Vec<Value> {
+    let mut logprobs = chat_logprobs(tokens, false, tokenizer);
+    match logprobs["content"].take() {
+        Value::Array(content) => content,
+        _ => Vec::new(),
+    }
+}
+
 fn chat_entry(id: TokenId, logprob: Option<f32>, tokenizer: &Tokenizer) -> Map<String, Value> {
     let mut entry = Map::new();
     entry.insert("token".to_owned(), token_text(id, tokenizer).into());
     entry.insert("logprob".to_owned(), json!(finite(logprob)));
     entry.insert("bytes".to_owned(), json!(tokenizer.token_bytes(id)));
     entry
+}
+
+/// `prompt_logprobs` in vLLM's form: of every token of the prompt but the first its own log probability and those of
+/// the most likely ones, by id. `prompt` begins with the second one.
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "workers do not report the prompt's log probabilities yet"
+    )
+)]
+pub(crate) fn prompt_logprobs(prompt: &[TokenOutput], tokenizer: &Tokenizer) -> Value {
+    let entry = |token: &TokenOutput| {
+        let mut entry = Map::new();
+        for (top, rank) in token.top_logprobs.iter().zip(1_usize..) {
+            let text = token_text(top.id, tokenizer);
+            let logprob = finite(Some(top.logprob));
+            let value = json!({ "logprob": logprob, "rank": rank, "decoded_token": text });
+            entry.insert(top.id.to_string(), value);
+        }
+        // Its rank is known only among the best.
+        entry.entry(token.id.to_string()).or_insert_with(|| {
+            let text = token_text(token.id, tokenizer);
+            json!({ "logprob": finite(token.logprob), "rank": null, "decoded_token": text })
+        });
+        Value::Object(entry)
+    };
+    let entries = prompt.iter().map(entry);
+    std::iter::once(Value::Null).chain(entries).collect()
 }
 
 /// `choices[].logprobs` of a completion: parallel lists.
@@ -78,6 +116,32 @@ impl LegacyLogprobs {
             self.token_logprobs.push(json!(finite(token.logprob)));
             self.top_logprobs.push(Value::Object(top));
         }
+    }
+
+    /// The prompt, for an answer that begins with it: nothing is known of its `first` token. A token that only marks
+    /// the beginning has no text and is left out.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "workers do not report the prompt's log probabilities yet"
+        )
+    )]
+    pub(crate) fn add_prompt(
+        &mut self,
+        first: TokenId,
+        prompt: &[TokenOutput],
+        tokenizer: &Tokenizer,
+    ) {
+        if tokenizer.bos_id() != Some(first) {
+            let text = token_text(first, tokenizer);
+            self.text_offset.push(self.offset.into());
+            self.offset += text.chars().count();
+            self.tokens.push(text.into());
+            self.token_logprobs.push(Value::Null);
+            self.top_logprobs.push(Value::Null);
+        }
+        self.add(prompt, false, tokenizer);
     }
 
     pub(crate) const fn is_empty(&self) -> bool {

@@ -8,23 +8,29 @@ mod held;
 mod logprobs;
 mod models;
 mod options;
+mod responses;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod tokens;
+mod tools;
 
 use serde_json::Value;
 use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
-use tramontane_types::{FinishReason, Usage};
+use tramontane_types::FinishReason;
 
 pub(crate) use chat::{ChatRender, MESSAGES_MAX, parse_chat, role};
 pub(crate) use completions::{CompletionRender, parse_completion};
 pub(crate) use error::{error_body, error_response};
 pub(crate) use held::{EventBytes, held_stream};
 pub(crate) use models::{model, models};
+pub(crate) use responses::{ResponseRender, parse_response};
 pub(crate) use stream::{StreamOptions, event_stream, last_event};
+pub(crate) use tokens::{parse_detokenize, parse_tokenize};
+pub(crate) use tools::check_name;
 
-use crate::answer::Choice;
+use crate::answer::{Choice, Spent};
 use crate::error::ApiError;
 use crate::request::GenerationRequest;
 use crate::sequence::Delta;
@@ -35,8 +41,21 @@ pub(crate) struct Parsed {
     pub(crate) request: GenerationRequest,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// The usage says how long the request took.
+    pub(crate) include_metrics: bool,
     /// Whether the answer reports log probabilities.
     pub(crate) logprobs: bool,
+    /// More answers are made than given.
+    pub(crate) best_of: Option<BestOf>,
+    /// What of the request its answer repeats, as an object; null where it repeats nothing.
+    pub(crate) repeats: Value,
+}
+
+/// Of each prompt's answers the best are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BestOf {
+    pub(crate) made: usize,
+    pub(crate) kept: usize,
 }
 
 /// What every object of one answer repeats.
@@ -52,18 +71,28 @@ pub(crate) struct Head {
     pub(crate) logprobs: bool,
     /// Chunks carry `"usage": null`, and one more at the end carries the usage.
     pub(crate) include_usage: bool,
+    /// The usage says how long the request took.
+    pub(crate) include_metrics: bool,
 }
 
 /// How deltas and answers look at one route.
 pub(crate) trait Render: Send {
     /// What opens an answer that has said nothing yet.
-    fn open(&mut self, choice: usize, echo: Option<&str>) -> Option<Value>;
-    /// The chunks that a delta makes, if any.
+    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Value>;
+    /// The chunks that a delta makes, if any. The last one of a delta that ends an answer says so.
     fn chunks(&mut self, delta: &Delta) -> Vec<Value>;
-    /// The chunk after the last one.
-    fn usage(&self, usage: Usage) -> Value;
+    /// The chunks behind the last one.
+    fn end(&mut self, spent: Spent) -> Vec<Value>;
+    /// The last event of a stream that fails.
+    fn failed(&mut self, error: &ApiError) -> Value {
+        error_body(error)
+    }
+    /// Whether events have names, which are the `type` of their data, and the last one is the mark of the end.
+    fn names_events(&self) -> bool {
+        false
+    }
     /// The whole answer as one object.
-    fn whole(&self, choices: &[Choice], usage: Usage) -> Value;
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Value;
 }
 
 /// Parses the JSON of a body.
@@ -85,8 +114,9 @@ pub(crate) fn fingerprint(version: &Version) -> String {
     format!("{}-{}", version.model, version.numeric_class)
 }
 
-fn finish_reason(reason: Option<FinishReason>) -> Value {
+fn finish_reason(reason: Option<FinishReason>, has_calls: bool) -> Value {
     match reason {
+        Some(FinishReason::Stop) if has_calls => "tool_calls".into(),
         Some(FinishReason::Stop) => "stop".into(),
         // Workers never end a sequence as aborted here: that is a loss and replayed.
         Some(FinishReason::Length | FinishReason::Aborted) => "length".into(),
@@ -94,12 +124,30 @@ fn finish_reason(reason: Option<FinishReason>) -> Value {
     }
 }
 
-fn usage_object(usage: Usage) -> Value {
-    serde_json::json!({
+fn usage_object(spent: Spent, with_metrics: bool) -> Value {
+    let usage = spent.usage;
+    let mut object = serde_json::json!({
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
         "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
+    });
+    if with_metrics {
+        object["metrics"] = metrics_object(spent);
+    }
+    object
+}
+
+/// How long the request took, in seconds.
+fn metrics_object(spent: Spent) -> Value {
+    let decoding = spent.first_token.map(|first| spent.total - first);
+    let decoding = decoding.map(|time| time.as_secs_f64()).filter(|t| *t > 0.0);
+    let num_next = spent.usage.completion_tokens.saturating_sub(1);
+    serde_json::json!({
+        "queue_time": spent.queued.as_secs_f64(),
+        "time_to_first_token": spent.first_token.map(|time| time.as_secs_f64()),
+        "total_time": spent.total.as_secs_f64(),
+        "tokens_per_second": decoding.map(|time| f64::from(num_next) / time),
     })
 }
 

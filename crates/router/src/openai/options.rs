@@ -9,12 +9,10 @@ use crate::error::ApiError;
 use crate::request::Options;
 
 /// Whether a value of a known field asks for something.
-type Asks = fn(&Value) -> bool;
+pub(crate) type Asks = fn(&Value) -> bool;
 
 /// Fields that are refused when they ask for something.
-const REFUSED: [(&str, Asks); 35] = [
-    ("tools", not_empty),
-    ("tool_choice", not_none_or_auto),
+const REFUSED: [(&str, Asks); 36] = [
     ("functions", not_empty),
     ("function_call", not_none_or_auto),
     ("response_format", not_text),
@@ -24,7 +22,11 @@ const REFUSED: [(&str, Asks); 35] = [
     ("web_search_options", anything),
     ("reasoning_effort", not_none),
     ("store", is_true),
-    ("suffix", not_empty),
+    ("service_tier", not_auto_or_default),
+    ("verbosity", not_medium),
+    ("moderation", anything),
+    ("background", is_true),
+    ("conversation", anything),
     ("structured_outputs", anything),
     ("guided_json", anything),
     ("guided_regex", anything),
@@ -43,12 +45,66 @@ const REFUSED: [(&str, Asks); 35] = [
     ("skip_special_tokens", is_false),
     ("truncate_prompt_tokens", anything),
     ("allowed_token_ids", anything),
-    ("bad_words", not_empty),
     ("logits_processors", not_empty),
     ("lora_request", anything),
     ("add_generation_prompt", is_false),
     ("prompt_embeds", anything),
 ];
+
+/// What a chat refuses beside them.
+pub(crate) const CHAT_REFUSED: [(&str, Asks); 3] = [
+    ("echo", is_true),
+    ("suffix", not_empty),
+    ("best_of", not_one),
+];
+
+/// What a completion refuses beside them.
+pub(crate) const COMPLETION_REFUSED: [(&str, Asks); 4] = [
+    ("tools", not_empty),
+    ("tool_choice", not_none_or_auto),
+    ("top_logprobs", anything),
+    ("max_completion_tokens", anything),
+];
+
+/// What a response refuses beside them.
+pub(crate) const RESPONSE_REFUSED: [(&str, Asks); 19] = [
+    ("previous_response_id", anything),
+    ("prompt", anything),
+    ("reasoning", asks_to_reason),
+    ("truncation", not_disabled),
+    ("max_tool_calls", anything),
+    ("background_options", anything),
+    ("context_management", not_empty),
+    ("access_programs", anything),
+    ("image", anything),
+    ("n", not_one),
+    ("stop", not_empty),
+    ("best_of", not_one),
+    ("echo", is_true),
+    ("suffix", not_empty),
+    ("logprobs", is_true),
+    ("max_tokens", anything),
+    ("max_completion_tokens", anything),
+    ("messages", anything),
+    ("multi_agent", anything),
+];
+
+fn not_auto_or_default(value: &Value) -> bool {
+    value != "auto" && value != "default"
+}
+
+fn not_medium(value: &Value) -> bool {
+    value != "medium"
+}
+
+fn not_disabled(value: &Value) -> bool {
+    value != "disabled"
+}
+
+fn asks_to_reason(value: &Value) -> bool {
+    let asks = |(_, value): (&String, &Value)| !value.is_null() && value != "none";
+    value.as_object().is_none_or(|map| map.iter().any(asks))
+}
 
 fn anything(_value: &Value) -> bool {
     true
@@ -94,8 +150,11 @@ fn not_one(value: &Value) -> bool {
 }
 
 /// Refuses fields that ask for what this server does not offer.
-pub(crate) fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
-    for (name, asks) in REFUSED {
+pub(crate) fn refuse_unsupported(
+    body: &Fields<'_>,
+    others: &[(&str, Asks)],
+) -> Result<(), ApiError> {
+    for &(name, asks) in REFUSED.iter().chain(others) {
         if body.get(name).is_some_and(asks) {
             return Err(ApiError::unsupported(name));
         }
@@ -125,6 +184,10 @@ pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
         ignore_eos: body.boolean("ignore_eos")?,
         n: body.unsigned("n")?,
         priority: body.unsigned("priority")?,
+        bad_words: match body.array("bad_words")? {
+            Some(words) => strings(words, "bad_words")?,
+            None => Vec::new(),
+        },
         ..Options::default()
     })
 }
@@ -141,15 +204,17 @@ fn stop(body: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     match body.get("stop") {
         None => Ok(Vec::new()),
         Some(Value::String(stop)) => Ok(vec![stop.clone()]),
-        Some(Value::Array(stops)) => {
-            let mut list = Vec::with_capacity(stops.len());
-            for (i, stop) in stops.iter().enumerate() {
-                list.push(fields::string(stop, &format!("stop[{i}]"))?.to_owned());
-            }
-            Ok(list)
-        }
+        Some(Value::Array(stops)) => strings(stops, "stop"),
         Some(other) => Err(wrong("stop", "a string or an array of strings", other)),
     }
+}
+
+fn strings(values: &[Value], path: &str) -> Result<Vec<String>, ApiError> {
+    let mut list = Vec::with_capacity(values.len());
+    for (i, value) in values.iter().enumerate() {
+        list.push(fields::string(value, &format!("{path}[{i}]"))?.to_owned());
+    }
+    Ok(list)
 }
 
 fn logit_bias(body: &Fields<'_>) -> Result<Vec<(TokenId, f32)>, ApiError> {

@@ -11,7 +11,8 @@ use futures::stream::unfold;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::{Render, error_body};
+use super::Render;
+use super::error::error_body;
 use crate::answer::Answer;
 use crate::asked::{EventId, Position, Tag, beyond_the_end};
 use crate::error::ApiError;
@@ -22,7 +23,6 @@ const KEEPALIVE: &[u8] = b": keep-alive\n\n";
 
 /// How an answer is streamed.
 pub(crate) struct StreamOptions {
-    pub(crate) include_usage: bool,
     /// A comment comes when nothing happened for so long.
     pub(crate) keepalive: Duration,
     pub(crate) tag: Tag,
@@ -115,16 +115,19 @@ impl Events {
     }
 
     fn fail(&mut self, error: &ApiError) {
-        self.ready.push_back(error_event(error));
+        let error = self.render.failed(error);
+        self.push(&error, None);
         self.ended = true;
     }
 
     fn end(&mut self) {
-        if self.options.include_usage {
-            let usage = self.render.usage(self.answer.usage());
-            self.push(&usage, Position::End);
+        let chunks = self.render.end(self.answer.spent());
+        for (num_after, chunk) in (0..chunks.len()).rev().zip(&chunks) {
+            self.push(chunk, (num_after == 0).then_some(Position::End));
         }
-        self.ready.push_back(last_event());
+        if !self.render.names_events() {
+            self.ready.push_back(last_event());
+        }
         self.ended = true;
     }
 
@@ -136,9 +139,10 @@ impl Events {
         };
         if cursor.at < OPENING {
             self.reach(choice, OPENING);
+            // Also for who has seen it: later chunks may depend on it.
+            let opening = self.render.open(choice, self.answer.echo(choice));
             if cursor.seen < OPENING {
-                let opening = self.render.open(choice, self.answer.echo(choice));
-                self.push_all(opening.as_slice());
+                self.push_all(&opening);
             }
         }
         let is_seen = |index: u32| unit_of_token(index) <= cursor.seen;
@@ -146,7 +150,7 @@ impl Events {
         if let Some(last) = delta.tokens.last() {
             self.reach(choice, unit_of_token(last.index));
         }
-        let (seen, mut delta) = delta.split(num_seen);
+        let (seen, delta) = delta.split(num_seen);
         if num_seen > 0 {
             // Chunks may depend on those before them.
             let _seen = self.render.chunks(&seen);
@@ -161,13 +165,6 @@ impl Events {
         if cursor.seen > finish {
             return Err(beyond_the_end(choice, finish, cursor.seen));
         }
-        if cursor.seen >= rest {
-            delta.text.clear();
-        }
-        if cursor.seen == finish {
-            self.reach(choice, finish);
-            return Ok(());
-        }
         let chunks = self.render.chunks(&delta);
         let (last, others) = chunks
             .split_last()
@@ -175,9 +172,13 @@ impl Events {
                 (std::slice::from_ref(last), others)
             });
         self.reach(choice, rest);
-        self.push_all(others);
+        if cursor.seen < rest {
+            self.push_all(others);
+        }
         self.reach(choice, finish);
-        self.push_all(last);
+        if cursor.seen < finish {
+            self.push_all(last);
+        }
         Ok(())
     }
 
@@ -189,19 +190,32 @@ impl Events {
 
     /// Events after which the client has everything up to the cursors.
     fn push_all(&mut self, chunks: &[Value]) {
-        for chunk in chunks {
-            let units = self.cursors.iter().map(|c| c.at.max(c.seen));
-            self.push(chunk, Position::Units(units.collect()));
+        for (num_after, chunk) in (0..chunks.len()).rev().zip(chunks) {
+            // Who has not seen all of them gets them again.
+            let position = (num_after == 0).then(|| {
+                let units = self.cursors.iter().map(|c| c.at.max(c.seen));
+                Position::Units(units.collect())
+            });
+            self.push(chunk, position);
         }
     }
 
-    fn push(&mut self, data: &Value, position: Position) {
-        let id = EventId {
-            answer: self.answer.id(),
-            tag: self.options.tag,
-            position,
-        };
-        let event = format!("id: {id}\ndata: {data}\n\n");
+    /// An event, with an id where a client may go on behind it.
+    fn push(&mut self, data: &Value, position: Option<Position>) {
+        let mut event = String::new();
+        if let Some(position) = position {
+            let id = EventId {
+                answer: self.answer.id(),
+                tag: self.options.tag,
+                position,
+            };
+            event.push_str(&format!("id: {id}\n"));
+        }
+        if self.render.names_events() {
+            let name = data["type"].as_str().unwrap_or("error");
+            event.push_str(&format!("event: {name}\n"));
+        }
+        event.push_str(&format!("data: {data}\n\n"));
         self.ready.push_back(Bytes::from(event));
     }
 }

@@ -12,6 +12,7 @@ mod failover;
 mod held;
 mod idempotency;
 mod resume;
+mod tools;
 mod versions;
 
 use std::collections::VecDeque;
@@ -335,6 +336,15 @@ impl Scene {
         scripts: Vec<Script>,
         scaler: Option<Arc<dyn Scaler>>,
     ) -> Self {
+        Self::start_of(config, scripts, scaler, tokenizer()).await
+    }
+
+    async fn start_of(
+        config: RouterConfig,
+        scripts: Vec<Script>,
+        scaler: Option<Arc<dyn Scaler>>,
+        tokenizer: Arc<Tokenizer>,
+    ) -> Self {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
         let mut servers = tokio::task::JoinSet::new();
         let mut workers = Vec::new();
@@ -357,7 +367,7 @@ impl Scene {
         } else {
             serve(&*store, &placement).await;
         }
-        let scene = Self::open(config, store, workers, servers, scaler).await;
+        let scene = Self::open(config, store, (workers, servers), scaler, tokenizer).await;
         if !scene.workers.is_empty() {
             scene.until_ready(true).await;
         }
@@ -367,7 +377,8 @@ impl Scene {
     /// Another router of the same cluster.
     async fn another(&self, config: RouterConfig) -> Self {
         let (store, servers) = (Arc::clone(&self.store), tokio::task::JoinSet::new());
-        let scene = Self::open(config, store, Vec::new(), servers, None).await;
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let scene = Self::open(config, store, (Vec::new(), servers), None, tokenizer).await;
         scene.until_ready(true).await;
         scene
     }
@@ -375,16 +386,15 @@ impl Scene {
     async fn open(
         config: RouterConfig,
         store: Arc<dyn Store>,
-        workers: Vec<FakeWorker>,
-        servers: tokio::task::JoinSet<()>,
+        (workers, servers): (Vec<FakeWorker>, tokio::task::JoinSet<()>),
         scaler: Option<Arc<dyn Scaler>>,
+        tokenizer: Arc<Tokenizer>,
     ) -> Self {
         install_provider();
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let admin = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let urls = [&http, &grpc, &admin].map(|l| format!("http://{}", l.local_addr().unwrap()));
-        let tokenizer = tokenizer();
         let model = ServedModel {
             id: "demo".to_owned(),
             aliases: vec!["other-name".to_owned()],
@@ -563,11 +573,9 @@ async fn events_with_ids(response: reqwest::Response) -> Vec<Event> {
 }
 
 fn event(block: &str) -> Event {
-    let (id, data) = match block.split_once('\n') {
-        Some((id, data)) => (Some(id.strip_prefix("id: ").unwrap().to_owned()), data),
-        None => (None, block),
-    };
-    let data = data.strip_prefix("data: ").unwrap().to_owned();
+    let field = |name: &str| block.lines().find_map(|line| line.strip_prefix(name));
+    let id = field("id: ").map(str::to_owned);
+    let data = field("data: ").unwrap().to_owned();
     Event { id, data }
 }
 
@@ -1184,9 +1192,9 @@ async fn silence_is_filled_with_comments() {
 
 fn plain(options: v1::GenerateOptions) -> v1::GenerateRequest {
     v1::GenerateRequest {
-        model: String::new(),
         input: Some(v1::generate_request::Input::Prompt("x".to_owned())),
         options: Some(options),
+        ..v1::GenerateRequest::default()
     }
 }
 

@@ -16,7 +16,7 @@ const JOIN: &str = "\n\n";
 /// A request ready to be encoded.
 #[derive(Debug)]
 pub(crate) struct Conversation {
-    /// All system prompts in one; `None` in v7, where they are turns.
+    /// All system prompts in one; `None` from v7 on, where they are turns.
     pub(crate) system: Option<String>,
     pub(crate) turns: Vec<Turn>,
     pub(crate) tools: Vec<Value>,
@@ -47,16 +47,28 @@ impl Turn {
 }
 
 pub(crate) fn normalize(version: InstructVersion, request: &ChatRequest) -> Conversation {
-    let has_system_turns = version == InstructVersion::V7;
+    let has_system_turns = version >= InstructVersion::V7;
     let mut turns = Vec::new();
+    let mut call_ids: Vec<String> = Vec::new();
     for run in request
         .messages
         .chunk_by(|left, right| left.role == right.role)
     {
         match run[0].role {
             Role::User => turns.push(Turn::new(Role::User, joined(run))),
-            Role::Assistant => turns.push(assistant(run)),
-            Role::Tool => turns.extend(run.iter().map(|message| tool(version, message))),
+            Role::Assistant => {
+                let turn = assistant(run);
+                call_ids.extend(turn.tool_calls.iter().map(|call| call.id.clone()));
+                turns.push(turn);
+            }
+            Role::Tool => {
+                let mut results: Vec<Turn> = run.iter().map(|m| tool(version, m)).collect();
+                if version >= InstructVersion::V11 {
+                    in_order_of_calls(&mut results, &call_ids);
+                }
+                call_ids.clear();
+                turns.extend(results);
+            }
             Role::System if has_system_turns => turns.extend(
                 run.iter()
                     .map(|message| Turn::new(Role::System, message.content.clone())),
@@ -77,6 +89,15 @@ pub(crate) fn normalize(version: InstructVersion, request: &ChatRequest) -> Conv
         turns,
         tools: request.tools.iter().map(tool_on_offer).collect(),
     }
+}
+
+/// Results as their calls are ordered; those of no call behind them.
+fn in_order_of_calls(results: &mut [Turn], call_ids: &[String]) {
+    results.sort_by_key(|turn| {
+        let id = turn.tool_call_id.as_deref().unwrap_or(NO_CALL_ID);
+        let place = call_ids.iter().rposition(|call| call == id);
+        place.unwrap_or(usize::MAX)
+    });
 }
 
 fn system_prompt(messages: &[ChatMessage]) -> Option<String> {
@@ -118,7 +139,7 @@ fn assistant(run: &[ChatMessage]) -> Turn {
 }
 
 fn tool(version: InstructVersion, message: &ChatMessage) -> Turn {
-    let content = if version == InstructVersion::V7 {
+    let content = if version >= InstructVersion::V7 {
         message.content.clone()
     } else {
         json_in_one_form(&message.content)

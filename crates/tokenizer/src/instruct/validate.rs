@@ -6,14 +6,10 @@ use super::InstructVersion;
 use super::normalize::NO_CALL_ID;
 use crate::Error;
 use crate::chat::{ChatMessage, ChatRequest, Role};
-
-/// Length of a tool call id from v3 on.
-const CALL_ID_LEN: usize = 9;
-/// Longest function name.
-const FUNCTION_NAME_MAX: usize = 64;
+use crate::tool_calls::{CALL_ID_LEN, FUNCTION_NAME_MAX, is_call_id, is_function_name};
 
 pub(crate) fn validate(version: InstructVersion, request: &ChatRequest) -> Result<(), Error> {
-    structure(&request.messages)?;
+    structure(version, &request.messages)?;
     for (index, message) in request.messages.iter().enumerate() {
         let is_last = index + 1 == request.messages.len();
         match message.role {
@@ -28,7 +24,7 @@ pub(crate) fn validate(version: InstructVersion, request: &ChatRequest) -> Resul
     Ok(())
 }
 
-fn structure(messages: &[ChatMessage]) -> Result<(), Error> {
+fn structure(version: InstructVersion, messages: &[ChatMessage]) -> Result<(), Error> {
     let Some(last) = messages.last() else {
         return Err(Error::invalid_chat(
             "messages",
@@ -64,7 +60,48 @@ fn structure(messages: &[ChatMessage]) -> Result<(), Error> {
             ));
         }
     }
+    if version >= InstructVersion::V11 {
+        return every_call_has_its_result(messages);
+    }
     every_call_has_a_result(messages)
+}
+
+/// From v11 on results name their calls. As in mistral-common, the first message is left out.
+fn every_call_has_its_result(messages: &[ChatMessage]) -> Result<(), Error> {
+    let mut calls: Vec<&str> = Vec::new();
+    let mut results: Vec<&str> = Vec::new();
+    for (index, message) in messages.iter().enumerate().skip(1) {
+        match message.role {
+            Role::Tool => {
+                let id = message.tool_call_id.as_deref().unwrap_or_default();
+                if !calls.contains(&id) || results.contains(&id) {
+                    return Err(Error::invalid_chat(
+                        format!("messages[{index}].tool_call_id"),
+                        "the id of a call of the assistant message before, once each",
+                        format!("{id:?}"),
+                    ));
+                }
+                results.push(id);
+            }
+            Role::Assistant => {
+                same_number(index, calls.len(), results.len())?;
+                results.clear();
+                calls.clear();
+                for (place, call) in message.tool_calls.iter().enumerate() {
+                    if calls.contains(&call.id.as_str()) {
+                        return Err(Error::invalid_chat(
+                            format!("messages[{index}].tool_calls[{place}].id"),
+                            "an id that no other call of the message has",
+                            format!("{:?}", call.id),
+                        ));
+                    }
+                    calls.push(&call.id);
+                }
+            }
+            Role::System | Role::User => {}
+        }
+    }
+    same_number(messages.len().saturating_sub(1), calls.len(), results.len())
 }
 
 /// Counts as mistral-common does, the first message left out.
@@ -104,7 +141,7 @@ fn assistant(
 ) -> Result<(), Error> {
     let has_content = !message.content.is_empty();
     let has_calls = !message.tool_calls.is_empty();
-    if version != InstructVersion::V7 && has_content == has_calls {
+    if version < InstructVersion::V7 && has_content == has_calls {
         return Err(Error::invalid_chat(
             format!("messages[{index}]"),
             "either content or tool_calls",
@@ -114,7 +151,7 @@ fn assistant(
     for (place, call) in message.tool_calls.iter().enumerate() {
         let field = format!("messages[{index}].tool_calls[{place}]");
         if version >= InstructVersion::V3 {
-            call_id(&format!("{field}.id"), &call.id)?;
+            call_id(version, &format!("{field}.id"), &call.id)?;
         }
         function_name(&format!("{field}.function.name"), &call.name)?;
     }
@@ -136,7 +173,7 @@ fn tool(version: InstructVersion, index: usize, message: &ChatMessage) -> Result
         return Ok(());
     }
     let id = message.tool_call_id.as_deref().unwrap_or_default();
-    call_id(&format!("messages[{index}].tool_call_id"), id)
+    call_id(version, &format!("messages[{index}].tool_call_id"), id)
 }
 
 fn tool_on_offer(index: usize, tool: &Value) -> Result<(), Error> {
@@ -171,24 +208,26 @@ fn tool_on_offer(index: usize, tool: &Value) -> Result<(), Error> {
     Ok(())
 }
 
-fn call_id(field: &str, id: &str) -> Result<(), Error> {
-    let fits = id.len() == CALL_ID_LEN && id.bytes().all(|byte| byte.is_ascii_alphanumeric());
+fn call_id(version: InstructVersion, field: &str, id: &str) -> Result<(), Error> {
+    let is_free = version >= InstructVersion::V13;
+    let fits = if is_free {
+        !id.is_empty()
+    } else {
+        is_call_id(id)
+    };
     if fits && id != NO_CALL_ID {
         return Ok(());
     }
-    Err(Error::invalid_chat(
-        field,
-        format!("{CALL_ID_LEN} letters or digits"),
-        format!("{id:?}"),
-    ))
+    let expected = if is_free {
+        "an id".to_owned()
+    } else {
+        format!("{CALL_ID_LEN} letters or digits")
+    };
+    Err(Error::invalid_chat(field, expected, format!("{id:?}")))
 }
 
 fn function_name(field: &str, name: &str) -> Result<(), Error> {
-    let fits = (1..=FUNCTION_NAME_MAX).contains(&name.len())
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
-    if fits {
+    if is_function_name(name) {
         return Ok(());
     }
     Err(Error::invalid_chat(

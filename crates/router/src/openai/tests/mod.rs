@@ -1,5 +1,7 @@
 //! What the OpenAI routes accept, refuse and answer. Never needs a worker.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use tramontane_tokenizer::{DecodeStart, DecodeStream, Role, Tokenizer};
 use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
@@ -196,9 +198,19 @@ fn messages_are_checked_entry_by_entry() {
             "messages[0].role",
         ),
         (
-            json!([{ "role": "tool", "content": "x" }]),
+            json!([{ "role": "function", "content": "x" }]),
             unsupported,
             "messages[0].role",
+        ),
+        (
+            json!([{ "role": "tool", "content": "x" }]),
+            invalid,
+            "messages[0].tool_call_id",
+        ),
+        (
+            json!([{ "role": "user", "content": "x", "tool_calls": [{ "id": "a", "function": { "name": "f" } }] }]),
+            invalid,
+            "messages[0].tool_calls",
         ),
         (json!([{ "role": "user" }]), invalid, "messages[0].content"),
         (
@@ -223,8 +235,8 @@ fn messages_are_checked_entry_by_entry() {
         ),
         (
             json!([{ "role": "assistant", "content": "x", "tool_calls": [{}] }]),
-            unsupported,
-            "messages[0].tool_calls",
+            invalid,
+            "messages[0].tool_calls[0].function",
         ),
     ];
     for (messages, kind, param) in table {
@@ -272,8 +284,6 @@ fn prompts_times_answers_are_bounded_and_bodies_are_objects() {
 #[test]
 fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
     let table = [
-        ("tools", json!([{ "type": "function" }])),
-        ("tool_choice", json!("required")),
         ("functions", json!([{}])),
         ("response_format", json!({ "type": "json_object" })),
         ("audio", json!({ "voice": "x" })),
@@ -281,7 +291,8 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
         ("prediction", json!({})),
         ("web_search_options", json!({})),
         ("store", json!(true)),
-        ("suffix", json!("end")),
+        ("service_tier", json!("priority")),
+        ("verbosity", json!("high")),
         ("use_beam_search", json!(true)),
         ("length_penalty", json!(0.5)),
         ("guided_json", json!({})),
@@ -297,13 +308,22 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
         ErrorKind::Unsupported,
         "echo",
     );
-    refused(
-        completion_with,
-        "best_of",
-        json!(3),
-        ErrorKind::Unsupported,
-        "best_of",
-    );
+    for (key, value) in [("suffix", json!("end")), ("best_of", json!(3))] {
+        refused(chat_with, key, value, ErrorKind::Unsupported, key);
+    }
+    let tools = json!([{ "type": "function" }]);
+    for (key, value) in [("tools", tools), ("tool_choice", json!("required"))] {
+        refused(completion_with, key, value, ErrorKind::Unsupported, key);
+    }
+    for made in [json!(0), json!(21), json!(1_000_000)] {
+        refused(
+            completion_with,
+            "best_of",
+            made,
+            ErrorKind::Invalid,
+            "best_of",
+        );
+    }
     let echo = json!({ "prompt": "x", "echo": true, "logprobs": 1 });
     assert_eq!(
         parse_completion(&echo, &served())
@@ -468,6 +488,7 @@ fn head(logprobs: bool, include_usage: bool) -> Head {
         tokenizer: tokenizer(),
         logprobs,
         include_usage,
+        include_metrics: false,
     }
 }
 
@@ -487,7 +508,7 @@ fn token(index: u32, id: u32, logprob: f32, top: &[(u32, f32)]) -> TokenOutput {
 fn chat_chunks_have_the_documented_form() {
     let mut render = ChatRender::new(head(false, true));
     assert_eq!(
-        render.open(0, None).unwrap().to_string(),
+        render.open(0, None)[0].to_string(),
         r#"{"id":"x-1","object":"chat.completion.chunk","created":7,"model":"demo","system_fingerprint":"f1-cpu-q8","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#
     );
     let delta = Delta {
@@ -503,21 +524,36 @@ fn chat_chunks_have_the_documented_form() {
     assert_eq!(chunks[1]["choices"][0]["delta"], json!({}));
     assert_eq!(chunks[1]["choices"][0]["finish_reason"], "length");
     assert_eq!(chunks[1]["choices"][0]["index"], 2);
-    let usage = render.usage(Usage {
-        prompt_tokens: 3,
-        cached_tokens: 1,
-        completion_tokens: 2,
-    });
+    let mut spent = Spent {
+        usage: Usage {
+            prompt_tokens: 3,
+            cached_tokens: 1,
+            completion_tokens: 3,
+        },
+        queued: Duration::from_millis(250),
+        first_token: Some(Duration::from_secs(1)),
+        total: Duration::from_secs(2),
+    };
+    let usage = &render.end(spent)[0];
+    assert!(usage["usage"]["metrics"].is_null());
     assert_eq!(usage["choices"], json!([]));
-    assert_eq!(usage["usage"]["total_tokens"], 5);
+    assert_eq!(usage["usage"]["total_tokens"], 6);
     assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
-    assert!(
-        ChatRender::new(head(false, false))
-            .open(0, None)
-            .unwrap()
-            .get("usage")
-            .is_none()
+    let mut with_metrics = head(false, true);
+    with_metrics.include_metrics = true;
+    let mut render = ChatRender::new(with_metrics);
+    let metrics = &render.end(spent)[0]["usage"]["metrics"];
+    assert_eq!(
+        (&metrics["queue_time"], &metrics["total_time"]),
+        (&json!(0.25), &json!(2.0))
     );
+    assert_eq!(metrics["tokens_per_second"], 2.0);
+    spent.first_token = None;
+    let metrics = &render.end(spent)[0]["usage"]["metrics"];
+    assert!(metrics["time_to_first_token"].is_null() && metrics["tokens_per_second"].is_null());
+    let mut plain = ChatRender::new(head(false, false));
+    assert!(plain.open(0, None)[0].get("usage").is_none());
+    assert!(plain.end(Spent::default()).is_empty());
 }
 
 #[test]
@@ -544,7 +580,7 @@ fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
     assert_eq!(content[0]["bytes"], json!(text(a).as_bytes()));
     assert_eq!(content[0]["top_logprobs"][1]["token"], text(b));
     assert_eq!(content[1]["logprob"], -9999.0);
-    let mut legacy = CompletionRender::new(head(true, false), 1);
+    let mut legacy = CompletionRender::new(head(true, false), 1, None);
     let chunk = &legacy.chunks(&delta)[0]["choices"][0]["logprobs"];
     assert_eq!(chunk["tokens"], json!([text(a), text(b)]));
     assert_eq!(chunk["token_logprobs"], json!([-0.5, -9999.0]));
@@ -598,4 +634,98 @@ fn stop_strings_hold_across_tokens_and_end_tokens_have_no_text() {
     let plain: String = ids.iter().filter_map(|&id| decoder.push(id)).collect();
     assert_eq!(out, plain);
     assert_eq!(out, whole);
+}
+
+#[test]
+fn the_best_answers_are_given_best_first() {
+    let answer = |text: &str, logprobs: &[f32]| Choice {
+        text: text.to_owned(),
+        tokens: logprobs.iter().map(|&p| token(0, 5, p, &[])).collect(),
+        finish: Some(FinishReason::Stop),
+        ..Choice::default()
+    };
+    let made = [
+        answer("a", &[-1.0, -1.0]),
+        answer("b", &[-0.5, -0.75, -0.5]),
+        answer("c", &[-0.5, -2.0]),
+        answer("d", &[f32::NEG_INFINITY]),
+        answer("e", &[-3.0]),
+        answer("f", &[-2.0]),
+    ];
+    let best_of = Some(BestOf { made: 3, kept: 2 });
+    let whole =
+        CompletionRender::new(head(false, false), 6, best_of).whole(&made, Spent::default());
+    let choices = whole["choices"].as_array().unwrap();
+    let texts: Vec<&str> = choices
+        .iter()
+        .map(|c| c["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(texts, ["b", "a", "f", "e"]);
+    let indices: Vec<u64> = choices
+        .iter()
+        .map(|c| c["index"].as_u64().unwrap())
+        .collect();
+    assert_eq!(indices, [0, 1, 2, 3]);
+    let parsed = completion_with("best_of", json!(3)).unwrap();
+    assert_eq!((parsed.request.n, parsed.logprobs), (3, false));
+    assert_eq!(parsed.request.sampling.logprobs, Some(0));
+    let streamed = json!({ "prompt": "x", "best_of": 2, "stream": true });
+    let error = parse_completion(&streamed, &served()).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("best_of"));
+}
+
+#[test]
+fn words_that_may_not_appear_are_banned_with_and_without_a_space_before_them() {
+    let (model, tokenizer) = (served(), tokenizer());
+    let prepared = |words: Value| {
+        let body = json!({ "prompt": "a", "bad_words": words });
+        let parsed = parse_completion(&body, &model)?;
+        prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model)
+    };
+    let banned = prepared(json!(["sea", " the"])).unwrap().prompts[0]
+        .sampling
+        .bad_words
+        .clone();
+    let plain = |word: &str| tokenizer.encode(word).unwrap();
+    assert_eq!(banned[0], plain("sea"));
+    assert!(banned.contains(&plain("the")), "{banned:?}");
+    for (words, param) in [
+        (json!([5]), "bad_words[0]"),
+        (json!(vec!["a"; 33]), "bad_words"),
+        (json!(["x".repeat(500)]), "bad_words"),
+        (json!([" "]), "bad_words[0]"),
+        (json!("a"), "bad_words"),
+    ] {
+        assert_eq!(prepared(words).unwrap_err().param.as_deref(), Some(param));
+    }
+}
+
+#[test]
+fn log_probabilities_of_prompts_have_both_known_forms() {
+    use super::logprobs::{LegacyLogprobs, prompt_logprobs};
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode_with_bos("Hello world").unwrap();
+    let (a, b) = (ids[1], ids[2]);
+    let text = |id: u32| String::from_utf8(tokenizer.token_bytes(id).unwrap().to_vec()).unwrap();
+    let prompt = [
+        token(1, a, -0.5, &[(a, -0.5), (b, -1.5)]),
+        token(2, b, -4.0, &[(a, -0.25)]),
+    ];
+    let listed = prompt_logprobs(&prompt, &tokenizer);
+    assert_eq!(listed[0], Value::Null);
+    let best = json!({ "logprob": -0.5, "rank": 1, "decoded_token": text(a) });
+    assert_eq!(listed[1][a.to_string()], best);
+    assert_eq!(listed[1][b.to_string()]["rank"], 2);
+    let own = json!({ "logprob": -4.0, "rank": null, "decoded_token": text(b) });
+    assert_eq!(listed[2][b.to_string()], own);
+    let mut legacy = LegacyLogprobs::starting_at(0);
+    legacy.add_prompt(ids[0], &prompt, &tokenizer);
+    let lists = legacy.into_value();
+    assert_eq!(lists["tokens"], json!([text(a), text(b)]));
+    assert_eq!(lists["token_logprobs"], json!([-0.5, -4.0]));
+    let mut legacy = LegacyLogprobs::starting_at(0);
+    legacy.add_prompt(a, &[], &tokenizer);
+    let lists = legacy.into_value();
+    assert_eq!(lists["token_logprobs"], json!([null]));
+    assert_eq!(lists["top_logprobs"], json!([null]));
 }

@@ -1,0 +1,154 @@
+//! `POST /v1/responses`: items in, a response out. Nothing is kept: every request brings its whole conversation.
+
+mod input;
+mod render;
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use tramontane_tokenizer::ChatRequest;
+use tramontane_types::Constraint;
+
+use super::Parsed;
+use super::fields::{self, Fields, wrong};
+use super::options::{RESPONSE_REFUSED, refuse_unsupported, shared_options};
+use super::tools::{response_tools, tool_use};
+use crate::error::{ApiError, ErrorKind};
+use crate::request::{GenerationRequest, Options, Prompt};
+use crate::run::ServedModel;
+use input::conversation;
+pub(crate) use render::ResponseRender;
+
+/// What `include` may list: the log probabilities of the text.
+const INCLUDE_LOGPROBS: &str = "message.output_text.logprobs";
+/// Fields that a response repeats as they came.
+const REPEATED: [&str; 9] = [
+    "instructions",
+    "max_output_tokens",
+    "metadata",
+    "parallel_tool_calls",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_p",
+];
+
+/// Checks the body of a response.
+pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed, ApiError> {
+    let body = Fields::of(body, "")?;
+    model.check(body.string("model")?)?;
+    refuse_unsupported(&body, &RESPONSE_REFUSED)?;
+    let stream = body.boolean("stream")?.unwrap_or(false);
+    if let Some(options) = body.object("stream_options")? {
+        options.boolean("include_obfuscation")?;
+    }
+    let mut options = shared_options(&body)?;
+    options.max_tokens = body.unsigned("max_output_tokens")?;
+    options.max_tokens_name = Some("max_output_tokens");
+    options.tool_use = tool_use(&body, false)?;
+    if let Some(format) = text_format(&body)? {
+        options.constraint = Some(Arc::new(format));
+    }
+    let logprobs = logprobs(&body, &mut options)?;
+    let chat = ChatRequest {
+        messages: conversation(&body)?,
+        tools: response_tools(&body)?,
+    };
+    let request = GenerationRequest::new(vec![Prompt::Chat(chat)], &options, model)?;
+    Ok(Parsed {
+        request,
+        stream,
+        include_usage: true,
+        include_metrics: false,
+        logprobs,
+        best_of: None,
+        repeats: repeats(&body),
+    })
+}
+
+fn repeats(body: &Fields<'_>) -> Value {
+    let mut repeats = Map::new();
+    for name in REPEATED {
+        let value = body.get(name).cloned();
+        repeats.insert(name.to_owned(), value.unwrap_or_else(|| default_of(name)));
+    }
+    // Clients expect all fields of a tool.
+    let tools = repeats.get_mut("tools").and_then(Value::as_array_mut);
+    for tool in tools.into_iter().flatten() {
+        for name in ["description", "parameters", "strict"] {
+            if tool.get(name).is_none() {
+                tool[name] = Value::Null;
+            }
+        }
+    }
+    repeats.into()
+}
+
+/// What a response says of a field that did not come.
+fn default_of(name: &str) -> Value {
+    match name {
+        "metadata" => json!({}),
+        "parallel_tool_calls" => true.into(),
+        "temperature" | "top_p" => 1.0.into(),
+        "text" => json!({ "format": { "type": "text" } }),
+        "tool_choice" => "auto".into(),
+        "tools" => json!([]),
+        _ => Value::Null,
+    }
+}
+
+/// `include` and `top_logprobs`: whether the answer has log probabilities.
+fn logprobs(body: &Fields<'_>, options: &mut Options) -> Result<bool, ApiError> {
+    let mut wants_logprobs = false;
+    let include = body.array("include")?.unwrap_or_default();
+    for (i, entry) in include.iter().enumerate() {
+        let path = format!("include[{i}]");
+        if fields::string(entry, &path)? != INCLUDE_LOGPROBS {
+            let message = format!(
+                "{path} must be {INCLUDE_LOGPROBS}: nothing else is supported by this server"
+            );
+            return Err(ApiError::new(ErrorKind::Unsupported, message).at(&path));
+        }
+        wants_logprobs = true;
+    }
+    let top = body.unsigned("top_logprobs")?;
+    if top.is_some_and(|n| n > 0) && !wants_logprobs {
+        let message = format!("top_logprobs is only allowed when include has {INCLUDE_LOGPROBS}");
+        return Err(ApiError::invalid("top_logprobs", message));
+    }
+    options.logprobs = wants_logprobs.then(|| top.unwrap_or(0));
+    Ok(wants_logprobs)
+}
+
+/// `text.format`: what the text must look like.
+fn text_format(body: &Fields<'_>) -> Result<Option<Constraint>, ApiError> {
+    let Some(text) = body.object("text")? else {
+        return Ok(None);
+    };
+    if text.get("verbosity").is_some_and(|value| value != "medium") {
+        return Err(ApiError::unsupported("text.verbosity"));
+    }
+    let Some(format) = text.object("format")? else {
+        return Ok(None);
+    };
+    let path = format.path("type");
+    match fields::string(format.required("type")?, &path)? {
+        "text" => Ok(None),
+        "json_object" => Ok(Some(Constraint::JsonObject)),
+        "json_schema" => {
+            let schema = format.required("schema")?;
+            if !schema.is_object() {
+                return Err(wrong(&format.path("schema"), "an object", schema));
+            }
+            let name = fields::string(format.required("name")?, &format.path("name"))?;
+            super::check_name(name, &format.path("name"))?;
+            Ok(Some(Constraint::JsonSchema(schema.to_string().into())))
+        }
+        _ => {
+            let message =
+                format!("{path} must be text, json_object or json_schema, got something else");
+            Err(ApiError::invalid(&path, message))
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! A response and its events. What comes out depends on the tokens of the answer alone, token by token, so that an
+//! event has the same number whichever router makes it.
+
+use serde_json::{Map, Value, json};
+use tramontane_tokenizer::ToolCall;
+use tramontane_types::{FinishReason, TokenOutput, Usage};
+
+use crate::answer::{Choice, Spent};
+use crate::error::ApiError;
+use crate::openai::logprobs::response_logprobs;
+use crate::openai::{Head, Render};
+use crate::sequence::Delta;
+use crate::text::CallDelta;
+
+/// Renders `response`, whole and in events.
+#[derive(Debug)]
+pub(crate) struct ResponseRender {
+    head: Head,
+    /// Fields of the request.
+    repeats: Map<String, Value>,
+    /// Items that are whole.
+    items: Vec<Value>,
+    open: Option<Item>,
+    finish: Option<FinishReason>,
+    /// Log probabilities of tokens whose text is held back.
+    logprobs: Vec<Value>,
+    /// Number of the next event.
+    next_number: u64,
+}
+
+/// The item that is being said.
+#[derive(Debug)]
+enum Item {
+    Message { text: String, logprobs: Vec<Value> },
+    Call(ToolCall),
+}
+
+impl ResponseRender {
+    pub(crate) fn new(head: Head, repeats: Value) -> Self {
+        let repeats = match repeats {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        };
+        Self {
+            head,
+            repeats,
+            items: Vec::new(),
+            open: None,
+            finish: None,
+            logprobs: Vec::new(),
+            next_number: 0,
+        }
+    }
+
+    fn event(&mut self, kind: &str, mut event: Value) -> Value {
+        event["type"] = kind.into();
+        event["sequence_number"] = self.next_number.into();
+        self.next_number += 1;
+        event
+    }
+
+    fn response(&self, status: &str, items: &[Value], usage: Option<Usage>) -> Value {
+        let is_incomplete = status == "incomplete";
+        let details = is_incomplete.then(|| json!({ "reason": "max_output_tokens" }));
+        let mut response = json!({
+            "id": self.head.id,
+            "object": "response",
+            "created_at": self.head.created,
+            "status": status,
+            "error": null,
+            "incomplete_details": details,
+            "model": self.head.model,
+            "output": items,
+            "previous_response_id": null,
+            "reasoning": { "effort": null, "summary": null },
+            "store": false,
+            "truncation": "disabled",
+            "usage": usage.map(usage_object),
+            "system_fingerprint": self.head.system_fingerprint,
+        });
+        for (name, value) in &self.repeats {
+            response[name.as_str()] = value.clone();
+        }
+        response
+    }
+
+    fn item_id(&self, kind: &str, index: usize) -> String {
+        let answer = self.head.id.trim_start_matches("resp_");
+        format!("{kind}_{answer}_{index}")
+    }
+
+    /// The item at `index`, as far as it is said.
+    fn item(&self, item: &Item, index: usize, status: &str) -> Value {
+        match item {
+            Item::Message { text, logprobs } => json!({
+                "id": self.item_id("msg", index),
+                "type": "message",
+                "role": "assistant",
+                "status": status,
+                "content": [text_part(text, logprobs)],
+            }),
+            Item::Call(call) => json!({
+                "id": self.item_id("fc", index),
+                "type": "function_call",
+                "status": status,
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments,
+            }),
+        }
+    }
+
+    fn say(&mut self, text: &str, events: &mut Vec<Value>) {
+        if text.is_empty() {
+            return;
+        }
+        if !matches!(self.open, Some(Item::Message { .. })) {
+            self.close(events);
+            events.extend(self.open_message());
+        }
+        let index = self.items.len();
+        let new_logprobs = std::mem::take(&mut self.logprobs);
+        if let Some(Item::Message {
+            text: so_far,
+            logprobs,
+        }) = &mut self.open
+        {
+            so_far.push_str(text);
+            logprobs.extend_from_slice(&new_logprobs);
+        }
+        let delta = json!({
+            "item_id": self.item_id("msg", index),
+            "output_index": index,
+            "content_index": 0,
+            "delta": text,
+            "logprobs": new_logprobs,
+        });
+        events.push(self.event("response.output_text.delta", delta));
+    }
+
+    fn open_message(&mut self) -> [Value; 2] {
+        let index = self.items.len();
+        let id = self.item_id("msg", index);
+        self.open = Some(Item::Message {
+            text: String::new(),
+            logprobs: Vec::new(),
+        });
+        let item = json!({
+            "id": id, "type": "message", "role": "assistant", "status": "in_progress", "content": [],
+        });
+        let added = json!({ "output_index": index, "item": item });
+        let part = json!({
+            "item_id": id, "output_index": index, "content_index": 0, "part": text_part("", &[]),
+        });
+        [
+            self.event("response.output_item.added", added),
+            self.event("response.content_part.added", part),
+        ]
+    }
+
+    fn call(&mut self, delta: &CallDelta, events: &mut Vec<Value>) {
+        if let Some(head) = &delta.begins {
+            self.close(events);
+            let call = Item::Call(ToolCall {
+                id: head.id.clone(),
+                name: head.name.clone(),
+                arguments: String::new(),
+            });
+            let index = self.items.len();
+            let item = self.item(&call, index, "in_progress");
+            let added = json!({ "output_index": index, "item": item });
+            self.open = Some(call);
+            events.push(self.event("response.output_item.added", added));
+        }
+        // Of a token that only belongs to a call.
+        self.logprobs.clear();
+        if delta.arguments.is_empty() {
+            return;
+        }
+        let index = self.items.len();
+        if let Some(Item::Call(call)) = &mut self.open {
+            call.arguments.push_str(&delta.arguments);
+            let more = json!({
+                "item_id": self.item_id("fc", index),
+                "output_index": index,
+                "delta": delta.arguments,
+            });
+            events.push(self.event("response.function_call_arguments.delta", more));
+        }
+    }
+
+    /// Nothing more comes of the open item.
+    fn close(&mut self, events: &mut Vec<Value>) {
+        let Some(item) = self.open.take() else {
+            return;
+        };
+        let index = self.items.len();
+        // The last item of an answer that was cut off is not whole; all others are.
+        let is_cut = self
+            .finish
+            .is_some_and(|reason| reason != FinishReason::Stop);
+        let status = if is_cut { "incomplete" } else { "completed" };
+        let done = self.item(&item, index, status);
+        match &item {
+            Item::Message { text, logprobs } => {
+                let mut place = json!({
+                    "item_id": done["id"], "output_index": index, "content_index": 0,
+                });
+                let mut whole = place.clone();
+                whole["text"] = text.as_str().into();
+                whole["logprobs"] = logprobs.clone().into();
+                place["part"] = text_part(text, logprobs);
+                events.push(self.event("response.output_text.done", whole));
+                events.push(self.event("response.content_part.done", place));
+            }
+            Item::Call(call) => {
+                let whole = json!({
+                    "item_id": done["id"],
+                    "output_index": index,
+                    "name": call.name,
+                    "arguments": call.arguments,
+                });
+                events.push(self.event("response.function_call_arguments.done", whole));
+            }
+        }
+        self.items.push(done.clone());
+        let item = json!({ "output_index": index, "item": done });
+        events.push(self.event("response.output_item.done", item));
+    }
+
+    fn note_logprobs(&mut self, tokens: &[TokenOutput]) {
+        if self.head.logprobs {
+            let more = response_logprobs(tokens, &self.head.tokenizer);
+            self.logprobs.extend(more);
+        }
+    }
+}
+
+impl Render for ResponseRender {
+    fn open(&mut self, _choice: usize, _echo: Option<&str>) -> Vec<Value> {
+        let response = json!({ "response": self.response("in_progress", &[], None) });
+        vec![
+            self.event("response.created", response.clone()),
+            self.event("response.in_progress", response),
+        ]
+    }
+
+    fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
+        let mut events = Vec::new();
+        let (mut text_at, mut call_at) = (0, 0);
+        let last = delta.tokens.len().saturating_sub(1);
+        for (i, token) in delta.tokens.iter().enumerate() {
+            if !(delta.has_end_token && i == last) {
+                self.note_logprobs(std::slice::from_ref(token));
+            }
+            let text_end = delta.text_ends.get(i).copied().unwrap_or(text_at);
+            let call_end = delta.call_ends.get(i).copied().unwrap_or(call_at);
+            self.say(
+                delta.text.get(text_at..text_end).unwrap_or_default(),
+                &mut events,
+            );
+            for call in delta.calls.get(call_at..call_end).unwrap_or_default() {
+                self.call(call, &mut events);
+            }
+            (text_at, call_at) = (text_end, call_end);
+        }
+        self.say(delta.text.get(text_at..).unwrap_or_default(), &mut events);
+        for call in delta.calls.get(call_at..).unwrap_or_default() {
+            self.call(call, &mut events);
+        }
+        if delta.finish.is_some() {
+            self.finish = delta.finish;
+            self.close(&mut events);
+        }
+        events
+    }
+
+    fn end(&mut self, spent: Spent) -> Vec<Value> {
+        let status = status(self.finish);
+        let response = self.response(status, &self.items, Some(spent.usage));
+        vec![self.event(
+            &format!("response.{status}"),
+            json!({ "response": response }),
+        )]
+    }
+
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
+        let mut items = Vec::new();
+        let finish = choices.first().and_then(|choice| choice.finish);
+        let status = status(finish);
+        for choice in choices {
+            let num = choice.calls.len() + usize::from(!choice.text.is_empty());
+            let is_last = |items: &Vec<Value>| items.len() + 1 == num;
+            if !choice.text.is_empty() {
+                let num_tokens = choice.tokens.len() - usize::from(choice.has_end_token);
+                let tokens = choice.tokens.get(..num_tokens).unwrap_or_default();
+                let mut logprobs = Vec::new();
+                if self.head.logprobs {
+                    logprobs = response_logprobs(tokens, &self.head.tokenizer);
+                }
+                let text = choice.text.clone();
+                let said = if is_last(&items) { status } else { "completed" };
+                items.push(self.item(&Item::Message { text, logprobs }, 0, said));
+            }
+            for call in &choice.calls {
+                let said = if is_last(&items) { status } else { "completed" };
+                items.push(self.item(&Item::Call(call.clone()), items.len(), said));
+            }
+        }
+        self.response(status, &items, Some(spent.usage))
+    }
+
+    fn failed(&mut self, error: &ApiError) -> Value {
+        let failed = json!({
+            "code": error.kind.code().unwrap_or("invalid_request"),
+            "message": error.message,
+            "param": error.param,
+        });
+        self.event("error", failed)
+    }
+
+    fn names_events(&self) -> bool {
+        true
+    }
+}
+
+fn status(finish: Option<FinishReason>) -> &'static str {
+    match finish {
+        Some(FinishReason::Length | FinishReason::Aborted) => "incomplete",
+        Some(FinishReason::Stop) | None => "completed",
+    }
+}
+
+fn text_part(text: &str, logprobs: &[Value]) -> Value {
+    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": logprobs })
+}
+
+/// Nothing is billed here for filling the cache, and nothing is thought in secret.
+fn usage_object(usage: Usage) -> Value {
+    json!({
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": { "cached_tokens": usage.cached_tokens, "cache_write_tokens": 0 },
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": { "reasoning_tokens": 0 },
+        "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
+    })
+}

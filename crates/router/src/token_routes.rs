@@ -1,0 +1,147 @@
+//! The small HTTP routes: ids of texts and back, whether requests can be served, how many run, and what there is.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse as _, Response};
+use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::{Value, json};
+
+use crate::body::read_body;
+use crate::error::ApiError;
+use crate::metrics::Route;
+use crate::openai::{self, error_response};
+use crate::routes::check_media_type;
+use crate::run::App;
+use crate::tenants::Caller;
+
+/// All routes with their limits.
+const OPENAPI: &str = include_str!("openapi.json");
+
+pub(crate) async fn tokenize(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Response {
+    let model = Arc::clone(&app.model);
+    let tokenizer = Arc::clone(&app.tokenizer);
+    let work = move |body: &Value| {
+        let asked = openai::parse_tokenize(body, &model)?;
+        asked.answer(&tokenizer, &model)
+    };
+    answer(&app, &caller, (Route::Tokenize, request), work).await
+}
+
+pub(crate) async fn detokenize(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Response {
+    let model = Arc::clone(&app.model);
+    let tokenizer = Arc::clone(&app.tokenizer);
+    let work = move |body: &Value| {
+        let asked = openai::parse_detokenize(body, &model)?;
+        Ok(asked.answer(&tokenizer))
+    };
+    answer(&app, &caller, (Route::Detokenize, request), work).await
+}
+
+/// Reads the body and has `work` done where it holds up nobody.
+async fn answer(
+    app: &Arc<App>,
+    caller: &Caller,
+    (route, request): (Route, Request),
+    work: impl FnOnce(&Value) -> Result<Value, ApiError> + Send + 'static,
+) -> Response {
+    let answered = async {
+        app.dispatcher.knock(caller)?;
+        check_media_type(request.headers())?;
+        let (body, room) = read_body(app, request).await?;
+        let work = move || {
+            // Until the body has become an answer.
+            let _room = room;
+            work(&openai::parse_json(&body)?)
+        };
+        app.dispatcher.prepare(work).await
+    };
+    let response = match answered.await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => error_response(&error),
+    };
+    app.metrics.answered(route, response.status());
+    response
+}
+
+/// As `/health/ready`, for those who look at the status alone.
+pub(crate) async fn health(State(app): State<Arc<App>>) -> StatusCode {
+    match app.ready.check() {
+        Ok(()) => StatusCode::OK,
+        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// Requests that run or wait here.
+pub(crate) async fn load(State(app): State<Arc<App>>) -> Json<Value> {
+    let admission = &app.dispatcher.admission;
+    Json(json!({ "server_load": admission.running() + admission.waiting() }))
+}
+
+pub(crate) async fn openapi() -> Response {
+    let mut response = OPENAPI.into_response();
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_document_has_every_route_and_no_other() {
+        let mut served = BTreeSet::new();
+        for route in include_str!("routes.rs").split(".route(\"").skip(1) {
+            let (path, handlers) = route.split_once('"').unwrap();
+            let handlers = handlers.lines().next().unwrap();
+            for method in ["get", "post"] {
+                if handlers.contains(&format!("{method}(")) {
+                    served.insert(format!("{method} {}", path.replace("{*", "{")));
+                }
+            }
+        }
+        assert!(served.contains("post /v1/responses") && served.contains("post /ping"));
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        let mut documented = BTreeSet::new();
+        for (path, item) in document["paths"].as_object().unwrap() {
+            let methods = item
+                .as_object()
+                .unwrap()
+                .keys()
+                .filter(|k| *k != "parameters");
+            documented.extend(methods.map(|method| format!("{method} {path}")));
+        }
+        assert_eq!(served, documented);
+    }
+
+    #[test]
+    fn the_document_has_the_limits_of_the_code() {
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        let schemas = &document["components"]["schemas"];
+        let chat = &schemas["ChatRequest"]["properties"];
+        assert_eq!(chat["messages"]["maxItems"], openai::MESSAGES_MAX);
+        assert_eq!(chat["tools"]["maxItems"], crate::tools::TOOLS_MAX);
+        assert_eq!(chat["n"]["maximum"], crate::request::N_MAX);
+        assert_eq!(chat["bad_words"]["maxItems"], crate::request::WORDS_MAX);
+        let sampling = tramontane_types::sampling::TEMPERATURE_MAX;
+        assert_eq!(chat["temperature"]["maximum"], f64::from(sampling));
+        let completion = &schemas["CompletionRequest"]["properties"];
+        assert_eq!(
+            completion["best_of"]["maximum"],
+            crate::request::BEST_OF_MAX
+        );
+    }
+}

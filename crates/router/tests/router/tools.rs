@@ -1,0 +1,797 @@
+//! Calls of tools from the worker's tokens to what clients see, at every door, and again after a break.
+
+use super::*;
+
+/// The first id behind the demo model's vocabulary.
+const FIRST_ADDED: u32 = 4096;
+/// Its id is [`FIRST_ADDED`].
+const TOOL_CALLS: &str = "[TOOL_CALLS]";
+const LIST_TOKENS: [&str; 8] = [
+    TOOL_CALLS,
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+];
+const TWO_CALLS: [&str; 3] = [
+    "Let me see.",
+    TOOL_CALLS,
+    r#"[{"name": "get_weather", "arguments": {"city": "Paris, 7e"}}, {"name": "clock", "arguments": {}}]"#,
+];
+
+/// The demo model's tokenizer with tokens for tools: as a list of calls, or each by name.
+fn talking(by_name: bool) -> Arc<Tokenizer> {
+    let demo = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../models/demo/tokenizer.model"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(demo, dir.path().join("tokenizer.model")).unwrap();
+    let others: &[&str] = if by_name {
+        &["[ARGS]", "[CALL_ID]"]
+    } else {
+        &[]
+    };
+    let mut added = serde_json::Map::new();
+    for (id, text) in (FIRST_ADDED..).zip(LIST_TOKENS.iter().chain(others)) {
+        added.insert(id.to_string(), json!({ "content": text, "special": true }));
+    }
+    let config = json!({ "bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": added });
+    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    Arc::new(Tokenizer::from_dir(dir.path()).unwrap())
+}
+
+/// Ids of what a model says; names of control tokens stand alone.
+fn ids(tokenizer: &Tokenizer, said: &[&str]) -> Vec<u32> {
+    let mut ids = Vec::new();
+    for part in said {
+        match tokenizer.control_id(part) {
+            Some(id) => ids.push(id),
+            None => ids.extend(tokenizer.encode(part).unwrap()),
+        }
+    }
+    ids.push(tokenizer.eos_ids()[0]);
+    ids
+}
+
+/// A worker that says this, in messages of one to three tokens, one more with every request.
+fn saying(tokenizer: &Tokenizer, said: &[&str]) -> Script {
+    let ids = ids(tokenizer, said);
+    let requests = AtomicUsize::new(0);
+    scripted(move |request| {
+        let num = requests.fetch_add(1, Ordering::SeqCst) % 3 + 1;
+        let rest = ids.get(request.num_resumed as usize..).unwrap_or_default();
+        let mut steps = vec![Step::Started(0)];
+        steps.extend(rest.chunks(num).map(|ids| Step::Tokens(ids.to_vec())));
+        steps.push(Step::Finish(v1::FinishReason::Stop));
+        Ok(steps)
+    })
+}
+
+async fn scene(by_name: bool, said: &[&str]) -> Scene {
+    let tokenizer = talking(by_name);
+    let worker = saying(&tokenizer, said);
+    Scene::start_of(config(), vec![worker], None, tokenizer).await
+}
+
+fn function(name: &str) -> Value {
+    let parameters = json!({
+        "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"],
+    });
+    json!({ "name": name, "description": "Something", "parameters": parameters })
+}
+
+fn tools() -> Value {
+    let tool = |name| json!({ "type": "function", "function": function(name) });
+    json!([tool("get_weather"), tool("clock")])
+}
+
+/// A message as a client puts it together from chunks.
+fn message(chunks: &[Value]) -> (String, Vec<Value>, Value) {
+    let (mut text, mut calls, mut finish) = (String::new(), Vec::<Value>::new(), Value::Null);
+    for chunk in chunks {
+        let choice = &chunk["choices"][0];
+        text.push_str(choice["delta"]["content"].as_str().unwrap_or_default());
+        for call in choice["delta"]["tool_calls"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            let index = call["index"].as_u64().unwrap() as usize;
+            if call["id"].is_string() {
+                assert_eq!((index, &call["type"]), (calls.len(), &json!("function")));
+                let function = json!({ "name": call["function"]["name"], "arguments": "" });
+                calls.push(json!({ "id": call["id"], "type": "function", "function": function }));
+            }
+            let so_far = &mut calls[index]["function"]["arguments"];
+            let more = call["function"]["arguments"].as_str().unwrap();
+            *so_far = format!("{}{more}", so_far.as_str().unwrap()).into();
+        }
+        if !choice["finish_reason"].is_null() {
+            finish = choice["finish_reason"].clone();
+        }
+    }
+    (text, calls, finish)
+}
+
+async fn streamed(response: reqwest::Response) -> (Vec<Event>, Vec<Value>) {
+    let mut events = events_with_ids(response).await;
+    assert_eq!(events.pop().unwrap().data, "[DONE]");
+    let chunks = events
+        .iter()
+        .map(|e| serde_json::from_str(&e.data).unwrap());
+    let chunks = chunks.collect();
+    (events, chunks)
+}
+
+#[tokio::test]
+async fn calls_reach_the_client_whole_and_piece_by_piece() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let whole: Value = scene
+        .chat(json!({ "tools": tools() }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
+    assert_eq!(choice["message"]["content"], "Let me see.");
+    let calls = choice["message"]["tool_calls"].as_array().unwrap();
+    assert_eq!(calls[0]["function"]["name"], "get_weather");
+    assert_eq!(
+        calls[0]["function"]["arguments"],
+        r#"{"city": "Paris, 7e"}"#
+    );
+    assert_eq!(
+        calls[1]["function"],
+        json!({ "name": "clock", "arguments": "{}" })
+    );
+    for call in calls {
+        assert!(
+            tramontane_tokenizer::is_call_id(call["id"].as_str().unwrap()),
+            "{call}"
+        );
+    }
+    let prompt = scene.workers[0].seen.lock()[0].prompt_ids.clone();
+    assert!(
+        prompt.contains(&(FIRST_ADDED + 1)),
+        "the tools are in the prompt"
+    );
+
+    let body = json!({ "tools": tools(), "stream": true, "logprobs": true });
+    let (_, chunks) = streamed(scene.chat(body).await).await;
+    let (text, streamed_calls, finish) = message(&chunks);
+    assert_eq!(
+        (text.as_str(), finish),
+        ("Let me see.", json!("tool_calls"))
+    );
+    let functions = |calls: &[Value]| {
+        calls
+            .iter()
+            .map(|c| c["function"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(functions(&streamed_calls), functions(calls));
+    let num_logprobs: usize = chunks
+        .iter()
+        .filter_map(|c| c["choices"][0]["logprobs"]["content"].as_array())
+        .map(Vec::len)
+        .sum();
+    assert_eq!(
+        num_logprobs + 1,
+        ids(&scene.tokenizer, &TWO_CALLS).len(),
+        "all but the end token"
+    );
+    let pieces = chunks
+        .iter()
+        .filter(|c| c["choices"][0]["delta"]["tool_calls"].is_array());
+    assert!(pieces.count() > 3, "arguments come piece by piece");
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn calls_by_name_keep_their_ids_and_every_answer_has_its_own() {
+    let said = [
+        TOOL_CALLS,
+        "f",
+        "[CALL_ID]",
+        "abcdefghi",
+        "[ARGS]",
+        "{\"a\": 1}",
+        TOOL_CALLS,
+        "g",
+        "[ARGS]",
+        "{}",
+    ];
+    let scene = scene(true, &said).await;
+    let whole: Value = scene
+        .chat(json!({ "tools": tools(), "n": 2 }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    let calls = |i: usize| whole["choices"][i]["message"]["tool_calls"].clone();
+    assert_eq!(calls(0)[0]["id"], "abcdefghi", "{whole}");
+    assert_eq!(
+        calls(0)[0]["function"],
+        json!({ "name": "f", "arguments": "{\"a\": 1}" })
+    );
+    assert_ne!(calls(0)[1]["id"], calls(1)[1]["id"]);
+    assert_eq!(whole["choices"][0]["message"]["content"], Value::Null);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_stream_of_calls_goes_on_after_any_event_and_is_replayed_by_its_key() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let path = "/v1/chat/completions";
+    let body = json!({
+        "messages": [{ "role": "user", "content": "hi" }], "stream": true, "tools": tools(),
+    });
+    let (whole, chunks) = streamed(scene.post(path, &body).await).await;
+    let expected = message(&chunks);
+    for broken in 0..whole.len() {
+        let id = whole[broken].id.as_deref().unwrap();
+        let (_, rest) =
+            streamed(scene.post_with(path, &body, &[("last-event-id", id)]).await).await;
+        let all: Vec<Value> = chunks[..=broken].iter().chain(&rest).cloned().collect();
+        assert_eq!(message(&all), expected, "after {id}");
+    }
+    let headers = [("idempotency-key", "k")];
+    let first = events(scene.post_with(path, &body, &headers).await).await;
+    let num_seen = scene.workers[0].seen.lock().len();
+    assert_eq!(
+        events(scene.post_with(path, &body, &headers).await).await,
+        first
+    );
+    assert_eq!(scene.workers[0].seen.lock().len(), num_seen, "made once");
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn what_is_no_call_is_content_and_stop_strings_leave_calls_alone() {
+    let bad = scene(false, &[TOOL_CALLS, "I would rather not."]).await;
+    let whole: Value = bad
+        .chat(json!({ "tools": tools() }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        whole["choices"][0]["message"]["content"],
+        "I would rather not."
+    );
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    assert!(whole["choices"][0]["message"]["tool_calls"].is_null());
+    // Without tools nobody looks for calls.
+    let plain: Value = bad.chat(json!({})).await.json().await.unwrap();
+    assert_eq!(
+        plain["choices"][0]["message"]["content"],
+        "I would rather not."
+    );
+    bad.end().await;
+
+    let scene = scene(false, &TWO_CALLS).await;
+    let body = json!({ "tools": tools(), "stop": ["Paris", "see."] });
+    let whole: Value = scene.chat(body).await.json().await.unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Let me ");
+    let body = json!({ "tools": tools(), "stop": ["Paris", "see.["] });
+    let whole: Value = scene.chat(body).await.json().await.unwrap();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Let me see.");
+    assert_eq!(
+        whole["choices"][0]["message"]["tool_calls"][1]["function"]["name"],
+        "clock"
+    );
+    scene.end().await;
+}
+
+/// The grammar that a worker was given last.
+fn grammar(scene: &Scene) -> Option<String> {
+    let seen = scene.workers[0].seen.lock();
+    let sampling = seen.last().unwrap().sampling.clone().unwrap();
+    match sampling.constraint?.kind? {
+        v1::constraint::Kind::Lark(text) => Some(text),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_choice_of_tools_decides_what_the_model_may_say() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let ask = async |extra: Value| {
+        let mut body = json!({ "tools": tools() });
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let response = scene.chat(body).await;
+        assert_eq!(response.status(), 200, "{extra}");
+        response.json::<Value>().await.unwrap()
+    };
+    ask(json!({ "tool_choice": "auto" })).await;
+    assert_eq!(grammar(&scene), None);
+    let none = ask(json!({ "tool_choice": "none" })).await;
+    assert!(none["choices"][0]["message"]["tool_calls"].is_null());
+    let banned = scene.workers[0]
+        .seen
+        .lock()
+        .last()
+        .unwrap()
+        .sampling
+        .clone()
+        .unwrap()
+        .bad_words;
+    assert_eq!(banned[0].ids, [FIRST_ADDED]);
+    ask(json!({ "tool_choice": "required" })).await;
+    let text = grammar(&scene).unwrap();
+    assert!(text.starts_with("start: calls\ncalls: <[4096]> "), "{text}");
+    assert!(
+        text.contains("get_weather") && text.contains("clock"),
+        "{text}"
+    );
+    ask(json!({ "tool_choice": { "type": "function", "function": { "name": "clock" } } })).await;
+    let text = grammar(&scene).unwrap();
+    assert!(
+        !text.contains("get_weather") && text.contains("clock"),
+        "{text}"
+    );
+    assert!(
+        text.contains(r#"arguments_0: %json {"type":"object","properties":"#),
+        "{text}"
+    );
+    ask(json!({ "parallel_tool_calls": false })).await;
+    let text = grammar(&scene).unwrap();
+    assert!(text.starts_with("start: text | text? calls\n"), "{text}");
+    assert!(
+        text.contains(r#"arguments_0: %json {"type":"object"}"#),
+        "{text}"
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn tools_are_refused_by_name_where_they_cannot_be() {
+    let demo = Scene::start(config(), vec![storyteller()]).await;
+    let talking = scene(false, &TWO_CALLS).await;
+    let named = json!({ "type": "function", "function": { "name": "nobody" } });
+    let web = json!([{ "type": "web_search" }]);
+    let bad_name = json!([{ "type": "function", "function": { "name": "a b" } }]);
+    let table = [
+        (&demo, json!({ "tools": tools() }), "tools"),
+        (
+            &talking,
+            json!({ "tool_choice": "required" }),
+            "tool_choice",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": named }),
+            "tool_choice",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": "any" }),
+            "tool_choice",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": 5 }),
+            "tool_choice",
+        ),
+        (&talking, json!({ "tools": web }), "tools[0].type"),
+        (
+            &talking,
+            json!({ "tools": bad_name }),
+            "tools[0].function.name",
+        ),
+        (
+            &talking,
+            json!({ "tools": [{ "type": "function" }] }),
+            "tools[0].function",
+        ),
+        (
+            &talking,
+            json!({ "tools": vec![tools()[0].clone(); 129] }),
+            "tools",
+        ),
+    ];
+    for (scene, body, param) in table {
+        let refused = scene.chat(body.clone()).await;
+        assert_eq!(refused.status(), 400, "{param}");
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["param"], param, "{error}");
+    }
+    talking.end().await;
+    demo.end().await;
+}
+
+#[tokio::test]
+async fn what_tools_said_goes_back_to_the_model_and_is_checked() {
+    let scene = scene(false, &["Sunny."]).await;
+    let call = |id: &str| json!({ "id": id, "type": "function", "function": { "name": "f", "arguments": "{}" } });
+    let asked = json!({ "role": "user", "content": "hi" });
+    let called =
+        |id: &str| json!({ "role": "assistant", "content": null, "tool_calls": [call(id)] });
+    let result = |id: &str| json!({ "role": "tool", "tool_call_id": id, "content": "sunny" });
+    let good = json!([asked, called("abcdefghi"), result("abcdefghi")]);
+    let whole: Value = scene
+        .chat(json!({ "messages": good }))
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        whole["choices"][0]["message"]["content"], "Sunny.",
+        "{whole}"
+    );
+    let prompt = scene.workers[0].seen.lock()[0].prompt_ids.clone();
+    assert!(prompt.contains(&FIRST_ADDED) && prompt.contains(&(FIRST_ADDED + 3)));
+    let table = [
+        (
+            json!([asked, called("call_1"), result("call_1")]),
+            "messages[1].tool_calls[0].id",
+        ),
+        (
+            json!([asked, called("abcdefghi"), result("x")]),
+            "messages[2].tool_call_id",
+        ),
+        (json!([asked, called("abcdefghi")]), "messages[1].role"),
+        (json!([asked, result("abcdefghi")]), "messages[1].role"),
+    ];
+    for (messages, param) in table {
+        let refused = scene.chat(json!({ "messages": messages })).await;
+        assert_eq!(refused.status(), 400, "{param}");
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["param"], param, "{error}");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn calls_go_through_the_other_door_too() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
+    let tool = v1::Tool {
+        name: "get_weather".to_owned(),
+        parameters: function("x")["parameters"].to_string(),
+        ..v1::Tool::default()
+    };
+    let chat = v1::ChatMessages {
+        messages: vec![v1::ChatMessage {
+            role: "user".to_owned(),
+            content: "hi".to_owned(),
+            ..v1::ChatMessage::default()
+        }],
+        tools: vec![tool],
+        ..v1::ChatMessages::default()
+    };
+    let request = v1::GenerateRequest {
+        input: Some(v1::generate_request::Input::Chat(chat.clone())),
+        ..v1::GenerateRequest::default()
+    };
+    let once = client
+        .generate_once(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    let calls = &once.answers[0].tool_calls;
+    assert_eq!(calls[0].arguments, r#"{"city": "Paris, 7e"}"#);
+    assert_eq!(
+        (calls.len(), once.answers[0].text.as_str()),
+        (2, "Let me see.")
+    );
+    let mut stream = client.generate(request.clone()).await.unwrap().into_inner();
+    let mut arguments = String::new();
+    while let Some(response) = stream.message().await.unwrap() {
+        for piece in response.tool_calls.into_iter().filter(|p| p.index == 0) {
+            arguments.push_str(&piece.arguments);
+        }
+    }
+    assert_eq!(arguments, calls[0].arguments);
+    let mut bad = chat;
+    bad.tools[0].parameters = "[]".to_owned();
+    let refused = client
+        .generate_once(v1::GenerateRequest {
+            input: Some(v1::generate_request::Input::Chat(bad)),
+            ..v1::GenerateRequest::default()
+        })
+        .await
+        .unwrap_err();
+    let violations = refused.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(violations[0].field, "chat.tools[0].parameters");
+    scene.end().await;
+}
+
+// ---- responses ----
+
+/// Numbers, types and data of the events of a response.
+async fn response_events(response: reqwest::Response) -> (Vec<Event>, Vec<Value>) {
+    let events = events_with_ids(response).await;
+    let data: Vec<Value> = events
+        .iter()
+        .map(|e| serde_json::from_str(&e.data).unwrap())
+        .collect();
+    for event in &data {
+        assert!(
+            event["type"].is_string() && event["sequence_number"].is_u64(),
+            "{event}"
+        );
+    }
+    (events, data)
+}
+
+fn response_body(extra: &Value) -> Value {
+    let mut tools = vec![function("get_weather"), function("clock")];
+    for tool in &mut tools {
+        tool["type"] = "function".into();
+    }
+    let mut body = json!({ "input": "hi", "tools": tools });
+    for (key, value) in extra.as_object().unwrap() {
+        body[key] = value.clone();
+    }
+    body
+}
+
+#[tokio::test]
+async fn a_response_has_items() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let body = response_body(&json!({ "instructions": "Be kind.", "metadata": { "a": "b" } }));
+    let whole: Value = scene
+        .post("/v1/responses", &body)
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        (&whole["object"], &whole["status"]),
+        (&json!("response"), &json!("completed")),
+        "{whole}"
+    );
+    let output = whole["output"].as_array().unwrap();
+    assert_eq!(output[0]["content"][0]["text"], "Let me see.");
+    assert_eq!(output[1]["arguments"], r#"{"city": "Paris, 7e"}"#);
+    assert_eq!(output[2]["name"], "clock");
+    assert_eq!(
+        (&whole["instructions"], &whole["metadata"]["a"]),
+        (&json!("Be kind."), &json!("b"))
+    );
+    assert_eq!(
+        whole["usage"]["output_tokens"],
+        ids(&scene.tokenizer, &TWO_CALLS).len()
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_response_has_the_official_events() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let whole = scene
+        .post("/v1/responses", &response_body(&json!({})))
+        .await;
+    let whole: Value = whole.json().await.unwrap();
+    let body = response_body(&json!({ "stream": true }));
+    let (_, events) = response_events(scene.post("/v1/responses", &body).await).await;
+    let mut types: Vec<&str> = events.iter().map(|e| e["type"].as_str().unwrap()).collect();
+    types.dedup();
+    let call = [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ];
+    let mut expected = vec![
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ];
+    expected.extend(call.into_iter().chain(call));
+    expected.push("response.completed");
+    assert_eq!(types, expected);
+    let numbers: Vec<u64> = events
+        .iter()
+        .map(|e| e["sequence_number"].as_u64().unwrap())
+        .collect();
+    assert!(
+        numbers.iter().copied().eq(0..numbers.len() as u64),
+        "{numbers:?}"
+    );
+    let last = &events.last().unwrap()["response"];
+    let texts = |output: &Value| {
+        let items = output.as_array().unwrap().iter();
+        items
+            .map(|i| {
+                (
+                    i["content"][0]["text"].clone(),
+                    i["name"].clone(),
+                    i["arguments"].clone(),
+                )
+            })
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(texts(&last["output"]), texts(&whole["output"]));
+    assert_eq!(
+        last["usage"]["output_tokens"],
+        whole["usage"]["output_tokens"]
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_response_goes_on_after_any_event_with_the_same_events() {
+    let scene = scene(false, &TWO_CALLS).await;
+    let path = "/v1/responses";
+    let body = response_body(&json!({ "stream": true }));
+    let (whole, expected) = response_events(scene.post(path, &body).await).await;
+    for (at, event) in whole.iter().enumerate() {
+        let Some(id) = event.id.as_deref() else {
+            continue;
+        };
+        let rest = scene.post_with(path, &body, &[("last-event-id", id)]).await;
+        if at + 1 == whole.len() {
+            assert_eq!(rest.text().await.unwrap(), "");
+            continue;
+        }
+        let (_, rest) = response_events(rest).await;
+        assert_eq!(rest, expected[at + 1..], "after {id}");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn the_items_of_a_response_are_checked_and_nothing_is_kept() {
+    let scene = scene(false, &["Sunny."]).await;
+    let called =
+        json!({ "type": "function_call", "call_id": "abcdefghi", "name": "f", "arguments": "{}" });
+    let output =
+        json!({ "type": "function_call_output", "call_id": "abcdefghi", "output": "sunny" });
+    let asked = json!({ "role": "user", "content": [{ "type": "input_text", "text": "hi" }] });
+    let good = response_body(&json!({ "input": [asked, called, output] }));
+    let whole: Value = scene
+        .post("/v1/responses", &good)
+        .await
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        whole["output"][0]["content"][0]["text"], "Sunny.",
+        "{whole}"
+    );
+    let table = [
+        (json!({ "input": null }), "input"),
+        (json!({ "input": [] }), "input"),
+        (json!({ "input": [5] }), "input[0]"),
+        (
+            json!({ "input": [{ "type": "reasoning" }] }),
+            "input[0].type",
+        ),
+        (json!({ "input": [{ "role": "user" }] }), "input[0].content"),
+        (
+            json!({ "input": [{ "type": "function_call", "name": "f" }] }),
+            "input[0].call_id",
+        ),
+        (json!({ "store": true }), "store"),
+        (
+            json!({ "previous_response_id": "resp_1" }),
+            "previous_response_id",
+        ),
+        (json!({ "background": true }), "background"),
+        (
+            json!({ "include": ["file_search_call.results"] }),
+            "include[0]",
+        ),
+        (json!({ "top_logprobs": 2 }), "top_logprobs"),
+        (json!({ "max_output_tokens": 0 }), "max_output_tokens"),
+        (json!({ "truncation": "auto" }), "truncation"),
+        (
+            json!({ "text": { "format": { "type": "xml" } } }),
+            "text.format.type",
+        ),
+        (
+            json!({ "tools": [{ "type": "web_search" }] }),
+            "tools[0].type",
+        ),
+    ];
+    for (extra, param) in table {
+        let refused = scene.post("/v1/responses", &response_body(&extra)).await;
+        assert_eq!(refused.status(), 400, "{extra}");
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["param"], param, "{error}");
+    }
+    for path in ["/v1/responses/resp_1", "/v1/embeddings", "/completions"] {
+        let gone = scene.get(path).await;
+        assert_eq!(gone.status(), 404, "{path}");
+        let error: Value = gone.json().await.unwrap();
+        assert_eq!(error["error"]["code"], "not_found");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_response_that_fails_ends_with_an_error_event() {
+    let tokenizer = talking(false);
+    let first = tokenizer.encode("Hello").unwrap()[0];
+    let broken = scripted(move |request| match request.num_resumed {
+        0 => Ok(vec![Step::Started(0), Step::Token(first), Step::Break]),
+        _ => Err(Status::unavailable("gone")),
+    });
+    let scene = Scene::start_of(config(), vec![broken], None, tokenizer).await;
+    let body = response_body(&json!({ "stream": true }));
+    let (_, events) = response_events(scene.post("/v1/responses", &body).await).await;
+    let last = events.last().unwrap();
+    assert_eq!(
+        (&last["type"], &last["code"]),
+        (&json!("error"), &json!("service_unavailable"))
+    );
+    assert!(events.iter().all(|e| e["type"] != "response.completed"));
+    scene.end().await;
+}
+
+// ---- text with a gap, ids of texts ----
+
+#[tokio::test]
+async fn a_gap_is_filled_where_the_model_can() {
+    let scene = scene(false, &["return a"]).await;
+    let body = json!({ "prompt": "def f(a):", "suffix": "\n", "max_tokens": 4 });
+    let response = scene.post("/v1/completions", &body).await;
+    assert_eq!(response.status(), 200);
+    let prompt = scene.workers[0].seen.lock()[0].prompt_ids.clone();
+    let expected = scene.tokenizer.encode_infill("def f(a):", "\n").unwrap();
+    assert_eq!(prompt, expected);
+    let ids = json!({ "prompt": [5, 6], "suffix": "x" });
+    let demo = Scene::start(config(), vec![storyteller()]).await;
+    for (scene, body) in [(&scene, &ids), (&demo, &body)] {
+        let refused = scene.post("/v1/completions", body).await;
+        assert_eq!(refused.status(), 400);
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["param"], "suffix", "{error}");
+    }
+    demo.end().await;
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn texts_become_ids_and_ids_texts() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let body = json!({ "prompt": "Hello", "return_token_strs": true });
+    let got: Value = scene.post("/tokenize", &body).await.json().await.unwrap();
+    let ids = scene.tokenizer.encode_with_bos("Hello").unwrap();
+    assert_eq!(
+        (&got["tokens"], &got["count"]),
+        (&json!(ids), &json!(ids.len())),
+        "{got}"
+    );
+    assert_eq!(
+        (&got["max_model_len"], &got["token_strs"][0]),
+        (&json!(2048), &json!("<s>"))
+    );
+    let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
+    let got: Value = scene.post("/tokenize", &chat).await.json().await.unwrap();
+    assert!(got["count"].as_u64().unwrap() > 2);
+    let back = json!({ "tokens": ids });
+    let got: Value = scene.post("/detokenize", &back).await.json().await.unwrap();
+    assert_eq!(got["prompt"], "<s> Hello");
+    let table = [
+        ("/tokenize", json!({}), "prompt"),
+        ("/tokenize", json!({ "prompt": 5 }), "prompt"),
+        ("/tokenize", json!({ "messages": [] }), "messages"),
+        ("/detokenize", json!({}), "tokens"),
+        ("/detokenize", json!({ "tokens": [4096] }), "tokens"),
+    ];
+    for (path, body, param) in table {
+        let refused = scene.post(path, &body).await;
+        assert_eq!(refused.status(), 400, "{path}");
+        let error: Value = refused.json().await.unwrap();
+        assert_eq!(error["error"]["param"], param, "{error}");
+    }
+    for path in ["/health", "/ping", "/load", "/version"] {
+        assert_eq!(scene.get(path).await.status(), 200, "{path}");
+    }
+    scene.end().await;
+}
