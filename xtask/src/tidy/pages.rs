@@ -108,21 +108,30 @@ fn settings(root: &str, sources: &str, page: &str) -> Vec<String> {
     findings
 }
 
-/// Fields and types of `struct name`, which ends with a brace at the beginning of a line.
+/// Fields and types of `struct name`, which ends with a brace at the beginning of a line; without those that no file
+/// can set.
 fn fields(source: &str, name: &str) -> Vec<(String, String)> {
     let Some((_, body)) = source.split_once(&format!("struct {name} {{\n")) else {
         return Vec::new();
     };
     let body = body.split("\n}").next().unwrap_or_default();
     let mut fields = Vec::new();
+    let mut is_skipped = false;
     for line in body.lines() {
         let line = line.trim().trim_end_matches(',');
+        if line == "#[serde(skip)]" {
+            is_skipped = true;
+            continue;
+        }
         let Some(field) = line
             .strip_prefix("pub(crate) ")
             .or_else(|| line.strip_prefix("pub "))
         else {
             continue;
         };
+        if std::mem::take(&mut is_skipped) {
+            continue;
+        }
         if let Some((key, kind)) = field.split_once(": ") {
             fields.push((key.to_owned(), kind.to_owned()));
         }
