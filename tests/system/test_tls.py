@@ -262,7 +262,7 @@ def test_a_wrong_role_or_cluster_is_told_what_was_expected(secured, proto):
     )(None, timeout=10)
     for name in ("worker", "other-cluster"):
         error = refusal(lambda: drain(name))
-        assert error.code() == grpc.StatusCode.PERMISSION_DENIED and "/Worker/Drain" in error.details(), error
+        assert error.code() == grpc.StatusCode.PERMISSION_DENIED and "v1.Worker/Drain" in error.details(), error
     refused = secured.operator("status", role="router", check=False)
     assert refused.returncode == 2 and "expected the role operator" in refused.stderr, refused.stderr
     assert secured.ready()

@@ -100,15 +100,11 @@ async fn connect(
         None => endpoint,
     };
     link.connect(&endpoint).await.map_err(|error| {
-        let cause = error.source().map_or_else(|| error.to_string(), chain_of);
+        let cause = error.source().map_or_else(|| error.to_string(), chain);
         let next = format!("tramontane serve (starts one), or name a running one with {flag}");
         let message = format!("no router at {authority}: {cause}");
         refusal(Exit::Unavailable, message, next)
     })
-}
-
-fn chain_of(error: &(dyn std::error::Error + 'static)) -> String {
-    chain(error)
 }
 
 #[cfg(test)]

@@ -93,10 +93,7 @@ pub async fn run(
     let _ended = life.ended.clone().drop_guard();
     let (setter, readiness) = Readiness::starting("loading");
     let ops = LateOps::default();
-    if let Some(listener) = parts.ops.take() {
-        let incoming = Incoming::new(listener, parts.tls.ops_door("ops"));
-        life.serve_ops(incoming, readiness, Arc::clone(&ops));
-    }
+    life.serve_ops((parts.ops.take(), &parts.tls), readiness, Arc::clone(&ops));
     let address = advertised(&config, &parts.grpc)?;
     let watched = Watched::start(&parts.store, &life);
     let weights = Arc::default();
@@ -131,8 +128,7 @@ pub async fn run(
     record.socket = bound.as_ref().and_then(BoundSocket::record);
     worker.show(&ops);
 
-    let guard = parts.tls.guard();
-    let services = worker.services((&config, guard), &checkpoint, &drain, &life);
+    let services = worker.services((&config, parts.tls.guard()), &checkpoint, &drain, &life);
     let (grpc, store, progress) = (parts.grpc, parts.store, parts.progress);
     let grpc = Incoming::new(grpc, parts.tls.cluster_door("worker"));
     let served = life.serve_grpc(grpc, services, setter)?;
@@ -257,7 +253,14 @@ impl Life {
     }
 
     /// Serves the operations port: alive while loading, with metrics from when there are any.
-    fn serve_ops(&self, incoming: Incoming, ready: Readiness, late: LateOps) {
+    fn serve_ops(
+        &self,
+        (listener, tls): (Option<TcpListener>, &Tls),
+        ready: Readiness,
+        late: LateOps,
+    ) {
+        let Some(listener) = listener else { return };
+        let incoming = Incoming::new(listener, tls.ops_door("ops"));
         let node = Arc::clone(&late);
         let ops = Ops {
             live: Arc::new(move || node.get().map_or(Ok(()), |(node, _)| server::alive(node))),

@@ -29,7 +29,10 @@ impl Authority {
     /// A new one.
     pub(super) fn new(cluster: &str, days: u32) -> anyhow::Result<(Self, Pair)> {
         let key = KeyPair::generate().context("a key for the authority")?;
-        let mut params = params(&format!("tramontane {cluster} CA"), days)?;
+        // Authorities of one name would be taken for each other.
+        let id = key.public_key_raw().iter().rev().take(4);
+        let id: String = id.map(|byte| format!("{byte:02x}")).collect();
+        let mut params = params(&format!("tramontane {cluster} CA {id}"), days)?;
         // Of processes, not of further authorities.
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

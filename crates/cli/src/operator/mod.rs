@@ -18,7 +18,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, TimeoutExpired};
 use tramontane_proto::v1::admin_client::AdminClient;
 
 pub(crate) use events::events;
@@ -31,7 +31,7 @@ pub(crate) use workers::workers;
 use crate::args::RouterAddress;
 use crate::dial;
 use crate::exit::{Exit, refusal};
-use crate::settings::misuse;
+use crate::settings::{chain, misuse};
 
 /// Longest wait for an answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -93,15 +93,30 @@ pub(crate) fn refused(next: &str) -> impl Fn(Status) -> anyhow::Error {
             Exit::Unavailable | Exit::Timeout => SEE_STATUS,
             _ => next,
         };
-        refusal(exit, status.message(), next)
+        refusal(exit, words(&status), next)
+    }
+}
+
+/// What the router says; what lies beneath it where the transport says it.
+fn words(status: &tonic::Status) -> String {
+    match status.source() {
+        // The transport's words are often those of its first cause.
+        Some(cause) if cause.to_string() == status.message() => chain(cause),
+        Some(cause) => format!("{}: {}", status.message(), chain(cause)),
+        None => status.message().to_owned(),
     }
 }
 
 /// What a refusal of the router is for a script.
 fn exit_of(status: &Status) -> Exit {
     // The transport's own errors have a cause, and any code.
-    if status.source().is_some() && status.code() != Code::Cancelled {
-        return Exit::Unavailable;
+    if let Some(cause) = status.source() {
+        let is_late = cause.is::<TimeoutExpired>();
+        return if is_late {
+            Exit::Timeout
+        } else {
+            Exit::Unavailable
+        };
     }
     match status.code() {
         Code::NotFound => Exit::NotFound,

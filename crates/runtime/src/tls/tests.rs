@@ -36,7 +36,9 @@ impl Made {
         let dir = tempfile::tempdir().unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "CA");
+        // Authorities of one name would be taken for each other.
+        let name = dir.path().display().to_string();
+        params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let cert = params.self_signed(&key).unwrap();
@@ -220,8 +222,17 @@ async fn plaintext_and_tls_do_not_meet_and_say_so() {
     );
     assert!(body.contains("https://"), "{body}");
 
-    let plain = Echo::start(Door::plain("worker")).await;
-    let error = plain.ask(worker.link(Role::Worker)).await.unwrap_err();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let plain = format!("http://{}", listener.local_addr().unwrap());
+    let answers = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        // As a server of HTTP/2 begins.
+        stream.write_all(b"\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        stream
+    };
+    let mut link = worker.link(Role::Worker);
+    let (_open, asked) = tokio::join!(answers, link.call(plain.parse().unwrap()));
+    let error = asked.unwrap_err().to_string();
     assert!(error.contains("speaks plaintext"), "{error}");
 }
 
@@ -358,7 +369,18 @@ fn what_cannot_be_used_is_named() {
     for (got, expected) in table {
         assert!(got.contains(expected), "{got:?} has no {expected:?}");
     }
-    fs::write(made.path("ca.pem"), leaked).unwrap();
+}
+
+#[test]
+fn a_certificate_that_others_would_refuse_is_none() {
+    let made = Made::new();
+    let ca = fs::read(made.path("ca.pem")).unwrap();
+    let load = |settings: &TlsSettings| {
+        let expected = Expected::Name(PeerName::new("prod", Role::Worker));
+        let error = Tls::load(settings, expected).unwrap_err();
+        let cause = std::error::Error::source(&error);
+        cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+    };
     let issued = |uris: &[&str], days: Days| {
         made.issue("one", uris, days);
         load(&made.settings("one"))
@@ -382,7 +404,7 @@ fn what_cannot_be_used_is_named() {
         foreign.contains("none that CA ") && foreign.contains("UnknownIssuer"),
         "{foreign}"
     );
-    fs::write(made.path("ca.pem"), leaked).unwrap();
+    fs::write(made.path("ca.pem"), ca).unwrap();
     made.issue("two", &["spiffe://prod/worker"], NOW);
     let mixed = TlsSettings {
         cluster_key: Some(made.path("two-key.pem")),
