@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tramontane_coordination::planner::{Intent, set_intent};
 use tramontane_coordination::{MemoryStore, Store};
+use tramontane_grammar::Vocabulary;
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::{Shutdown, telemetry};
@@ -64,7 +65,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let signals = Shutdown::new();
     signals.trigger_on_signals().context("signal handlers")?;
 
-    let recipe = recipe(&args, &settings.worker, &store, &checkpoint, model_name);
+    let named = (model_name, tramontane_router::vocabulary(&tokenizer)?);
+    let recipe = recipe(&args, &settings.worker, &store, &checkpoint, named);
     let (mut services, scaler) = Supervisor::new(recipe);
     for index in 0..args.workers {
         services.start_worker(index).await?;
@@ -125,7 +127,7 @@ fn recipe(
     config: &WorkerConfig,
     store: &Arc<dyn Store>,
     checkpoint: &Arc<Checkpoint>,
-    model_name: String,
+    (model_name, vocabulary): (String, Vocabulary),
 ) -> WorkerRecipe {
     let (threads, workers) = divided(args);
     WorkerRecipe {
@@ -135,6 +137,7 @@ fn recipe(
         store: Arc::clone(store),
         checkpoint: Arc::clone(checkpoint),
         model_name,
+        vocabulary: Some(vocabulary),
         exchange: args.exchange,
         local: Arc::default(),
     }

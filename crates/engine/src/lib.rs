@@ -14,6 +14,7 @@ pub mod config;
 mod engine;
 mod error;
 mod kv;
+pub mod masks;
 mod model_runner;
 mod sampler;
 mod scheduler;

@@ -7,6 +7,7 @@ use tramontane_compute::KV_PAGE_TOKENS;
 use tramontane_types::{FinishReason, RequestId, SamplingParams, TokenId, TokenOutput, Usage};
 
 use crate::kv::{BlockPool, BlockTable, PageKeys, first_visible_page, pages_needed};
+use crate::masks::Matching;
 
 /// What the router asks an engine to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +82,8 @@ pub(crate) struct Sequence {
     pub(crate) table: BlockTable,
     keys: PageKeys,
     pub(crate) seen: SeenTokens,
+    /// Its place in the grammar of its output, if it has one.
+    pub(crate) matching: Option<Matching>,
     /// Prompt tokens found in the prefix cache at first admission; `None` before.
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
@@ -102,6 +105,7 @@ impl Sequence {
             table: BlockTable::new(pool.clone()),
             keys: PageKeys::new(new.cache_salt),
             seen: SeenTokens::default(),
+            matching: None,
             cached_tokens: None,
             is_started: false,
             last_turn: 0,

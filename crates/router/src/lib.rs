@@ -8,6 +8,7 @@ mod answer_id;
 mod asked;
 mod cluster;
 pub mod config;
+mod constraint;
 mod dispatch;
 mod error;
 mod events;
@@ -33,6 +34,7 @@ mod worker_link;
 mod worker_pool;
 
 pub use config::{PolicyKind, RouterConfig};
+pub use constraint::vocabulary;
 pub use error::Error;
 pub use run::{RouterParts, ServedModel, run};
 pub use scaler::{ScaleError, ScaleStarted, Scaler};

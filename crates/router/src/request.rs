@@ -18,6 +18,9 @@ pub(crate) const CHOICES_MAX: usize = 128;
 /// Tokens of a completion when nobody says, as in the OpenAI API.
 pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
+/// What a constraint is called in messages over gRPC.
+const CONSTRAINT_NAME: &str = "options.constraint";
+
 /// What to go on from.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Prompt {
@@ -56,6 +59,8 @@ pub(crate) struct Options {
     /// Words that may not appear; tokenized in [`prepare`].
     pub(crate) bad_words: Vec<String>,
     pub(crate) constraint: Option<Arc<Constraint>>,
+    /// Name that the client gave `constraint`.
+    pub(crate) constraint_name: Option<&'static str>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
 }
@@ -69,6 +74,7 @@ pub(crate) struct GenerationRequest {
     pub(crate) seed: Option<i64>,
     pub(crate) max_tokens: Option<u32>,
     pub(crate) max_tokens_name: &'static str,
+    pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
     pub(crate) n: u32,
     pub(crate) echo: bool,
@@ -89,6 +95,8 @@ pub(crate) struct PreparedPrompt {
 #[derive(Clone, Debug)]
 pub(crate) struct PreparedRequest {
     pub(crate) prompts: Vec<PreparedPrompt>,
+    /// What the client calls the constraint of all prompts, if they have one.
+    pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
     pub(crate) n: u32,
 }
@@ -97,6 +105,11 @@ impl PreparedRequest {
     /// Sequences that this request runs.
     pub(crate) fn num_sequences(&self) -> usize {
         self.prompts.len() * self.n as usize
+    }
+
+    /// The constraint of all prompts.
+    pub(crate) fn constraint(&self) -> Option<Arc<Constraint>> {
+        self.prompts.first()?.sampling.constraint.clone()
     }
 }
 
@@ -131,6 +144,7 @@ impl GenerationRequest {
             let renamed = match error.param {
                 "max_tokens" => Some(max_tokens_name),
                 "top_logprobs" => options.logprobs_name,
+                "response_format" => options.constraint_name,
                 _ => None,
             };
             refused(&error, renamed)
@@ -141,6 +155,7 @@ impl GenerationRequest {
             seed: options.seed,
             max_tokens: options.max_tokens,
             max_tokens_name,
+            constraint_name: options.constraint_name.unwrap_or(CONSTRAINT_NAME),
             stop,
             n,
             echo: options.echo,
@@ -229,6 +244,7 @@ pub(crate) fn prepare(
     }
     Ok(PreparedRequest {
         prompts,
+        constraint_name: request.constraint_name,
         stop: request.stop,
         n: request.n,
     })

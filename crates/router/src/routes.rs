@@ -25,6 +25,7 @@ use tramontane_runtime::{build_info, metrics as shared_metrics};
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::asked::{Asked, Position, Tag, mismatch};
+use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::kept::BodyDigest;
@@ -210,7 +211,9 @@ async fn read(
             digest,
         })
     });
-    prepared.await
+    let read: Read = prepared.await?;
+    constraint::check(&app.grammars, &read.request).await?;
+    Ok(read)
 }
 
 fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn Render> {

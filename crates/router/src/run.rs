@@ -14,6 +14,7 @@ use tramontane_coordination::{
     Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
     watch_intent, watch_members, watch_placements,
 };
+use tramontane_grammar::Grammars;
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
@@ -30,7 +31,7 @@ use crate::scaler::Scaler;
 use crate::sequence::Patience;
 use crate::worker_link::GrpcConnect;
 use crate::worker_pool::WorkerPool;
-use crate::{Error, RouterConfig, grpc, http_server, routes};
+use crate::{Error, RouterConfig, constraint, grpc, http_server, routes};
 
 /// Bodies that are parsed and tokenized at once, per core.
 const PREPARING_PER_CORE: usize = 2;
@@ -99,6 +100,7 @@ pub(crate) struct App {
     pub(crate) planning: Option<Planning>,
     pub(crate) model: Arc<ServedModel>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) grammars: Grammars,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: Readiness,
     /// KiB of request bodies that may still be held.
@@ -191,7 +193,9 @@ pub async fn run(
         grpc,
         scaler,
     } = parts;
+    let vocabulary = constraint::vocabulary(&tokenizer).map_err(Error::Vocabulary)?;
     let given = Given {
+        grammars: Grammars::new(vocabulary),
         store,
         tokenizer,
         model,
@@ -277,6 +281,7 @@ pub(crate) struct Doors {
 struct Given {
     store: Arc<dyn Store>,
     tokenizer: Arc<Tokenizer>,
+    grammars: Grammars,
     model: ServedModel,
     scaler: Option<Arc<dyn Scaler>>,
 }
@@ -294,6 +299,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
     let Given {
         store,
         tokenizer,
+        grammars,
         model,
         scaler,
     } = given;
@@ -304,7 +310,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         planning,
         roster,
     } = followed;
-    let metrics = Arc::new(Metrics::new(&model.id));
+    let metrics = Arc::new(Metrics::new(&model.id).with(constraint::metrics(&grammars)));
     let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,
@@ -326,6 +332,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         planning,
         model: Arc::new(model),
         tokenizer,
+        grammars,
         metrics,
         ready,
         started: unix_seconds(),

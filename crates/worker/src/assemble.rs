@@ -15,6 +15,7 @@ use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
     LinkSettings, TcpDial, Transport,
 };
+use tramontane_grammar::Grammars;
 use tramontane_model::Checkpoint;
 use tramontane_types::{Placement, WorkerId};
 
@@ -64,6 +65,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) life: &'a Life,
     pub(crate) drills: &'a Arc<Drills>,
     pub(crate) weights: &'a Arc<WeightStats>,
+    pub(crate) grammars: Option<Grammars>,
 }
 
 impl Plan<'_> {
@@ -102,6 +104,7 @@ impl Plan<'_> {
             },
             transport,
             weights: Arc::clone(self.weights),
+            grammars: self.grammars.clone(),
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),

@@ -2,13 +2,15 @@
 //! and position give the same token, whatever else is in the batch.
 //!
 //! In this order: log probabilities of the raw logits; logit bias; repetition, then presence and
-//! frequency penalties; stop ids masked before `min_tokens`; temperature; top-k; top-p; min-p; draw.
+//! frequency penalties; stop ids masked before `min_tokens`; what the grammar does not allow masked; temperature; top-k;
+//! top-p; min-p; draw.
 
 pub(crate) mod philox;
 pub(crate) mod softmax;
 
 use std::cmp::Ordering;
 
+use tramontane_grammar::TokenMask;
 use tramontane_types::{SamplingParams, TokenId, TokenLogprob, TokenOutput};
 
 use crate::sequence::SeenTokens;
@@ -40,6 +42,8 @@ pub(crate) struct Draw<'a> {
     pub(crate) position: u32,
     pub(crate) seen: &'a SeenTokens,
     pub(crate) eos_ids: &'a [TokenId],
+    /// What the grammar of the output allows here, if it has one.
+    pub(crate) mask: Option<&'a TokenMask>,
 }
 
 /// Scratch memory of the sampler.
@@ -201,7 +205,7 @@ impl Scale {
     }
 }
 
-/// Logit bias, penalties and the mask of early stops.
+/// Logit bias, penalties and masks: of early stops, and of the grammar.
 fn adjust(logits: &mut [f32], draw: Draw<'_>) {
     let params = draw.params;
     let mut change = |id: TokenId, to: &dyn Fn(f32) -> f32| {
@@ -245,6 +249,16 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>) {
             change(id, &|_| f32::NEG_INFINITY);
         }
     }
+    let Some(mask) = draw.mask else {
+        return;
+    };
+    // Where the grammar lets a text end, it may also go on.
+    if params.ignore_eos {
+        for &id in draw.eos_ids {
+            change(id, &|_| f32::NEG_INFINITY);
+        }
+    }
+    mask.apply(logits);
 }
 
 fn check_numbers(logits: &[f32]) -> Result<(), SampleError> {

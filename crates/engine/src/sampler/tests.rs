@@ -22,6 +22,7 @@ fn sample_with(
         position,
         seen,
         eos_ids: &[0],
+        mask: None,
     };
     Sampler::default().sample(&mut logits.to_vec(), draw)
 }

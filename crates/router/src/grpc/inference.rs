@@ -14,6 +14,7 @@ use tramontane_types::FinishReason;
 use super::status::status;
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
+use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
@@ -45,7 +46,9 @@ impl InferenceService {
             answer,
             version: None,
         };
-        self.app.dispatcher.start(prepared.await?, name).await
+        let prepared = prepared.await?;
+        constraint::check(&self.app.grammars, &prepared).await?;
+        self.app.dispatcher.start(prepared, name).await
     }
 
     /// Counts the answer and turns its error into a status.
@@ -249,6 +252,7 @@ fn options(wire: v1::GenerateOptions) -> Options {
         prompt_logprobs: None,
         bad_words: Vec::new(),
         constraint: None,
+        constraint_name: None,
         echo: false,
     }
 }

@@ -8,6 +8,7 @@ mod logprobs;
 mod models;
 mod options;
 mod stream;
+mod structured;
 #[cfg(test)]
 mod tests;
 

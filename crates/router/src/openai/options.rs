@@ -5,6 +5,7 @@ use serde_json::Value;
 use tramontane_types::TokenId;
 
 use super::fields::{self, Fields, wrong};
+use super::structured;
 use crate::error::ApiError;
 use crate::request::Options;
 
@@ -12,12 +13,11 @@ use crate::request::Options;
 type Asks = fn(&Value) -> bool;
 
 /// Fields that are refused when they ask for something.
-const REFUSED: [(&str, Asks); 35] = [
+const REFUSED: [(&str, Asks); 30] = [
     ("tools", not_empty),
     ("tool_choice", not_none_or_auto),
     ("functions", not_empty),
     ("function_call", not_none_or_auto),
-    ("response_format", not_text),
     ("audio", anything),
     ("modalities", more_than_text),
     ("prediction", anything),
@@ -25,12 +25,8 @@ const REFUSED: [(&str, Asks); 35] = [
     ("reasoning_effort", not_none),
     ("store", is_true),
     ("suffix", not_empty),
-    ("structured_outputs", anything),
-    ("guided_json", anything),
-    ("guided_regex", anything),
-    ("guided_choice", anything),
-    ("guided_grammar", anything),
     ("guided_decoding_backend", anything),
+    ("guided_whitespace_pattern", anything),
     ("chat_template", anything),
     ("chat_template_kwargs", not_empty),
     ("documents", not_empty),
@@ -71,10 +67,6 @@ fn not_none_or_auto(value: &Value) -> bool {
     value != "none" && value != "auto"
 }
 
-fn not_text(value: &Value) -> bool {
-    value["type"] != "text"
-}
-
 fn more_than_text(value: &Value) -> bool {
     value
         .as_array()
@@ -105,7 +97,10 @@ pub(crate) fn refuse_unsupported(body: &Fields<'_>) -> Result<(), ApiError> {
 
 /// The sampling parameters that both routes share.
 pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
+    let constraint = structured::constraint(body)?;
     Ok(Options {
+        constraint_name: constraint.as_ref().map(|(_, name)| *name),
+        constraint: constraint.map(|(constraint, _)| constraint),
         temperature: body.number("temperature")?,
         top_k: top_k(body)?,
         top_p: body.number("top_p")?,

@@ -275,7 +275,6 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
         ("tools", json!([{ "type": "function" }])),
         ("tool_choice", json!("required")),
         ("functions", json!([{}])),
-        ("response_format", json!({ "type": "json_object" })),
         ("audio", json!({ "voice": "x" })),
         ("modalities", json!(["text", "audio"])),
         ("prediction", json!({})),
@@ -284,7 +283,7 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
         ("suffix", json!("end")),
         ("use_beam_search", json!(true)),
         ("length_penalty", json!(0.5)),
-        ("guided_json", json!({})),
+        ("guided_decoding_backend", json!("outlines")),
     ];
     for (key, value) in table {
         refused(chat_with, key, value.clone(), ErrorKind::Unsupported, key);
