@@ -17,7 +17,7 @@ use crate::cache::{Cache, Compiled};
 use crate::limits::{
     COMPILE_QUEUE_MAX, COMPILE_STACK_BYTES, COMPILE_THREADS, COMPILE_WAIT_MAX, COMPILE_WAITERS_MAX,
 };
-use crate::{Grammar, GrammarError, Matcher, Vocabulary, compile};
+use crate::{Grammar, GrammarError, Matcher, Vocabulary, compile, matcher};
 
 /// All constraints of one vocabulary. Cheap to clone; its threads end with the last clone.
 #[derive(Clone, Debug)]
@@ -226,7 +226,13 @@ fn work(compiler: &Compiler, queue: &Mutex<Receiver<Arc<Constraint>>>) {
 }
 
 impl Compiler {
+    /// A thread that ended by a panic would leave all behind it unanswered.
     fn compile(&self, constraint: &Constraint) -> Compiled {
+        let compiled = matcher::guarded(|| Ok::<_, String>(self.compile_here(constraint)));
+        compiled.unwrap_or_else(|panic| Err(GrammarError::Invalid(panic)))
+    }
+
+    fn compile_here(&self, constraint: &Constraint) -> Compiled {
         let factory = self
             .factory
             .get_or_init(|| compile::factory(&self.vocabulary));
