@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
+use tramontane_grammar::Vocabulary;
 use tramontane_model::checkpoint::Overrides;
 use tramontane_model::{self as model, Checkpoint, Inspection, demo, gguf, manifest};
 use tramontane_router::ServedModel;
@@ -151,6 +152,19 @@ pub(crate) fn open_tokenizer(
         vocab: geometry.vocab,
     };
     Ok((Arc::new(tokenizer), model))
+}
+
+/// What the tokens of a worker's model stand for. A worker needs no tokenizer but for constraints, so without one it
+/// serves everything else.
+pub(crate) fn vocabulary_of(args: &ModelArgs, checkpoint: &Checkpoint) -> Option<Vocabulary> {
+    let made = open_tokenizer(args, checkpoint)
+        .and_then(|(tokenizer, _)| Ok(tramontane_router::vocabulary(&tokenizer)?));
+    made.inspect_err(|error| {
+        output::note(&format!(
+            "no tokenizer, requests with a constraint are refused by this worker: {error:#}"
+        ));
+    })
+    .ok()
 }
 
 fn open(dir: Option<&Path>, overrides: Overrides) -> anyhow::Result<Checkpoint> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use toml::Value;
 use tramontane_coordination::{EtcdConfig, EtcdStore, RememberingStore, Store};
+use tramontane_grammar::Vocabulary;
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::tls::{Role, Tls, TlsSettings};
@@ -19,7 +20,7 @@ use tramontane_worker::{
 
 use crate::args::{EtcdArgs, ProcessArgs, RouterArgs, WorkerArgs};
 use crate::doors::{self, Port, Shows, bind};
-use crate::model::{open_model, open_tokenizer, progress_bar};
+use crate::model::{open_model, open_tokenizer, progress_bar, vocabulary_of};
 use crate::settings::{self, Flags, ListenSettings, Settings, misuse};
 
 /// How long tasks may take to end after the service itself has.
@@ -91,10 +92,15 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     }
     let store = store(&settings, &config.id, &shutdown)?;
     let opened = open_worker_model(&args, &config, &store, (&tls, &shutdown)).await?;
-    let Some((checkpoint, model_name)) = opened else {
+    let Some(opened) = opened else {
         shutdown.finish(FINISH_MAX).await;
         return Ok(());
     };
+    let WorkerModel {
+        checkpoint,
+        name,
+        vocabulary,
+    } = opened;
     if !has_weights {
         config.weights = checkpoint.weight_format()?;
     }
@@ -102,7 +108,8 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     let parts = WorkerParts {
         store,
         checkpoint,
-        model_name,
+        model_name: name,
+        vocabulary,
         grpc: bind(&settings.listen.worker).await?,
         ops: Some(bind(&settings.listen.ops).await?),
         progress: Some(progress_bar(
@@ -150,18 +157,32 @@ async fn rank(
     Ok(())
 }
 
+/// What a worker serves.
+struct WorkerModel {
+    checkpoint: Arc<Checkpoint>,
+    name: String,
+    /// Without it nobody is served who asks for JSON.
+    vocabulary: Option<Vocabulary>,
+}
+
 /// The model of this machine, or of other workers; `None` when the worker was stopped before there was one.
 async fn open_worker_model(
     args: &WorkerArgs,
     config: &WorkerConfig,
     store: &Arc<dyn Store>,
     (tls, shutdown): (&Tls, &Shutdown),
-) -> anyhow::Result<Option<(Arc<Checkpoint>, String)>> {
+) -> anyhow::Result<Option<WorkerModel>> {
     if !args.model_from_peers {
         let opened = open_model(&args.model)?;
         // Until here a signal ends the process: reading every byte of a checkpoint takes its time.
         shutdown.trigger_on_signals().context("signal handlers")?;
-        return Ok(Some(opened));
+        let (checkpoint, name) = opened;
+        let vocabulary = vocabulary_of(&args.model, &checkpoint);
+        return Ok(Some(WorkerModel {
+            checkpoint,
+            name,
+            vocabulary,
+        }));
     }
     shutdown.trigger_on_signals().context("signal handlers")?;
     let model = args.model.model.as_deref();
@@ -178,7 +199,11 @@ async fn open_worker_model(
         directory: directory.map(Path::to_owned),
     };
     let opened = open_from_peers(wish, shutdown.token.clone()).await?;
-    Ok(opened.map(|(checkpoint, name)| (Arc::new(checkpoint), name)))
+    Ok(opened.map(|opened| WorkerModel {
+        checkpoint: Arc::new(opened.checkpoint),
+        name: opened.name,
+        vocabulary: opened.vocabulary,
+    }))
 }
 
 /// The identities of a router, and whether its ports may be open where they are to be.

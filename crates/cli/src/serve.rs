@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tramontane_coordination::planner::{Intent, set_intent};
 use tramontane_coordination::{MemoryStore, Store};
+use tramontane_grammar::Vocabulary;
 use tramontane_model::Checkpoint;
 use tramontane_router::RouterParts;
 use tramontane_runtime::tls::{Link, Tls};
@@ -74,7 +75,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     signals.trigger_on_signals().context("signal handlers")?;
     follow(&tls, &settings.tls, &signals);
 
-    let recipe = recipe(&args, &settings.worker, &store, &checkpoint, model_name);
+    let named = (model_name, tramontane_router::vocabulary(&tokenizer)?);
+    let recipe = recipe(&args, &settings.worker, &store, &checkpoint, named);
     let (mut services, scaler) = Supervisor::new(recipe);
     for index in 0..args.workers {
         services.start_worker(index).await?;
@@ -144,7 +146,7 @@ fn recipe(
     config: &WorkerConfig,
     store: &Arc<dyn Store>,
     checkpoint: &Arc<Checkpoint>,
-    model_name: String,
+    (model_name, vocabulary): (String, Vocabulary),
 ) -> WorkerRecipe {
     let (threads, workers) = divided(args);
     WorkerRecipe {
@@ -154,6 +156,7 @@ fn recipe(
         store: Arc::clone(store),
         checkpoint: Arc::clone(checkpoint),
         model_name,
+        vocabulary: Some(vocabulary),
         exchange: args.exchange,
         local: Arc::default(),
     }

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tramontane_coordination::store::keys;
 use tramontane_coordination::{Store, WorkerRecord};
 use tramontane_exchange::LocalTransport;
+use tramontane_grammar::Vocabulary;
 use tramontane_model::Checkpoint;
 use tramontane_router::{RouterConfig, RouterParts, ScaleError, ScaleStarted, Scaler};
 use tramontane_runtime::Shutdown;
@@ -49,6 +50,7 @@ pub(crate) struct WorkerRecipe {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) model_name: String,
+    pub(crate) vocabulary: Option<Vocabulary>,
     pub(crate) exchange: ExchangeArg,
     pub(crate) local: Arc<LocalTransport>,
 }
@@ -214,6 +216,7 @@ impl WorkerRecipe {
             store: Arc::clone(&self.store),
             checkpoint: Arc::clone(&self.checkpoint),
             model_name: self.model_name.clone(),
+            vocabulary: self.vocabulary.clone(),
             grpc: bind("127.0.0.1:0").await?,
             ops: None,
             progress: shows_progress.then(|| progress_bar("experts", "{pos} of {len} slices")),

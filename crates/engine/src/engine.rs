@@ -3,13 +3,16 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
 use tramontane_exchange::Exchange;
+use tramontane_grammar::{Matcher, Next};
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
 use crate::kv::{BlockPool, pages_needed};
+use crate::masks::{MATCHERS_BYTES_MAX, MaskThreads, NoToken};
 use crate::model_runner::ModelRunner;
 use crate::sampler::{Draw, SampleError, Sampler};
 use crate::scheduler::{Chunk, Plan, Scheduler};
@@ -36,6 +39,7 @@ pub struct Engine {
     pool: BlockPool,
     runner: ModelRunner,
     sampler: Sampler,
+    masks: MaskThreads,
     /// Sequences that had ended when they were submitted: their end is told by the next step.
     ended: Vec<(RequestId, FinishReason, Usage)>,
     /// Failures of the exchange since the last step that was computed.
@@ -71,6 +75,7 @@ impl Engine {
             next_key: 0,
             pool,
             sampler: Sampler::default(),
+            masks: MaskThreads::start()?,
             ended: Vec::new(),
             num_failures: 0,
             stats: EngineStats::default(),
@@ -90,10 +95,36 @@ impl Engine {
     /// # Errors
     /// When the queue is full or the sequence can never run here; then nothing was changed.
     pub fn submit(&mut self, new: NewSequence) -> Result<(), SubmitError> {
+        if new.params.constraint.is_some() {
+            return Err(SubmitError::NoGrammar);
+        }
+        self.take(new, None)
+    }
+
+    /// Queues a sequence whose output is a word of a grammar. `matcher` is behind its resumed tokens. It finishes with
+    /// [`FinishReason::Stop`] where the grammar lets nothing follow, without a token for that.
+    ///
+    /// # Errors
+    /// As those of [`submit`](Self::submit).
+    pub fn submit_constrained(
+        &mut self,
+        new: NewSequence,
+        matcher: Matcher,
+    ) -> Result<(), SubmitError> {
+        if !self.masks.has_room(matcher.num_bytes()) {
+            let limit = MATCHERS_BYTES_MAX;
+            return Err(SubmitError::GrammarsFull { limit });
+        }
+        self.take(new, Some(matcher))
+    }
+
+    fn take(&mut self, new: NewSequence, matcher: Option<Matcher>) -> Result<(), SubmitError> {
         self.check(&new)?;
-        let sequence =
+        let mut sequence =
             Sequence::new(new, &self.pool).with_lookup(self.config.lookup_tokens, self.length_max);
-        if let Some(reason) = sequence.finish_reason(&self.config.eos_ids, self.length_max) {
+        let is_whole = matcher.as_ref().is_some_and(Matcher::has_ended);
+        let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
+        if let Some(reason) = reason.or(is_whole.then_some(FinishReason::Stop)) {
             let usage = sequence.usage();
             self.ended.push((sequence.id, reason, usage));
             return Ok(());
@@ -111,6 +142,7 @@ impl Engine {
                 limit: self.config.num_pages,
             });
         }
+        sequence.matching = matcher.map(|matcher| self.masks.matching(matcher));
         let key = SequenceKey(self.next_key);
         self.next_key += 1;
         self.by_id.insert(sequence.id.clone(), key);
@@ -220,12 +252,15 @@ impl Engine {
     /// Gauges and counters as they are now.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
+        let counts = self.masks.counts();
         EngineStats {
             running: self.scheduler.running().len(),
             waiting: self.scheduler.num_waiting(),
             pages_total: self.pool.num_pages(),
             pages_free: self.pool.num_available(),
             pages_cached: self.pool.num_idle(),
+            masks: counts.masks.load(Ordering::Relaxed),
+            mask_us: counts.mask_us.load(Ordering::Relaxed),
             ..self.stats
         }
     }
@@ -272,22 +307,35 @@ impl Engine {
         let (prompt, sampled) = rows.split_at_mut(wanted.prompt.len() * self.geometry.vocab);
         let done = self
             .report_prompt(chunk.key, wanted.prompt, prompt, events)
+            .map_err(NoToken::from)
             .and_then(|()| self.sample_all(chunk.key, sampled, events, report));
         match done {
-            Ok(()) => {
+            Ok(may_go_on) => {
                 self.register(chunk.key, begin);
-                report.num_ended += usize::from(self.finish(chunk.key, events));
+                let has_ended = if may_go_on {
+                    self.finish(chunk.key, events)
+                } else {
+                    self.end(chunk.key, FinishReason::Stop, events);
+                    true
+                };
+                report.num_ended += usize::from(has_ended);
             }
             Err(error) => {
-                // What gave such logits must not be found by others.
-                if let Some(sequence) = self.sequences.get(&chunk.key) {
-                    tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
-                    sequence.table.forget();
-                }
-                self.fail(chunk.key, error.to_string(), false, events);
+                self.has_no_token(chunk.key, &error, events);
                 report.num_ended += 1;
             }
         }
+    }
+
+    fn has_no_token(&mut self, key: SequenceKey, error: &NoToken, events: &mut Events) {
+        if let Some(sequence) = self.sequences.get(&key) {
+            tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+            // What gave such logits must not be found by others.
+            if matches!(error, NoToken::Sample(_)) {
+                sequence.table.forget();
+            }
+        }
+        self.fail(key, error.to_string(), error.is_retryable(), events);
     }
 
     /// Counts the rows of a chunk as computed. Returns how many there were before.
@@ -341,28 +389,41 @@ impl Engine {
         Ok(())
     }
 
-    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true.
+    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true. False where the
+    /// grammar lets none follow.
     fn sample_all(
         &mut self,
         key: SequenceKey,
         logits: &mut [f32],
         events: &mut Events,
         report: &mut StepReport,
-    ) -> Result<(), SampleError> {
-        if logits.is_empty() {
-            return Ok(());
-        }
+    ) -> Result<bool, NoToken> {
         let Some(sequence) = self.sequences.get_mut(&key) else {
-            return Ok(());
+            return Ok(true);
         };
         let mut num_true = 0;
+        let mut may_go_on = true;
         for row in logits.chunks_exact_mut(self.geometry.vocab) {
+            let mut mask = None;
+            let (position, first_output) = (sequence.num_output() as u32, sequence.num_prompt());
+            if let Some(matching) = &mut sequence.matching {
+                let (next, waited) = matching.next();
+                self.stats.mask_wait_us += waited.as_micros() as u64;
+                match next? {
+                    Next::OneOf(allowed) => mask = Some(allowed),
+                    Next::Ended => {
+                        may_go_on = false;
+                        break;
+                    }
+                }
+            }
             let draw = Draw {
                 params: &sequence.params,
-                position: sequence.num_output() as u32,
+                position,
                 seen: &sequence.seen,
                 eos_ids: &self.config.eos_ids,
-                output: sequence.output(),
+                output: &sequence.tokens[first_output..],
+                mask,
             };
             let output = self.sampler.sample(row, draw)?;
             let id = output.id;
@@ -370,7 +431,14 @@ impl Engine {
             report.num_sampled += 1;
             events.push((sequence.id.clone(), SequenceEvent::Token(output)));
             let has_ended = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-            if has_ended.is_some() || sequence.draft.get(num_true) != Some(&id) {
+            if has_ended.is_some() {
+                break;
+            }
+            // Whoever finds the next mask does so while others compute.
+            if let Some(matching) = &mut sequence.matching {
+                matching.accept(&[id], &self.masks);
+            }
+            if sequence.draft.get(num_true) != Some(&id) {
                 break;
             }
             // The row of this token is already computed.
@@ -380,7 +448,7 @@ impl Engine {
         self.stats.tokens_guessed += sequence.draft.len() as u64;
         self.stats.guesses_true += num_true as u64;
         sequence.learn(num_true);
-        Ok(())
+        Ok(may_go_on)
     }
 
     /// Lets others find the pages that became full behind token `from`.
@@ -399,12 +467,18 @@ impl Engine {
             .sequences
             .get(&key)
             .and_then(|s| s.finish_reason(&self.config.eos_ids, length_max));
-        let (Some(reason), Some(sequence)) = (reason, reason.and_then(|_| self.remove(key))) else {
+        let Some(reason) = reason else {
             return false;
         };
-        let usage = sequence.usage();
-        events.push((sequence.id, SequenceEvent::Finished { reason, usage }));
+        self.end(key, reason, events);
         true
+    }
+
+    fn end(&mut self, key: SequenceKey, reason: FinishReason, events: &mut Events) {
+        if let Some(sequence) = self.remove(key) {
+            let usage = sequence.usage();
+            events.push((sequence.id, SequenceEvent::Finished { reason, usage }));
+        }
     }
 
     /// A step was not computed: either it is to be tried again, or its sequences fail.
@@ -428,7 +502,7 @@ impl Engine {
             "step given up, its sequences are handed back"
         );
         self.num_failures = 0;
-        let message = describe(&error);
+        let message = error.with_causes();
         for chunk in &plan.chunks {
             self.fail(chunk.key, message.clone(), true, events);
             report.num_ended += 1;
@@ -467,17 +541,6 @@ fn length_max(geometry: &ModelGeometry, num_pages: usize) -> usize {
         return max_positions;
     }
     max_positions.min(num_pages.saturating_mul(KV_PAGE_TOKENS))
-}
-
-/// The error and its causes in one line.
-fn describe(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 fn elapsed_us(begin: Instant) -> u64 {

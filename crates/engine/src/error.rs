@@ -34,6 +34,13 @@ pub enum Error {
         #[source]
         source: tramontane_compute::Error,
     },
+    /// The system gives no thread.
+    #[error("no thread to find masks with")]
+    Thread {
+        /// What the system says.
+        #[source]
+        source: std::io::Error,
+    },
     /// The backend returned logits of the wrong size.
     #[error("expected {expected} logits, got {got}")]
     LogitsLen {
@@ -50,6 +57,17 @@ impl Error {
     #[must_use]
     pub const fn is_retryable(&self) -> bool {
         matches!(self, Self::Exchange { source, .. } if source.is_retryable())
+    }
+
+    /// The error and its causes in one line.
+    pub(crate) fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
     }
 }
 
@@ -101,6 +119,15 @@ pub enum SubmitError {
     /// A sampling parameter is outside its range.
     #[error(transparent)]
     InvalidSampling(#[from] InvalidSampling),
+    /// It has a constraint, and came without a place in its grammar.
+    #[error("the sequence has a constraint, and nobody has compiled it")]
+    NoGrammar,
+    /// The grammars of all sequences take too much; another worker may have room.
+    #[error("the grammars of all sequences have {limit} bytes, their limit")]
+    GrammarsFull {
+        /// The limit.
+        limit: usize,
+    },
     /// A sequence of this id is already here.
     #[error("request {id} is already here")]
     Duplicate {
@@ -113,6 +140,6 @@ impl SubmitError {
     /// Whether the same sequence may be taken later or by another worker of the same kind.
     #[must_use]
     pub const fn is_retryable(&self) -> bool {
-        matches!(self, Self::QueueFull { .. })
+        matches!(self, Self::QueueFull { .. } | Self::GrammarsFull { .. })
     }
 }

@@ -15,6 +15,7 @@ mod engine;
 mod error;
 mod kv;
 mod lookup;
+pub mod masks;
 mod model_runner;
 mod sampler;
 mod scheduler;

@@ -9,6 +9,7 @@ use tramontane_types::{FinishReason, RequestId, SamplingParams, TokenId, TokenOu
 
 use crate::kv::{BlockPool, BlockTable, PageKeys, first_visible_page, pages_needed};
 use crate::lookup::Lookup;
+use crate::masks::Matching;
 
 /// What the router asks an engine to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,6 +102,8 @@ pub(crate) struct Sequence {
     pub(crate) table: BlockTable,
     keys: PageKeys,
     pub(crate) seen: SeenTokens,
+    /// Its place in the grammar of its output, if it has one.
+    pub(crate) matching: Option<Matching>,
     /// Prompt tokens found in the prefix cache at first admission; `None` before.
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
@@ -128,6 +131,7 @@ impl Sequence {
             table: BlockTable::new(pool.clone()),
             keys: PageKeys::new(new.cache_salt),
             seen: SeenTokens::default(),
+            matching: None,
             cached_tokens: None,
             is_started: false,
             next_prompt_logprob: first_output,
@@ -179,11 +183,6 @@ impl Sequence {
     /// Prompt tokens, without resumed ones.
     pub(crate) const fn num_prompt(&self) -> usize {
         self.first_output
-    }
-
-    /// The tokens sampled so far.
-    pub(crate) fn output(&self) -> &[TokenId] {
-        &self.tokens[self.first_output..]
     }
 
     /// Whether tokens of the prompt are still to be reported.

@@ -35,6 +35,12 @@ pub struct EngineStats {
     pub prefix_query_tokens: u64,
     /// Prompt tokens found there.
     pub prefix_hit_tokens: u64,
+    /// Masks of constrained sequences that were found.
+    pub masks: u64,
+    /// Time that threads beside the engine's spent on them, in microseconds.
+    pub mask_us: u64,
+    /// Time that the engine stood still for them, in microseconds; part of `times.sample_us`.
+    pub mask_wait_us: u64,
     /// Where the time of the completed steps went.
     pub times: StepTimes,
 }

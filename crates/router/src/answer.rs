@@ -8,13 +8,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tramontane_coordination::Version;
 use tramontane_tokenizer::ToolCall;
-use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
+use tramontane_types::{FinishReason, TokenId, TokenLogprob, TokenOutput, Usage};
 
 use crate::admission::Counted;
 use crate::answer_id::AnswerId;
 use crate::error::ApiError;
 use crate::kept::Reader;
-use crate::request::PreparedRequest;
+use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::sequence::Delta;
 use crate::text::CallDelta;
 
@@ -60,6 +60,10 @@ impl Told {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) text: String,
+    /// The first token of the prompt, where the others are reported.
+    pub(crate) prompt_begin: Option<TokenId>,
+    /// Whether `text` begins with the prompt.
+    pub(crate) is_echoed: bool,
     /// What was asked for about the prompt, from its second token on.
     pub(crate) prompt_tokens: Vec<TokenOutput>,
     /// Calls of tools.
@@ -75,6 +79,8 @@ pub(crate) struct Choice {
 pub(crate) struct Shape {
     /// Per prompt, what its answers begin with.
     echoes: Vec<Option<String>>,
+    /// Per prompt, its first token where the others are reported.
+    begins: Vec<Option<TokenId>>,
     /// Answers per prompt.
     n: usize,
     num_choices: usize,
@@ -83,11 +89,22 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) fn of(request: &PreparedRequest) -> Self {
         let echoes = request.prompts.iter().map(|prompt| prompt.echo.clone());
+        let reported = |prompt: &PreparedPrompt| {
+            let first = prompt.ids.first().copied();
+            first.filter(|_| prompt.sampling.prompt_logprobs.is_some())
+        };
         Self {
             echoes: echoes.collect(),
+            begins: request.prompts.iter().map(reported).collect(),
             n: request.n as usize,
             num_choices: request.num_sequences(),
         }
+    }
+}
+
+impl Shape {
+    fn begin(&self, choice: usize) -> Option<TokenId> {
+        *self.begins.get(choice / self.n.max(1))?
     }
 }
 
@@ -174,7 +191,10 @@ impl Answer {
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
         let mut choices = vec![Choice::default(); self.shape.num_choices];
         for (index, choice) in choices.iter_mut().enumerate() {
-            choice.text.push_str(self.echo(index).unwrap_or_default());
+            let echo = self.echo(index);
+            choice.is_echoed = echo.is_some();
+            choice.text.push_str(echo.unwrap_or_default());
+            choice.prompt_begin = self.shape.begin(index);
         }
         while let Some(delta) = self.next().await {
             let delta = delta?;

@@ -38,6 +38,9 @@ pub enum Error {
     /// The address of a listening socket cannot be read.
     #[error("listening socket")]
     Listener(#[source] std::io::Error),
+    /// The tokenizer's tokens cannot be those of a grammar.
+    #[error("constraints")]
+    Vocabulary(#[source] tramontane_grammar::InvalidVocabulary),
     /// The gRPC server ended.
     #[error("gRPC server")]
     Grpc(#[source] tonic::transport::Error),

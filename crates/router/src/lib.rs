@@ -10,6 +10,7 @@ pub mod auth;
 mod body;
 mod cluster;
 pub mod config;
+mod constraint;
 mod dispatch;
 mod error;
 mod events;
@@ -41,6 +42,7 @@ mod worker_pool;
 
 pub use auth::config::{AuthConfig, JwtConfig};
 pub use config::{PolicyKind, RouterConfig};
+pub use constraint::vocabulary;
 pub use error::Error;
 pub use run::{RouterParts, ServedModel, run};
 pub use scaler::{ScaleError, ScaleStarted, Scaler};

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use prometheus_client::collector::Collector;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -232,6 +233,12 @@ impl Metrics {
         metrics.register_own();
         metrics.register_vllm(model);
         metrics
+    }
+
+    /// Together with those of a part of the router.
+    pub(crate) fn with(mut self, part: Box<dyn Collector>) -> Self {
+        self.registry.register_collector(part);
+        self
     }
 
     fn register_own(&mut self) {

@@ -28,6 +28,9 @@ pub(crate) const PRIORITY_MAX: u32 = 2;
 /// Tokens of a completion when nobody says, as in the OpenAI API.
 pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
+/// What a constraint is called in messages over gRPC.
+const CONSTRAINT_NAME: &str = "options.constraint";
+
 /// What to go on from.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Prompt {
@@ -70,6 +73,8 @@ pub(crate) struct Options {
     /// Words that may not appear; tokenized in [`prepare`].
     pub(crate) bad_words: Vec<String>,
     pub(crate) constraint: Option<Arc<Constraint>>,
+    /// Name that the client gave `constraint`.
+    pub(crate) constraint_name: Option<&'static str>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
     /// Classes of priority below the tenant's own.
@@ -86,6 +91,7 @@ pub(crate) struct GenerationRequest {
     pub(crate) seed: Option<i64>,
     pub(crate) max_tokens: Option<u32>,
     pub(crate) max_tokens_name: &'static str,
+    pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
     /// Answers to make of each prompt.
     pub(crate) n: u32,
@@ -113,6 +119,8 @@ pub(crate) struct PreparedPrompt {
 #[derive(Clone, Debug)]
 pub(crate) struct PreparedRequest {
     pub(crate) prompts: Vec<PreparedPrompt>,
+    /// What the client calls the constraint of all prompts, if they have one.
+    pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
     pub(crate) n: u32,
     /// Classes of priority below the tenant's own.
@@ -139,6 +147,11 @@ impl PreparedRequest {
         let echoes: usize = echoes.map(String::len).sum();
         let ids = self.prompt_tokens() * size_of::<TokenId>();
         REQUEST_BYTES + self.prompts.len() * size_of::<PreparedPrompt>() + ids + echoes
+    }
+
+    /// The constraint of all prompts.
+    pub(crate) fn constraint(&self) -> Option<Arc<Constraint>> {
+        self.prompts.first()?.sampling.constraint.clone()
     }
 }
 
@@ -189,6 +202,7 @@ impl GenerationRequest {
             let renamed = match error.param {
                 "max_tokens" => Some(max_tokens_name),
                 "top_logprobs" => options.logprobs_name,
+                "response_format" => options.constraint_name,
                 _ => None,
             };
             refused(&error, renamed)
@@ -199,6 +213,7 @@ impl GenerationRequest {
             seed: options.seed,
             max_tokens: options.max_tokens,
             max_tokens_name,
+            constraint_name: options.constraint_name.unwrap_or(CONSTRAINT_NAME),
             stop,
             n,
             echo: options.echo,
@@ -321,8 +336,14 @@ pub(crate) fn prepare(
             sampling,
         });
     }
+    // Without one of the client's it is that of its tools.
+    let constraint_name = match request.sampling.constraint {
+        Some(_) => request.constraint_name,
+        None => "tools",
+    };
     Ok(PreparedRequest {
         prompts,
+        constraint_name,
         stop: request.stop,
         n: request.n,
         priority: request.priority,

@@ -27,6 +27,7 @@ use crate::answer_id::AnswerId;
 use crate::asked::{Asked, EventId, Position, Tag, mismatch};
 use crate::auth::{Door, Guard, guard};
 use crate::body::{read_body, throw_away};
+use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
@@ -63,6 +64,7 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
         .route("/v1/responses", post(responses))
         .route("/tokenize", post(token_routes::tokenize))
         .route("/detokenize", post(token_routes::detokenize))
+        .route("/tokenizer_info", get(token_routes::tokenizer_info))
         .route("/health", get(token_routes::health))
         .route(
             "/ping",
@@ -302,7 +304,9 @@ async fn read(
             digest,
         })
     });
-    prepared.await
+    let read: Read = prepared.await?;
+    constraint::check(&app.grammars, &read.request).await?;
+    Ok(read)
 }
 
 fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn Render> {

@@ -14,6 +14,7 @@ use tramontane_coordination::{
     Members, Planner, PlannerStatuses, Scope, Store, Version, run_elected, survives_one_loss,
     watch_intent, watch_members, watch_placements,
 };
+use tramontane_grammar::Grammars;
 use tramontane_runtime::tls::{Incoming, Link, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
 use tramontane_tokenizer::Tokenizer;
@@ -34,7 +35,7 @@ use crate::sequence::Patience;
 use crate::tenants::{Quotas, Tenants};
 use crate::worker_link::GrpcConnect;
 use crate::worker_pool::WorkerPool;
-use crate::{Error, RouterConfig, grpc, http_server, routes};
+use crate::{Error, RouterConfig, constraint, grpc, http_server, routes};
 
 /// Bodies that are parsed and tokenized at once, per core.
 const PREPARING_PER_CORE: usize = 2;
@@ -112,6 +113,7 @@ pub(crate) struct App {
     pub(crate) planning: Option<Planning>,
     pub(crate) model: Arc<ServedModel>,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) grammars: Grammars,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: Readiness,
     /// KiB of request bodies that may still be held.
@@ -212,7 +214,9 @@ pub async fn run(
         workers: _,
         scaler,
     } = parts;
+    let vocabulary = constraint::vocabulary(&tokenizer).map_err(Error::Vocabulary)?;
     let given = Given {
+        grammars: Grammars::new(vocabulary),
         store,
         tokenizer,
         model,
@@ -304,6 +308,7 @@ pub(crate) struct Doors {
 struct Given {
     store: Arc<dyn Store>,
     tokenizer: Arc<Tokenizer>,
+    grammars: Grammars,
     model: ServedModel,
     scaler: Option<Arc<dyn Scaler>>,
     connect: GrpcConnect,
@@ -328,6 +333,7 @@ fn app(
     let Given {
         store,
         tokenizer,
+        grammars,
         model,
         scaler,
         connect,
@@ -339,7 +345,8 @@ fn app(
         planning,
         roster,
     } = followed;
-    let metrics = Arc::new(Metrics::new(&model.id, Arc::clone(&tenants)));
+    let metrics = Metrics::new(&model.id, Arc::clone(&tenants));
+    let metrics = Arc::new(metrics.with(constraint::metrics(&grammars)));
     let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,
@@ -363,6 +370,7 @@ fn app(
         planning,
         model: Arc::new(model),
         tokenizer,
+        grammars,
         metrics,
         ready,
         started: unix_seconds(),

@@ -139,6 +139,7 @@ impl RouterCore {
             sampling,
         };
         let request = PreparedRequest {
+            constraint_name: "constraint",
             prompts: vec![prompt],
             stop: StopDecoder::new(&[]).map_err(|_| ApiError::internal())?,
             n: 1,

@@ -9,6 +9,8 @@ use http::StatusCode;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::{Value, json};
 
+use tramontane_types::TokenId;
+
 use crate::body::read_body;
 use crate::error::ApiError;
 use crate::metrics::Route;
@@ -72,6 +74,20 @@ async fn answer(
     };
     app.metrics.answered(route, response.status());
     response
+}
+
+/// The texts of the tokens with a role, for clients that count on a tokenizer's own file.
+pub(crate) async fn tokenizer_info(State(app): State<Arc<App>>) -> Json<Value> {
+    let tokenizer = &app.tokenizer;
+    let text = |id: TokenId| {
+        let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+        String::from_utf8_lossy(bytes).into_owned()
+    };
+    let eos = tokenizer.eos_ids().first().copied();
+    Json(json!({
+        "bos_token": tokenizer.bos_id().map(text),
+        "eos_token": eos.map(text),
+    }))
 }
 
 /// As `/health/ready`, for those who look at the status alone.

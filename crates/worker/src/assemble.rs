@@ -15,6 +15,7 @@ use tramontane_exchange::{
     CallLimits, Desk, ExpertServer, ExpertServerConfig, GrpcTransportConfig, HostTransport,
     LinkSettings, Transport,
 };
+use tramontane_grammar::Grammars;
 use tramontane_model::Checkpoint;
 use tramontane_runtime::tls::Link;
 use tramontane_types::{Placement, WorkerId};
@@ -68,6 +69,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) weights: &'a Arc<WeightStats>,
     /// The way to other workers.
     pub(crate) link: Link,
+    pub(crate) grammars: Option<Grammars>,
 }
 
 impl Plan<'_> {
@@ -106,6 +108,7 @@ impl Plan<'_> {
             },
             transport,
             weights: Arc::clone(self.weights),
+            grammars: self.grammars.clone(),
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tramontane_engine::{Engine, EngineStats, NewSequence, SequenceEvent, StepReport, SubmitError};
+use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, RequestId, TokenOutput, Usage};
 
 use crate::Error;
@@ -167,6 +168,7 @@ enum Command {
 #[derive(Debug)]
 struct Submission {
     new: NewSequence,
+    matcher: Option<Matcher>,
     events: mpsc::Sender<GenerationEvent>,
     answer: oneshot::Sender<Result<(), SubmitError>>,
 }
@@ -177,6 +179,18 @@ impl EngineHandle {
     /// # Errors
     /// When the engine refuses it, or the worker takes no new sequences.
     pub async fn generate(&self, new: NewSequence) -> Result<Generation, RefusedSequence> {
+        self.generate_in(new, None).await
+    }
+
+    /// Queues a sequence; with a `matcher`, its place in the grammar that its output is a word of.
+    ///
+    /// # Errors
+    /// As those of [`generate`](Self::generate).
+    pub async fn generate_in(
+        &self,
+        new: NewSequence,
+        matcher: Option<Matcher>,
+    ) -> Result<Generation, RefusedSequence> {
         // The token is taken first: a drain that begins now either waits for it or is seen here.
         let running = self.running.token();
         if self.running.is_closed() {
@@ -187,6 +201,7 @@ impl EngineHandle {
         let (answer, answered) = oneshot::channel();
         let submission = Submission {
             new,
+            matcher,
             events: sender,
             answer,
         };
@@ -401,11 +416,15 @@ impl Loop {
         };
         let Submission {
             new,
+            matcher,
             events,
             answer,
         } = *submission;
         let id = new.id.clone();
-        let result = self.engine.submit(new);
+        let result = match matcher {
+            Some(matcher) => self.engine.submit_constrained(new, matcher),
+            None => self.engine.submit(new),
+        };
         if result.is_ok() {
             self.readers.insert(id, events);
         }

@@ -42,4 +42,4 @@ pub use error::{ConfigError, Error};
 pub use island::rank::{RankParts, run_rank};
 pub use run::{ExchangeKind, WorkerParts, run};
 pub use status::{ERROR_DOMAIN, GenerateError, reason};
-pub use weights::{PeerModel, open_from_peers};
+pub use weights::{PeerModel, PeerOpened, open_from_peers};

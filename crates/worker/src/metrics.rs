@@ -77,6 +77,7 @@ impl Collector for NodeCollector {
             self.node.epoch().0,
         )?;
         self.engine(&mut out)?;
+        self.grammars(&mut out)?;
         self.exchange(&mut out)?;
         self.weights(&mut out)?;
         self.experts(&mut out)
@@ -158,6 +159,41 @@ impl NodeCollector {
             times.logits_us,
         )?;
         out.seconds("step_sample_seconds", "Time in sampling", times.sample_us)
+    }
+
+    fn grammars(&self, out: &mut Out<'_, '_>) -> fmt::Result {
+        if let Some(engine) = self.node.engine() {
+            let stats = engine.stats();
+            out.counter(
+                "masks",
+                "Masks found for constrained sequences",
+                stats.masks,
+            )?;
+            out.seconds("mask_seconds", "Time spent on masks", stats.mask_us)?;
+            let waited = stats.mask_wait_us;
+            out.seconds("mask_wait_seconds", "Time steps waited for masks", waited)?;
+        }
+        let Some(grammars) = &self.node.grammars else {
+            return Ok(());
+        };
+        let stats = grammars.stats();
+        out.counter("grammars_compiled", "Constraints compiled", stats.compiled)?;
+        out.seconds(
+            "grammar_compile_seconds",
+            "Time spent compiling constraints",
+            stats.compile_us,
+        )?;
+        out.counter(
+            "grammar_cache_hits",
+            "Constraints that were compiled already",
+            stats.cache_hits,
+        )?;
+        out.counter("grammars_refused", "Constraints refused", stats.refused)?;
+        out.gauge(
+            "grammar_cache_bytes",
+            "Bytes of compiled constraints that are kept",
+            stats.cache_bytes,
+        )
     }
 
     fn exchange(&self, out: &mut Out<'_, '_>) -> fmt::Result {

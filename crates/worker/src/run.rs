@@ -15,6 +15,7 @@ use tramontane_coordination::{
     watch_members, watch_placements,
 };
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
+use tramontane_grammar::{Grammars, Vocabulary};
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1;
 use tramontane_runtime::ops::Ops;
@@ -46,6 +47,8 @@ pub struct WorkerParts {
     pub checkpoint: Arc<Checkpoint>,
     /// The model's name as clients use it.
     pub model_name: String,
+    /// What its tokens stand for: without it, no sequence has a constraint here.
+    pub vocabulary: Option<Vocabulary>,
     /// Where routers and other workers connect.
     pub grpc: TcpListener,
     /// Where health checks and metrics are asked for.
@@ -117,6 +120,7 @@ pub async fn run(
         drills: &drills,
         weights: &weights,
         link: parts.tls.link(Role::Worker),
+        grammars: parts.vocabulary.take().map(Grammars::new),
     };
     let worker = plan.assemble();
     let begun = worker.begin(roles, &shutdown).await;
@@ -375,6 +379,7 @@ impl Worker {
         drain: &CancellationToken,
         life: &Life,
     ) -> Services {
+        let grammars = self.node.grammars.as_ref();
         Services {
             node: Arc::clone(&self.node),
             cluster: config.cluster.clone(),
@@ -384,6 +389,7 @@ impl Worker {
                 me: self.node.id.clone(),
                 cluster: config.cluster.clone(),
                 checkpoint: Arc::clone(checkpoint),
+                vocabulary: grammars.map(|grammars| grammars.vocabulary().clone()),
                 rate: config.weights_rate,
                 stats: Arc::clone(&self.node.weights),
                 ended: life.ended.clone(),

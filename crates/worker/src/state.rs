@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tramontane_coordination::{Roles, Version, WorkerLoad, WorkerState};
 use tramontane_engine::EngineStats;
 use tramontane_exchange::{ExchangeStats, ExpertServerHandle, Transport};
+use tramontane_grammar::Grammars;
 use tramontane_proto::v1;
 use tramontane_types::{Epoch, ModelGeometry, WorkerId};
 
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     /// How it reaches the experts of others.
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) weights: Arc<WeightStats>,
+    /// What compiles constraints; `None` without a vocabulary.
+    pub(crate) grammars: Option<Grammars>,
     /// Epoch of the placement that it serves on; 0 for none.
     pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) state: watch::Sender<WorkerState>,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use tramontane_engine::SubmitError;
+use tramontane_grammar::GrammarError;
 use tramontane_proto::InvalidWire;
 use tramontane_types::InvalidSampling;
 
@@ -35,6 +36,8 @@ pub mod reason {
     pub const OTHER_WEIGHTS: &str = "OTHER_WEIGHTS";
     /// The worker keeps no sequences at all.
     pub const NO_ATTENTION: &str = "NO_ATTENTION";
+    /// The worker does not know what its tokens stand for, which a constraint needs.
+    pub const NO_VOCABULARY: &str = "NO_VOCABULARY";
     /// A step did not complete; another worker may continue the sequence.
     pub const STEP_FAILED: &str = "STEP_FAILED";
     /// The sequence cannot be continued anywhere.
@@ -75,6 +78,15 @@ pub enum GenerateError {
         /// Which worker.
         worker: String,
     },
+    /// The sequence has a constraint, and the worker no vocabulary.
+    #[error("worker {worker} has no vocabulary, which the constraint of the sequence needs")]
+    NoVocabulary {
+        /// Which worker.
+        worker: String,
+    },
+    /// The sequence's constraint is refused.
+    #[error("the constraint {0}")]
+    Grammar(#[from] GrammarError),
     /// The worker serves no placement yet.
     #[error("worker {worker} serves no placement yet")]
     NotReady {
@@ -108,6 +120,8 @@ impl GenerateError {
                 (Code::InvalidArgument, reason::INVALID)
             }
             Self::NoAttention { .. } => (Code::FailedPrecondition, reason::NO_ATTENTION),
+            Self::NoVocabulary { .. } => (Code::FailedPrecondition, reason::NO_VOCABULARY),
+            Self::Grammar(error) => grammar_code(error),
             Self::NotReady { .. } => (Code::Unavailable, reason::NOT_READY),
             Self::OtherWeights { .. } => (Code::FailedPrecondition, reason::OTHER_WEIGHTS),
             Self::Refused(RefusedSequence::Draining) => (Code::Unavailable, reason::DRAINING),
@@ -115,7 +129,9 @@ impl GenerateError {
                 (Code::Unavailable, reason::STOPPED)
             }
             Self::Refused(RefusedSequence::Engine(error)) => match error {
-                SubmitError::QueueFull { .. } => (Code::ResourceExhausted, reason::QUEUE_FULL),
+                SubmitError::QueueFull { .. } | SubmitError::GrammarsFull { .. } => {
+                    (Code::ResourceExhausted, reason::QUEUE_FULL)
+                }
                 SubmitError::Duplicate { .. } => (Code::AlreadyExists, reason::DUPLICATE),
                 _ => (Code::InvalidArgument, reason::INVALID),
             },
@@ -129,6 +145,16 @@ impl GenerateError {
                 (Code::Internal, reason::SEQUENCE_FAILED)
             }
         }
+    }
+}
+
+const fn grammar_code(error: &GrammarError) -> (Code, &'static str) {
+    match error {
+        _ if error.is_retryable() => (Code::ResourceExhausted, reason::QUEUE_FULL),
+        _ if error.is_internal() => (Code::Unavailable, reason::STOPPED),
+        // It was sampled in another grammar, or with another vocabulary.
+        GrammarError::Resumed { .. } => (Code::Internal, reason::SEQUENCE_FAILED),
+        _ => (Code::InvalidArgument, reason::INVALID),
     }
 }
 

@@ -98,7 +98,7 @@ pub(crate) fn refused(next: &str) -> impl Fn(Status) -> anyhow::Error {
 }
 
 /// What the router says; what lies beneath it where the transport says it.
-fn words(status: &tonic::Status) -> String {
+fn words(status: &Status) -> String {
     match status.source() {
         // The transport's words are often those of its first cause.
         Some(cause) if cause.to_string() == status.message() => chain(cause),

@@ -2,13 +2,15 @@
 //! and position give the same token, whatever else is in the batch.
 //!
 //! In this order: log probabilities of the raw logits; logit bias; repetition, then presence and
-//! frequency penalties; bad words and, before `min_tokens`, stop ids masked; temperature; top-k; top-p; min-p; draw.
+//! frequency penalties; bad words and, before `min_tokens`, stop ids masked; what the grammar does not allow masked;
+//! temperature; top-k; top-p; min-p; draw.
 
 pub(crate) mod philox;
 pub(crate) mod softmax;
 
 use std::cmp::Ordering;
 
+use tramontane_grammar::TokenMask;
 use tramontane_types::{SamplingParams, TokenId, TokenLogprob, TokenOutput};
 
 use crate::sequence::SeenTokens;
@@ -42,6 +44,8 @@ pub(crate) struct Draw<'a> {
     pub(crate) eos_ids: &'a [TokenId],
     /// The tokens sampled so far.
     pub(crate) output: &'a [TokenId],
+    /// What the grammar of the output allows here, if it has one.
+    pub(crate) mask: Option<&'a TokenMask>,
 }
 
 /// Scratch memory of the sampler.
@@ -224,7 +228,7 @@ impl Scale {
     }
 }
 
-/// Logit bias, penalties and the mask of early stops.
+/// Logit bias, penalties and masks: of early stops, and of the grammar.
 fn adjust(logits: &mut [f32], draw: Draw<'_>) {
     let params = draw.params;
     let mut change = |id: TokenId, to: &dyn Fn(f32) -> f32| {
@@ -275,6 +279,16 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>) {
             change(id, &|_| f32::NEG_INFINITY);
         }
     }
+    let Some(mask) = draw.mask else {
+        return;
+    };
+    // Where the grammar lets a text end, it may also go on.
+    if params.ignore_eos {
+        for &id in draw.eos_ids {
+            change(id, &|_| f32::NEG_INFINITY);
+        }
+    }
+    mask.apply(logits);
 }
 
 fn check_numbers(logits: &[f32]) -> Result<(), SampleError> {

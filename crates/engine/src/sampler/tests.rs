@@ -23,6 +23,7 @@ fn sample_with(
         seen,
         eos_ids: &[0],
         output: &[],
+        mask: None,
     };
     Sampler::default().sample(&mut logits.to_vec(), draw)
 }
@@ -199,6 +200,7 @@ fn the_last_token_of_a_bad_word_is_masked_behind_its_others() {
             seen: &seen,
             eos_ids: &[],
             output,
+            mask: None,
         };
         let mut logits = [0.0, 1.0, 9.0, 2.0];
         Sampler::default().sample(&mut logits, draw).unwrap().id

@@ -16,6 +16,7 @@ use super::deadline::Deadline;
 use super::status::{counted, status};
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
+use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
@@ -53,7 +54,9 @@ impl InferenceService {
             caller,
             arrival: Some(arrival),
         };
-        self.app.dispatcher.start(prepared.await?, name).await
+        let prepared = prepared.await?;
+        constraint::check(&self.app.grammars, &prepared).await?;
+        self.app.dispatcher.start(prepared, name).await
     }
 
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {

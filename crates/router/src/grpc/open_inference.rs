@@ -22,6 +22,7 @@ use super::deadline::Deadline;
 use super::status::{counted, status};
 use crate::answer::{Answer, Choice};
 use crate::answer_id::AnswerId;
+use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
@@ -101,7 +102,11 @@ impl OpenInferenceService {
             caller,
             arrival: Some(arrival),
         };
-        let mut answer = self.app.dispatcher.start(prepared.await?, called).await?;
+        let prepared = prepared.await?;
+        constraint::check(&self.app.grammars, &prepared)
+            .await
+            .map_err(in_tensors)?;
+        let mut answer = self.app.dispatcher.start(prepared, called).await?;
         let choices = answer.collect().await?;
         let mut response = response(&choices, &answer, &outputs, is_raw);
         (response.model_name, response.id) = (name, id);

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::fields::{self, Fields, wrong};
-use super::logprobs::LegacyLogprobs;
+use super::logprobs::{LegacyLogprobs, prompt_logprobs};
 use super::options::{COMPLETION_REFUSED, refuse_unsupported, shared_options, stream_options};
 use super::{BestOf, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
@@ -30,11 +30,17 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
         let message = format!("logprobs must be at most {LOGPROBS_MAX}, got {got}");
         return Err(ApiError::invalid("logprobs", message));
     }
-    if options.echo && options.logprobs.is_some() {
-        let message = "echo together with logprobs is not supported by this server";
-        return Err(ApiError::new(ErrorKind::Unsupported, message).at("echo"));
-    }
     let logprobs = options.logprobs.is_some();
+    let asked_of_prompt = body.unsigned("prompt_logprobs")?;
+    options.prompt_logprobs = asked_of_prompt.or(options.logprobs.filter(|_| options.echo));
+    if stream && options.prompt_logprobs.is_some() {
+        let param = match asked_of_prompt {
+            Some(_) => "prompt_logprobs",
+            None => "echo",
+        };
+        let message = "log probabilities of the prompt are only given without stream";
+        return Err(ApiError::invalid(param, message));
+    }
     let kept = options.n.unwrap_or(1);
     options.best_of = body.unsigned("best_of")?.filter(|&made| made != kept);
     if options.best_of.is_some() {
@@ -193,15 +199,19 @@ impl Render for CompletionRender {
             let mut logprobs = Value::Null;
             if self.head.logprobs {
                 let mut legacy = LegacyLogprobs::starting_at(0);
+                if let Some(first) = choice.prompt_begin.filter(|_| choice.is_echoed) {
+                    legacy.add_prompt(first, &choice.prompt_tokens, &self.head.tokenizer);
+                }
                 legacy.add(&choice.tokens, choice.has_end_token, &self.head.tokenizer);
                 logprobs = legacy.into_value();
             }
-            list.push(Self::choice(
-                index,
-                &choice.text,
-                logprobs,
-                finish_reason(choice.finish, false),
-            ));
+            let finish = finish_reason(choice.finish, false);
+            let mut object = Self::choice(index, &choice.text, logprobs, finish);
+            if choice.prompt_begin.is_some() && !choice.is_echoed {
+                let reported = prompt_logprobs(&choice.prompt_tokens, &self.head.tokenizer);
+                object["prompt_logprobs"] = reported;
+            }
+            list.push(object);
         }
         let mut whole = object(&self.head, OBJECT, list);
         whole["usage"] = usage_object(spent, self.head.include_metrics);

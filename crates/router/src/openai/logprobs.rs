@@ -45,13 +45,6 @@ fn chat_entry(id: TokenId, logprob: Option<f32>, tokenizer: &Tokenizer) -> Map<S
 
 /// `prompt_logprobs` in vLLM's form: of every token of the prompt but the first its own log probability and those of
 /// the most likely ones, by id. `prompt` begins with the second one.
-#[cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "workers do not report the prompt's log probabilities yet"
-    )
-)]
 pub(crate) fn prompt_logprobs(prompt: &[TokenOutput], tokenizer: &Tokenizer) -> Value {
     let entry = |token: &TokenOutput| {
         let mut entry = Map::new();
@@ -118,29 +111,22 @@ impl LegacyLogprobs {
         }
     }
 
-    /// The prompt, for an answer that begins with it: nothing is known of its `first` token. A token that only marks
-    /// the beginning has no text and is left out.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "workers do not report the prompt's log probabilities yet"
-        )
-    )]
+    /// The prompt, for an answer that begins with it: nothing is known of its `first` token. Every token of the prompt
+    /// has its place, also one that only marks the beginning and takes none in the text: who asks by ids counts it.
     pub(crate) fn add_prompt(
         &mut self,
         first: TokenId,
         prompt: &[TokenOutput],
         tokenizer: &Tokenizer,
     ) {
+        let text = token_text(first, tokenizer);
+        self.text_offset.push(self.offset.into());
         if tokenizer.bos_id() != Some(first) {
-            let text = token_text(first, tokenizer);
-            self.text_offset.push(self.offset.into());
             self.offset += text.chars().count();
-            self.tokens.push(text.into());
-            self.token_logprobs.push(Value::Null);
-            self.top_logprobs.push(Value::Null);
         }
+        self.tokens.push(text.into());
+        self.token_logprobs.push(Value::Null);
+        self.top_logprobs.push(Value::Null);
         self.add(prompt, false, tokenizer);
     }
 

@@ -10,6 +10,7 @@ mod models;
 mod options;
 mod responses;
 mod stream;
+mod structured;
 #[cfg(test)]
 mod tests;
 mod tokens;

@@ -5,6 +5,7 @@ use serde_json::Value;
 use tramontane_types::TokenId;
 
 use super::fields::{self, Fields, wrong};
+use super::structured;
 use crate::error::ApiError;
 use crate::request::Options;
 
@@ -12,10 +13,9 @@ use crate::request::Options;
 pub(crate) type Asks = fn(&Value) -> bool;
 
 /// Fields that are refused when they ask for something.
-const REFUSED: [(&str, Asks); 36] = [
+const REFUSED: [(&str, Asks); 30] = [
     ("functions", not_empty),
     ("function_call", not_none_or_auto),
-    ("response_format", not_text),
     ("audio", anything),
     ("modalities", more_than_text),
     ("prediction", anything),
@@ -27,12 +27,8 @@ const REFUSED: [(&str, Asks); 36] = [
     ("moderation", anything),
     ("background", is_true),
     ("conversation", anything),
-    ("structured_outputs", anything),
-    ("guided_json", anything),
-    ("guided_regex", anything),
-    ("guided_choice", anything),
-    ("guided_grammar", anything),
     ("guided_decoding_backend", anything),
+    ("guided_whitespace_pattern", anything),
     ("chat_template", anything),
     ("chat_template_kwargs", not_empty),
     ("documents", not_empty),
@@ -40,7 +36,6 @@ const REFUSED: [(&str, Asks); 36] = [
     ("use_beam_search", is_true),
     ("length_penalty", not_one),
     ("early_stopping", is_true),
-    ("prompt_logprobs", anything),
     ("include_stop_str_in_output", is_true),
     ("skip_special_tokens", is_false),
     ("truncate_prompt_tokens", anything),
@@ -52,7 +47,8 @@ const REFUSED: [(&str, Asks); 36] = [
 ];
 
 /// What a chat refuses beside them.
-pub(crate) const CHAT_REFUSED: [(&str, Asks); 3] = [
+pub(crate) const CHAT_REFUSED: [(&str, Asks); 4] = [
+    ("prompt_logprobs", anything),
     ("echo", is_true),
     ("suffix", not_empty),
     ("best_of", not_one),
@@ -67,7 +63,8 @@ pub(crate) const COMPLETION_REFUSED: [(&str, Asks); 4] = [
 ];
 
 /// What a response refuses beside them.
-pub(crate) const RESPONSE_REFUSED: [(&str, Asks); 19] = [
+pub(crate) const RESPONSE_REFUSED: [(&str, Asks); 20] = [
+    ("prompt_logprobs", anything),
     ("previous_response_id", anything),
     ("prompt", anything),
     ("reasoning", asks_to_reason),
@@ -127,10 +124,6 @@ fn not_none_or_auto(value: &Value) -> bool {
     value != "none" && value != "auto"
 }
 
-fn not_text(value: &Value) -> bool {
-    value["type"] != "text"
-}
-
 fn more_than_text(value: &Value) -> bool {
     value
         .as_array()
@@ -164,7 +157,10 @@ pub(crate) fn refuse_unsupported(
 
 /// The sampling parameters that both routes share.
 pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
+    let constraint = structured::constraint(body)?;
     Ok(Options {
+        constraint_name: constraint.as_ref().map(|(_, name)| *name),
+        constraint: constraint.map(|(constraint, _)| constraint),
         temperature: body.number("temperature")?,
         top_k: top_k(body)?,
         top_p: body.number("top_p")?,

@@ -13,7 +13,7 @@ fn patient(hold_wait: Duration) -> RouterConfig {
 async fn alone(config: RouterConfig) -> Scene {
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let servers = tokio::task::JoinSet::new();
-    Scene::open(config, store, (Vec::new(), servers), None, super::tokenizer()).await
+    Scene::open(config, store, (Vec::new(), servers), None, tokenizer()).await
 }
 
 impl Scene {

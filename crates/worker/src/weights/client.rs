@@ -16,6 +16,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tramontane_coordination::{Members, WorkerState};
 use tramontane_exchange::LinkSettings;
+use tramontane_grammar::{InvalidVocabulary, Vocabulary};
 use tramontane_model::{Description, Error, Part, Source};
 use tramontane_proto::v1::{self, weights_chunk::Kind, weights_client::WeightsClient};
 use tramontane_runtime::tls::Link;
@@ -35,8 +36,8 @@ const ROUND_PAUSE: Duration = Duration::from_millis(250);
 const REST: Duration = Duration::from_secs(10);
 /// Bytes of a digest; whatever else a peer sends for one is not repeated.
 const DIGEST_BYTES: usize = 32;
-/// Largest description: `config.json` and 4096 files.
-const DESCRIPTION_BYTES_MAX: usize = 4 << 20;
+/// Largest description: `config.json`, 4096 files, a vocabulary.
+const DESCRIPTION_BYTES_MAX: usize = 16 << 20;
 
 /// The other workers that have a model.
 #[derive(Debug)]
@@ -83,6 +84,8 @@ enum Failure {
     Long { expected: usize },
     #[error("sha-256 is {got}, expected {expected}")]
     Digest { expected: String, got: String },
+    #[error("describes tokens that cannot be: {0}")]
+    Vocabulary(InvalidVocabulary),
     #[error("describes a form of checkpoint that is not known here")]
     Form,
 }
@@ -152,16 +155,20 @@ impl PeerWeights {
         self.asker.clone()
     }
 
-    /// What somebody who has the model says of it.
-    pub(crate) async fn describe(&self) -> Result<Description, NotGiven> {
+    /// What somebody who has the model says of it, and of its tokens.
+    pub(crate) async fn describe(&self) -> Result<(Description, Option<Vocabulary>), NotGiven> {
         let ask = async |peer: &Peer| {
             let request = v1::DescribeCheckpointRequest {
                 asker: Some(self.asker.clone()),
             };
             let mut client = self.client(peer)?;
             let answer = timeout(SILENCE_MAX, client.describe_checkpoint(request)).await;
-            let answer = answer.map_err(|_elapsed| Failure::Silent)??.into_inner();
-            from_wire(answer).ok_or(Failure::Form)
+            let mut answer = answer.map_err(|_elapsed| Failure::Silent)??.into_inner();
+            let vocabulary = answer.vocabulary.take();
+            let vocabulary = vocabulary.map(|it| Vocabulary::from_words(it.words, &it.eos_ids));
+            let vocabulary = vocabulary.transpose().map_err(Failure::Vocabulary)?;
+            let description = from_wire(answer).ok_or(Failure::Form)?;
+            Ok((description, vocabulary))
         };
         self.ask_in_turn(ask).await
     }

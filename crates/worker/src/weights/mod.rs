@@ -14,7 +14,7 @@ use tramontane_model::{Description, FileDescription, Form};
 use tramontane_proto::v1;
 
 pub(crate) use client::PeerWeights;
-pub use open::{PeerModel, open_from_peers};
+pub use open::{PeerModel, PeerOpened, open_from_peers};
 pub(crate) use service::{WeightsService, WeightsServing};
 
 /// Bytes of one request, with a digest of their own: what is asked again when a peer dies meanwhile.
@@ -60,6 +60,7 @@ fn to_wire(description: Description) -> v1::CheckpointDescription {
         config: description.config,
         sliding_window: description.sliding_window.map(|keys| keys as u64),
         files: files.collect(),
+        vocabulary: None,
     }
 }
 

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use tramontane_coordination::{
     Members, Placements, Scope, Store, WorkerState, watch_members, watch_placements,
 };
+use tramontane_grammar::Vocabulary;
 use tramontane_model::Checkpoint;
 use tramontane_proto::v1;
 use tramontane_runtime::tls::Link;
@@ -44,6 +45,17 @@ pub struct PeerModel {
     pub directory: Option<PathBuf>,
 }
 
+/// What others had of a model.
+#[derive(Debug)]
+pub struct PeerOpened {
+    /// Its checkpoint, the rest of which they are asked for.
+    pub checkpoint: Checkpoint,
+    /// Its name.
+    pub name: String,
+    /// What its tokens stand for, if whoever described it knew.
+    pub vocabulary: Option<Vocabulary>,
+}
+
 /// A model that some member has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Found {
@@ -51,14 +63,14 @@ struct Found {
     name: String,
 }
 
-/// The checkpoint and its name; `None` when `stop` came first.
+/// The checkpoint and what belongs to it; `None` when `stop` came first.
 ///
 /// # Errors
 /// When workers list a model that cannot be opened from them, again and again.
 pub async fn open_from_peers(
     wish: PeerModel,
     stop: CancellationToken,
-) -> Result<Option<(Checkpoint, String)>, Error> {
+) -> Result<Option<PeerOpened>, Error> {
     let (tasks, ended) = (TaskTracker::new(), stop.child_token());
     let members = watch_members(Arc::clone(&wish.store), &tasks, ended.clone());
     let placements = watch_placements(Arc::clone(&wish.store), Scope::All, &tasks, ended.clone());
@@ -76,7 +88,7 @@ async fn look(
     mut members: watch::Receiver<Arc<Members>>,
     placements: watch::Receiver<Arc<Placements>>,
     ended: CancellationToken,
-) -> Result<(Checkpoint, String), Error> {
+) -> Result<PeerOpened, Error> {
     let (mut attempts, mut noted) = (0, None);
     loop {
         let seen = (
@@ -100,7 +112,13 @@ async fn look(
         let opened = open(wish, &found, members.clone(), ended.clone()).await;
         attempts += 1;
         match opened {
-            Ok(checkpoint) => return Ok((checkpoint, found.name)),
+            Ok((checkpoint, vocabulary)) => {
+                return Ok(PeerOpened {
+                    checkpoint,
+                    name: found.name,
+                    vocabulary,
+                });
+            }
             Err(error) if attempts >= OPEN_ATTEMPTS_MAX => return Err(error),
             Err(error) => report(wish, &found, &error),
         }
@@ -148,7 +166,7 @@ async fn open(
     found: &Found,
     members: watch::Receiver<Arc<Members>>,
     ended: CancellationToken,
-) -> Result<Checkpoint, Error> {
+) -> Result<(Checkpoint, Option<Vocabulary>), Error> {
     let asker = v1::WeightsAsker {
         worker_id: wish.id.clone(),
         cluster: wish.cluster.clone(),
@@ -161,10 +179,11 @@ async fn open(
         Arc::default(),
         ended,
     ));
-    let description = peers.describe().await.map_err(|source| Error::Described {
+    let described = peers.describe().await.map_err(|source| Error::Described {
         model: found.fingerprint.clone(),
         source: Box::new(source),
     })?;
+    let (description, vocabulary) = described;
     let directory = wish.directory.clone();
     let open = move || Checkpoint::open_described(&description, directory.as_deref(), peers);
     let what = "opening the checkpoint of other workers";
@@ -181,7 +200,7 @@ async fn open(
         here,
         "opened the model of other workers"
     );
-    Ok(checkpoint)
+    Ok((checkpoint, vocabulary))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
+use tramontane_grammar::Vocabulary;
 use tramontane_model::{Checkpoint, Error, Part};
 use tramontane_proto::v1::{
     self, weights_chunk::Kind, weights_server::Weights, weights_server::WeightsServer,
@@ -44,6 +45,7 @@ pub(crate) struct WeightsServing {
     pub(crate) me: WorkerId,
     pub(crate) cluster: String,
     pub(crate) checkpoint: Arc<Checkpoint>,
+    pub(crate) vocabulary: Option<Vocabulary>,
     /// Bytes per second.
     pub(crate) rate: u64,
     pub(crate) stats: Arc<WeightStats>,
@@ -176,7 +178,13 @@ impl Weights for WeightsService {
         request: Request<v1::DescribeCheckpointRequest>,
     ) -> Result<Response<v1::CheckpointDescription>, Status> {
         self.check(request.get_ref().asker.as_ref())?;
-        Ok(Response::new(to_wire(self.serving.checkpoint.describe())))
+        let mut description = to_wire(self.serving.checkpoint.describe());
+        let vocabulary = self.serving.vocabulary.as_ref();
+        description.vocabulary = vocabulary.map(|vocabulary| v1::Vocabulary {
+            words: vocabulary.words().to_vec(),
+            eos_ids: vocabulary.eos_ids().to_vec(),
+        });
+        Ok(Response::new(description))
     }
 
     async fn read_weights(

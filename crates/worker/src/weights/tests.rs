@@ -135,6 +135,7 @@ impl Scene {
             me: WorkerId::new("peer"),
             cluster: CLUSTER.to_owned(),
             checkpoint: Arc::clone(checkpoint),
+            vocabulary: None,
             rate: WEIGHTS_RATE,
             stats: Arc::default(),
             ended: self.ended.clone(),

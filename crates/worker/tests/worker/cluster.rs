@@ -24,7 +24,8 @@ use tramontane_runtime::tls::{Link, Tls};
 use tramontane_testkit::tiny::TinyModel;
 use tramontane_types::{Epoch, Placement, SamplingParams, SegmentRange, SliceHolders, WorkerId};
 use tramontane_worker::{
-    Error, ExchangeKind, PeerModel, ProcessKind, WorkerConfig, WorkerParts, open_from_peers, run,
+    Error, ExchangeKind, PeerModel, PeerOpened, ProcessKind, WorkerConfig, WorkerParts,
+    open_from_peers, run,
 };
 
 /// How long a condition may take to come true.
@@ -154,7 +155,9 @@ impl Cluster {
             directory: None,
         };
         let opened = open_from_peers(wish, CancellationToken::new()).await;
-        let (checkpoint, name) = opened.unwrap().unwrap();
+        let PeerOpened {
+            checkpoint, name, ..
+        } = opened.unwrap().unwrap();
         assert_eq!((checkpoint.files_here().0, name.as_str()), (0, "tiny"));
         Arc::new(checkpoint)
     }
@@ -183,6 +186,7 @@ impl Cluster {
             store: Arc::clone(&self.store),
             checkpoint,
             model_name: "tiny".to_owned(),
+            vocabulary: None,
             grpc,
             ops,
             progress: None,

@@ -270,6 +270,7 @@ async fn an_island_without_gpus_and_a_rank_without_a_leader_are_refused_by_name(
         store: Arc::new(MemoryStore::new()),
         checkpoint: checkpoint(),
         model_name: "tiny".to_owned(),
+        vocabulary: None,
         grpc: TcpListener::bind("127.0.0.1:0").await.unwrap(),
         ops: None,
         progress: None,

@@ -285,7 +285,6 @@ fn prompts_times_answers_are_bounded_and_bodies_are_objects() {
 fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
     let table = [
         ("functions", json!([{}])),
-        ("response_format", json!({ "type": "json_object" })),
         ("audio", json!({ "voice": "x" })),
         ("modalities", json!(["text", "audio"])),
         ("prediction", json!({})),
@@ -295,7 +294,7 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
         ("verbosity", json!("high")),
         ("use_beam_search", json!(true)),
         ("length_penalty", json!(0.5)),
-        ("guided_json", json!({})),
+        ("guided_decoding_backend", json!("outlines")),
     ];
     for (key, value) in table {
         refused(chat_with, key, value.clone(), ErrorKind::Unsupported, key);
@@ -324,14 +323,24 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
             "best_of",
         );
     }
-    let echo = json!({ "prompt": "x", "echo": true, "logprobs": 1 });
-    assert_eq!(
-        parse_completion(&echo, &served())
-            .unwrap_err()
-            .param
-            .as_deref(),
-        Some("echo")
-    );
+    let asks = [
+        (
+            json!({ "prompt": "x", "echo": true, "logprobs": 1, "stream": true }),
+            "echo",
+        ),
+        (
+            json!({ "prompt": "x", "prompt_logprobs": 1, "stream": true }),
+            "prompt_logprobs",
+        ),
+        (
+            json!({ "prompt": "x", "prompt_logprobs": 21 }),
+            "prompt_logprobs",
+        ),
+    ];
+    for (body, param) in asks {
+        let error = parse_completion(&body, &served()).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some(param));
+    }
     let harmless = [
         ("tools", json!([])),
         ("tool_choice", json!("none")),
@@ -721,8 +730,12 @@ fn log_probabilities_of_prompts_have_both_known_forms() {
     let mut legacy = LegacyLogprobs::starting_at(0);
     legacy.add_prompt(ids[0], &prompt, &tokenizer);
     let lists = legacy.into_value();
-    assert_eq!(lists["tokens"], json!([text(a), text(b)]));
-    assert_eq!(lists["token_logprobs"], json!([-0.5, -4.0]));
+    assert_eq!(lists["tokens"], json!([text(ids[0]), text(a), text(b)]));
+    assert_eq!(lists["token_logprobs"], json!([null, -0.5, -4.0]));
+    assert_eq!(
+        (&lists["text_offset"][0], &lists["text_offset"][1]),
+        (&json!(0), &json!(0))
+    );
     let mut legacy = LegacyLogprobs::starting_at(0);
     legacy.add_prompt(a, &[], &tokenizer);
     let lists = legacy.into_value();

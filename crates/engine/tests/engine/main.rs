@@ -7,6 +7,8 @@
     reason = "a test that cannot go on says so at once"
 )]
 
+mod constrained;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -416,7 +418,14 @@ impl Bench {
     }
 
     fn submit(&mut self, new: &NewSequence) {
-        self.engine.submit(new.clone()).unwrap();
+        match &new.params.constraint {
+            None => self.engine.submit(new.clone()).unwrap(),
+            Some(_) => {
+                let matcher = constrained::matcher(new).unwrap();
+                let submitted = self.engine.submit_constrained(new.clone(), matcher);
+                submitted.unwrap();
+            }
+        }
     }
 
     fn step(&mut self) {

@@ -1,0 +1,140 @@
+//! Checks the constraints of requests before a worker sees them: a grammar that nobody can follow is the client's to mend.
+//! Never masks anything.
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use tramontane_grammar::{GrammarError, Grammars, InvalidVocabulary, Token, Vocabulary};
+use tramontane_tokenizer::Tokenizer;
+use tramontane_types::Constraint;
+
+use crate::error::{ApiError, ErrorKind};
+use crate::request::PreparedRequest;
+
+/// What the tokens of a tokenizer stand for.
+///
+/// # Errors
+/// When it has no tokens, or too many.
+pub fn vocabulary(tokenizer: &Tokenizer) -> Result<Vocabulary, InvalidVocabulary> {
+    let tokens = (0..tokenizer.vocab_size() as u32).map(|id| {
+        let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+        if tokenizer.is_control(id) {
+            Token::Control(bytes)
+        } else {
+            Token::Text(bytes)
+        }
+    });
+    Vocabulary::new(tokens, tokenizer.eos_ids())
+}
+
+/// Compiles the constraint of a request, and keeps it for the next one. Waits for a bounded time where that disturbs
+/// nobody.
+pub(crate) async fn check(grammars: &Grammars, request: &PreparedRequest) -> Result<(), ApiError> {
+    match request.constraint() {
+        Some(constraint) => compile(grammars, constraint, request.constraint_name).await,
+        None => Ok(()),
+    }
+}
+
+async fn compile(
+    grammars: &Grammars,
+    constraint: Arc<Constraint>,
+    param: &str,
+) -> Result<(), ApiError> {
+    let grammars = grammars.clone();
+    let compile = move || grammars.compile(&constraint).map(|_grammar| ());
+    let compiled = tokio::task::spawn_blocking(compile).await;
+    let compiled = compiled.unwrap_or_else(|error| Err(GrammarError::internal(&error)));
+    compiled.map_err(|error| refused(&error, param))
+}
+
+/// What the compiler counts.
+pub(crate) fn metrics(grammars: &Grammars) -> Box<dyn Collector> {
+    Box::new(Counts(grammars.clone()))
+}
+
+#[derive(Debug)]
+struct Counts(Grammars);
+
+impl Collector for Counts {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let stats = self.0.stats();
+        let mut counter = |name: &str, help: &str, value: f64| {
+            let counter = ConstCounter::new(value);
+            let name = format!("tramontane_router_{name}");
+            let encoder = encoder.encode_descriptor(&name, help, None, counter.metric_type())?;
+            counter.encode(encoder)
+        };
+        let seconds = stats.compile_us as f64 / 1e6;
+        counter(
+            "grammars_compiled",
+            "Constraints compiled",
+            stats.compiled as f64,
+        )?;
+        counter(
+            "grammar_compile_seconds",
+            "Time spent compiling constraints",
+            seconds,
+        )?;
+        let hits = stats.cache_hits as f64;
+        counter(
+            "grammar_cache_hits",
+            "Constraints that were compiled already",
+            hits,
+        )?;
+        counter(
+            "grammars_refused",
+            "Constraints refused",
+            stats.refused as f64,
+        )?;
+        let kept = ConstGauge::new(i64::try_from(stats.cache_bytes).unwrap_or(i64::MAX));
+        let (name, help) = (
+            "tramontane_router_grammar_cache_bytes",
+            "Bytes of compiled constraints that are kept",
+        );
+        kept.encode(encoder.encode_descriptor(name, help, None, kept.metric_type())?)
+    }
+}
+
+fn refused(error: &GrammarError, param: &str) -> ApiError {
+    if error.is_internal() {
+        tracing::error!(%error, "constraints do not work");
+        return ApiError::internal();
+    }
+    let message = format!("{param} {error}");
+    match error {
+        GrammarError::Busy { .. } => ApiError::new(ErrorKind::QueueFull, message),
+        _ => ApiError::invalid(param, message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_bad_grammar_is_the_clients_to_mend() {
+        let tokens = [
+            Token::Text(b"a"),
+            Token::Text(b"b"),
+            Token::Control(b"</s>"),
+        ];
+        let grammars = Grammars::new(Vocabulary::new(tokens, &[2]).unwrap());
+        let regex = |text: &str| Arc::new(Constraint::Regex(text.into()));
+        let param = "structured_outputs.regex";
+        assert_eq!(compile(&grammars, regex("a+b"), param).await, Ok(()));
+        let error = compile(&grammars, regex("a{2"), param).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Invalid);
+        assert_eq!(error.param.as_deref(), Some(param));
+        let begin = "structured_outputs.regex cannot be followed: ";
+        assert!(error.message.starts_with(begin), "{}", error.message);
+        let error = compile(&grammars, regex(""), param).await.unwrap_err();
+        assert_eq!(error.message, "structured_outputs.regex must not be empty");
+        let busy = refused(&GrammarError::Busy { limit: 3 }, param);
+        assert_eq!(busy.kind, ErrorKind::QueueFull);
+    }
+}
