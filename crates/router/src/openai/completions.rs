@@ -7,7 +7,7 @@ use super::logprobs::{LegacyLogprobs, prompt_logprobs};
 use super::options::{COMPLETION_REFUSED, refuse_unsupported, shared_options, stream_options};
 use super::{BestOf, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
-use crate::error::{ApiError, ErrorKind};
+use crate::error::ApiError;
 use crate::request::{CHOICES_MAX, GenerationRequest, Prompt};
 use crate::run::ServedModel;
 use crate::sequence::Delta;
