@@ -180,7 +180,8 @@ def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
                 else:
                     assert status == 429 and headers["retry-after-ms"], status
                     refused.append(took)
-                    time.sleep(0.25)
+                    # As official clients do.
+                    time.sleep(int(headers["retry-after-ms"]) / 1000)
 
         with concurrent.futures.ThreadPoolExecutor(clients) as pool:
             workers = [pool.submit(work) for _ in range(clients)]
@@ -193,12 +194,17 @@ def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
                 worker.result()
         return len([at for at in done if at < end]) / seconds, sorted(refused), sorted(probes)
 
-    capacity, _, _ = measure(4, 6)
-    goodput, refused, probes = measure(40, 12)
+    # By turns, and the best of each: what else the machine does can only slow a window down.
+    capacity, goodput, refused, probes = 0, 0, [], []
+    for _ in range(3):
+        capacity = max(capacity, measure(4, 5)[0])
+        rate, late, seen = measure(40, 5)
+        goodput, refused, probes = max(goodput, rate), sorted(refused + late), sorted(probes + seen)
     middle = refused[len(refused) // 2] if refused else 0
     print(f"capacity {capacity:.1f}/s, goodput {goodput:.1f}/s, {len(refused)} refused, median {middle * 1000:.0f} ms")
     assert refused, "nobody was refused at ten times the load"
-    assert goodput >= 0.95 * capacity - 1 / 6
+    # One answer more or less fits into a window.
+    assert goodput >= 0.95 * capacity - 1 / 5
     assert middle < 0.05, f"half of the refusals took more than {middle * 1000:.0f} ms"
     assert probes[-1] < 1
 
