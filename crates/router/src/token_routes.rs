@@ -119,10 +119,11 @@ mod tests {
 
     #[test]
     fn the_document_has_every_route_and_no_other() {
+        let source: String = include_str!("routes.rs").split_whitespace().collect();
+        let (routes, _others) = source.split_once(".fallback(").unwrap();
         let mut served = BTreeSet::new();
-        for route in include_str!("routes.rs").split(".route(\"").skip(1) {
+        for route in routes.split(".route(\"").skip(1) {
             let (path, handlers) = route.split_once('"').unwrap();
-            let handlers = handlers.lines().next().unwrap();
             for method in ["get", "post"] {
                 if handlers.contains(&format!("{method}(")) {
                     served.insert(format!("{method} {}", path.replace("{*", "{")));
