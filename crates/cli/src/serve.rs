@@ -40,12 +40,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     if !has_weights {
         settings.worker.weights = checkpoint.weight_format()?;
     }
-    if settings.worker.island_ranks != 1 {
-        let got = settings.worker.island_ranks;
-        return Err(misuse(format!(
-            "worker.island_ranks must be 1 in one process with all workers, got {got}: ranks are processes"
-        )));
-    }
+    refuse_islands(&settings.worker)?;
     let device = choose_device(&mut settings.worker, &checkpoint)?;
     if let Some(gpu) = device.gpu().filter(|_| args.workers > 1) {
         let (name, workers) = (&gpu.info().name, args.workers);
@@ -107,6 +102,16 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
         shown = shown => shown?,
     }
     services.stop().await
+}
+
+fn refuse_islands(config: &WorkerConfig) -> anyhow::Result<()> {
+    let got = config.island_ranks;
+    if got == 1 {
+        return Ok(());
+    }
+    Err(misuse(format!(
+        "worker.island_ranks must be 1 in one process with all workers, got {got}: ranks are processes"
+    )))
 }
 
 /// The settings, and whether anybody chose the weight format.

@@ -241,8 +241,9 @@ pub async fn run(
         config.connections_max,
         doors.clone(),
     );
-    let grpc = async { grpc.await.map_err(Error::Grpc) };
-    let admin = async { admin.await.map_err(Error::Grpc) };
+    // Boxed: each is a page of state.
+    let grpc = Box::pin(async { grpc.await.map_err(Error::Grpc) });
+    let admin = Box::pin(async { admin.await.map_err(Error::Grpc) });
     let serve = async {
         tokio::try_join!(grpc, admin, async {
             http.await;
