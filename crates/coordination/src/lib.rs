@@ -9,6 +9,8 @@ pub mod election;
 mod error;
 pub mod etcd;
 pub mod fault;
+#[doc(hidden)]
+pub mod fuzzing;
 mod intent_watch;
 pub mod loss;
 pub mod memory;

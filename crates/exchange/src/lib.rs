@@ -16,6 +16,8 @@ pub mod exchange;
 mod failure;
 pub mod faults;
 mod flight;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grpc;
 mod health;
 mod host;

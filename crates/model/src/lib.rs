@@ -10,6 +10,8 @@ pub mod demo;
 pub mod described;
 pub mod error;
 mod fingerprint;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gguf;
 pub mod inspect;
 pub mod load;

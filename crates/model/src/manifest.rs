@@ -80,7 +80,7 @@ pub(crate) fn check(path: &Path, shards: &[Shard]) -> Result<(), Error> {
 }
 
 /// File name to digest.
-fn parse(text: &str) -> Result<BTreeMap<String, String>, String> {
+pub(crate) fn parse(text: &str) -> Result<BTreeMap<String, String>, String> {
     let mut digests = BTreeMap::new();
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
         let parts = line.split_once("  ");

@@ -14,6 +14,8 @@ mod constraint;
 mod dispatch;
 mod error;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 mod grpc;
 mod hold;
 mod http_server;

@@ -9,6 +9,8 @@ mod decode_stream;
 mod directory;
 mod encoder;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gguf;
 mod hugging_face;
 mod instruct;

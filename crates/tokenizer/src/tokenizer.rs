@@ -123,7 +123,7 @@ impl Tokenizer {
         Self::finish(path, parts, companions)
     }
 
-    fn finish(path: &Path, parts: Parts, companions: Companions) -> Result<Self, Error> {
+    pub(crate) fn finish(path: &Path, parts: Parts, companions: Companions) -> Result<Self, Error> {
         let named_id = |text: &Option<String>| {
             text.as_ref()
                 .and_then(|text| parts.vocabulary.control_id(text))

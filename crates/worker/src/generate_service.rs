@@ -112,7 +112,10 @@ impl GenerateService {
     }
 }
 
-fn check(request: v1::GenerateSequenceRequest, vocab: usize) -> Result<NewSequence, GenerateError> {
+pub(crate) fn check(
+    request: v1::GenerateSequenceRequest,
+    vocab: usize,
+) -> Result<NewSequence, GenerateError> {
     let (got, limit) = (request.request_id.len(), REQUEST_ID_BYTES_MAX);
     if got == 0 || got > limit {
         return Err(GenerateError::RequestId { got, limit });

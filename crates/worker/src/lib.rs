@@ -18,6 +18,8 @@ mod expert_keeper;
 mod follower;
 #[doc(hidden)]
 pub mod following;
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate_service;
 mod host_socket;
 mod island;

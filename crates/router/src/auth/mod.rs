@@ -47,6 +47,11 @@ const SECRET_BYTES_MAX: usize = 64 << 10;
 const API_KEY: HeaderName = HeaderName::from_static("api-key");
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
+/// Whether a set of an issuer's keys can be used.
+pub(crate) fn jwks(bytes: &[u8]) -> bool {
+    IssuerKeys::parse(bytes).is_ok()
+}
+
 /// Whether `path` is one of `listed`, or below it.
 pub(crate) fn is_listed(listed: &[&str], path: &str) -> bool {
     let covers = |entry: &&str| match entry.strip_suffix('/') {

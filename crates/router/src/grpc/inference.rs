@@ -213,7 +213,7 @@ async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult
 }
 
 /// Checks a message.
-fn generation_request(
+pub(crate) fn generation_request(
     message: v1::GenerateRequest,
     model: &ServedModel,
 ) -> Result<GenerationRequest, ApiError> {

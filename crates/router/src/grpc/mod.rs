@@ -27,6 +27,8 @@ use tramontane_proto::v1::inference_server::InferenceServer;
 use tramontane_runtime::Readiness;
 use tramontane_runtime::tls::{Guard as RoleGuard, Incoming};
 
+pub(crate) use inference::generation_request;
+pub(crate) use open_inference::completion;
 pub(crate) use status::refusal;
 
 use crate::Error;

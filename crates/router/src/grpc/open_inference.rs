@@ -206,7 +206,7 @@ fn wanted_outputs(request: &oip::ModelInferRequest) -> Result<Vec<&'static str>,
 }
 
 /// The body of the same request over HTTP.
-fn completion(request: oip::ModelInferRequest) -> Result<Value, ApiError> {
+pub(crate) fn completion(request: oip::ModelInferRequest) -> Result<Value, ApiError> {
     let mut inputs = Inputs::of(request.inputs, request.raw_input_contents)?;
     let prompts = inputs.take_text(TEXT_INPUT)?.ok_or_else(|| {
         let message = format!("inputs must have a tensor named {TEXT_INPUT} of data type {BYTES}");

@@ -49,6 +49,7 @@ pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed
     options.tool_use = tool_use(&body, false)?;
     if let Some(format) = text_format(&body)? {
         options.constraint = Some(Arc::new(format));
+        options.constraint_name = Some("text.format");
     }
     let logprobs = logprobs(&body, &mut options)?;
     let chat = ChatRequest {
