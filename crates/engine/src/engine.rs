@@ -363,7 +363,7 @@ impl Engine {
         let position = sequence.num_output() as u32;
         let mut mask = None;
         if let Some(matching) = &mut sequence.matching {
-            let (next, waited) = matching.next();
+            let (next, waited) = matching.allowed();
             self.stats.mask_wait_us += waited.as_micros() as u64;
             match next? {
                 Next::OneOf(allowed) => mask = Some(allowed),

@@ -167,6 +167,7 @@ impl App {
                 .is_some_and(|p| survives_one_loss(&members, p)),
             serving,
             versions: versions.len(),
+            grammars: self.grammars.stats(),
         })
     }
 }
@@ -310,7 +311,7 @@ fn app(config: RouterConfig, given: Given, followed: Followed, doors: &Doors) ->
         planning,
         roster,
     } = followed;
-    let metrics = Arc::new(Metrics::new(&model.id).with(constraint::metrics(&grammars)));
+    let metrics = Arc::new(Metrics::new(&model.id));
     let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,
