@@ -407,7 +407,7 @@ impl Engine {
             let mut mask = None;
             let (position, first_output) = (sequence.num_output() as u32, sequence.num_prompt());
             if let Some(matching) = &mut sequence.matching {
-                let (next, waited) = matching.next();
+                let (next, waited) = matching.allowed();
                 self.stats.mask_wait_us += waited.as_micros() as u64;
                 match next? {
                     Next::OneOf(allowed) => mask = Some(allowed),

@@ -170,7 +170,7 @@ impl Drop for MaskThreads {
 
 impl Matching {
     /// What may come next, and how long the engine stood still for it.
-    pub(crate) fn next(&mut self) -> (Result<Next<'_>, MaskError>, Duration) {
+    pub(crate) fn allowed(&mut self) -> (Result<Next<'_>, MaskError>, Duration) {
         let began = Instant::now();
         if let Place::Away(done) = &self.place {
             self.place = match done.recv_timeout(MASK_WAIT_MAX) {
@@ -187,14 +187,14 @@ impl Matching {
         }
         let waited = began.elapsed();
         let next = match &mut self.place {
-            Place::Here(held) => held.next(),
+            Place::Here(held) => held.allowed(),
             Place::Broken(error) => Err(error.clone()),
             Place::Away(_) => Err(MaskError::Lost),
         };
         (next, waited)
     }
 
-    /// Goes on by tokens that were sampled after [`next`](Self::next), and finds what comes then, while others compute.
+    /// Goes on by tokens that were sampled after [`allowed`](Self::allowed), and finds what comes then, while others compute.
     pub(crate) fn accept(&mut self, tokens: &[TokenId], threads: &MaskThreads) {
         let (done, back) = sync_channel(1);
         let place = std::mem::replace(&mut self.place, Place::Away(back));
@@ -261,7 +261,7 @@ impl Held {
                 return;
             }
         }
-        let _kept = self.matcher.next().map(|_| ());
+        let _kept = self.matcher.allowed().map(|_| ());
         let now = self.matcher.num_bytes();
         let bytes = &self.counts.bytes;
         bytes.fetch_add(now, Ordering::Relaxed);
@@ -269,12 +269,12 @@ impl Held {
         self.num_bytes = now;
     }
 
-    fn next(&mut self) -> Result<Next<'_>, MaskError> {
+    fn allowed(&mut self) -> Result<Next<'_>, MaskError> {
         let limit = MATCHERS_BYTES_MAX;
         if self.counts.bytes.load(Ordering::Relaxed) > limit {
             return Err(MaskError::Full { limit });
         }
-        Ok(self.matcher.next()?)
+        Ok(self.matcher.allowed()?)
     }
 }
 

@@ -97,7 +97,7 @@ impl Grammar {
                 .accept(id)
                 .map_err(|_not_allowed| GrammarError::Resumed { index, id })?;
         }
-        matcher.next()?;
+        matcher.allowed()?;
         Ok(matcher)
     }
 
@@ -150,7 +150,7 @@ impl Matcher {
     ///
     /// # Errors
     /// When that is too much work, or no token goes on.
-    pub fn next(&mut self) -> Result<Next<'_>, MatchError> {
+    pub fn allowed(&mut self) -> Result<Next<'_>, MatchError> {
         if matches!(self.place, Place::Unknown) {
             match mask(&mut self.parser) {
                 Ok(mask) => self.place = Place::Open(mask),
@@ -170,9 +170,9 @@ impl Matcher {
     /// checked in one step. `None` behind a token that makes the text whole. The place stays where it is.
     ///
     /// # Errors
-    /// As those of [`next`](Self::next).
+    /// As those of [`allowed`](Self::allowed).
     pub fn masks_along(&mut self, draft: &[TokenId]) -> Result<Vec<Option<TokenMask>>, MatchError> {
-        let here = match self.next()? {
+        let here = match self.allowed()? {
             Next::OneOf(mask) => mask.clone(),
             Next::Ended => return Ok(vec![None]),
         };
@@ -185,7 +185,7 @@ impl Matcher {
             }
             self.accept(id)?;
             num_taken += 1;
-            let mask = match self.next()? {
+            let mask = match self.allowed()? {
                 Next::OneOf(mask) => Some(mask.clone()),
                 Next::Ended => None,
             };

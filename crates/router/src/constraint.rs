@@ -1,13 +1,8 @@
 //! Checks the constraints of requests before a worker sees them: a grammar that nobody can follow is the client's to mend.
 //! Never masks anything.
 
-use std::fmt;
 use std::sync::Arc;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
 use tramontane_grammar::{GrammarError, Grammars, InvalidVocabulary, Token, Vocabulary};
 use tramontane_tokenizer::Tokenizer;
 use tramontane_types::Constraint;
@@ -50,54 +45,6 @@ async fn compile(
     let compiled = tokio::task::spawn_blocking(compile).await;
     let compiled = compiled.unwrap_or_else(|error| Err(GrammarError::internal(&error)));
     compiled.map_err(|error| refused(&error, param))
-}
-
-/// What the compiler counts.
-pub(crate) fn metrics(grammars: &Grammars) -> Box<dyn Collector> {
-    Box::new(Counts(grammars.clone()))
-}
-
-#[derive(Debug)]
-struct Counts(Grammars);
-
-impl Collector for Counts {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let stats = self.0.stats();
-        let mut counter = |name: &str, help: &str, value: f64| {
-            let counter = ConstCounter::new(value);
-            let name = format!("tramontane_router_{name}");
-            let encoder = encoder.encode_descriptor(&name, help, None, counter.metric_type())?;
-            counter.encode(encoder)
-        };
-        let seconds = stats.compile_us as f64 / 1e6;
-        counter(
-            "grammars_compiled",
-            "Constraints compiled",
-            stats.compiled as f64,
-        )?;
-        counter(
-            "grammar_compile_seconds",
-            "Time spent compiling constraints",
-            seconds,
-        )?;
-        let hits = stats.cache_hits as f64;
-        counter(
-            "grammar_cache_hits",
-            "Constraints that were compiled already",
-            hits,
-        )?;
-        counter(
-            "grammars_refused",
-            "Constraints refused",
-            stats.refused as f64,
-        )?;
-        let kept = ConstGauge::new(i64::try_from(stats.cache_bytes).unwrap_or(i64::MAX));
-        let (name, help) = (
-            "tramontane_router_grammar_cache_bytes",
-            "Bytes of compiled constraints that are kept",
-        );
-        kept.encode(encoder.encode_descriptor(name, help, None, kept.metric_type())?)
-    }
 }
 
 fn refused(error: &GrammarError, param: &str) -> ApiError {

@@ -2,6 +2,7 @@
 //!
 //! Names with the prefix `vllm:` mean what they mean in vLLM, so that existing dashboards work.
 
+mod grammars;
 mod labels;
 mod tenants;
 
@@ -9,18 +10,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tramontane_coordination::Version;
+use tramontane_grammar::GrammarStats;
 use tramontane_runtime::metrics as shared;
 use tramontane_types::{FinishReason, Usage};
 
 use crate::error::ErrorKind;
 use crate::tenants::Tenants;
+use grammars::GrammarCounts;
+pub(crate) use labels::LossReason;
 use labels::{LossLabels, OutcomeLabels, RefusalLabels, RequestLabels, WeightsLabels};
 use tenants::TenantMetrics;
 
@@ -67,6 +70,7 @@ struct Gauges {
     survives_one_loss: Gauge,
     weights: Family<WeightsLabels, Gauge>,
     versions: Gauge,
+    grammars: GrammarCounts,
 }
 
 /// Values of the gauges at one moment.
@@ -90,6 +94,8 @@ pub(crate) struct Reading {
     pub(crate) serving: Option<Arc<Version>>,
     /// Versions that workers have.
     pub(crate) versions: usize,
+    /// What the compiler of constraints counts.
+    pub(crate) grammars: GrammarStats,
 }
 
 /// A door that requests come through.
@@ -139,23 +145,6 @@ impl From<FinishReason> for Outcome {
     }
 }
 
-/// Why a worker could not go on with a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum LossReason {
-    /// It has no room.
-    Busy,
-    /// The connection or the stream broke.
-    Broken,
-    /// It said nothing for too long.
-    Silent,
-    /// It ended the sequence by itself.
-    Aborted,
-    /// It said something that makes no sense.
-    Confused,
-    /// It does not take a sequence that another worker took.
-    Refused,
-}
-
 impl Gauges {
     /// All but those with vLLM's names.
     fn register(&self, own: &mut Registry) {
@@ -196,6 +185,32 @@ impl Gauges {
             "Versions of the weights that workers have",
             self.versions.clone(),
         );
+        let grammars = &self.grammars;
+        own.register(
+            "grammars_compiled",
+            "Constraints compiled",
+            grammars.compiled.clone(),
+        );
+        own.register(
+            "grammar_compile_seconds",
+            "Time spent compiling constraints",
+            grammars.compile_seconds.clone(),
+        );
+        own.register(
+            "grammar_cache_hits",
+            "Constraints that were compiled already",
+            grammars.cache_hits.clone(),
+        );
+        own.register(
+            "grammars_refused",
+            "Constraints refused",
+            grammars.refused.clone(),
+        );
+        own.register(
+            "grammar_cache_bytes",
+            "Bytes of compiled constraints that are kept",
+            grammars.cache_bytes.clone(),
+        );
         own.register("ready", "1 when requests can be served", self.ready.clone());
         own.register(
             "store_available",
@@ -233,12 +248,6 @@ impl Metrics {
         metrics.register_own();
         metrics.register_vllm(model);
         metrics
-    }
-
-    /// Together with those of a part of the router.
-    pub(crate) fn with(mut self, part: Box<dyn Collector>) -> Self {
-        self.registry.register_collector(part);
-        self
     }
 
     fn register_own(&mut self) {
@@ -376,6 +385,7 @@ impl Metrics {
             .survives_one_loss
             .set(i64::from(reading.survives_one_loss));
         gauges.versions.set(count(reading.versions));
+        gauges.grammars.set(reading.grammars);
         // One series: those that served before would only pile up.
         gauges.weights.clear();
         if let Some(version) = reading.serving {

@@ -182,6 +182,7 @@ impl App {
                 .is_some_and(|p| survives_one_loss(&members, p)),
             serving,
             versions: versions.len(),
+            grammars: self.grammars.stats(),
         })
     }
 }
@@ -346,8 +347,7 @@ fn app(
         planning,
         roster,
     } = followed;
-    let metrics = Metrics::new(&model.id, Arc::clone(&tenants));
-    let metrics = Arc::new(metrics.with(constraint::metrics(&grammars)));
+    let metrics = Arc::new(Metrics::new(&model.id, Arc::clone(&tenants)));
     let pool = WorkerPool::new(cluster.clone(), config.policy, Arc::clone(&events), roster);
     let dispatcher = Arc::new(dispatcher(
         &config,

@@ -86,7 +86,7 @@ fn constraint(bytes: &[u8]) {
         _ => Constraint::Lark(text.into()),
     };
     if let Ok(mut matcher) = GRAMMARS.matcher(&Arc::new(constraint), &[]) {
-        let _ = matcher.next();
+        let _ = matcher.allowed();
     }
 }
 

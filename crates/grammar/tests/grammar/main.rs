@@ -69,7 +69,7 @@ impl Dice {
 
 /// A token that is allowed, or nothing at the end.
 pub(crate) fn draw(matcher: &mut Matcher, vocab: usize, dice: &mut Dice) -> Option<TokenId> {
-    let Next::OneOf(mask) = matcher.next().unwrap() else {
+    let Next::OneOf(mask) = matcher.allowed().unwrap() else {
         return None;
     };
     let allowed: Vec<TokenId> = (0..vocab as TokenId)

@@ -49,7 +49,7 @@ fn any_object_is_json_and_white_space_comes_to_an_end() {
     let mut matcher = grammars.matcher(&object, &[]).unwrap();
     matcher.accept(u32::from(b'{')).unwrap();
     let mut num_spaces = 0;
-    while matches!(matcher.next().unwrap(), Next::OneOf(mask) if mask.allows(u32::from(b' '))) {
+    while matches!(matcher.allowed().unwrap(), Next::OneOf(mask) if mask.allows(u32::from(b' '))) {
         matcher.accept(u32::from(b' ')).unwrap();
         num_spaces += 1;
     }
@@ -85,18 +85,18 @@ fn a_regular_expression_matches_the_whole_text() {
 fn the_end_is_only_allowed_where_a_word_ends() {
     let mut matcher = grammars().matcher(&regex("ab+"), &[]).unwrap();
     let ends = |mask: Next<'_>| matches!(mask, Next::OneOf(mask) if mask.allows(EOS));
-    assert!(!ends(matcher.next().unwrap()) && !matcher.is_accepting());
+    assert!(!ends(matcher.allowed().unwrap()) && !matcher.is_accepting());
     matcher.accept(u32::from(b'a')).unwrap();
-    assert!(!ends(matcher.next().unwrap()) && !matcher.is_accepting());
+    assert!(!ends(matcher.allowed().unwrap()) && !matcher.is_accepting());
     matcher.accept(u32::from(b'b')).unwrap();
-    assert!(ends(matcher.next().unwrap()) && matcher.is_accepting());
+    assert!(ends(matcher.allowed().unwrap()) && matcher.is_accepting());
     matcher.accept(EOS).unwrap();
     assert!(matcher.has_ended());
     // Where nothing can follow it has ended by itself.
     let mut short = grammars().matcher(&regex("ab"), &[]).unwrap();
     short.accept(u32::from(b'a')).unwrap();
     short.accept(u32::from(b'b')).unwrap();
-    assert!(short.has_ended() && matches!(short.next().unwrap(), Next::Ended));
+    assert!(short.has_ended() && matches!(short.allowed().unwrap(), Next::Ended));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_grammar_may_name_control_tokens_and_nothing_else_lets_them_in() {
         r#"start: <[257]> %json { "type": "integer", "maximum": 9, "minimum": 0 }"#,
     ] {
         let mut matcher = grammars().matcher(&lark(text), &[]).unwrap();
-        let Next::OneOf(mask) = matcher.next().unwrap() else {
+        let Next::OneOf(mask) = matcher.allowed().unwrap() else {
             panic!("it has not begun");
         };
         assert!(mask.allows(TOOL_CALLS) && mask.num_allowed() == 1);
@@ -115,7 +115,7 @@ fn a_grammar_may_name_control_tokens_and_nothing_else_lets_them_in() {
         assert!(matcher.has_ended());
     }
     let mut any = grammars().matcher(&regex("(.|\n)*"), &[]).unwrap();
-    let Next::OneOf(mask) = any.next().unwrap() else {
+    let Next::OneOf(mask) = any.allowed().unwrap() else {
         panic!("it has not begun");
     };
     assert!(!mask.allows(TOOL_CALLS) && mask.allows(EOS));
@@ -145,10 +145,11 @@ fn what_may_come_next_depends_on_the_tokens_alone() {
                 }
                 // All at once, without a look at any mask in between.
                 let mut again = grammar.matcher(&tokens).unwrap();
-                let masks = [one.next().unwrap(), again.next().unwrap()].map(|next| match next {
-                    Next::OneOf(mask) => Some(mask.clone()),
-                    Next::Ended => None,
-                });
+                let masks =
+                    [one.allowed().unwrap(), again.allowed().unwrap()].map(|next| match next {
+                        Next::OneOf(mask) => Some(mask.clone()),
+                        Next::Ended => None,
+                    });
                 assert_eq!(masks[0], masks[1], "{constraint:?} after {tokens:?}");
             }
         }
@@ -172,7 +173,7 @@ fn masks_along_a_draft_are_those_of_its_tokens_and_change_nothing() {
             .matcher(&[&[u32::from(b'a')], &draft[..i]].concat())
             .unwrap();
         assert!(
-            matches!(fresh.next().unwrap(), Next::OneOf(mask) if Some(mask) == masks[i].as_ref())
+            matches!(fresh.allowed().unwrap(), Next::OneOf(mask) if Some(mask) == masks[i].as_ref())
         );
     }
     assert!(masks[3].is_none());
@@ -190,7 +191,7 @@ fn a_token_that_is_not_allowed_is_an_error_then_and_later() {
     let error = MatchError::NotAllowed { id: 98 };
     assert_eq!(matcher.accept(98), Err(error.clone()));
     assert_eq!(matcher.accept(97), Err(error.clone()));
-    assert_eq!(matcher.next().unwrap_err(), error);
+    assert_eq!(matcher.allowed().unwrap_err(), error);
     let resumed = grammar.matcher(&[97, 98, 97]).unwrap_err();
     assert_eq!(resumed.to_string(), "does not allow resumed token 2, id 97");
     assert!(grammar.matcher(&[97, 9999]).is_err());
@@ -199,7 +200,7 @@ fn a_token_that_is_not_allowed_is_an_error_then_and_later() {
 #[test]
 fn a_mask_takes_all_other_tokens_out() {
     let mut matcher = grammars().matcher(&regex("[ab]+"), &[]).unwrap();
-    let mask: TokenMask = match matcher.next().unwrap() {
+    let mask: TokenMask = match matcher.allowed().unwrap() {
         Next::OneOf(mask) => mask.clone(),
         Next::Ended => panic!("it has not begun"),
     };

@@ -3,6 +3,23 @@
 use prometheus_client::encoding::EncodeLabelSet;
 use tramontane_coordination::Version;
 
+/// Why a worker could not go on with a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum LossReason {
+    /// It has no room.
+    Busy,
+    /// The connection or the stream broke.
+    Broken,
+    /// It said nothing for too long.
+    Silent,
+    /// It ended the sequence by itself.
+    Aborted,
+    /// It said something that makes no sense.
+    Confused,
+    /// It does not take a sequence that another worker took.
+    Refused,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct RequestLabels {
     pub(super) route: &'static str,
