@@ -190,9 +190,7 @@ pub async fn run(
     config.validate()?;
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
-    let connect = GrpcConnect(parts.workers.clone());
-    let roster = (connect.clone(), shutdown.token.clone());
-    let followed = background.start(&config, &parts.store, roster);
+    let followed = background.start(&config, &parts, shutdown.token.clone());
     let doors = Doors::default();
     let RouterParts {
         store,
@@ -202,7 +200,7 @@ pub async fn run(
         grpc,
         admin,
         tls,
-        workers: _,
+        workers,
         scaler,
     } = parts;
     let given = Given {
@@ -210,14 +208,10 @@ pub async fn run(
         tokenizer,
         model,
         scaler,
-        connect,
+        connect: GrpcConnect(workers),
     };
     let app = app(config.clone(), given, followed, &doors);
-    let health = grpc::Health {
-        ready: app.ready.clone(),
-        tasks: &background.tasks,
-        stop: &background.stop,
-    };
+    let health = grpc::Health::new(&app, &background.tasks, &background.stop);
     let grpc = Incoming::new(grpc, tls.clients_door("grpc"));
     let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
     let admin = Incoming::new(admin, tls.cluster_door("admin"));
@@ -407,16 +401,17 @@ impl Background {
     fn start(
         &self,
         config: &RouterConfig,
-        store: &Arc<dyn Store>,
-        (connect, stopping): (GrpcConnect, CancellationToken),
+        parts: &RouterParts,
+        stopping: CancellationToken,
     ) -> Followed {
-        let (tasks, stop) = (&self.tasks, &self.stop);
+        let (store, tasks, stop) = (&parts.store, &self.tasks, &self.stop);
         let listed = watch_members(Arc::clone(store), tasks, stop.clone());
+        let connect = Arc::new(GrpcConnect(parts.workers.clone()));
         let pulses = PulseTasks {
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        let roster = Roster::follow(listed.clone(), Arc::new(connect), pulses);
+        let roster = Roster::follow(listed.clone(), connect, pulses);
         let cluster = ClusterView {
             members: roster.members(),
             placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),
