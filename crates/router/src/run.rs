@@ -200,9 +200,7 @@ pub async fn run(
     let background = Background::default();
     let _stop_background = background.stop.clone().drop_guard();
     let known = Known::read(&config, &background.tasks, &background.stop)?;
-    let connect = GrpcConnect(parts.workers.clone());
-    let roster = (connect.clone(), shutdown.token.clone());
-    let followed = background.start(&config, &parts.store, roster);
+    let followed = background.start(&config, &parts, shutdown.token.clone());
     let doors = Doors::default();
     let RouterParts {
         store,
@@ -212,7 +210,7 @@ pub async fn run(
         grpc,
         admin,
         tls,
-        workers: _,
+        workers,
         scaler,
     } = parts;
     let vocabulary = constraint::vocabulary(&tokenizer).map_err(Error::Vocabulary)?;
@@ -222,14 +220,10 @@ pub async fn run(
         tokenizer,
         model,
         scaler,
-        connect,
+        connect: GrpcConnect(workers),
     };
     let app = app(config.clone(), (given, known), followed, &doors);
-    let health = grpc::Health {
-        ready: app.ready.clone(),
-        tasks: &background.tasks,
-        stop: &background.stop,
-    };
+    let health = grpc::Health::new(&app, &background.tasks, &background.stop);
     let grpc = Incoming::new(grpc, tls.clients_door("grpc"));
     let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
     let admin = Incoming::new(admin, tls.cluster_door("admin"));
@@ -428,16 +422,17 @@ impl Background {
     fn start(
         &self,
         config: &RouterConfig,
-        store: &Arc<dyn Store>,
-        (connect, stopping): (GrpcConnect, CancellationToken),
+        parts: &RouterParts,
+        stopping: CancellationToken,
     ) -> Followed {
-        let (tasks, stop) = (&self.tasks, &self.stop);
+        let (store, tasks, stop) = (&parts.store, &self.tasks, &self.stop);
         let listed = watch_members(Arc::clone(store), tasks, stop.clone());
+        let connect = Arc::new(GrpcConnect(parts.workers.clone()));
         let pulses = PulseTasks {
             tasks: tasks.clone(),
             stop: stop.clone(),
         };
-        let roster = Roster::follow(listed.clone(), Arc::new(connect), pulses);
+        let roster = Roster::follow(listed.clone(), connect, pulses);
         let cluster = ClusterView {
             members: roster.members(),
             placements: watch_placements(Arc::clone(store), Scope::All, tasks, stop.clone()),

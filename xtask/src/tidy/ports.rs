@@ -19,17 +19,15 @@ const NAMES: [&str; 5] = [
     "WORKER_OPS_PORT",
 ];
 /// Files and folders that name ports, and which of [`NAMES`] each must name.
-const PLACES: [(&str, &[&str]); 4] = [
+const PLACES: [(&str, &[&str]); 5] = [
     ("deploy/Dockerfile", &NAMES),
     (
         "deploy/compose.yaml",
         &["HTTP_PORT", "ROUTER_GRPC_PORT", "WORKER_GRPC_PORT"],
     ),
     ("helm/tramontane/templates", &NAMES),
-    (
-        "crates/cli/src/args.rs",
-        &["HTTP_PORT", "ROUTER_GRPC_PORT", "ADMIN_PORT"],
-    ),
+    ("crates/cli/src/args.rs", &["HTTP_PORT", "ADMIN_PORT"]),
+    ("crates/cli/src/drill/mod.rs", &["ROUTER_GRPC_PORT"]),
 ];
 /// etcd's own ports: clients, peers, health.
 const ETCD_PORTS: [u16; 3] = [2379, 2380, 2381];

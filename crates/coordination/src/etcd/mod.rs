@@ -4,6 +4,7 @@
 //! balanced over all of them keeps sending some calls to a dead one. Failed attempts move on to the
 //! next endpoint until the deadline of the call.
 
+mod config;
 mod status;
 pub mod watch;
 
@@ -16,14 +17,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use etcd_client::{
-    Channel, Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, KeyValue,
-    PutOptions, Txn, TxnOp, TxnOpResponse,
+    Channel, Client, Compare, CompareOp, GetOptions, GetResponse, KeyValue, PutOptions, Txn, TxnOp,
+    TxnOpResponse,
 };
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::Endpoint;
-use tramontane_runtime::tls::Link;
 
+pub use config::EtcdConfig;
 use status::error_of;
 
 use crate::Error;
@@ -54,97 +54,6 @@ pub const LIST_PAGE_ENTRIES: i64 = 64;
 pub const ANSWER_BYTES_MAX: usize = (LIST_PAGE_ENTRIES as usize + 1) * VALUE_BYTES_MAX;
 /// Longest cluster name.
 pub const CLUSTER_NAME_BYTES_MAX: usize = 63;
-
-/// Where etcd is and how long to wait for it.
-#[derive(Clone)]
-pub struct EtcdConfig {
-    /// Such as `http://etcd-0:2379`; a missing scheme means http.
-    pub endpoints: Vec<String>,
-    /// Name of the cluster: keys live below `/tramontane/<cluster>/`.
-    pub cluster: String,
-    /// User and password.
-    pub user: Option<(String, String)>,
-    /// The way to endpoints that have TLS: those of `https`, and those without a scheme.
-    pub tls: Option<Link>,
-    /// See [`CALL_DEADLINE`].
-    pub call_deadline: Duration,
-    /// See [`ATTEMPT_TIMEOUT`].
-    pub attempt_timeout: Duration,
-    /// See [`CONNECT_TIMEOUT`].
-    pub connect_timeout: Duration,
-}
-
-impl fmt::Debug for EtcdConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EtcdConfig")
-            .field("endpoints", &self.endpoints)
-            .field("cluster", &self.cluster)
-            .field("user", &self.user.as_ref().map(|(name, _password)| name))
-            .field("call_deadline", &self.call_deadline)
-            .field("attempt_timeout", &self.attempt_timeout)
-            .field("connect_timeout", &self.connect_timeout)
-            .finish()
-    }
-}
-
-impl EtcdConfig {
-    /// The default limits, no user.
-    #[must_use]
-    pub fn new(endpoints: Vec<String>, cluster: &str) -> Self {
-        Self {
-            endpoints,
-            cluster: cluster.to_owned(),
-            user: None,
-            tls: None,
-            call_deadline: CALL_DEADLINE,
-            attempt_timeout: ATTEMPT_TIMEOUT,
-            connect_timeout: CONNECT_TIMEOUT,
-        }
-    }
-
-    fn validate(&self) -> Result<(), Error> {
-        if self.endpoints.is_empty() {
-            return Err(Error::invalid("etcd endpoints", "none given"));
-        }
-        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-        let named = (1..=CLUSTER_NAME_BYTES_MAX).contains(&self.cluster.len());
-        if !named || !self.cluster.bytes().all(plain) {
-            let what = format!("cluster name {:?}", self.cluster);
-            return Err(Error::invalid(
-                what,
-                "1 to 63 letters, digits and ._- expected",
-            ));
-        }
-        Ok(())
-    }
-
-    /// A channel to an endpoint with TLS; `None` for one in the clear.
-    fn secured(&self, url: &str) -> Result<Option<tonic::transport::Channel>, etcd_client::Error> {
-        let authority = url.strip_prefix("https://").unwrap_or(url);
-        let Some(link) = self.tls.as_ref().filter(|_| !url.starts_with("http://")) else {
-            return Ok(None);
-        };
-        let endpoint = Endpoint::from_shared(format!("http://{authority}"))?
-            .origin(format!("https://{authority}").parse()?)
-            .connect_timeout(self.connect_timeout)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_TIMEOUT);
-        Ok(Some(link.connect_lazy(&endpoint)))
-    }
-
-    fn connect_options(&self) -> ConnectOptions {
-        let options = ConnectOptions::new()
-            .with_require_leader(true)
-            .with_connect_timeout(self.connect_timeout)
-            .with_keep_alive(PING_EVERY, PING_TIMEOUT)
-            .with_keep_alive_while_idle(false)
-            .with_auto_token_refresh(true);
-        match &self.user {
-            Some((name, password)) => options.with_user(name, password),
-            None => options,
-        }
-    }
-}
 
 /// A cluster's keys in etcd; clones share the connections.
 #[derive(Clone, Debug)]

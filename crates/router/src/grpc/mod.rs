@@ -53,9 +53,9 @@ const HEALTH: &str = "grpc.health.v1.Health";
 /// What the health of a door follows.
 #[derive(Debug)]
 pub(crate) struct Health<'a> {
-    pub(crate) ready: Readiness,
-    pub(crate) tasks: &'a TaskTracker,
-    pub(crate) stop: &'a CancellationToken,
+    ready: Readiness,
+    tasks: &'a TaskTracker,
+    stop: &'a CancellationToken,
 }
 
 /// Serves clients until `refuse`, and then until every call has ended.
@@ -152,7 +152,12 @@ fn reflection(services: &[&str]) -> tonic_reflection::server::Builder<'static> {
     builder
 }
 
-impl Health<'_> {
+impl<'a> Health<'a> {
+    pub(crate) fn new(app: &App, tasks: &'a TaskTracker, stop: &'a CancellationToken) -> Self {
+        let ready = app.ready.clone();
+        Self { ready, tasks, stop }
+    }
+
     /// The health service of the door of `services`.
     fn serve(
         &self,

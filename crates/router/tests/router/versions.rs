@@ -63,7 +63,7 @@ impl Scene {
     }
 
     async fn weights(&self) -> Vec<v1::WeightsSummary> {
-        let mut admin = AdminClient::connect(self.grpc.clone()).await.unwrap();
+        let mut admin = AdminClient::connect(self.admin.clone()).await.unwrap();
         let listed = admin.list_weights(v1::ListWeightsRequest {}).await;
         listed.unwrap().into_inner().weights
     }
@@ -275,7 +275,7 @@ async fn a_request_that_nobody_has_taken_begins_with_the_weights_that_serve() {
 #[tokio::test]
 async fn an_operator_names_a_version_and_is_refused_when_it_could_not_answer() {
     let scene = Scene::with_other_weights(vec![telling(None), telling(None)]).await;
-    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let mut admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
     let mut ask = async |version: &str, let_come: bool, dry_run: bool| {
         let request = v1::UseWeightsRequest {
             version: version.to_owned(),
@@ -353,7 +353,7 @@ async fn a_single_worker_of_other_weights_takes_nothing_and_is_shown() {
     scene
         .edit("w1", |record| record.model.fingerprint = "odd".to_owned())
         .await;
-    let mut admin = AdminClient::connect(scene.grpc.clone()).await.unwrap();
+    let mut admin = AdminClient::connect(scene.admin.clone()).await.unwrap();
     until("it is shown", async || {
         let status = cluster_status(&mut admin).await;
         status.other_weights == ["odd (cpu-q8) on w1: not placed"]

@@ -33,9 +33,6 @@ const TLS_HANDSHAKE: u8 = 0x16;
 const PLAIN_HTTP: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 39\r\n\
 connection: close\r\n\r\nthis port speaks TLS: use https:// here";
-/// The same for HTTP/2: empty settings, then the end (`INADEQUATE_SECURITY`) with the reason.
-const PLAIN_HTTP2: &[u8] =
-    b"\0\0\0\x04\0\0\0\0\0\0\0\x1c\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0cthis port speaks TLS";
 /// Most of such a request that is read.
 const PLAIN_BYTES_MAX: u64 = 64 << 10;
 
@@ -275,11 +272,9 @@ async fn begin(
         [] => return Err(refused("closed without a word".to_owned(), true)),
         [TLS_HANDSHAKE, ..] => {}
         [letter, ..] => {
+            // HTTP/2's hello begins like a method. A gRPC client takes this answer for what it is: no HTTP/2.
             if letter.is_ascii_uppercase() {
-                // HTTP/2's hello begins like a method and is none.
-                let is_http2 = first.starts_with(b"PRI");
-                let answer = if is_http2 { PLAIN_HTTP2 } else { PLAIN_HTTP };
-                let _told_or_gone = tell_plain(&mut stream, answer).await;
+                let _told_or_gone = tell_plain(&mut stream).await;
             }
             let why = "expected TLS, got something else: the peer speaks plaintext";
             return Err(refused(why.to_owned(), false));
@@ -291,8 +286,8 @@ async fn begin(
 }
 
 /// Answers a request in the clear, and reads what is left of it: closing before would take the answer back.
-async fn tell_plain(stream: &mut TcpStream, answer: &[u8]) -> io::Result<()> {
-    stream.write_all(answer).await?;
+async fn tell_plain(stream: &mut TcpStream) -> io::Result<()> {
+    stream.write_all(PLAIN_HTTP).await?;
     stream.shutdown().await?;
     let mut rest = stream.take(PLAIN_BYTES_MAX);
     tokio::io::copy(&mut rest, &mut tokio::io::sink()).await?;
