@@ -12,6 +12,10 @@ BENCH_FLAGS :=
 CHAOS_FLAGS := -q
 CHAOS   := unshare --net --mount --pid --fork --kill-child --mount-proc sh -c 'mkdir -p /run/netns && mount -t tmpfs none /run/netns && exec "$$@"' sh
 
+FUZZ_SECONDS := 60
+FUZZ_TARGETS := $(notdir $(wildcard tests/fuzz/corpus/*))
+HOST = $(shell rustc -vV | sed -n "s/^host: //p")
+
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
 VENV    := .venv
 PYTHON  := $(VENV)/bin/python
@@ -21,11 +25,13 @@ export PROTOC := $(abspath $(PROTOX))
 # With it, tests that need an etcd fail without one instead of saying so and passing.
 export TRAMONTANE_TEST_REQUIRE_ETCD := 1
 
-.PHONY: help serve test tools lint unit system doc chaos fault-tools bench bench-cpu release fmt golden smol clean check-rust packages
+.PHONY: help serve test tools lint unit system doc clients fuzz chaos fault-tools bench bench-cpu release fmt golden smol clean check-rust packages
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 	@echo 'make lint | unit | system | doc    the parts of make test'
+	@echo 'make clients      LangChain, LiteLLM and lm-eval against a server of ours (1 GB of packages)'
+	@echo 'make fuzz         libFuzzer on every parser of foreign bytes, FUZZ_SECONDS each'
 	@echo 'make bench        kernel benchmarks'
 	@echo 'make bench-cpu    ours beside llama.cpp and, by BENCH_FLAGS="--peer-bin ik=DIR", other builds of it'
 	@echo 'make golden       write the golden files again (needs torch and transformers in .venv)'
@@ -58,6 +64,21 @@ system: check-rust $(PROTOX) packages $(VENV)/installed models/smol/config.json
 	# All targets: the same features as in `unit`, so nothing is compiled twice.
 	cargo build --workspace --all-targets --locked
 	$(PYTHON) -m pytest -q tests/system
+
+# Their packages are large, so they are no part of `test`.
+clients: check-rust $(PROTOX) $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements-clients.txt
+	cargo build --workspace --all-targets --locked
+	$(PYTHON) -m pytest -q tests/system/test_clients.py
+
+# Coverage without a sanitizer needs no other compiler: unsafe code is in the kernel crates, which parse nothing.
+fuzz: check-rust $(PROTOX)
+	RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1" \
+	  cargo build --release --locked -p tramontane-fuzz --features libfuzzer --target $(HOST) --target-dir $(TARGET)/fuzz
+	@set -e; for target in $(FUZZ_TARGETS); do echo "== $$target"; mkdir -p $(TARGET)/fuzz/found/$$target; \
+	  TRAMONTANE_FUZZ=$$target $(TARGET)/fuzz/$(HOST)/release/any $(TARGET)/fuzz/found/$$target tests/fuzz/corpus/$$target \
+	  -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=4096 -max_len=65536 -print_final_stats=1 \
+	  -artifact_prefix=$(TARGET)/fuzz/$$target- 2>&1 | grep -E "^==|stat::|ERROR|SUMMARY|Test unit" ; done
 
 # In namespaces of its own: faults hit nobody else, and nothing is left behind.
 chaos: release packages fault-tools $(VENV)/installed

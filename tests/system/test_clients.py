@@ -10,6 +10,9 @@ import openai
 import pytest
 from conftest import ROOT
 
+for package in ["langchain_openai", "litellm", "lm_eval"]:
+    pytest.importorskip(package, reason="`make clients` installs what this needs")
+
 QUESTION = "What is the capital of Poland?"
 ANSWER = "Warsaw"
 
