@@ -1,22 +1,23 @@
 //! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange,
 //! and never speaks to a client.
 
+mod commit;
+
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
 use tramontane_exchange::Exchange;
-use tramontane_grammar::{Matcher, Next};
+use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
 use crate::kv::{BlockPool, pages_needed};
-use crate::masks::{MATCHERS_BYTES_MAX, MaskThreads, NoToken};
+use crate::masks::{MATCHERS_BYTES_MAX, MaskThreads};
 use crate::model_runner::ModelRunner;
-use crate::sampler::{Draw, SampleError, Sampler};
-use crate::scheduler::{Chunk, Plan, Scheduler};
-use crate::sequence::{Sequence, SequenceKey, Sequences, WantedLogits};
+use crate::sampler::Sampler;
+use crate::scheduler::{Plan, Scheduler};
+use crate::sequence::{Sequence, SequenceKey, Sequences};
 use crate::{
     EngineConfig, EngineStats, Error, NewSequence, SequenceEvent, StepReport, SubmitError, batch,
 };
@@ -273,182 +274,6 @@ impl Engine {
     pub fn check_integrity(&self) -> Result<(), String> {
         self.pool
             .check_integrity(self.sequences.values().map(|s| s.table.pages()))
-    }
-
-    /// Takes over what the step computed: rows, tokens, full pages.
-    fn commit(&mut self, plan: &Plan, events: &mut Events, report: &mut StepReport) {
-        let mut logits = std::mem::take(&mut self.logits);
-        let mut rest = logits.as_mut_slice();
-        for chunk in &plan.chunks {
-            let Some(sequence) = self.sequences.get(&chunk.key) else {
-                continue;
-            };
-            let wanted = sequence.wanted_logits(chunk.num_rows);
-            let (rows, others) = rest.split_at_mut(wanted.num_rows() * self.geometry.vocab);
-            rest = others;
-            report.num_rows += chunk.num_rows;
-            report.num_sequences += 1;
-            self.commit_chunk(*chunk, (wanted, rows), events, report);
-        }
-        self.logits = logits;
-    }
-
-    /// One sequence's part of [`Self::commit`]; `rows` are the logits that it wanted.
-    fn commit_chunk(
-        &mut self,
-        chunk: Chunk,
-        (wanted, rows): (WantedLogits, &mut [f32]),
-        events: &mut Events,
-        report: &mut StepReport,
-    ) {
-        let Some(begin) = self.advance(chunk, events) else {
-            return;
-        };
-        let (prompt, sampled) = rows.split_at_mut(wanted.prompt.len() * self.geometry.vocab);
-        let done = self
-            .report_prompt(chunk.key, wanted.prompt, prompt, events)
-            .map_err(NoToken::from)
-            .and_then(|()| self.sample_all(chunk.key, sampled, events, report));
-        match done {
-            Ok(may_go_on) => {
-                self.register(chunk.key, begin);
-                let has_ended = if may_go_on {
-                    self.finish(chunk.key, events)
-                } else {
-                    self.end(chunk.key, FinishReason::Stop, events);
-                    true
-                };
-                report.num_ended += usize::from(has_ended);
-            }
-            Err(error) => {
-                self.has_no_token(chunk.key, &error, events);
-                report.num_ended += 1;
-            }
-        }
-    }
-
-    fn has_no_token(&mut self, key: SequenceKey, error: &NoToken, events: &mut Events) {
-        if let Some(sequence) = self.sequences.get(&key) {
-            tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
-            // What gave such logits must not be found by others.
-            if matches!(error, NoToken::Sample(_)) {
-                sequence.table.forget();
-            }
-        }
-        self.fail(key, error.to_string(), error.is_retryable(), events);
-    }
-
-    /// Counts the rows of a chunk as computed. Returns how many there were before.
-    fn advance(&mut self, chunk: Chunk, events: &mut Events) -> Option<usize> {
-        let sequence = self.sequences.get_mut(&chunk.key)?;
-        let begin = sequence.num_computed;
-        // Guessed tokens count when they have come true.
-        sequence.num_computed = (begin + chunk.num_rows).min(sequence.tokens.len());
-        if !sequence.is_started {
-            sequence.is_started = true;
-            let found = sequence.cached_tokens.unwrap_or(0);
-            let cached_tokens = sequence.usage().cached_tokens;
-            events.push((
-                sequence.id.clone(),
-                SequenceEvent::Started { cached_tokens },
-            ));
-            self.stats.prompt_tokens += sequence.num_prompt() as u64;
-            if self.config.prefix_cache {
-                let looked_up = sequence.num_prompt().max(found as usize);
-                self.stats.prefix_query_tokens += looked_up as u64;
-                self.stats.prefix_hit_tokens += u64::from(found);
-            }
-        }
-        Some(begin)
-    }
-
-    /// Tells how likely the tokens behind `positions` of the prompt were.
-    fn report_prompt(
-        &mut self,
-        key: SequenceKey,
-        positions: Range<usize>,
-        logits: &[f32],
-        events: &mut Events,
-    ) -> Result<(), SampleError> {
-        let Some(sequence) = self
-            .sequences
-            .get_mut(&key)
-            .filter(|_| !positions.is_empty())
-        else {
-            return Ok(());
-        };
-        let n = sequence.params.prompt_logprobs.unwrap_or(0);
-        let mut reported = Vec::with_capacity(positions.len());
-        for (position, row) in positions.zip(logits.chunks_exact(self.geometry.vocab)) {
-            let next = position + 1;
-            let token = (next, sequence.tokens[next]);
-            reported.push(self.sampler.report(row, token, n)?);
-            sequence.next_prompt_logprob = next + 1;
-        }
-        events.push((sequence.id.clone(), SequenceEvent::PromptTokens(reported)));
-        Ok(())
-    }
-
-    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true. False where the
-    /// grammar lets none follow.
-    fn sample_all(
-        &mut self,
-        key: SequenceKey,
-        logits: &mut [f32],
-        events: &mut Events,
-        report: &mut StepReport,
-    ) -> Result<bool, NoToken> {
-        let Some(sequence) = self.sequences.get_mut(&key) else {
-            return Ok(true);
-        };
-        let mut num_true = 0;
-        let mut may_go_on = true;
-        for row in logits.chunks_exact_mut(self.geometry.vocab) {
-            let mut mask = None;
-            let (position, first_output) = (sequence.num_output() as u32, sequence.num_prompt());
-            if let Some(matching) = &mut sequence.matching {
-                let (next, waited) = matching.allowed();
-                self.stats.mask_wait_us += waited.as_micros() as u64;
-                match next? {
-                    Next::OneOf(allowed) => mask = Some(allowed),
-                    Next::Ended => {
-                        may_go_on = false;
-                        break;
-                    }
-                }
-            }
-            let draw = Draw {
-                params: &sequence.params,
-                position,
-                seen: &sequence.seen,
-                eos_ids: &self.config.eos_ids,
-                output: &sequence.tokens[first_output..],
-                mask,
-            };
-            let output = self.sampler.sample(row, draw)?;
-            let id = output.id;
-            sequence.push(id);
-            report.num_sampled += 1;
-            events.push((sequence.id.clone(), SequenceEvent::Token(output)));
-            let has_ended = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-            if has_ended.is_some() {
-                break;
-            }
-            // Whoever finds the next mask does so while others compute.
-            if let Some(matching) = &mut sequence.matching {
-                matching.accept(&[id], &self.masks);
-            }
-            if sequence.draft.get(num_true) != Some(&id) {
-                break;
-            }
-            // The row of this token is already computed.
-            sequence.num_computed += 1;
-            num_true += 1;
-        }
-        self.stats.tokens_guessed += sequence.draft.len() as u64;
-        self.stats.guesses_true += num_true as u64;
-        sequence.learn(num_true);
-        Ok(may_go_on)
     }
 
     /// Lets others find the pages that became full behind token `from`.

@@ -21,7 +21,6 @@ pub mod v1 {
 
 /// Messages, clients and servers of the Open Inference Protocol.
 #[expect(
-    clippy::all,
     clippy::pedantic,
     clippy::allow_attributes,
     clippy::allow_attributes_without_reason,

@@ -11,6 +11,7 @@ mod body;
 mod cluster;
 pub mod config;
 mod constraint;
+mod delta;
 mod dispatch;
 mod error;
 mod events;
@@ -33,6 +34,7 @@ mod run;
 mod running;
 pub mod scaler;
 mod sequence;
+mod served;
 #[doc(hidden)]
 pub mod simulation;
 pub mod tenants;

@@ -23,8 +23,8 @@ use tramontane_types::{FinishReason, Usage};
 use crate::error::ErrorKind;
 use crate::tenants::Tenants;
 use grammars::GrammarCounts;
-pub(crate) use labels::LossReason;
 use labels::{LossLabels, OutcomeLabels, RefusalLabels, RequestLabels, WeightsLabels};
+pub(crate) use labels::{LossReason, Route};
 use tenants::TenantMetrics;
 
 /// Metrics of one router.
@@ -96,34 +96,6 @@ pub(crate) struct Reading {
     pub(crate) versions: usize,
     /// What the compiler of constraints counts.
     pub(crate) grammars: GrammarStats,
-}
-
-/// A door that requests come through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Route {
-    ChatCompletions,
-    Completions,
-    Responses,
-    Tokenize,
-    Detokenize,
-    GrpcGenerate,
-    GrpcGenerateOnce,
-    GrpcModelInfer,
-}
-
-impl Route {
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::ChatCompletions => "chat_completions",
-            Self::Completions => "completions",
-            Self::Responses => "responses",
-            Self::Tokenize => "tokenize",
-            Self::Detokenize => "detokenize",
-            Self::GrpcGenerate => "grpc_generate",
-            Self::GrpcGenerateOnce => "grpc_generate_once",
-            Self::GrpcModelInfer => "grpc_model_infer",
-        }
-    }
 }
 
 /// How an answer ended.

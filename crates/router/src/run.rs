@@ -23,7 +23,6 @@ use crate::admission::Admission;
 use crate::auth::{Auth, Known};
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
-use crate::error::{ApiError, ErrorKind};
 use crate::events::{self, EventLog};
 use crate::hold::Hold;
 use crate::journal::Journal;
@@ -32,6 +31,7 @@ use crate::metrics::{Metrics, Reading};
 use crate::roster::{PulseTasks, Roster};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
+pub use crate::served::ServedModel;
 use crate::tenants::{Quotas, Tenants};
 use crate::worker_link::GrpcConnect;
 use crate::worker_pool::WorkerPool;
@@ -67,35 +67,6 @@ pub struct RouterParts {
     pub workers: Link,
     /// Who starts and ends workers on an operator's word, if anybody does.
     pub scaler: Option<Arc<dyn Scaler>>,
-}
-
-/// The model as clients see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServedModel {
-    /// Its name.
-    pub id: String,
-    /// Other names for it.
-    pub aliases: Vec<String>,
-    /// Longest prompt and answer together, in tokens.
-    pub context_length: u32,
-    /// Token ids are below this.
-    pub vocab: usize,
-}
-
-impl ServedModel {
-    /// Whether `name` names this model; nobody's name does.
-    pub(crate) fn check(&self, name: Option<&str>) -> Result<(), ApiError> {
-        match name {
-            Some(name) if name != self.id && !self.aliases.iter().any(|alias| alias == name) => {
-                let message = format!(
-                    "this server serves the model {}, not the one asked for",
-                    self.id
-                );
-                Err(ApiError::new(ErrorKind::ModelNotFound, message).at("model"))
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 /// What both doors share.

@@ -357,10 +357,12 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+        // Behind what opens the tag: `{%}` opens one and closes none.
+        let inside = &rest[start + 2..];
+        let Some(length) = inside.find("%}") else {
             break;
         };
-        let tag = &rest[start + 2..start + length];
+        let tag = &inside[..length];
         let word = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start + 2]);
         match word {
@@ -369,7 +371,7 @@ fn without_generation_tags(source: &str) -> String {
             _ => out.push_str(tag),
         }
         out.push_str("%}");
-        rest = &rest[start + length + 2..];
+        rest = &inside[length + 2..];
     }
     out.push_str(rest);
     out

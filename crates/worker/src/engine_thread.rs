@@ -4,6 +4,8 @@
 //! dropped [`Generation`] closes its channel, which the thread sees before its next step: the sequence
 //! is aborted and its pages are free. A reader that leaves its channel full loses its sequence.
 
+mod failure;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +23,8 @@ use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, RequestId, TokenOutput, Usage};
 
 use crate::Error;
+
+pub use failure::{GenerationFailure, RefusedSequence};
 
 /// Commands that wait for the running step to end; one more is refused as a full queue.
 pub const COMMANDS_MAX: usize = 1024;
@@ -53,41 +57,6 @@ pub enum GenerationEvent {
     },
     /// It cannot go on here.
     Failed(GenerationFailure),
-}
-
-/// Why a sequence cannot go on here.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum GenerationFailure {
-    /// The engine gave it up.
-    #[error("{message}")]
-    Step {
-        /// What went wrong.
-        message: String,
-        /// Whether another worker may continue it.
-        retryable: bool,
-    },
-    /// Its events were not read.
-    #[error("{EVENTS_MAX} events were not read")]
-    SlowReader,
-    /// The engine is stopping.
-    #[error("the worker is stopping")]
-    Stopped,
-}
-
-/// Why a sequence was not taken.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RefusedSequence {
-    /// The engine refuses it.
-    #[error(transparent)]
-    Engine(#[from] SubmitError),
-    /// The worker takes no new sequences.
-    #[error("the worker is draining")]
-    Draining,
-    /// The engine is stopping.
-    #[error("the worker is stopping")]
-    Stopped,
 }
 
 /// A running sequence. Dropped, it ends the sequence and frees its pages.
@@ -196,7 +165,9 @@ impl EngineHandle {
         if self.running.is_closed() {
             return Err(RefusedSequence::Draining);
         }
-        let capacity = (new.params.max_tokens as usize).min(EVENTS_MAX) + EVENTS_EXTRA;
+        let of_prompt = new.params.prompt_logprobs.map_or(0, |_| new.prompt.len());
+        let of_output = new.params.max_tokens as usize;
+        let capacity = of_output.saturating_add(of_prompt).min(EVENTS_MAX) + EVENTS_EXTRA;
         let (sender, events) = mpsc::channel(capacity);
         let (answer, answered) = oneshot::channel();
         let submission = Submission {

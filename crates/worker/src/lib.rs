@@ -33,6 +33,7 @@ mod server;
 mod severable;
 mod state;
 pub mod status;
+mod watched;
 mod weights;
 
 pub use config::{RoleSet, WorkerConfig, machine_memory};

@@ -129,12 +129,9 @@ impl NodeCollector {
             "Prompt tokens of started sequences",
             stats.prompt_tokens,
         )?;
-        out.counter("tokens_guessed", "Tokens guessed", stats.tokens_guessed)?;
-        out.counter(
-            "guesses_true",
-            "Guessed tokens that came true",
-            stats.guesses_true,
-        )?;
+        let (guessed, came_true) = (stats.tokens_guessed, stats.guesses_true);
+        out.counter("tokens_guessed", "Tokens guessed", guessed)?;
+        out.counter("guesses_true", "Guesses that came true", came_true)?;
         let (asked, found) = (stats.prefix_query_tokens, stats.prefix_hit_tokens);
         out.counter(
             "prefix_query_tokens",

@@ -6,18 +6,15 @@ use std::time::Duration;
 use indicatif::ProgressBar;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tramontane_coordination::{
-    Members, Registration, Roles, Scope, SeenIntent, Store, Version, WorkerRecord, watch_intent,
-    watch_members, watch_placements,
+    Registration, Roles, Scope, Store, Version, WorkerRecord, watch_placements,
 };
 use tramontane_exchange::{ExpertServiceConfig, HostListener, LocalTransport};
 use tramontane_grammar::{Grammars, Vocabulary};
 use tramontane_model::Checkpoint;
-use tramontane_proto::v1;
 use tramontane_runtime::ops::Ops;
 use tramontane_runtime::tls::{Guard, Incoming, Role, Tls};
 use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown, metrics::render};
@@ -32,7 +29,8 @@ use crate::host_socket::BoundSocket;
 use crate::roles::RoleKeeper;
 use crate::server::Services;
 use crate::state::Node;
-use crate::weights::{PeerWeights, WeightStats, WeightsServing};
+use crate::watched::Watched;
+use crate::weights::WeightsServing;
 use crate::{Error, WorkerConfig, device, metrics, peers, registration, roles, server};
 
 /// How long each part may take to stop once nothing is left to do.
@@ -159,43 +157,6 @@ pub async fn run(
     worker.leave(life, &exchange).await;
     drop(bound);
     end.map(|_asked_or_crashed| ())
-}
-
-/// What this worker sees of the cluster.
-#[derive(Debug)]
-struct Watched {
-    members: watch::Receiver<Arc<Members>>,
-    intent: watch::Receiver<Arc<SeenIntent>>,
-}
-
-impl Watched {
-    fn start(store: &Arc<dyn Store>, life: &Life) -> Self {
-        let (store, ended) = (|| Arc::clone(store), || life.ended.clone());
-        Self {
-            members: watch_members(store(), &life.tasks, ended()),
-            intent: watch_intent(store(), &life.tasks, ended()),
-        }
-    }
-
-    /// The checkpoint, with the other members to be asked for what cannot be read here.
-    fn back(
-        &self,
-        parts: &WorkerParts,
-        config: &WorkerConfig,
-        stats: &Arc<WeightStats>,
-        life: &Life,
-    ) -> Arc<Checkpoint> {
-        let checkpoint = &parts.checkpoint;
-        let asker = v1::WeightsAsker {
-            worker_id: config.id.clone(),
-            cluster: config.cluster.clone(),
-            model: checkpoint.fingerprint().to_owned(),
-        };
-        let (members, stats) = (self.members.clone(), Arc::clone(stats));
-        let link = parts.tls.link(Role::Worker);
-        let peers = PeerWeights::new(asker, link, members, stats, life.ended.clone());
-        Arc::new(checkpoint.backed_by(Arc::new(peers)))
-    }
 }
 
 /// Why a worker stops serving when nothing of it is broken.

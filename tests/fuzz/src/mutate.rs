@@ -45,7 +45,7 @@ impl<'a> Mutator<'a> {
     }
 
     /// The next input.
-    pub fn next(&mut self) -> Vec<u8> {
+    pub fn input(&mut self) -> Vec<u8> {
         let mut bytes = self.pick().to_vec();
         for _ in 0..=self.below(4) {
             self.meddle(&mut bytes);

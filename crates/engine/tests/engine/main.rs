@@ -739,7 +739,7 @@ fn a_sequence_that_guesses_ends_where_it_must() {
     let mut bench = Bench::new(limits, None);
     bench.submit(&new);
     bench.run();
-    let (reason, usage) = bench.of(&new).finished.clone().unwrap();
+    let (reason, usage) = bench.of(&new).finished.unwrap();
     assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 4));
     // A stop id ends it also in the midst of guesses that come true.
     let whole = alone(&new, None).ids();
@@ -792,7 +792,7 @@ fn the_prompt_is_reported_as_if_it_had_been_sampled() {
             assert_eq!(bench.of(other).said(), whole.said(), "{name}");
         }
     }
-    let mut resumed = new.clone();
+    let mut resumed = new;
     resumed.prompt.push(whole.tokens[0].id);
     resumed.num_resumed = 1;
     let resumed = alone(&resumed, None);

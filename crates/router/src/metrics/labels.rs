@@ -65,6 +65,34 @@ fn plain(text: &str) -> String {
         .collect()
 }
 
+/// A door that requests come through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Route {
+    ChatCompletions,
+    Completions,
+    Responses,
+    Tokenize,
+    Detokenize,
+    GrpcGenerate,
+    GrpcGenerateOnce,
+    GrpcModelInfer,
+}
+
+impl Route {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "chat_completions",
+            Self::Completions => "completions",
+            Self::Responses => "responses",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
+            Self::GrpcGenerate => "grpc_generate",
+            Self::GrpcGenerateOnce => "grpc_generate_once",
+            Self::GrpcModelInfer => "grpc_model_infer",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -91,8 +91,9 @@ impl Inputs {
 
 /// The product of a shape.
 fn num_elements(shape: &[i64]) -> Option<usize> {
-    let sizes = shape.iter().map(|&size| usize::try_from(size).ok());
-    sizes.fold(Some(1_usize), |product, size| product?.checked_mul(size?))
+    shape.iter().try_fold(1_usize, |product, &size| {
+        product.checked_mul(usize::try_from(size).ok()?)
+    })
 }
 
 fn split(mut raw: &[u8]) -> Option<Vec<Vec<u8>>> {

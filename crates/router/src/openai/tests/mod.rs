@@ -282,6 +282,28 @@ fn prompts_times_answers_are_bounded_and_bodies_are_objects() {
 }
 
 #[test]
+fn the_prompt_is_reported_only_as_a_whole_and_within_a_limit() {
+    let asks = [
+        (
+            json!({ "prompt": "x", "echo": true, "logprobs": 1, "stream": true }),
+            "echo",
+        ),
+        (
+            json!({ "prompt": "x", "prompt_logprobs": 1, "stream": true }),
+            "prompt_logprobs",
+        ),
+        (
+            json!({ "prompt": "x", "prompt_logprobs": 21 }),
+            "prompt_logprobs",
+        ),
+    ];
+    for (body, param) in asks {
+        let error = parse_completion(&body, &served()).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some(param));
+    }
+}
+
+#[test]
 fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
     let table = [
         ("functions", json!([{}])),
@@ -322,24 +344,6 @@ fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
             ErrorKind::Invalid,
             "best_of",
         );
-    }
-    let asks = [
-        (
-            json!({ "prompt": "x", "echo": true, "logprobs": 1, "stream": true }),
-            "echo",
-        ),
-        (
-            json!({ "prompt": "x", "prompt_logprobs": 1, "stream": true }),
-            "prompt_logprobs",
-        ),
-        (
-            json!({ "prompt": "x", "prompt_logprobs": 21 }),
-            "prompt_logprobs",
-        ),
-    ];
-    for (body, param) in asks {
-        let error = parse_completion(&body, &served()).unwrap_err();
-        assert_eq!(error.param.as_deref(), Some(param));
     }
     let harmless = [
         ("tools", json!([])),
