@@ -192,7 +192,32 @@ def test_a_constrained_stream_goes_on_when_its_worker_is_killed(etcd, monkeypatc
         assert had.whole()[:3] == expected, cluster.logs()
         if not has_compiled:
             other = next(name for name in ("w-0", "w-1") if name != victim)
-            run("workers", "cordon", other, "--router", f"127.0.0.1:{cluster.grpc}")
+            run("workers", "cordon", other, "--router", f"127.0.0.1:{cluster.admin}")
             wait_until(lambda: whole() == expected and compiled("w-2"), 60, f"w-2 says the same\n{cluster.logs()}")
     finally:
         cluster.kill()
+
+
+def test_the_same_over_grpc(server, client, proto):
+    """One request type: what HTTP calls `response_format` is `options.constraint` here, and refused with its name."""
+    import grpc
+
+    stub = proto.inference_grpc.InferenceStub(grpc.insecure_channel(server.grpc))
+    worker = proto.worker
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+    request = proto.inference.GenerateRequest(prompt="Say it:")
+    request.options.max_tokens, request.options.seed = 60, 5
+    request.options.constraint.CopyFrom(worker.Constraint(json_schema=json.dumps(schema)))
+    said = stub.GenerateOnce(request, timeout=60).answers[0].text
+    assert json.loads(said)["a"] in ("x", "y")
+    over_http = client.completions.create(
+        model=client.models.list().data[0].id, prompt="Say it:", max_tokens=60, seed=5,
+        extra_body={"structured_outputs": {"json": schema}},
+    )
+    assert over_http.choices[0].text == said
+    for constraint in [worker.Constraint(), worker.Constraint(regex="(")]:
+        request.options.constraint.CopyFrom(constraint)
+        with pytest.raises(grpc.RpcError) as raised:
+            stub.GenerateOnce(request, timeout=60)
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "options.constraint" in raised.value.details()

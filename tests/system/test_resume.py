@@ -144,8 +144,7 @@ def test_the_openai_client_goes_on_and_retries(server):
     assert first == second, "the same answer, not one like it"
     with pytest.raises(openai.UnprocessableEntityError):
         client.chat.completions.create(**{**once, "max_tokens": 21}, extra_headers=key)
-    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0)
-    stranger.chat.completions.create(**{**once, "max_tokens": 21}, extra_headers=key)
+    # Whose keys are whose is a matter of tenants: crates/router/tests/router/auth.rs.
 
 
 ENDLESS = {**STORY, "max_tokens": 1500, "ignore_eos": True}

@@ -121,11 +121,13 @@ def test_a_key_works_until_it_is_revoked(guarded):
 
 def test_operators_need_a_key_of_theirs(guarded):
     def status(key):
-        return run("status", "--router", guarded.grpc, *(["--api-key", key] if key else []), check=False)
+        return run("status", "--router", guarded.admin, *(["--api-key", key] if key else []), check=False)
 
     assert status(guarded.operator).returncode == 0
     for key in [None, guarded.client, "trm_x"]:
         assert status(key).returncode == 1
+    elsewhere = run("status", "--router", guarded.grpc, "--api-key", guarded.operator, check=False)
+    assert elsewhere.returncode == 1 and "no admin API at this port" in elsewhere.stderr
 
 
 def test_a_quota_is_told_in_headers(guarded):

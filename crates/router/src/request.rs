@@ -29,7 +29,7 @@ pub(crate) const PRIORITY_MAX: u32 = 2;
 pub(crate) const COMPLETION_TOKENS_DEFAULT: u32 = 16;
 
 /// What a constraint is called in messages over gRPC.
-const CONSTRAINT_NAME: &str = "options.constraint";
+pub(crate) const CONSTRAINT_NAME: &str = "options.constraint";
 
 /// What to go on from.
 #[derive(Clone, Debug, PartialEq)]

@@ -103,6 +103,11 @@ fn words(status: &Status) -> String {
         // The transport's words are often those of its first cause.
         Some(cause) if cause.to_string() == status.message() => chain(cause),
         Some(cause) => format!("{}: {}", status.message(), chain(cause)),
+        // What a server says of services that it does not have, and nothing else.
+        None if status.code() == Code::Unimplemented => {
+            "there is no admin API at this port, or not this method; it has one of its own, 8002 unless `listen.admin` says otherwise"
+                .to_owned()
+        }
         None => status.message().to_owned(),
     }
 }

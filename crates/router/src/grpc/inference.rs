@@ -8,7 +8,7 @@ use futures::stream::unfold;
 use tonic::{Request, Response, Status};
 use tramontane_proto::v1::inference_server::Inference;
 use tramontane_proto::{finish_reason_to_wire, v1};
-use tramontane_types::FinishReason;
+use tramontane_types::{Constraint, FinishReason};
 
 use super::caller;
 use super::conversation::{call_pieces, calls, conversation};
@@ -21,7 +21,7 @@ use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
 use crate::openai::fingerprint;
-use crate::request::{GenerationRequest, Options, Prompt, prepare};
+use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
 
 /// The service over what both doors share.
@@ -219,7 +219,7 @@ pub(crate) fn generation_request(
 ) -> Result<GenerationRequest, ApiError> {
     use v1::generate_request::Input;
     model.check(Some(message.model.as_str()).filter(|name| !name.is_empty()))?;
-    let mut options = options(message.options.unwrap_or_default());
+    let mut options = options(message.options.unwrap_or_default())?;
     let suffix = message.suffix;
     if !suffix.is_empty() && !matches!(message.input, Some(Input::Prompt(_))) {
         let message = "suffix is only allowed with prompt";
@@ -242,8 +242,13 @@ pub(crate) fn generation_request(
     GenerationRequest::new(vec![prompt], &options, model).map_err(in_options)
 }
 
-fn options(wire: v1::GenerateOptions) -> Options {
-    Options {
+fn options(wire: v1::GenerateOptions) -> Result<Options, ApiError> {
+    let constraint = wire.constraint.map(Constraint::try_from).transpose();
+    let constraint = constraint.map_err(|_no_kind| {
+        let message = format!("{CONSTRAINT_NAME} must be one of its kinds, got none");
+        ApiError::invalid(CONSTRAINT_NAME, message)
+    })?;
+    Ok(Options {
         temperature: wire.temperature,
         top_k: wire.top_k,
         top_p: wire.top_p,
@@ -264,14 +269,17 @@ fn options(wire: v1::GenerateOptions) -> Options {
         n: wire.n,
         bad_words: wire.bad_words,
         priority: wire.priority,
+        constraint_name: constraint.is_some().then_some(CONSTRAINT_NAME),
+        constraint: constraint.map(Arc::new),
         ..Options::default()
-    }
+    })
 }
 
 /// The path of a field of the options, or of the tools.
 fn in_options(error: ApiError) -> ApiError {
     match error.param.as_deref() {
         Some("tools" | "tool_choice") => error.below("chat"),
+        Some(CONSTRAINT_NAME) => error,
         _ => error.below("options"),
     }
 }
