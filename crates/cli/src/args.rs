@@ -261,7 +261,7 @@ pub(crate) struct RouterAddress {
     /// API key of an operator, for routers that ask for one
     #[arg(long, env = "TRAMONTANE_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
-    /// Configuration file (TOML) whose [tls] section names the operator's certificate
+    /// Configuration file (TOML) whose tls section names the operator's certificate
     #[arg(long)]
     pub(crate) config: Option<PathBuf>,
     /// CA of the cluster's certificates

@@ -1,5 +1,5 @@
 //! Who may ask: one layer around every route of both doors, which lets nobody through who is not known, save to
-//! the few paths that are [`PUBLIC`]. A route that somebody adds is closed. Never shows, logs or counts by what a
+//! the few paths that are `PUBLIC`. A route that somebody adds is closed. Never shows, logs or counts by what a
 //! caller sent as a proof.
 
 pub mod config;
