@@ -153,8 +153,7 @@ impl Fetched {
 }
 
 fn client(url: &str) -> reqwest::Result<reqwest::Client> {
-    // Of the process; whoever installed one before has chosen.
-    let _other = rustls::crypto::ring::default_provider().install_default();
+    tramontane_runtime::tls::install_provider();
     let builder = reqwest::Client::builder()
         .redirect(reqwest::redirect::Policy::none())
         .timeout(FETCH_TIMEOUT);

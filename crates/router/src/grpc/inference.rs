@@ -10,19 +10,20 @@ use tramontane_proto::v1::inference_server::Inference;
 use tramontane_proto::{finish_reason_to_wire, v1};
 use tramontane_types::{Constraint, FinishReason};
 
-use super::caller;
 use super::conversation::{call_pieces, calls, conversation};
 use super::deadline::Deadline;
 use super::status::{counted, status};
+use super::{arrived, start};
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
-use crate::constraint;
-use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
 use crate::openai::fingerprint;
 use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
-use crate::run::{App, ServedModel, unix_seconds};
+use crate::run::{App, ServedModel};
+
+/// What names of requests begin with.
+const NAME_PREFIX: &str = "gen-";
 
 /// The service over what both doors share.
 #[derive(Debug)]
@@ -36,27 +37,14 @@ impl InferenceService {
     }
 
     async fn start(&self, request: Request<v1::GenerateRequest>) -> Result<Answer, ApiError> {
-        let caller = caller(&request)?;
-        self.app.dispatcher.knock(&caller)?;
-        let arrival = self.app.dispatcher.arrive(&caller)?;
+        let arrived = arrived(&self.app, &request)?;
         let request = request.into_inner();
-        let answer = AnswerId::unique(unix_seconds());
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
-        let prepared = self.app.dispatcher.prepare(move || {
+        let read = move |answer| {
             let request = generation_request(request, &model)?;
             prepare(request, answer, &tokenizer, &model).map_err(in_message)
-        });
-        let request = answer_name(answer);
-        let name = Name {
-            request,
-            answer,
-            version: None,
-            caller,
-            arrival: Some(arrival),
         };
-        let prepared = prepared.await?;
-        constraint::check(&self.app.grammars, &prepared).await?;
-        self.app.dispatcher.start(prepared, name).await
+        start(&self.app, NAME_PREFIX, arrived, read, |error| error).await
     }
 
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {
@@ -187,7 +175,7 @@ fn responses(
 
 /// The name of a request in logs and answers.
 fn answer_name(id: AnswerId) -> String {
-    format!("gen-{id}")
+    format!("{NAME_PREFIX}{id}")
 }
 
 async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult, ApiError> {

@@ -32,9 +32,15 @@ pub(crate) use open_inference::completion;
 pub(crate) use status::refusal;
 
 use crate::Error;
+use crate::admission::Arrival;
+use crate::answer::Answer;
+use crate::answer_id::AnswerId;
 use crate::auth::{Door, Guard, guard};
+use crate::constraint;
+use crate::dispatch::Name;
 use crate::error::ApiError;
-use crate::run::App;
+use crate::request::PreparedRequest;
+use crate::run::{App, unix_seconds};
 use crate::tenants::Caller;
 
 /// Calls at once on one connection.
@@ -139,6 +145,37 @@ fn limited() -> Server {
 fn caller<T>(request: &Request<T>) -> Result<Caller, ApiError> {
     let caller = request.extensions().get::<Caller>().cloned();
     caller.ok_or_else(ApiError::internal)
+}
+
+/// Who calls, and the place of its request among those that are not understood yet.
+fn arrived<T>(app: &App, request: &Request<T>) -> Result<(Caller, Arrival), ApiError> {
+    let caller = caller(request)?;
+    app.dispatcher.knock(&caller)?;
+    let arrival = app.dispatcher.arrive(&caller)?;
+    Ok((caller, arrival))
+}
+
+/// Starts what a call asks for. `read` makes the request of the answer with this name, where that holds up nobody;
+/// `in_constraint` says in which field of the message a constraint is that nobody can follow.
+async fn start(
+    app: &App,
+    prefix: &str,
+    (caller, arrival): (Caller, Arrival),
+    read: impl FnOnce(AnswerId) -> Result<PreparedRequest, ApiError> + Send + 'static,
+    in_constraint: fn(ApiError) -> ApiError,
+) -> Result<Answer, ApiError> {
+    let answer = AnswerId::unique(unix_seconds());
+    let prepared = app.dispatcher.prepare(move || read(answer)).await?;
+    let checked = constraint::check(&app.grammars, &prepared).await;
+    checked.map_err(in_constraint)?;
+    let name = Name {
+        request: format!("{prefix}{answer}"),
+        answer,
+        version: None,
+        caller,
+        arrival: Some(arrival),
+    };
+    app.dispatcher.start(prepared, name).await
 }
 
 fn reflection(services: &[&str]) -> tonic_reflection::server::Builder<'static> {

@@ -17,18 +17,15 @@ use tramontane_runtime::build_info;
 use tramontane_types::FinishReason;
 
 use self::tensors::{BYTES, Inputs};
-use super::caller;
 use super::deadline::Deadline;
 use super::status::{counted, status};
+use super::{arrived, start};
 use crate::answer::{Answer, Choice};
-use crate::answer_id::AnswerId;
-use crate::constraint;
-use crate::dispatch::Name;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
 use crate::openai::{fingerprint, parse_completion};
 use crate::request::prepare;
-use crate::run::{App, unix_seconds};
+use crate::run::App;
 
 /// The prompts.
 const TEXT_INPUT: &str = "text_input";
@@ -75,9 +72,7 @@ impl OpenInferenceService {
         &self,
         request: Request<oip::ModelInferRequest>,
     ) -> Result<oip::ModelInferResponse, ApiError> {
-        let caller = caller(&request)?;
-        self.app.dispatcher.knock(&caller)?;
-        let arrival = self.app.dispatcher.arrive(&caller)?;
+        let arrived = arrived(&self.app, &request)?;
         let request = request.into_inner();
         self.check(&request.model_name, &request.model_version)?;
         if request.id.len() > ID_BYTES_MAX {
@@ -88,25 +83,13 @@ impl OpenInferenceService {
         let outputs = wanted_outputs(&request)?;
         let (name, id) = (request.model_name.clone(), request.id.clone());
         let is_raw = !request.raw_input_contents.is_empty();
-        let answer = AnswerId::unique(unix_seconds());
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
-        let prepared = self.app.dispatcher.prepare(move || {
+        let read = move |answer| {
             let body = completion(request)?;
             let parsed = parse_completion(&body, &model).map_err(in_tensors)?;
             prepare(parsed.request, answer, &tokenizer, &model).map_err(in_tensors)
-        });
-        let called = Name {
-            request: format!("infer-{answer}"),
-            answer,
-            version: None,
-            caller,
-            arrival: Some(arrival),
         };
-        let prepared = prepared.await?;
-        constraint::check(&self.app.grammars, &prepared)
-            .await
-            .map_err(in_tensors)?;
-        let mut answer = self.app.dispatcher.start(prepared, called).await?;
+        let mut answer = start(&self.app, "infer-", arrived, read, in_tensors).await?;
         let choices = answer.collect().await?;
         let mut response = response(&choices, &answer, &outputs, is_raw);
         (response.model_name, response.id) = (name, id);

@@ -239,7 +239,7 @@ fn tokenizer() -> Arc<Tokenizer> {
 
 /// An HTTP client; the process needs a choice of cryptography for that, though nothing here is encrypted.
 fn client() -> reqwest::Client {
-    let _chosen = rustls::crypto::ring::default_provider().install_default();
+    install_provider();
     reqwest::Client::new()
 }
 
@@ -390,7 +390,6 @@ impl Scene {
         scaler: Option<Arc<dyn Scaler>>,
         tokenizer: Arc<Tokenizer>,
     ) -> Self {
-        install_provider();
         let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let admin = TcpListener::bind("127.0.0.1:0").await.unwrap();
