@@ -110,23 +110,32 @@ async fn connection(
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
+    use tokio::task::JoinHandle;
     use tokio::time::sleep;
     use tramontane_runtime::HELLO_TIMEOUT;
     use tramontane_runtime::tls::Door;
 
     use super::*;
 
-    /// Slowloris: each line of the head comes in time, the head never ends.
-    #[tokio::test(start_paused = true)]
-    async fn a_head_that_never_ends_does_not_keep_its_place() {
+    /// A server of no routes that takes one connection at a time.
+    async fn served() -> (SocketAddr, Doors, JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let doors = Doors::default();
-        let tasks = TaskTracker::new();
         let incoming = Incoming::new(listener, Door::plain("http"));
+        let tasks = TaskTracker::new();
         let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
+        (address, doors, serving)
+    }
+
+    /// Slowloris: each line of the head comes in time, the head never ends.
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_never_ends_does_not_keep_its_place() {
+        let (address, doors, serving) = served().await;
         let client = async {
             let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
             writer
@@ -165,12 +174,7 @@ mod tests {
     /// CVE-2023-44487: requests that are reset as soon as they are sent.
     #[tokio::test]
     async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let doors = Doors::default();
-        let tasks = TaskTracker::new();
-        let incoming = Incoming::new(listener, Door::plain("http"));
-        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
+        let (address, doors, serving) = served().await;
         let (headers, reset, settings) = (1, 3, 4);
         let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         flood.extend(frame(settings, 0, 0, &[]));
@@ -185,7 +189,7 @@ mod tests {
             flood.extend(frame(reset, 0, stream, &[0, 0, 0, 8]));
         }
         let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
-        let writing = tasks.spawn(async move {
+        let writing = TaskTracker::new().spawn(async move {
             let _cut_off = writer.write_all(&flood).await;
             writer
         });
@@ -199,12 +203,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_never_asks_does_not_keep_its_place() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let doors = Doors::default();
-        let tasks = TaskTracker::new();
-        let incoming = Incoming::new(listener, Door::plain("http"));
-        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
+        let (address, doors, serving) = served().await;
         // The begin of HTTP/2's hello: nobody knows yet which version it will be.
         for said in ["", "PRI * HTTP/2.0"] {
             let client = async {
