@@ -94,9 +94,9 @@ class Process:
 class Server(Process):
     """`tramontane serve` on free ports."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, env=None):
         super().__init__(
-            "serve", [BINARY, "serve", "--http-port", "0", "--grpc-port", "0", "--admin-port", "0", *flags]
+            "serve", [BINARY, "serve", "--http-port", "0", "--grpc-port", "0", "--admin-port", "0", *flags], env
         )
         self.url = self.wait_for(r"OpenAI API\s+(http://\S+)/v1").group(1)
         self.grpc = self.wait_for(r"gRPC API\s+(\S+)").group(1)

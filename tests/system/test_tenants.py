@@ -1,9 +1,11 @@
 """Tenants, keys and tokens against real processes: who gets in, who goes first, and what waits for the first worker."""
 
 import concurrent.futures
+import http.server
 import json
 import os
 import pathlib
+import ssl
 import threading
 import time
 import urllib.error
@@ -102,6 +104,52 @@ def test_other_tokens_do_not(guarded, changes):
     assert status == 401, body
     assert headers["www-authenticate"].startswith("Bearer")
     assert token not in json.dumps(body)
+
+
+def test_an_issuers_keys_come_over_https_from_whom_the_machine_trusts(tmp_path):
+    issuer, certs = Issuer(tmp_path), tmp_path / "certs"
+    issuer.write({"RS256": issuer.keys["RS256"]})
+    run("certs", "init", "--dir", certs, "--host", "localhost")
+    asked = []
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = issuer.jwks.read_bytes()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    door = http.server.ThreadingHTTPServer(("localhost", 0), Answers)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs / "clients.pem", certs / "clients-key.pem")
+    door.socket = context.wrap_socket(door.socket, server_side=True)
+    serving = threading.Thread(target=door.serve_forever)
+    serving.start()
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'[auth.jwt]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\njwks_url = "https://localhost:{door.server_port}/jwks.json"\n'
+    )
+    try:
+        trusting = Server("--workers", "1", "--config", config, env={"SSL_CERT_FILE": str(certs / "ca.pem")})
+        wait_until(lambda: ask(trusting.url, key=issuer.token("RS256"))[0] == 200, 30, "the issuer's keys are known")
+        # One that is not known yet is asked for when somebody comes with it.
+        issuer.write(issuer.keys)
+        wait_until(lambda: ask(trusting.url, key=issuer.token("ES256"))[0] == 200, 30, "the new key is known")
+        assert trusting.stop() == 0
+        before = len(asked)
+        doubting = Server("--workers", "1", "--config", config)
+        # Not "no": nobody knows yet.
+        assert ask(doubting.url, key=issuer.token())[0] == 503
+        wait_until(lambda: "issuer's keys are not usable" in doubting.output(), 30, "the log says why")
+        assert len(asked) == before and doubting.stop() == 0
+    finally:
+        door.shutdown()
+        serving.join()
 
 
 def test_a_token_without_a_tenant_is_forbidden(guarded):

@@ -67,6 +67,17 @@ def test_a_call_that_is_required_is_made_and_its_arguments_are_as_the_schema_say
     client.chat.completions.create(**(ASK | {"messages": said, "max_tokens": 8}))
 
 
+def test_only_allowed_tools_are_called(client):
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "clock"}}]}}
+    for seed in range(4):
+        reply = client.chat.completions.create(**ASK, tool_choice=allowed, seed=seed)
+        assert {call.function.name for call in reply.choices[0].message.tool_calls} == {"clock"}
+    tools = [{"type": "function", **t["function"]} for t in TOOLS]
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    response = client.responses.create(model="talking", input="Time?", tools=tools, tool_choice=allowed, max_output_tokens=200)
+    assert {item.name for item in response.output} == {"clock"} and response.tool_choice.mode == "required"
+
+
 def test_responses_call_too(client):
     tools = [{"type": "function"} | t["function"] | {"strict": True} for t in TOOLS]
     response = client.responses.create(

@@ -34,8 +34,6 @@ pub const HOLD_WAIT: Duration = Duration::from_secs(60);
 pub const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Longest time for a request body to arrive.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Open HTTP connections.
-pub const CONNECTIONS_MAX: usize = 16_384;
 /// Longest time for running requests to end after the stop signal.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
 /// Between "not ready" and refusing connections: time for load balancers to look.
@@ -123,7 +121,7 @@ pub struct RouterConfig {
     /// Longest time for a request body to arrive.
     #[serde(with = "duration_text")]
     pub body_timeout: Duration,
-    /// Open HTTP connections.
+    /// Open connections at the HTTP port, and as many at the gRPC port.
     pub connections_max: usize,
     /// Longest drain, from the signal to the end.
     #[serde(with = "duration_text")]
@@ -189,7 +187,7 @@ impl Default for RouterConfig {
             hold_wait: HOLD_WAIT,
             body_bytes_max: BODY_BYTES_MAX,
             body_timeout: BODY_TIMEOUT,
-            connections_max: CONNECTIONS_MAX,
+            connections_max: tramontane_runtime::tls::CONNECTIONS_MAX,
             drain_deadline: DRAIN_DEADLINE,
             unready_grace: UNREADY_GRACE,
             election_ttl: ELECTION_TTL,

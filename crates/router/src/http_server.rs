@@ -1,5 +1,4 @@
-//! Accepts HTTP connections and serves them, within limits on their number, their headers and their
-//! patience. Knows nothing about what is served.
+//! Serves HTTP connections, within limits on their headers and their patience. Knows nothing about what is served.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -9,7 +8,6 @@ use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 use tramontane_runtime::Accepted;
@@ -33,30 +31,16 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
 /// Serves until `doors.refuse`, and then until every connection has ended.
-pub(crate) async fn serve(
-    mut incoming: Incoming,
-    routes: Router,
-    connections_max: usize,
-    doors: Doors,
-) {
+pub(crate) async fn serve(mut incoming: Incoming, routes: Router, doors: Doors) {
     let tasks = TaskTracker::new();
-    let places = Arc::new(Semaphore::new(connections_max));
     let builder = Arc::new(builder());
     loop {
-        let place = tokio::select! {
-            place = Arc::clone(&places).acquire_owned() => place,
-            () = doors.refuse.cancelled() => break,
-        };
-        let Ok(place) = place else { break };
         let stream = tokio::select! {
             accepted = poll_fn(|cx| incoming.poll_accept(cx)) => accepted,
             () = doors.refuse.cancelled() => break,
         };
-        let serving = connection(stream, routes.clone(), Arc::clone(&builder), doors.clone());
-        tasks.spawn(async move {
-            serving.await;
-            drop(place);
-        });
+        let builder = Arc::clone(&builder);
+        tasks.spawn(connection(stream, routes.clone(), builder, doors.clone()));
     }
     drop(incoming);
     tasks.close();
@@ -126,9 +110,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let doors = Doors::default();
-        let incoming = Incoming::new(listener, Door::plain("http"));
+        let incoming = Incoming::new(listener, Door::plain("http")).at_most(1);
         let tasks = TaskTracker::new();
-        let serving = tasks.spawn(serve(incoming, Router::new(), 1, doors.clone()));
+        let serving = tasks.spawn(serve(incoming, Router::new(), doors.clone()));
         (address, doors, serving)
     }
 

@@ -195,16 +195,15 @@ pub async fn run(
     };
     let app = app(config.clone(), (given, known), followed, &doors);
     let health = grpc::Health::new(&app, &background.tasks, &background.stop);
-    let grpc = Incoming::new(grpc, tls.clients_door("grpc"));
+    let grpc = Incoming::new(grpc, tls.clients_door("grpc")).at_most(config.connections_max);
     let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
     let admin = Incoming::new(admin, tls.cluster_door("admin"));
     let (roles, refuse) = (tls.guard(), doors.refuse.clone());
     let roles = tls.has_cluster().then_some(&roles);
     let admin = grpc::serve_admin(admin, &app, roles, refuse, &health)?;
     let http = http_server::serve(
-        Incoming::new(http, tls.clients_door("http")),
+        Incoming::new(http, tls.clients_door("http")).at_most(config.connections_max),
         routes::routes(&app),
-        config.connections_max,
         doors.clone(),
     );
     // Boxed: each is a page of state.

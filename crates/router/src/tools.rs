@@ -25,14 +25,14 @@ pub(crate) enum ToolChoice {
     None,
     /// At least one.
     Required,
-    /// This one.
-    Function(String),
 }
 
 /// What a request says about tools beside which there are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ToolUse {
     pub(crate) choice: ToolChoice,
+    /// The names of those that may be called; all when absent. The model is told of the others too.
+    pub(crate) only: Option<Vec<String>>,
     /// Whether one answer may have several calls.
     pub(crate) parallel: bool,
 }
@@ -41,8 +41,25 @@ impl Default for ToolUse {
     fn default() -> Self {
         Self {
             choice: ToolChoice::default(),
+            only: None,
             parallel: true,
         }
+    }
+}
+
+impl ToolUse {
+    /// One call, of this tool.
+    pub(crate) fn function(name: String) -> Self {
+        Self {
+            choice: ToolChoice::Required,
+            only: Some(vec![name]),
+            parallel: false,
+        }
+    }
+
+    fn allows(&self, tool: &Value) -> bool {
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.iter().any(|name| name == name_of(tool)))
     }
 }
 
@@ -66,18 +83,15 @@ pub(crate) fn check(tools: &[Value], tool_use: &ToolUse) -> Result<(), ApiError>
         );
         return Err(ApiError::invalid("tools", message));
     }
-    let has = |name: &str| tools.iter().any(|tool| name_of(tool) == name);
-    match &tool_use.choice {
-        ToolChoice::Required if tools.is_empty() => Err(ApiError::invalid(
-            "tool_choice",
-            "tool_choice must be none or auto without tools, got required",
-        )),
-        ToolChoice::Function(name) if !has(name) => Err(ApiError::invalid(
-            "tool_choice",
-            "tool_choice must name one of the tools, got another name",
-        )),
-        _ => Ok(()),
+    let refused = |message| Err(ApiError::invalid("tool_choice", message));
+    let has = |name: &String| tools.iter().any(|tool| name_of(tool) == name);
+    if tool_use.only.iter().flatten().any(|name| !has(name)) {
+        return refused("tool_choice must name one of the tools, got another name");
     }
+    if tool_use.choice == ToolChoice::Required && tools.is_empty() {
+        return refused("tool_choice must be none or auto without tools, got required");
+    }
+    Ok(())
 }
 
 /// What follows from the tools of `chat` with this tokenizer. `constraint` is what the text of the answer must look
@@ -122,16 +136,15 @@ fn without_tokens(
     tool_use: &ToolUse,
     constraint: Option<Arc<Constraint>>,
 ) -> Result<PreparedTools, ApiError> {
-    match tool_use.choice {
-        ToolChoice::Auto | ToolChoice::None => Ok(PreparedTools {
-            constraint,
-            ..PreparedTools::default()
-        }),
-        ToolChoice::Required | ToolChoice::Function(_) => {
-            let message = "tool_choice must be none or auto with the served model, which has no tokens for calls";
-            Err(ApiError::new(ErrorKind::Unsupported, message).at("tool_choice"))
-        }
+    if tool_use.choice == ToolChoice::Required || tool_use.only.is_some() {
+        let message =
+            "tool_choice must be none or auto with the served model, which has no tokens for calls";
+        return Err(ApiError::new(ErrorKind::Unsupported, message).at("tool_choice"));
     }
+    Ok(PreparedTools {
+        constraint,
+        ..PreparedTools::default()
+    })
 }
 
 fn name_of(tool: &Value) -> &str {
@@ -149,25 +162,18 @@ fn grammar(
     tokens: CallTokens,
     text: Option<&Constraint>,
 ) -> Result<Option<Arc<Constraint>>, ApiError> {
-    let is_forced = matches!(
-        tool_use.choice,
-        ToolChoice::Required | ToolChoice::Function(_)
-    );
-    let is_free = tool_use.parallel && !chat.tools.iter().any(is_strict);
+    let is_forced = tool_use.choice == ToolChoice::Required;
+    let is_free = tool_use.parallel && tool_use.only.is_none() && !chat.tools.iter().any(is_strict);
     if !is_forced && is_free && text.is_none() {
         return Ok(None);
     }
     let mut rules = String::new();
     rules.push_str(&start(is_forced, text)?);
-    let chosen = chat.tools.iter().filter(|tool| match &tool_use.choice {
-        ToolChoice::Function(name) => name_of(tool) == name,
-        _ => true,
-    });
+    let chosen = chat.tools.iter().filter(|tool| tool_use.allows(tool));
     let tools: Vec<(&str, Value)> = chosen
         .map(|tool| (name_of(tool), schema(tool, is_forced)))
         .collect();
-    let parallel = tool_use.parallel && !matches!(tool_use.choice, ToolChoice::Function(_));
-    write_calls(&mut rules, &tools, tokens, parallel);
+    write_calls(&mut rules, &tools, tokens, tool_use.parallel);
     rules.push_str("WS: /[ \\t\\r\\n]{1,8}/\n");
     if rules.len() > CONSTRAINT_BYTES_MAX {
         let message = format!(

@@ -7,7 +7,7 @@ use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
 use crate::error::ApiError;
 use crate::openai::{MESSAGES_MAX, check_name, role};
 use crate::text::CallDelta;
-use crate::tools::{CALLS_MAX, ToolChoice, ToolUse};
+use crate::tools::{CALLS_MAX, TOOLS_MAX, ToolChoice, ToolUse};
 
 /// A conversation with its tools.
 pub(super) fn conversation(chat: v1::ChatMessages) -> Result<(ChatRequest, ToolUse), ApiError> {
@@ -16,10 +16,8 @@ pub(super) fn conversation(chat: v1::ChatMessages) -> Result<(ChatRequest, ToolU
         let message = format!("chat.messages must have 1 to {MESSAGES_MAX} entries, got {got}");
         return Err(ApiError::invalid("chat.messages", message));
     }
-    let tool_use = ToolUse {
-        choice: tool_choice(chat.tool_choice)?,
-        parallel: chat.parallel_tool_calls.unwrap_or(true),
-    };
+    let parallel = chat.parallel_tool_calls.unwrap_or(true);
+    let tool_use = tool_use(chat.tool_choice.unwrap_or_default(), parallel)?;
     let mut messages = Vec::with_capacity(chat.messages.len());
     for (i, message) in chat.messages.into_iter().enumerate() {
         messages.push(one_message(message, &format!("chat.messages[{i}]"))?);
@@ -76,23 +74,35 @@ fn one_tool(tool: v1::Tool, path: &str) -> Result<Value, ApiError> {
     Ok(json!({ "type": "function", "function": function }))
 }
 
-fn tool_choice(choice: Option<v1::ToolChoice>) -> Result<ToolChoice, ApiError> {
+fn tool_use(choice: v1::ToolChoice, parallel: bool) -> Result<ToolUse, ApiError> {
     use v1::tool_choice::Kind;
-    let mode = match choice.and_then(|choice| choice.kind) {
-        None => return Ok(ToolChoice::Auto),
-        Some(Kind::Function(name)) => return Ok(ToolChoice::Function(name)),
+    let mode = match choice.kind {
+        Some(Kind::Function(name)) => return Ok(ToolUse::function(name)),
         Some(Kind::Mode(mode)) => mode,
+        None => 0,
     };
-    match v1::ToolMode::try_from(mode) {
-        Ok(v1::ToolMode::Unspecified | v1::ToolMode::Auto) => Ok(ToolChoice::Auto),
-        Ok(v1::ToolMode::None) => Ok(ToolChoice::None),
-        Ok(v1::ToolMode::Required) => Ok(ToolChoice::Required),
+    let mode = match v1::ToolMode::try_from(mode) {
+        Ok(v1::ToolMode::Unspecified | v1::ToolMode::Auto) => ToolChoice::Auto,
+        Ok(v1::ToolMode::None) => ToolChoice::None,
+        Ok(v1::ToolMode::Required) => ToolChoice::Required,
         Err(_unknown) => {
             let path = "chat.tool_choice.mode";
             let message = format!("{path} must be a known mode, got {mode}");
-            Err(ApiError::invalid(path, message))
+            return Err(ApiError::invalid(path, message));
         }
+    };
+    let got = choice.allowed.len();
+    if got > TOOLS_MAX || (got > 0 && mode == ToolChoice::None) {
+        let path = "chat.tool_choice.allowed";
+        let rule = format!("at most {TOOLS_MAX} entries, and none with the mode none");
+        let message = format!("{path} must have {rule}, got {got}");
+        return Err(ApiError::invalid(path, message));
     }
+    Ok(ToolUse {
+        choice: mode,
+        only: (got > 0).then_some(choice.allowed),
+        parallel,
+    })
 }
 
 /// New pieces of calls.

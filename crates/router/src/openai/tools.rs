@@ -5,7 +5,9 @@ use tramontane_tokenizer::{FUNCTION_NAME_MAX, ToolCall, is_function_name};
 
 use super::fields::{self, Fields, wrong};
 use crate::error::{ApiError, ErrorKind};
-use crate::tools::{CALLS_MAX, ToolChoice, ToolUse};
+use crate::tools::{CALLS_MAX, TOOLS_MAX, ToolChoice, ToolUse};
+
+const CHOICE: &str = "tool_choice";
 
 /// The tools of a chat: `{"type": "function", "function": {...}}`.
 pub(super) fn chat_tools(body: &Fields<'_>) -> Result<Vec<Value>, ApiError> {
@@ -74,43 +76,93 @@ pub(crate) fn check_name(name: &str, path: &str) -> Result<(), ApiError> {
     Err(ApiError::invalid(path, message))
 }
 
-/// `tool_choice` and `parallel_tool_calls`; a function that must be called is below `function` in a chat.
+/// `tool_choice` and `parallel_tool_calls`; what names a function has it below `function` in a chat.
 pub(super) fn tool_use(body: &Fields<'_>, is_chat: bool) -> Result<ToolUse, ApiError> {
-    Ok(ToolUse {
-        choice: match body.get("tool_choice") {
-            None => ToolChoice::Auto,
-            Some(value) => tool_choice(value, is_chat)?,
-        },
-        parallel: body.boolean("parallel_tool_calls")?.unwrap_or(true),
-    })
-}
-
-fn tool_choice(value: &Value, is_chat: bool) -> Result<ToolChoice, ApiError> {
-    const PATH: &str = "tool_choice";
-    if let Some(word) = value.as_str() {
-        return match word {
-            "auto" => Ok(ToolChoice::Auto),
-            "none" => Ok(ToolChoice::None),
-            "required" => Ok(ToolChoice::Required),
-            _ => {
-                let message =
-                    "tool_choice must be auto, none, required or an object, got another word";
-                Err(ApiError::invalid(PATH, message))
-            }
-        };
+    let parallel = body.boolean("parallel_tool_calls")?.unwrap_or(true);
+    let Some(value) = body.get(CHOICE) else {
+        return Ok(ToolUse {
+            parallel,
+            ..ToolUse::default()
+        });
+    };
+    if value.is_string() {
+        let words = [
+            ("auto", ToolChoice::Auto),
+            ("none", ToolChoice::None),
+            ("required", ToolChoice::Required),
+        ];
+        return Ok(ToolUse {
+            choice: word(value, CHOICE, &words)?,
+            only: None,
+            parallel,
+        });
     }
     if !value.is_object() {
-        return Err(wrong(PATH, "a string or an object", value));
+        return Err(wrong(CHOICE, "a string or an object", value));
     }
-    let choice = Fields::of(value, PATH)?;
-    only_functions(&choice)?;
-    let function = if is_chat {
-        Fields::of(choice.required("function")?, &choice.path("function"))?
+    let choice = Fields::of(value, CHOICE)?;
+    let kind = fields::string(choice.required("type")?, &choice.path("type"))?;
+    if kind != "allowed_tools" {
+        return Ok(ToolUse::function(named(&choice, is_chat)?));
+    }
+    let allowed = if is_chat {
+        Fields::of(choice.required(kind)?, &choice.path(kind))?
     } else {
         choice
     };
-    let name = fields::string(function.required("name")?, &function.path("name"))?;
-    Ok(ToolChoice::Function(name.to_owned()))
+    let modes = [
+        ("auto", ToolChoice::Auto),
+        ("required", ToolChoice::Required),
+    ];
+    Ok(ToolUse {
+        choice: word(allowed.required("mode")?, &allowed.path("mode"), &modes)?,
+        only: Some(allowed_names(&allowed, is_chat)?),
+        parallel,
+    })
+}
+
+/// The choice that a word stands for.
+fn word(value: &Value, path: &str, words: &[(&str, ToolChoice)]) -> Result<ToolChoice, ApiError> {
+    let got = fields::string(value, path)?;
+    if let Some((_, choice)) = words.iter().find(|(word, _)| *word == got) {
+        return Ok(choice.clone());
+    }
+    let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+    let object = if path == CHOICE { " or an object" } else { "" };
+    let message = format!(
+        "{path} must be one of {}{object}, got another word",
+        words.join(", ")
+    );
+    Err(ApiError::invalid(path, message))
+}
+
+/// The functions of a list of them.
+fn allowed_names(allowed: &Fields<'_>, is_chat: bool) -> Result<Vec<String>, ApiError> {
+    let path = allowed.path("tools");
+    let tools = fields::array(allowed.required("tools")?, &path)?;
+    if tools.is_empty() || tools.len() > TOOLS_MAX {
+        let got = tools.len();
+        let message = format!("{path} must have 1 to {TOOLS_MAX} entries, got {got}");
+        return Err(ApiError::invalid(&path, message));
+    }
+    let names = tools.iter().enumerate().map(|(i, tool)| {
+        let tool = Fields::of(tool, &format!("{path}[{i}]"))?;
+        named(&tool, is_chat)
+    });
+    names.collect()
+}
+
+/// The function that an object names.
+fn named(object: &Fields<'_>, is_chat: bool) -> Result<String, ApiError> {
+    only_functions(object)?;
+    let name = |function: &Fields<'_>| {
+        fields::string(function.required("name")?, &function.path("name")).map(str::to_owned)
+    };
+    if is_chat {
+        let path = object.path("function");
+        return name(&Fields::of(object.required("function")?, &path)?);
+    }
+    name(object)
 }
 
 /// The calls of an assistant's message.

@@ -341,6 +341,20 @@ async fn the_choice_of_tools_decides_what_the_model_may_say() {
         text.contains(r#"arguments_0: %json {"type":"object","properties":"#),
         "{text}"
     );
+    let clock = json!([{ "type": "function", "function": { "name": "clock" } }]);
+    for (mode, start) in [
+        ("auto", "start: text | text? calls\n"),
+        ("required", "start: calls\n"),
+    ] {
+        let allowed = json!({ "mode": mode, "tools": clock });
+        ask(json!({ "tool_choice": { "type": "allowed_tools", "allowed_tools": allowed } })).await;
+        let text = grammar(&scene).unwrap();
+        assert!(text.starts_with(start), "{text}");
+        assert!(
+            !text.contains("get_weather") && text.contains("clock") && text.contains("call)*"),
+            "{text}"
+        );
+    }
     ask(json!({ "parallel_tool_calls": false })).await;
     let text = grammar(&scene).unwrap();
     assert!(text.starts_with("start: text | text? calls\n"), "{text}");
@@ -356,6 +370,7 @@ async fn tools_are_refused_by_name_where_they_cannot_be() {
     let demo = Scene::start(config(), vec![storyteller()]).await;
     let talking = scene(false, &TWO_CALLS).await;
     let named = json!({ "type": "function", "function": { "name": "nobody" } });
+    let allowed = |mode, tools| json!({ "type": "allowed_tools", "allowed_tools": { "mode": mode, "tools": tools } });
     let web = json!([{ "type": "web_search" }]);
     let bad_name = json!([{ "type": "function", "function": { "name": "a b" } }]);
     let table = [
@@ -379,6 +394,21 @@ async fn tools_are_refused_by_name_where_they_cannot_be() {
             &talking,
             json!({ "tools": tools(), "tool_choice": 5 }),
             "tool_choice",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": allowed("auto", json!([named])) }),
+            "tool_choice",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": allowed("none", json!([named])) }),
+            "tool_choice.allowed_tools.mode",
+        ),
+        (
+            &talking,
+            json!({ "tools": tools(), "tool_choice": allowed("auto", json!([])) }),
+            "tool_choice.allowed_tools.tools",
         ),
         (&talking, json!({ "tools": web }), "tools[0].type"),
         (

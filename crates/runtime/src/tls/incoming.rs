@@ -11,10 +11,12 @@ use std::time::Duration;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::Stream;
+use tokio_util::sync::PollSemaphore;
 use tonic::transport::server::Connected;
 
 use super::handshake::{HANDSHAKE_TIMEOUT, explained};
@@ -25,6 +27,8 @@ use crate::Accepted;
 
 /// Handshakes at once at one door; further connections wait in the system's queue.
 pub const HANDSHAKES_MAX: usize = 1024;
+/// Open connections of one door, where nobody says otherwise; likewise.
+pub const CONNECTIONS_MAX: usize = 16_384;
 /// Pause when the operating system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First byte of every TLS connection: a handshake record.
@@ -99,6 +103,8 @@ pub struct PeerInfo {
 pub struct Socket {
     stream: Inner,
     peer: PeerInfo,
+    /// Its place among the door's connections.
+    _place: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
@@ -108,15 +114,20 @@ enum Inner {
 }
 
 impl Socket {
-    fn plain(stream: TcpStream, address: SocketAddr) -> Self {
+    fn plain(stream: TcpStream, address: SocketAddr, place: OwnedSemaphorePermit) -> Self {
         let (address, name) = (Some(address), None);
         Self {
             stream: Inner::Plain(stream),
             peer: PeerInfo { address, name },
+            _place: place,
         }
     }
 
-    fn secured(stream: TlsStream<TcpStream>, address: SocketAddr) -> Self {
+    fn secured(
+        stream: TlsStream<TcpStream>,
+        address: SocketAddr,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
         let (_, connection) = stream.get_ref();
         let leaf = connection.peer_certificates().and_then(<[_]>::first);
         let name = leaf.map(|leaf| Arc::new(PeerName::of(leaf)));
@@ -124,6 +135,7 @@ impl Socket {
         Self {
             stream: Inner::Tls(Box::new(stream)),
             peer: PeerInfo { address, name },
+            _place: place,
         }
     }
 }
@@ -141,6 +153,7 @@ impl Connected for Socket {
 pub struct Incoming {
     listener: TcpListener,
     door: Door,
+    places: PollSemaphore,
     handshakes: JoinSet<Result<Socket, Refused>>,
     pause: Option<Pin<Box<Sleep>>>,
     quiet: Quiet,
@@ -156,16 +169,24 @@ struct Refused {
 }
 
 impl Incoming {
-    /// Accepts at `listener`, which must be of the runtime that polls.
+    /// Accepts at `listener`, which must be of the runtime that polls: at most [`CONNECTIONS_MAX`] at once.
     #[must_use]
     pub fn new(listener: TcpListener, door: Door) -> Self {
         Self {
             listener,
             door,
+            places: PollSemaphore::new(Arc::new(Semaphore::new(CONNECTIONS_MAX))),
             handshakes: JoinSet::new(),
             pause: None,
             quiet: Quiet::default(),
         }
+    }
+
+    /// At most so many at once. One that ends, or whose handshake fails, makes room for the next.
+    #[must_use]
+    pub fn at_most(self, connections_max: usize) -> Self {
+        let places = PollSemaphore::new(Arc::new(Semaphore::new(connections_max)));
+        Self { places, ..self }
     }
 
     /// Ready with the next connection.
@@ -188,14 +209,19 @@ impl Incoming {
                 ready!(pause.as_mut().poll(cx));
                 self.pause = None;
             }
+            // Never closed. Given back at once when nobody is there to take it.
+            let Some(place) = ready!(self.places.poll_acquire(cx)) else {
+                return Poll::Pending;
+            };
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((stream, peer)) => {
                     // Without it small events wait for acknowledgements; a socket that refuses is slow, not broken.
                     let _ = stream.set_nodelay(true);
                     let Some(config) = self.door.config() else {
-                        return Poll::Ready(Accepted::new(Socket::plain(stream, peer)));
+                        let socket = Socket::plain(stream, peer, place);
+                        return Poll::Ready(Accepted::new(socket));
                     };
-                    self.handshakes.spawn(secured(stream, peer, config));
+                    self.handshakes.spawn(secured(stream, peer, config, place));
                 }
                 Err(error) => {
                     tracing::warn!(door = self.door.name, %error, "connection not accepted");
@@ -245,13 +271,14 @@ async fn secured(
     stream: TcpStream,
     peer: SocketAddr,
     config: Arc<ServerConfig>,
+    place: OwnedSemaphorePermit,
 ) -> Result<Socket, Refused> {
     let refused = |why: String| Refused {
         peer,
         why,
         looked: false,
     };
-    match timeout(HANDSHAKE_TIMEOUT, begin(stream, peer, config)).await {
+    match timeout(HANDSHAKE_TIMEOUT, begin(stream, peer, config, place)).await {
         Ok(done) => done,
         Err(_elapsed) => Err(refused(format!(
             "no TLS handshake within {HANDSHAKE_TIMEOUT:?}"
@@ -263,6 +290,7 @@ async fn begin(
     mut stream: TcpStream,
     peer: SocketAddr,
     config: Arc<ServerConfig>,
+    place: OwnedSemaphorePermit,
 ) -> Result<Socket, Refused> {
     let refused = |why: String, looked: bool| Refused { peer, why, looked };
     let mut first = [0; 4];
@@ -282,7 +310,7 @@ async fn begin(
     }
     let accepted = TlsAcceptor::from(config).accept(stream).await;
     let stream = accepted.map_err(|error| refused(explained(&error), false))?;
-    Ok(Socket::secured(stream, peer))
+    Ok(Socket::secured(stream, peer, place))
 }
 
 /// Answers a request in the clear, and reads what is left of it: closing before would take the answer back.

@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 pub use access::{Guard, Guarded};
 pub use error::TlsError;
 pub use handshake::HANDSHAKE_TIMEOUT;
-pub use incoming::{Door, HANDSHAKES_MAX, Incoming, PeerInfo, Socket};
+pub use incoming::{CONNECTIONS_MAX, Door, HANDSHAKES_MAX, Incoming, PeerInfo, Socket};
 pub use link::{Link, Opened, is_here};
 pub use name::{BadName, PeerName, Role};
 

@@ -99,9 +99,13 @@ struct Echo {
 
 impl Echo {
     async fn start(door: Door) -> Self {
+        Self::start_for(door, CONNECTIONS_MAX).await
+    }
+
+    async fn start_for(door: Door, connections_max: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let uri = format!("http://{}", listener.local_addr().unwrap());
-        let mut incoming = Incoming::new(listener, door);
+        let mut incoming = Incoming::new(listener, door).at_most(connections_max);
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut open = JoinSet::new();
@@ -258,6 +262,38 @@ async fn one_that_never_begins_a_handshake_holds_up_nobody_and_is_given_up() {
         "{:?}",
         begin.elapsed()
     );
+}
+
+#[tokio::test]
+async fn a_door_has_so_many_places_and_who_leaves_makes_room() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    for is_plain in [true, false] {
+        let (door, link) = if is_plain {
+            (Door::plain("worker"), Tls::default().link(Role::Worker))
+        } else {
+            (worker.cluster_door("worker"), worker.link(Role::Worker))
+        };
+        let door = Echo::start_for(door, 1).await;
+        if !is_plain {
+            // A handshake that fails does not keep the place.
+            door.ask(Tls::default().link(Role::Worker))
+                .await
+                .unwrap_err();
+        }
+        let mut first = door.ask(link.clone()).await.unwrap();
+        let mut second = Box::pin(door.ask(link));
+        for _ in 0..20 {
+            // Time enough for the door to take another one, if it did.
+            tokio::select! {
+                biased;
+                _ = &mut second => panic!("two have the one place"),
+                echoed = echoed(&mut first) => echoed.unwrap(),
+            }
+        }
+        drop(first);
+        second.await.unwrap();
+    }
 }
 
 #[tokio::test]
