@@ -70,11 +70,11 @@ def test_a_call_that_is_required_is_made_and_its_arguments_are_as_the_schema_say
 def test_only_allowed_tools_are_called(client):
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "clock"}}]}}
     for seed in range(4):
-        reply = client.chat.completions.create(**ASK, tool_choice=allowed, seed=seed)
+        reply = client.chat.completions.create(**ASK, tool_choice=allowed, parallel_tool_calls=False, seed=seed)
         assert {call.function.name for call in reply.choices[0].message.tool_calls} == {"clock"}
     tools = [{"type": "function", **t["function"]} for t in TOOLS]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
-    response = client.responses.create(model="talking", input="Time?", tools=tools, tool_choice=allowed, max_output_tokens=200)
+    response = client.responses.create(model="talking", input="Time?", tools=tools, tool_choice=allowed, parallel_tool_calls=False, max_output_tokens=200)
     assert {item.name for item in response.output} == {"clock"} and response.tool_choice.mode == "required"
 
 
