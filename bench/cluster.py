@@ -40,9 +40,9 @@ class Load:
 class Server(Load):
     """Any server process that answers at `health` once it is ready."""
 
-    def __init__(self, name, command, port, health):
+    def __init__(self, name, command, port, health, settings=None):
         super().__init__(f"http://127.0.0.1:{port}")
-        self.process = Process(name, command)
+        self.process = Process(name, command, settings)
         wait_until(lambda: answers(self.url + health, self.process), READY_SECONDS, f"{name} is ready")
 
     def stop(self):

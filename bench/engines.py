@@ -20,6 +20,8 @@ TTFT_STREAMS = 8
 # GGUF formats that stand for ours; where there are two the better one counts.
 GGUF = {"bf16": ["BF16"], "q8": ["Q8_0"], "q4": ["Q4_0", "Q4_K_M"]}
 TOOL_SECONDS = 1800
+# A step for each token, as the peers have it: prompts of random tokens would be guessed well or badly for no reason.
+NO_GUESSES = {"TRAMONTANE_WORKER__LOOKUP_TOKENS": "0"}
 
 
 def served(server, cell):
@@ -43,7 +45,7 @@ class Ours:
         server = Server("serve", [
             BINARY, "serve", "--model", self.model, "--workers", 1, "--threads", self.threads,
             "--weights", weights, "--http-port", port, "--grpc-port", 0, "--admin-port", 0,
-        ], port, "/health/ready")
+        ], port, "/health/ready", NO_GUESSES)
         try:
             server.bench(1, 16, 8)
             return {"http": self.through_http(server, cell)}
@@ -65,7 +67,7 @@ class Ours:
         """One worker with all threads against as many workers with one each; the engine's own step time beside."""
         figures = {}
         for workers, threads in ((1, self.threads), (self.threads, 1)):
-            cluster = Cluster(self.model, weights, workers, threads)
+            cluster = Cluster(self.model, weights, workers, threads, NO_GUESSES)
             try:
                 cluster.bench(1, 16, 8)
                 setting = f"{workers} x {threads}"

@@ -40,6 +40,8 @@ pub const ISLAND_FORM_WAIT: Duration = Duration::from_secs(300);
 /// How long a step of an island may take: the longest prompt chunk takes tenths of a second, pages that are copied to a
 /// newcomer some seconds.
 pub const ISLAND_STEP_DEADLINE: Duration = Duration::from_secs(20);
+/// Tokens of a sequence that are guessed at once on a CPU, where nobody says otherwise: more bring little (docs/perf/lookup.md).
+pub const LOOKUP_TOKENS: usize = 4;
 /// Longest id of a worker or name of a cluster.
 pub const NAME_BYTES_MAX: usize = 128;
 /// What is assumed of a machine that does not say how much memory it has.
@@ -98,7 +100,8 @@ pub struct WorkerConfig {
     /// Whether equal beginnings of prompts share their pages.
     pub prefix_cache: bool,
     /// Most tokens of a sequence that are guessed from what it already says, and checked in one step; 0 guesses none.
-    pub lookup_tokens: usize,
+    /// When absent, [`LOOKUP_TOKENS`] on a CPU and none on a GPU, where nobody has measured it yet.
+    pub lookup_tokens: Option<usize>,
     /// How long the store keeps this worker listed without hearing from it.
     #[serde(with = "duration_text")]
     pub lease_ttl: Duration,
@@ -144,7 +147,7 @@ impl Default for WorkerConfig {
             max_step_rows: engine.max_step_rows,
             max_prefill_chunk: engine.max_prefill_chunk,
             prefix_cache: engine.prefix_cache,
-            lookup_tokens: engine.lookup_tokens,
+            lookup_tokens: None,
             lease_ttl: LEASE_TTL,
             drain_deadline: DRAIN_DEADLINE,
             layer_deadline: LAYER_DEADLINE,
@@ -176,13 +179,9 @@ impl WorkerConfig {
         if let Some((key, got)) = counts.iter().find(|(_, count)| *count == 0) {
             return Err(ConfigError::new(key, "at least 1", got));
         }
-        if self.lookup_tokens > LOOKUP_TOKENS_MAX {
+        if let Some(got) = self.lookup_tokens.filter(|got| *got > LOOKUP_TOKENS_MAX) {
             let rule = format!("at most {LOOKUP_TOKENS_MAX}");
-            return Err(ConfigError::new(
-                "lookup_tokens",
-                &rule,
-                &self.lookup_tokens,
-            ));
+            return Err(ConfigError::new("lookup_tokens", &rule, &got));
         }
         if self.roles.0.experts && self.expert_memory == Some(0) {
             return Err(ConfigError::new(
@@ -317,7 +316,7 @@ impl WorkerConfig {
             max_prefill_chunk: self.max_prefill_chunk,
             num_pages: self.num_pages(geometry),
             prefix_cache: self.prefix_cache,
-            lookup_tokens: self.lookup_tokens,
+            lookup_tokens: self.lookup_tokens.unwrap_or(LOOKUP_TOKENS),
             eos_ids,
             ..EngineConfig::default()
         }

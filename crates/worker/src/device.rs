@@ -112,11 +112,12 @@ fn open_for(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, Stri
     Ok(device)
 }
 
-/// Memory that nobody said is a share of the device's.
+/// Memory that nobody said is a share of the device's. What was only measured on CPUs is off.
 fn take(config: &mut WorkerConfig, device: &dyn Device) {
     let tenth = device.info().memory_bytes / 10;
     config.expert_memory.get_or_insert(EXPERTS_OF_TEN * tenth);
     config.kv_memory.get_or_insert(KV_OF_TEN * tenth);
+    config.lookup_tokens.get_or_insert(0);
 }
 
 /// The device, opened by whoever asks first.
