@@ -5,6 +5,8 @@ import http.server
 import json
 import os
 import pathlib
+import resource
+import socket
 import ssl
 import threading
 import time
@@ -291,3 +293,40 @@ def test_a_request_waits_for_the_first_worker(etcd):
         assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
     assert worker.stop() == 0, worker.output()[-4000:]
     assert router.stop() == 0, router.output()[-4000:]
+
+
+def test_a_thousand_idle_streams_are_cheap(etcd):
+    """Streams that are open and have nothing to say, at a router that was started with few files to open."""
+    http_port, few = free_port(), 256
+    flags = ["--etcd", etcd, "--cluster", "idle", "--http-port", http_port, "--grpc-port", free_port(), "--admin-port", free_port()]
+    router = Process("router", ["sh", "-c", f'ulimit -Sn {few}; exec "$@"', "sh", BINARY, "router", *flags])
+    router.wait_for("router serves")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    body = json.dumps(completion(4, stream=True))
+    request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+
+    def stream():
+        opened = socket.create_connection(("127.0.0.1", http_port), timeout=60)
+        opened.sendall(request.encode())
+        said = b""
+        while b": waiting: " not in said:
+            more = opened.recv(4096)
+            assert more, said
+            said += more
+        return opened
+
+    streams = [stream()]
+    before = resident(router)
+    streams += [stream() for _ in range(1000)]
+    grown = resident(router) - before
+    print(f"1,000 streams: {grown >> 20} MiB")
+    assert grown < 100_000_000
+    for opened in streams:
+        opened.close()
+    assert router.stop() == 0, router.output()[-4000:]
+
+
+def resident(process):
+    """Bytes of memory that a process has."""
+    status = pathlib.Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) << 10

@@ -27,6 +27,7 @@ use clap::{CommandFactory as _, Parser as _};
 
 use args::{Cli, Command};
 use exit::Exit;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// How long a blocking task, such as reading weights, may hold the exit.
 const BLOCKING_MAX: Duration = Duration::from_secs(2);
@@ -34,6 +35,11 @@ const BLOCKING_MAX: Duration = Duration::from_secs(2);
 fn main() -> ExitCode {
     let cli = Cli::parse();
     tramontane_runtime::tls::install_provider();
+    if let Err(error) = allow_open_files() {
+        output::note(&format!(
+            "tramontane: the limit on open files stays as it is: {error}"
+        ));
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();
@@ -87,6 +93,17 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Raises the limit on open files to what the system allows this process: a connection is one, and shells begin with 1024 for
+/// the sake of programs that use `select`.
+fn allow_open_files() -> rustix::io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return Ok(());
+    }
+    let current = limit.maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit })
 }
 
 /// `tramontane ... | head` closes our output; that is no failure.
