@@ -19,7 +19,8 @@ use crate::sampler::Sampler;
 use crate::scheduler::{Plan, Scheduler};
 use crate::sequence::{Sequence, SequenceKey, Sequences};
 use crate::{
-    EngineConfig, EngineStats, Error, NewSequence, SequenceEvent, StepReport, SubmitError, batch,
+    EngineConfig, EngineStats, Error, FailureKind, NewSequence, SequenceEvent, StepReport,
+    SubmitError, batch,
 };
 
 /// Events of a step, in order; those of one sequence are in the order in which they happened.
@@ -246,7 +247,7 @@ impl Engine {
     pub fn fail_running(&mut self, message: &str, events: &mut Events) {
         let running: Vec<_> = self.scheduler.running().iter().copied().collect();
         for key in running {
-            self.fail(key, message.to_owned(), true, events);
+            self.fail(key, message.to_owned(), FailureKind::Step, events);
         }
     }
 
@@ -329,16 +330,16 @@ impl Engine {
         self.num_failures = 0;
         let message = error.with_causes();
         for chunk in &plan.chunks {
-            self.fail(chunk.key, message.clone(), true, events);
+            self.fail(chunk.key, message.clone(), FailureKind::Step, events);
             report.num_ended += 1;
         }
         report.gave_up = Some(error);
         Ok(())
     }
 
-    fn fail(&mut self, key: SequenceKey, message: String, retryable: bool, events: &mut Events) {
+    fn fail(&mut self, key: SequenceKey, message: String, kind: FailureKind, events: &mut Events) {
         if let Some(sequence) = self.remove(key) {
-            events.push((sequence.id, SequenceEvent::Failed { message, retryable }));
+            events.push((sequence.id, SequenceEvent::Failed { message, kind }));
         }
     }
 

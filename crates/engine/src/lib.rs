@@ -25,5 +25,5 @@ mod stats;
 pub use config::EngineConfig;
 pub use engine::Engine;
 pub use error::{Error, SubmitError};
-pub use sequence::{NewSequence, SequenceEvent};
+pub use sequence::{FailureKind, NewSequence, SequenceEvent};
 pub use stats::{EngineStats, StepReport, StepTimes};

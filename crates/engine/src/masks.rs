@@ -13,8 +13,8 @@ use parking_lot::Mutex;
 use tramontane_grammar::{Canceller, MatchError, Matcher, Next};
 use tramontane_types::TokenId;
 
-use crate::Error;
 use crate::sampler::SampleError;
+use crate::{Error, FailureKind};
 
 /// Threads that find masks, of each engine. Few: they take their time from those that compute.
 pub const MASK_THREADS: usize = 2;
@@ -42,8 +42,13 @@ pub(crate) enum MaskError {
 }
 
 impl MaskError {
-    const fn is_retryable(&self) -> bool {
-        matches!(self, Self::Late { .. } | Self::Lost | Self::Full { .. })
+    /// Another worker would find the same of the same tokens, and stand still for as long.
+    const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Match(_) | Self::Late { .. } => FailureKind::Constraint,
+            Self::Full { .. } => FailureKind::Full,
+            Self::Lost => FailureKind::Step,
+        }
     }
 }
 
@@ -54,12 +59,19 @@ pub(crate) enum NoToken {
     Sample(#[from] SampleError),
     #[error(transparent)]
     Mask(#[from] MaskError),
+    /// Beside the constraint there are `ignore_eos`, `min_tokens` and `bad_words`.
+    #[error("no token is left that the grammar and the other parameters allow")]
+    NothingLeft,
 }
 
 impl NoToken {
-    /// Whether the sequence may go on at another worker.
-    pub(crate) const fn is_retryable(&self) -> bool {
-        matches!(self, Self::Mask(error) if error.is_retryable())
+    /// Who may do something about it.
+    pub(crate) const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Sample(_) => FailureKind::Sequence,
+            Self::Mask(error) => error.kind(),
+            Self::NothingLeft => FailureKind::Constraint,
+        }
     }
 }
 

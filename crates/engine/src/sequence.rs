@@ -51,11 +51,24 @@ pub enum SequenceEvent {
     },
     /// The sequence cannot go on here; its pages are free.
     Failed {
-        /// What went wrong, for logs.
+        /// What went wrong: for logs, and for whoever wrote its constraint.
         message: String,
-        /// Whether another worker may continue it.
-        retryable: bool,
+        /// Who may do something about it.
+        kind: FailureKind,
     },
+}
+
+/// Who may do something about a sequence that cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// Another worker may continue it: this one could not compute.
+    Step,
+    /// Another worker may continue it: this one has no room for it, or its threads are taken.
+    Full,
+    /// Whoever wrote its constraint: nobody can go on in it.
+    Constraint,
+    /// Nobody: it cannot be computed here or anywhere.
+    Sequence,
 }
 
 /// Number of a sequence in order of arrival: the order of service, and the reverse of preemption.

@@ -36,6 +36,8 @@ const DESERTIONS_MAX: u32 = 2;
 
 /// The reason in a worker's status for a sequence that no worker can continue.
 const SEQUENCE_FAILED: &str = "SEQUENCE_FAILED";
+/// The reason in a worker's status for a constraint that nobody can go on in.
+const CONSTRAINT_FAILED: &str = "CONSTRAINT_FAILED";
 
 /// What a sequence may cost in time and attempts.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) entry: Entry,
     pub(crate) blocks: PromptBlocks,
     pub(crate) text: AnswerText,
+    /// What the client calls the constraint of its answer.
+    pub(crate) constraint_name: &'static str,
     pub(crate) state: State,
 }
 
@@ -95,6 +99,8 @@ impl fmt::Debug for Run {
 enum Loss {
     /// The request itself is at fault: nobody will take it.
     Refused(String),
+    /// Nobody can go on in the constraint of the sequence, here or anywhere.
+    Constraint(String),
     /// The sequence cannot be computed, here or anywhere.
     Failed,
     /// This worker has no room.
@@ -292,6 +298,12 @@ impl Sequence {
             Loss::Refused(message) if !started => {
                 return Err(ApiError::new(ErrorKind::Invalid, message));
             }
+            Loss::Constraint(message) => {
+                let (request, param) = (self.entry.request_id(), self.constraint_name);
+                tracing::debug!(request, param, message, "a constraint cannot be followed");
+                let message = format!("{param} cannot be followed further: {message}");
+                return Err(ApiError::invalid(param, message));
+            }
             Loss::Failed => return Err(ApiError::internal()),
             Loss::Refused(_) => {
                 self.metrics.lost(LossReason::Refused);
@@ -426,9 +438,12 @@ async fn next_event(
 /// What a worker's status says about trying elsewhere. A dead worker shows as `Unknown` in tonic.
 fn classify(status: &Status) -> Loss {
     match status.code() {
+        Code::InvalidArgument if says(status, CONSTRAINT_FAILED) => {
+            Loss::Constraint(status.message().to_owned())
+        }
         Code::InvalidArgument | Code::OutOfRange => Loss::Refused(status.message().to_owned()),
         Code::ResourceExhausted => Loss::Busy,
-        Code::Internal if says_failed(status) => {
+        Code::Internal if says(status, SEQUENCE_FAILED) => {
             tracing::error!(message = status.message(), "a sequence cannot be computed");
             Loss::Failed
         }
@@ -442,9 +457,9 @@ fn classify(status: &Status) -> Loss {
     }
 }
 
-/// Whether the worker itself says that nobody can go on; the transport has the same code for less.
-fn says_failed(status: &Status) -> bool {
+/// Whether the worker itself says so; the transport has the same codes for less.
+fn says(status: &Status, reason: &str) -> bool {
     status
         .get_details_error_info()
-        .is_some_and(|info| info.reason == SEQUENCE_FAILED)
+        .is_some_and(|info| info.reason == reason)
 }

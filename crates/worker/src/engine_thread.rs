@@ -447,8 +447,8 @@ impl Loop {
             SequenceEvent::Finished { reason, usage } => {
                 GenerationEvent::Finished { reason, usage }
             }
-            SequenceEvent::Failed { message, retryable } => {
-                GenerationEvent::Failed(GenerationFailure::Step { message, retryable })
+            SequenceEvent::Failed { message, kind } => {
+                GenerationEvent::Failed(GenerationFailure::Step { message, kind })
             }
         };
         let is_last = matches!(

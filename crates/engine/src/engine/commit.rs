@@ -10,7 +10,7 @@ use crate::masks::NoToken;
 use crate::sampler::{Draw, SampleError};
 use crate::scheduler::{Chunk, Plan};
 use crate::sequence::{SequenceKey, WantedLogits};
-use crate::{SequenceEvent, StepReport};
+use crate::{FailureKind, SequenceEvent, StepReport};
 
 impl Engine {
     /// Takes over what the step computed: rows, tokens, full pages.
@@ -66,14 +66,20 @@ impl Engine {
     }
 
     fn has_no_token(&mut self, key: SequenceKey, error: &NoToken, events: &mut Events) {
+        let kind = error.kind();
         if let Some(sequence) = self.sequences.get(&key) {
-            tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+            // A constraint is the client's to mend.
+            if kind == FailureKind::Constraint {
+                tracing::debug!(request_id = %sequence.id, %error, "constraint has no next token");
+            } else {
+                tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+            }
             // What gave such logits must not be found by others.
-            if matches!(error, NoToken::Sample(_)) {
+            if matches!(error, NoToken::Sample(SampleError::NotFinite { .. })) {
                 sequence.table.forget();
             }
         }
-        self.fail(key, error.to_string(), error.is_retryable(), events);
+        self.fail(key, error.to_string(), kind, events);
     }
 
     /// Counts the rows of a chunk as computed. Returns how many there were before.
@@ -163,7 +169,13 @@ impl Engine {
                 output: &sequence.tokens[first_output..],
                 mask,
             };
-            let output = self.sampler.sample(row, draw)?;
+            let output = self
+                .sampler
+                .sample(row, draw)
+                .map_err(|error| match error {
+                    SampleError::NoCandidate if mask.is_some() => NoToken::NothingLeft,
+                    _ => error.into(),
+                })?;
             let id = output.id;
             sequence.push(id);
             report.num_sampled += 1;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use tramontane_engine::{EngineConfig, NewSequence, SubmitError};
+use tramontane_engine::{EngineConfig, FailureKind, NewSequence, SubmitError};
 use tramontane_grammar::{GrammarError, Grammars, Matcher, Token, Vocabulary};
 use tramontane_types::{Constraint, FinishReason, SamplingParams, TokenId};
 
@@ -257,13 +257,49 @@ fn a_grammar_without_a_next_token_fails_its_sequence_alone() {
     bench.submit(&good);
     bench.run();
     assert_eq!(text(&bench.of(&dead).ids()), "ab");
-    let (message, retryable) = bench.of(&dead).failed.clone().unwrap();
+    let (message, kind) = bench.of(&dead).failed.clone().unwrap();
     assert!(
         message.contains("no token of the vocabulary goes on"),
         "{message}"
     );
-    assert!(!retryable);
+    assert_eq!(kind, FailureKind::Constraint);
     assert_eq!(bench.of(&good).said(), alone(&good, None).said());
+}
+
+#[test]
+fn parameters_that_leave_no_token_of_the_grammar_are_its_fault_and_cost_no_cached_page() {
+    let limits = EngineConfig {
+        prefix_cache: true,
+        ..config()
+    };
+    let mut bench = Bench::new(limits, None);
+    let first = request("first", prompt(1, 194), greedy(4));
+    // Only the end of the text may follow its begin, and that is ignored.
+    let closed = SamplingParams {
+        constraint: regex("()"),
+        ignore_eos: true,
+        ..greedy(9)
+    };
+    let closed = request("closed", first.prompt.clone(), closed);
+    let later = NewSequence {
+        params: SamplingParams {
+            constraint: regex("()"),
+            min_tokens: 1,
+            ..greedy(9)
+        },
+        ..request("later", first.prompt.clone(), greedy(9))
+    };
+    let again = request("again", first.prompt.clone(), greedy(4));
+    for new in [&first, &closed, &later, &again] {
+        bench.submit(new);
+        bench.run();
+    }
+    for new in [&closed, &later] {
+        let (message, kind) = bench.of(new).failed.clone().unwrap();
+        assert_eq!(kind, FailureKind::Constraint, "{message}");
+        assert!(message.contains("no token is left"), "{message}");
+    }
+    assert_eq!(bench.of(&again).cached_tokens, Some(192));
 }
 
 #[test]

@@ -23,7 +23,9 @@ use tramontane_compute::{
     DType, Error as ComputeError, ExpertJob, ExpertWeights, Experts, HostTensor, KV_PAGE_TOKENS,
     KvFormat, RoutedRows, RowFormat, StepBatch,
 };
-use tramontane_engine::{Engine, EngineConfig, NewSequence, SequenceEvent, SubmitError};
+use tramontane_engine::{
+    Engine, EngineConfig, FailureKind, NewSequence, SequenceEvent, SubmitError,
+};
 use tramontane_exchange::{
     Error as ExchangeError, Exchange, ExchangeConfig, ExpertExchange, LocalTransport, Ticket,
 };
@@ -355,7 +357,7 @@ struct Heard {
     prompt: Vec<TokenOutput>,
     tokens: Vec<TokenOutput>,
     finished: Option<(FinishReason, Usage)>,
-    failed: Option<(String, bool)>,
+    failed: Option<(String, FailureKind)>,
 }
 
 impl Heard {
@@ -453,8 +455,8 @@ impl Bench {
                 }
                 SequenceEvent::Token(token) => heard.tokens.push(token),
                 SequenceEvent::Finished { reason, usage } => heard.finished = Some((reason, usage)),
-                SequenceEvent::Failed { message, retryable } => {
-                    heard.failed = Some((message, retryable));
+                SequenceEvent::Failed { message, kind } => {
+                    heard.failed = Some((message, kind));
                 }
             }
         }
@@ -993,8 +995,9 @@ fn after_too_many_attempts_the_sequences_of_the_step_are_handed_back() {
         bench.step();
         assert_eq!(bench.num_errors, expected);
     }
-    let (message, retryable) = bench.of(&first).failed.clone().unwrap();
-    assert!(retryable && message.contains("layer 1"), "{message}");
+    let (message, kind) = bench.of(&first).failed.clone().unwrap();
+    assert_eq!(kind, FailureKind::Step);
+    assert!(message.contains("layer 1"), "{message}");
     bench.run();
     assert_eq!(bench.of(&second).said(), alone(&second, None).said());
 }
@@ -1017,7 +1020,8 @@ fn all_running_sequences_can_be_handed_back() {
     bench.engine.fail_running("device lost", &mut events);
     bench.hear(events);
     for new in &all[..2] {
-        assert_eq!(bench.of(new).failed, Some(("device lost".to_owned(), true)));
+        let lost = ("device lost".to_owned(), FailureKind::Step);
+        assert_eq!(bench.of(new).failed, Some(lost));
     }
     bench.run();
     assert_eq!(bench.of(&all[2]).said(), alone(&all[2], None).said());
@@ -1262,10 +1266,13 @@ fn logits_that_are_no_numbers_fail_their_sequence_alone_and_are_not_cached() {
     bench.submit(&bad);
     bench.submit(&good);
     bench.run();
-    let (message, retryable) = bench.of(&bad).failed.clone().unwrap();
+    let (message, kind) = bench.of(&bad).failed.clone().unwrap();
     assert_eq!(
-        (message.as_str(), retryable),
-        ("the logit of token 3 is not a number or infinite", false)
+        (message.as_str(), kind),
+        (
+            "the logit of token 3 is not a number or infinite",
+            FailureKind::Sequence
+        )
     );
     assert_eq!(bench.of(&good).said(), alone(&good, None).said());
     let next = request("next", [bad.prompt, vec![5]].concat(), greedy(5));
