@@ -2,8 +2,9 @@
 //! and never speaks to a client.
 
 mod commit;
+mod late;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -13,7 +14,10 @@ use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
 use crate::kv::{BlockPool, pages_needed};
-use crate::masks::{MATCHERS_BYTES_MAX, MaskThreads};
+use crate::masks::{
+    BeforeMask, MASK_STEP_WAIT_MAX, MASK_STEP_WAIT_MIN, MASK_STRAYS_MAX, MATCHERS_BYTES_MAX,
+    MaskThreads, Matching,
+};
 use crate::model_runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{Plan, Scheduler};
@@ -42,6 +46,8 @@ pub struct Engine {
     runner: ModelRunner,
     sampler: Sampler,
     masks: MaskThreads,
+    /// Sequences whose masks were not there when they were to sample.
+    late: BTreeSet<SequenceKey>,
     /// Sequences that had ended when they were submitted: their end is told by the next step.
     ended: Vec<(RequestId, FinishReason, Usage)>,
     /// Failures of the exchange since the last step that was computed.
@@ -66,6 +72,7 @@ impl Engine {
     ) -> Result<Self, Error> {
         config.validate(geometry.vocab)?;
         let pool = BlockPool::new(config.num_pages);
+        let masks = MaskThreads::start(config.masks.clone())?;
         Ok(Self {
             scheduler: Scheduler::new(&config, geometry.sliding_window, pool.clone()),
             runner: ModelRunner::new(&geometry, attention, exchange)?,
@@ -77,7 +84,8 @@ impl Engine {
             next_key: 0,
             pool,
             sampler: Sampler::default(),
-            masks: MaskThreads::start()?,
+            masks,
+            late: BTreeSet::new(),
             ended: Vec::new(),
             num_failures: 0,
             stats: EngineStats::default(),
@@ -113,6 +121,11 @@ impl Engine {
         new: NewSequence,
         matcher: Matcher,
     ) -> Result<(), SubmitError> {
+        self.masks.tend();
+        if self.masks.are_taken() {
+            let limit = MASK_STRAYS_MAX;
+            return Err(SubmitError::MasksSlow { limit });
+        }
         if !self.masks.has_room(matcher.num_bytes()) {
             let limit = MATCHERS_BYTES_MAX;
             return Err(SubmitError::GrammarsFull { limit });
@@ -144,7 +157,8 @@ impl Engine {
                 limit: self.config.num_pages,
             });
         }
-        sequence.matching = matcher.map(|matcher| self.masks.matching(matcher));
+        let bytes = &self.masks.shared().bytes;
+        sequence.matching = matcher.map(|matcher| Matching::new(matcher, bytes));
         let key = SequenceKey(self.next_key);
         self.next_key += 1;
         self.by_id.insert(sequence.id.clone(), key);
@@ -179,6 +193,13 @@ impl Engine {
             return Err(SubmitError::QueueFull { limit });
         }
         Ok(())
+    }
+
+    /// Has `before` be called on its thread before each mask, with the token that it follows: for tests, whose masks would
+    /// be found too fast. Only the first call has an effect.
+    #[doc(hidden)]
+    pub fn before_each_mask(&self, before: BeforeMask) {
+        self.masks.before_each(before);
     }
 
     /// Ends a sequence without an event. Its pages are free when this returns. False when it is not here.
@@ -220,14 +241,17 @@ impl Engine {
             report.num_ended += 1;
         }
         let begin = Instant::now();
+        self.look_for_masks(events, &mut report);
         let plan = self.scheduler.next_step(&mut self.sequences);
         self.stats.preemptions += plan.num_preempted as u64;
         report.num_preempted = plan.num_preempted;
         if plan.chunks.is_empty() {
+            self.wait_for_masks(&plan, &report);
             return Ok(report);
         }
         batch::fill(&mut self.batch, &plan.chunks, &self.sequences);
         report.times.schedule_us = elapsed_us(begin);
+        let begin = Instant::now();
         if let Err(error) = self
             .runner
             .run(&self.batch, &mut self.logits, &mut report.times)
@@ -236,8 +260,9 @@ impl Engine {
             return Ok(report);
         }
         self.num_failures = 0;
+        let patience = begin.elapsed().clamp(MASK_STEP_WAIT_MIN, MASK_STEP_WAIT_MAX);
         let begin = Instant::now();
-        self.commit(&plan, events, &mut report);
+        self.commit(&plan, begin + patience, events, &mut report);
         report.times.sample_us = elapsed_us(begin);
         self.count(&report);
         Ok(report)
@@ -254,7 +279,7 @@ impl Engine {
     /// Gauges and counters as they are now.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        let counts = self.masks.counts();
+        let counts = self.masks.shared();
         EngineStats {
             running: self.scheduler.running().len(),
             waiting: self.scheduler.num_waiting(),

@@ -117,6 +117,8 @@ pub(crate) struct Sequence {
     pub(crate) seen: SeenTokens,
     /// Its place in the grammar of its output, if it has one.
     pub(crate) matching: Option<Matching>,
+    /// Whether its last row is of no use before its mask has come.
+    pub(crate) awaits_mask: bool,
     /// Prompt tokens found in the prefix cache at first admission; `None` before.
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
@@ -145,6 +147,7 @@ impl Sequence {
             keys: PageKeys::new(new.cache_salt),
             seen: SeenTokens::default(),
             matching: None,
+            awaits_mask: false,
             cached_tokens: None,
             is_started: false,
             next_prompt_logprob: first_output,
@@ -307,5 +310,6 @@ impl Sequence {
         self.table.clear();
         self.num_computed = 0;
         self.draft.clear();
+        self.awaits_mask = false;
     }
 }

@@ -131,9 +131,7 @@ impl GenerateError {
                 (Code::Unavailable, reason::STOPPED)
             }
             Self::Refused(RefusedSequence::Engine(error)) => match error {
-                SubmitError::QueueFull { .. } | SubmitError::GrammarsFull { .. } => {
-                    (Code::ResourceExhausted, reason::QUEUE_FULL)
-                }
+                _ if error.is_retryable() => (Code::ResourceExhausted, reason::QUEUE_FULL),
                 SubmitError::Duplicate { .. } => (Code::AlreadyExists, reason::DUPLICATE),
                 _ => (Code::InvalidArgument, reason::INVALID),
             },
