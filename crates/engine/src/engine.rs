@@ -2,7 +2,7 @@
 //! and never speaks to a client.
 
 mod commit;
-mod late;
+mod constrained;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
@@ -10,13 +10,12 @@ use std::time::Instant;
 
 use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
 use tramontane_exchange::Exchange;
-use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
 use crate::kv::{BlockPool, pages_needed};
 use crate::masks::{
-    BeforeMask, MASK_STEP_WAIT_MAX, MASK_STEP_WAIT_MIN, MASK_STRAYS_MAX, MATCHERS_BYTES_MAX,
-    MaskThreads, Matching,
+    BeforeMask, HeldMatcher, MASK_STEP_WAIT_MAX, MASK_STEP_WAIT_MIN, MASK_STRAYS_MAX, MaskThreads,
+    MatcherRoom, Matching,
 };
 use crate::model_runner::ModelRunner;
 use crate::sampler::Sampler;
@@ -111,33 +110,36 @@ impl Engine {
         self.take(new, None)
     }
 
-    /// Queues a sequence whose output is a word of a grammar. `matcher` is behind its resumed tokens. It finishes with
-    /// [`FinishReason::Stop`] where the grammar lets nothing follow, without a token for that.
+    /// The room for the matchers of its sequences.
+    #[must_use]
+    pub fn matcher_room(&self) -> MatcherRoom {
+        self.masks.room.clone()
+    }
+
+    /// Queues a sequence whose output is a word of a grammar. `matcher`, held by [`matcher_room`](Self::matcher_room), is
+    /// behind its resumed tokens. It finishes with [`FinishReason::Stop`] where the grammar lets nothing follow, without a
+    /// token for that.
     ///
     /// # Errors
     /// As those of [`submit`](Self::submit).
     pub fn submit_constrained(
         &mut self,
         new: NewSequence,
-        matcher: Matcher,
+        matcher: HeldMatcher,
     ) -> Result<(), SubmitError> {
         self.masks.tend();
         if self.masks.are_taken() {
             let limit = MASK_STRAYS_MAX;
             return Err(SubmitError::MasksSlow { limit });
         }
-        if !self.masks.has_room(matcher.num_bytes()) {
-            let limit = MATCHERS_BYTES_MAX;
-            return Err(SubmitError::GrammarsFull { limit });
-        }
         self.take(new, Some(matcher))
     }
 
-    fn take(&mut self, new: NewSequence, matcher: Option<Matcher>) -> Result<(), SubmitError> {
+    fn take(&mut self, new: NewSequence, matcher: Option<HeldMatcher>) -> Result<(), SubmitError> {
         self.check(&new)?;
         let mut sequence =
             Sequence::new(new, &self.pool).with_lookup(self.config.lookup_tokens, self.length_max);
-        let is_whole = matcher.as_ref().is_some_and(Matcher::has_ended);
+        let is_whole = matcher.as_ref().is_some_and(HeldMatcher::has_ended);
         let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
         if let Some(reason) = reason.or(is_whole.then_some(FinishReason::Stop)) {
             let usage = sequence.usage();
@@ -157,8 +159,7 @@ impl Engine {
                 limit: self.config.num_pages,
             });
         }
-        let bytes = &self.masks.shared().bytes;
-        sequence.matching = matcher.map(|matcher| Matching::new(matcher, bytes));
+        sequence.matching = matcher.map(Matching::new);
         let key = SequenceKey(self.next_key);
         self.next_key += 1;
         self.by_id.insert(sequence.id.clone(), key);
@@ -241,6 +242,7 @@ impl Engine {
             report.num_ended += 1;
         }
         let begin = Instant::now();
+        self.make_room(events, &mut report);
         self.look_for_masks(events, &mut report);
         let plan = self.scheduler.next_step(&mut self.sequences);
         self.stats.preemptions += plan.num_preempted as u64;
@@ -260,7 +262,9 @@ impl Engine {
             return Ok(report);
         }
         self.num_failures = 0;
-        let patience = begin.elapsed().clamp(MASK_STEP_WAIT_MIN, MASK_STEP_WAIT_MAX);
+        let patience = begin
+            .elapsed()
+            .clamp(MASK_STEP_WAIT_MIN, MASK_STEP_WAIT_MAX);
         let begin = Instant::now();
         self.commit(&plan, begin + patience, events, &mut report);
         report.times.sample_us = elapsed_us(begin);

@@ -5,13 +5,13 @@
 //! What they find depends on a sequence's tokens alone, so who finds it, and when, changes no token.
 
 mod crew;
+mod room;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
-use tramontane_grammar::{Canceller, MatchError, Matcher, Next};
+use tramontane_grammar::{Canceller, MatchError, Next};
 use tramontane_types::TokenId;
 
 use crate::FailureKind;
@@ -20,6 +20,8 @@ use crate::sampler::SampleError;
 pub use crew::BeforeMask;
 pub(crate) use crew::MaskThreads;
 use crew::{Job, Ticket};
+use room::Account;
+pub use room::{HeldMatcher, MatcherRoom};
 
 /// Threads that find masks, of each engine. Few: they take their time from those that compute.
 pub const MASK_THREADS: usize = 2;
@@ -53,6 +55,8 @@ pub struct MaskLimits {
     pub find_max: Duration,
     /// A sequence whose mask waits longer for a thread is handed back.
     pub queue_wait_max: Duration,
+    /// Bytes of all sequences' states in their grammars: beyond it no further sequences are taken, and the largest fail.
+    pub bytes_max: usize,
 }
 
 impl Default for MaskLimits {
@@ -61,6 +65,7 @@ impl Default for MaskLimits {
             relief_after: MASK_RELIEF_AFTER,
             find_max: MASK_FIND_MAX,
             queue_wait_max: MASK_QUEUE_WAIT_MAX,
+            bytes_max: MATCHERS_BYTES_MAX,
         }
     }
 }
@@ -78,8 +83,10 @@ pub(crate) enum MaskError {
     Queue { limit: usize },
     #[error("the thread that looks for the grammar's next tokens has ended")]
     Lost,
-    #[error("all grammars together have more than {limit} bytes")]
-    Full { limit: usize },
+    #[error(
+        "all grammars together have more than {limit} bytes, of which this one has {got}, the most"
+    )]
+    Full { limit: usize, got: usize },
 }
 
 impl MaskError {
@@ -121,11 +128,12 @@ impl NoToken {
 pub(crate) struct Matching {
     place: Place,
     canceller: Canceller,
+    account: Arc<Account>,
 }
 
 #[derive(Debug)]
 enum Place {
-    Here(Held),
+    Here(HeldMatcher),
     Away(Away),
     Broken(MaskError),
 }
@@ -133,27 +141,29 @@ enum Place {
 /// A place that a thread has, or will have.
 #[derive(Debug)]
 struct Away {
-    back: Receiver<Held>,
+    back: Receiver<HeldMatcher>,
     ticket: Arc<Ticket>,
     since: Instant,
 }
 
-/// A place, and what it takes of all that there may be.
-#[derive(Debug)]
-struct Held {
-    matcher: Box<Matcher>,
-    num_bytes: usize,
-    /// Of all sequences.
-    bytes: Arc<AtomicUsize>,
-}
-
 impl Matching {
-    /// A sequence's place, as it was when its grammar was compiled. Its size counts among `bytes`.
-    pub(crate) fn new(matcher: Matcher, bytes: &Arc<AtomicUsize>) -> Self {
+    /// A sequence's place, as it was when its grammar was compiled.
+    pub(crate) fn new(held: HeldMatcher) -> Self {
         Self {
-            canceller: matcher.canceller(),
-            place: Place::Here(Held::new(Box::new(matcher), bytes)),
+            canceller: held.matcher.canceller(),
+            account: Arc::clone(&held.account),
+            place: Place::Here(held),
         }
+    }
+
+    /// What it takes, wherever it is.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.account.num_bytes()
+    }
+
+    /// Counts it as gone, though a thread may have it for some time yet.
+    pub(crate) fn leave_room(&self) {
+        self.account.set(0);
     }
 
     /// Whether the place is here, or comes by `until`; also when it is known that it never will.
@@ -184,7 +194,7 @@ impl Matching {
     /// What may come next. The place is here.
     pub(crate) fn allowed(&mut self) -> Result<Next<'_>, MaskError> {
         match &mut self.place {
-            Place::Here(held) => held.allowed(),
+            Place::Here(held) => Ok(held.matcher.allowed()?),
             Place::Broken(error) => Err(error.clone()),
             Place::Away(_) => Err(MaskError::Lost),
         }
@@ -228,9 +238,7 @@ impl Away {
         let (find_max, wait_max) = (limits.find_max, limits.queue_wait_max);
         match self.ticket.began() {
             Some(began) if began.elapsed() > find_max => Err(MaskError::Late { limit: find_max }),
-            None if self.since.elapsed() > wait_max => {
-                Err(MaskError::NoThread { limit: wait_max })
-            }
+            None if self.since.elapsed() > wait_max => Err(MaskError::NoThread { limit: wait_max }),
             _ => Ok(()),
         }
     }
@@ -239,42 +247,5 @@ impl Away {
 impl Drop for Away {
     fn drop(&mut self) {
         self.ticket.give_up();
-    }
-}
-
-impl Held {
-    fn new(matcher: Box<Matcher>, bytes: &Arc<AtomicUsize>) -> Self {
-        let num_bytes = matcher.num_bytes();
-        bytes.fetch_add(num_bytes, Ordering::Relaxed);
-        Self {
-            matcher,
-            num_bytes,
-            bytes: Arc::clone(bytes),
-        }
-    }
-
-    /// An error is kept by the matcher, and found by whoever asks for the next token.
-    fn go_on(&mut self, id: TokenId) {
-        if self.matcher.accept(id).is_ok() {
-            let _kept = self.matcher.allowed().map(|_| ());
-        }
-        let now = self.matcher.num_bytes();
-        self.bytes.fetch_add(now, Ordering::Relaxed);
-        self.bytes.fetch_sub(self.num_bytes, Ordering::Relaxed);
-        self.num_bytes = now;
-    }
-
-    fn allowed(&mut self) -> Result<Next<'_>, MaskError> {
-        let limit = MATCHERS_BYTES_MAX;
-        if self.bytes.load(Ordering::Relaxed) > limit {
-            return Err(MaskError::Full { limit });
-        }
-        Ok(self.matcher.allowed()?)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.bytes.fetch_sub(self.num_bytes, Ordering::Relaxed);
     }
 }

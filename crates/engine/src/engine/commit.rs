@@ -209,10 +209,13 @@ impl Engine {
                 output: &sequence.tokens[first_output..],
                 mask,
             };
-            let output = self.sampler.sample(row, draw).map_err(|error| match error {
-                SampleError::NoCandidate if mask.is_some() => NoToken::NothingLeft,
-                _ => error.into(),
-            })?;
+            let output = self
+                .sampler
+                .sample(row, draw)
+                .map_err(|error| match error {
+                    SampleError::NoCandidate if mask.is_some() => NoToken::NothingLeft,
+                    _ => error.into(),
+                })?;
             let id = output.id;
             sequence.push(id);
             report.num_sampled += 1;

@@ -2,7 +2,7 @@
 //! replaced, and ends when it is done.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tramontane_types::TokenId;
 
 use super::{
-    Held, MASK_QUEUE_MAX, MASK_STRAYS_MAX, MASK_THREADS, MATCHERS_BYTES_MAX, MaskError, MaskLimits,
+    HeldMatcher, MASK_QUEUE_MAX, MASK_STRAYS_MAX, MASK_THREADS, MaskError, MaskLimits, MatcherRoom,
 };
 use crate::Error;
 
@@ -33,6 +33,7 @@ pub(crate) struct MaskThreads {
     shared: Arc<Shared>,
     /// Rings when a mask was found.
     bell: Receiver<()>,
+    pub(crate) room: MatcherRoom,
     pub(crate) limits: MaskLimits,
 }
 
@@ -41,8 +42,6 @@ pub(crate) struct Shared {
     /// Masks that were found or not.
     pub(crate) masks: AtomicU64,
     pub(crate) mask_us: AtomicU64,
-    /// Of the states of all sequences.
-    pub(crate) bytes: Arc<AtomicUsize>,
     bell: SyncSender<()>,
     before: OnceLock<BeforeMask>,
 }
@@ -70,10 +69,10 @@ pub(super) struct Ticket {
 
 #[derive(Debug)]
 pub(super) struct Job {
-    pub(super) held: Held,
+    pub(super) held: HeldMatcher,
     pub(super) id: TokenId,
     pub(super) ticket: Arc<Ticket>,
-    pub(super) done: SyncSender<Held>,
+    pub(super) done: SyncSender<HeldMatcher>,
 }
 
 impl MaskThreads {
@@ -89,11 +88,11 @@ impl MaskThreads {
             shared: Arc::new(Shared {
                 masks: AtomicU64::new(0),
                 mask_us: AtomicU64::new(0),
-                bytes: Arc::default(),
                 bell: ring,
                 before: OnceLock::new(),
             }),
             bell,
+            room: MatcherRoom::new(limits.bytes_max),
             limits,
         };
         for _ in 0..MASK_THREADS {
@@ -163,12 +162,6 @@ impl MaskThreads {
         let _rang = self.bell.recv_timeout(limit);
     }
 
-    /// Whether there is room for one more place of this size.
-    pub(crate) fn has_room(&self, num_bytes: usize) -> bool {
-        let held = self.shared.bytes.load(Ordering::Relaxed);
-        held.saturating_add(num_bytes) <= MATCHERS_BYTES_MAX
-    }
-
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
@@ -234,7 +227,11 @@ impl Job {
         if let Some(before) = shared.before.get() {
             before(self.id);
         }
-        self.held.go_on(self.id);
+        // An error is kept by the matcher, and found by whoever asks for the next token.
+        if self.held.matcher.accept(self.id).is_ok() {
+            let _kept = self.held.matcher.allowed().map(|_| ());
+        }
+        self.held.count();
         let took = began.elapsed().as_micros() as u64;
         shared.masks.fetch_add(1, Ordering::Relaxed);
         shared.mask_us.fetch_add(took, Ordering::Relaxed);
@@ -260,7 +257,6 @@ impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared")
             .field("masks", &self.masks)
-            .field("bytes", &self.bytes)
             .finish_non_exhaustive()
     }
 }

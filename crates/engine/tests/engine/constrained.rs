@@ -302,6 +302,70 @@ fn parameters_that_leave_no_token_of_the_grammar_are_its_fault_and_cost_no_cache
     assert_eq!(bench.of(&again).cached_tokens, Some(192));
 }
 
+/// How large the state of a sequence is at its begin, and at the end of what it says.
+fn sizes(new: &NewSequence) -> (usize, usize) {
+    let mut matcher = matcher(new).unwrap();
+    let begin = matcher.num_bytes();
+    for id in alone(new, None).ids() {
+        matcher.accept(id).unwrap();
+        matcher.allowed().unwrap();
+    }
+    (begin, matcher.num_bytes())
+}
+
+#[test]
+fn where_grammars_grow_too_large_the_largest_fails_and_the_others_go_on() {
+    let endless = |name, constraint| {
+        let params = SamplingParams {
+            constraint,
+            ignore_eos: true,
+            ..greedy(300)
+        };
+        request(name, prompt(1, 5), params)
+    };
+    let array = r#"{ "type": "array", "items": { "enum": [1, 2] }, "minItems": 10000 }"#;
+    let large = endless(
+        "large",
+        Some(Arc::new(Constraint::JsonSchema(array.into()))),
+    );
+    let small = endless("small", regex("(ab|cd)*"));
+    let ((large_begin, large_end), (small_begin, small_end)) = (sizes(&large), sizes(&small));
+    let (growth, other) = (large_end - large_begin, small_end - small_begin);
+    assert!(growth > 4 * other && large_begin + growth / 2 > small_end);
+    let mut limits = config();
+    limits.masks.bytes_max = large_begin + small_begin + growth / 2;
+    let mut bench = Bench::new(limits, None);
+    bench.submit(&small);
+    bench.submit(&large);
+    let third = bench.engine.matcher_room().hold(matcher(&large).unwrap());
+    assert!(matches!(third, Err(SubmitError::GrammarsFull { .. })));
+    bench.run();
+    let (message, kind) = bench.of(&large).failed.clone().unwrap();
+    assert_eq!(kind, FailureKind::Full, "{message}");
+    assert_eq!(bench.of(&small).said(), alone(&small, None).said());
+    // All of it was given back.
+    assert!(
+        bench
+            .engine
+            .matcher_room()
+            .hold(matcher(&large).unwrap())
+            .is_ok()
+    );
+}
+
+#[test]
+fn a_matcher_takes_room_from_when_it_is_made_until_it_is_dropped() {
+    let new = constrained().remove(0);
+    let mut limits = config();
+    limits.masks.bytes_max = matcher(&new).unwrap().num_bytes();
+    let room = Bench::new(limits, None).engine.matcher_room();
+    let first = room.hold(matcher(&new).unwrap()).unwrap();
+    let error = room.hold(matcher(&new).unwrap()).unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+    drop(first);
+    assert!(room.hold(matcher(&new).unwrap()).is_ok());
+}
+
 #[test]
 fn an_aborted_sequence_leaves_its_mask_behind_and_the_others_go_on() {
     let all = constrained();

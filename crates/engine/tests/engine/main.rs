@@ -424,8 +424,8 @@ impl Bench {
             None => self.engine.submit(new.clone()).unwrap(),
             Some(_) => {
                 let matcher = constrained::matcher(new).unwrap();
-                let submitted = self.engine.submit_constrained(new.clone(), matcher);
-                submitted.unwrap();
+                let held = self.engine.matcher_room().hold(matcher).unwrap();
+                self.engine.submit_constrained(new.clone(), held).unwrap();
             }
         }
     }

@@ -1,11 +1,11 @@
-//! Sequences whose masks were not there when they were to sample: they keep their pages and get no rows until their masks have
-//! come. The others do not wait for them.
+//! What constraints do to the steps. A sequence whose mask was not there when it was to sample keeps its pages and gets no rows
+//! until it has come: the others do not wait for it. Where the grammars of all have grown too large, the largest go.
 
 use std::time::Instant;
 
 use super::{Engine, Events, elapsed_us};
 use crate::StepReport;
-use crate::masks::{MASK_STEP_WAIT_MAX, NoToken};
+use crate::masks::{MASK_STEP_WAIT_MAX, MaskError, NoToken};
 use crate::scheduler::Plan;
 use crate::sequence::SequenceKey;
 
@@ -42,6 +42,27 @@ impl Engine {
                     report.num_ended += 1;
                 }
             }
+        }
+    }
+
+    /// Fails the sequences whose grammars have grown the most, until all together have room.
+    pub(super) fn make_room(&mut self, events: &mut Events, report: &mut StepReport) {
+        let limit = self.masks.room.limit();
+        while self.masks.room.excess() > 0 {
+            let sizes = self.sequences.iter().filter_map(|(key, sequence)| {
+                let num_bytes = sequence.matching.as_ref()?.num_bytes();
+                (num_bytes > 0).then_some((num_bytes, *key))
+            });
+            // What is left belongs to nobody who could go.
+            let Some((got, key)) = sizes.max() else {
+                return;
+            };
+            if let Some(matching) = self.sequences.get(&key).and_then(|s| s.matching.as_ref()) {
+                matching.leave_room();
+            }
+            let error = MaskError::Full { limit, got };
+            self.has_no_token(key, &error.into(), events);
+            report.num_ended += 1;
         }
     }
 
