@@ -141,7 +141,7 @@ impl Engine {
             Sequence::new(new, &self.pool).with_lookup(self.config.lookup_tokens, self.length_max);
         let is_whole = matcher.as_ref().is_some_and(HeldMatcher::has_ended);
         let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-        if let Some(reason) = reason.or(is_whole.then_some(FinishReason::Stop)) {
+        if let Some(reason) = is_whole.then_some(FinishReason::Stop).or(reason) {
             let usage = sequence.usage();
             self.ended.push((sequence.id, reason, usage));
             return Ok(());

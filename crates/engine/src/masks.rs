@@ -200,9 +200,18 @@ impl Matching {
         }
     }
 
-    /// Goes on by a token that was sampled as [`allowed`](Self::allowed) says, and finds what comes then, while others
-    /// compute.
-    pub(crate) fn accept(&mut self, id: TokenId, threads: &MaskThreads) {
+    /// Whether the text is whole and nothing may follow. The place is here.
+    pub(crate) fn has_ended(&self) -> Result<bool, MaskError> {
+        match &self.place {
+            Place::Here(held) => Ok(held.has_ended()),
+            Place::Broken(error) => Err(error.clone()),
+            Place::Away(_) => Err(MaskError::Lost),
+        }
+    }
+
+    /// Goes on by a token that was sampled as [`allowed`](Self::allowed) says, and finds what may come then if
+    /// `finds_mask`, while others compute.
+    pub(crate) fn accept(&mut self, id: TokenId, finds_mask: bool, threads: &MaskThreads) {
         let (done, back) = sync_channel(1);
         let ticket = Arc::new(Ticket::default());
         let away = Away {
@@ -215,6 +224,7 @@ impl Matching {
                 let job = Job {
                     held,
                     id,
+                    finds_mask,
                     ticket,
                     done,
                 };

@@ -119,6 +119,8 @@ pub(crate) struct Sequence {
     pub(crate) matching: Option<Matching>,
     /// Whether its last row is of no use before its mask has come.
     pub(crate) awaits_mask: bool,
+    /// Whether it has all its tokens, and only waits to know how it ends: without rows, pages or a place.
+    pub(crate) is_full: bool,
     /// Prompt tokens found in the prefix cache at first admission; `None` before.
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
@@ -148,6 +150,7 @@ impl Sequence {
             seen: SeenTokens::default(),
             matching: None,
             awaits_mask: false,
+            is_full: false,
             cached_tokens: None,
             is_started: false,
             next_prompt_logprob: first_output,

@@ -272,15 +272,17 @@ impl Sequence {
         self.state.finished = true;
     }
 
-    /// The end of a sequence whose worker was lost between the last token and saying so.
+    /// The end of a sequence whose worker was lost between the last token and saying so. Whether a constrained one is whole
+    /// with its last token only a worker knows.
     fn already_ended(&mut self) -> Option<Delta> {
         let sampled = self.entry.sampled();
         let last = *sampled.last()?;
         if self.text.is_end(last) {
             return Some(self.finish(FinishReason::Stop));
         }
-        let is_full = sampled.len() >= self.entry.params().max_tokens as usize;
-        is_full.then(|| self.finish(FinishReason::Length))
+        let params = self.entry.params();
+        let is_full = sampled.len() >= params.max_tokens as usize;
+        (is_full && params.constraint.is_none()).then(|| self.finish(FinishReason::Length))
     }
 
     fn lose_run(&mut self, loss: Loss) -> Result<(), ApiError> {

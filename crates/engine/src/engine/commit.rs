@@ -13,6 +13,8 @@ use crate::scheduler::{Chunk, Plan};
 use crate::sequence::{SequenceKey, WantedLogits};
 use crate::{EngineStats, FailureKind, SequenceEvent, StepReport};
 
+const STOP: Option<FinishReason> = Some(FinishReason::Stop);
+
 /// How a sequence came out of a step.
 #[derive(Clone, Copy, Debug)]
 enum Sampled {
@@ -20,6 +22,8 @@ enum Sampled {
     Open,
     /// It ends: its grammar lets nothing follow.
     Whole,
+    /// It ends: it has all the tokens it may have. Whether its text is whole is not known yet.
+    Full,
     /// It could not sample: its mask is not there yet.
     Late,
 }
@@ -87,6 +91,7 @@ impl Engine {
                         self.end(chunk.key, FinishReason::Stop, events);
                         true
                     }
+                    Sampled::Full => self.close(chunk.key, until, events),
                     Sampled::Late => {
                         self.await_mask(chunk.key);
                         false
@@ -220,13 +225,14 @@ impl Engine {
             sequence.push(id);
             report.num_sampled += 1;
             events.push((sequence.id.clone(), SequenceEvent::Token(output)));
-            let has_ended = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-            if has_ended.is_some() {
-                break;
-            }
+            let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
             // Whoever finds the next mask does so while others compute.
-            if let Some(matching) = &mut sequence.matching {
-                matching.accept(id, &self.masks);
+            if let Some(matching) = sequence.matching.as_mut().filter(|_| reason != STOP) {
+                matching.accept(id, reason.is_none(), &self.masks);
+                sampled = reason.map_or(Sampled::Open, |_length| Sampled::Full);
+            }
+            if reason.is_some() {
+                break;
             }
             if sequence.draft.get(num_true) != Some(&id) {
                 break;

@@ -3,9 +3,11 @@
 
 use std::time::Instant;
 
+use tramontane_types::FinishReason;
+
 use super::{Engine, Events, elapsed_us};
 use crate::StepReport;
-use crate::masks::{MASK_STEP_WAIT_MAX, MaskError, NoToken};
+use crate::masks::{MASK_STEP_WAIT_MAX, MaskError, Matching, NoToken};
 use crate::scheduler::Plan;
 use crate::sequence::SequenceKey;
 
@@ -15,6 +17,36 @@ impl Engine {
         if let Some(sequence) = self.sequences.get_mut(&key) {
             sequence.awaits_mask = true;
             self.late.insert(key);
+        }
+    }
+
+    /// Ends a sequence that has all the tokens it may have: by `stop` where its grammar lets nothing follow, which a thread
+    /// finds out. False where that is not known by `until`; then it ends later.
+    pub(super) fn close(&mut self, key: SequenceKey, until: Instant, events: &mut Events) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&key) else {
+            return false;
+        };
+        let began = Instant::now();
+        let has_come = sequence.matching.as_mut().is_none_or(|m| m.comes_by(until));
+        self.stats.mask_wait_us += elapsed_us(began);
+        if has_come {
+            self.end_full(key, events);
+            return true;
+        }
+        // Its pages and its place serve others meanwhile.
+        sequence.clear_pages();
+        self.scheduler.remove(key);
+        sequence.is_full = true;
+        self.await_mask(key);
+        false
+    }
+
+    fn end_full(&mut self, key: SequenceKey, events: &mut Events) {
+        let matching = self.sequences.get(&key).and_then(|s| s.matching.as_ref());
+        match matching.map_or(Ok(false), Matching::has_ended) {
+            Ok(true) => self.end(key, FinishReason::Stop, events),
+            Ok(false) => self.end(key, FinishReason::Length, events),
+            Err(error) => self.has_no_token(key, &error.into(), events),
         }
     }
 
@@ -33,6 +65,10 @@ impl Engine {
                 continue;
             };
             match matching.has_come(&self.masks.limits) {
+                Ok(true) if sequence.is_full => {
+                    self.end_full(key, events);
+                    report.num_ended += 1;
+                }
                 Ok(true) => sequence.awaits_mask = false,
                 Ok(false) => {
                     self.late.insert(key);

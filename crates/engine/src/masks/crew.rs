@@ -71,6 +71,8 @@ pub(super) struct Ticket {
 pub(super) struct Job {
     pub(super) held: HeldMatcher,
     pub(super) id: TokenId,
+    /// Nothing follows the last token, whatever may.
+    pub(super) finds_mask: bool,
     pub(super) ticket: Arc<Ticket>,
     pub(super) done: SyncSender<HeldMatcher>,
 }
@@ -228,12 +230,13 @@ impl Job {
             before(self.id);
         }
         // An error is kept by the matcher, and found by whoever asks for the next token.
-        if self.held.matcher.accept(self.id).is_ok() {
+        if self.held.matcher.accept(self.id).is_ok() && self.finds_mask {
             let _kept = self.held.matcher.allowed().map(|_| ());
         }
         self.held.count();
         let took = began.elapsed().as_micros() as u64;
-        shared.masks.fetch_add(1, Ordering::Relaxed);
+        let num_masks = u64::from(self.finds_mask);
+        shared.masks.fetch_add(num_masks, Ordering::Relaxed);
         shared.mask_us.fetch_add(took, Ordering::Relaxed);
         // The sequence may have ended meanwhile, and nobody may be waiting.
         let _gone = self.done.try_send(self.held);

@@ -225,6 +225,52 @@ fn it_ends_where_nothing_may_follow_or_the_model_says_so() {
 }
 
 #[test]
+fn a_text_that_is_whole_with_its_last_token_stops_and_one_that_could_go_on_is_cut() {
+    let of = |constraint, max_tokens| {
+        let params = SamplingParams {
+            constraint,
+            ..greedy(max_tokens)
+        };
+        request("a", prompt(1, 5), params)
+    };
+    let whole = alone(&of(regex("[0-9]{4}"), 40), None);
+    assert_eq!(whole.finished.unwrap().0, FinishReason::Stop);
+    let num_tokens = whole.tokens.len() as u32;
+    let exact = alone(&of(regex("[0-9]{4}"), num_tokens), None);
+    assert_eq!(exact.said(), whole.said());
+    let reason = |constraint, max_tokens| {
+        let heard = alone(&of(constraint, max_tokens), None);
+        assert_eq!(heard.tokens.len() as u32, max_tokens);
+        heard.finished.unwrap().0
+    };
+    assert_eq!(
+        reason(regex("[0-9]{4}"), num_tokens - 1),
+        FinishReason::Length
+    );
+    assert_eq!(reason(regex("[0-9]*"), num_tokens), FinishReason::Length);
+    // Also on the worker that is only asked how it ended, and where the pages are full.
+    let mut resumed = of(regex("[0-9]{4}"), num_tokens);
+    resumed.prompt.extend(whole.ids());
+    resumed.num_resumed = whole.tokens.len();
+    let ended = alone(&resumed, None);
+    assert_eq!(ended.finished, whole.finished);
+    assert_eq!(ended.tokens.len(), 0);
+    let limits = EngineConfig {
+        num_pages: 1,
+        ..config()
+    };
+    let mut bench = Bench::new(limits, None);
+    // Four tokens, whoever writes them, and the last of the page.
+    let mut last = of(regex("elst"), 40);
+    last.prompt = prompt(1, 60);
+    bench.submit(&last);
+    bench.run();
+    let heard = bench.of(&last);
+    let (reason, usage) = heard.finished.unwrap();
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Stop, 4));
+}
+
+#[test]
 fn bias_does_not_open_what_the_grammar_closes_and_log_probabilities_are_raw() {
     let params = SamplingParams {
         logit_bias: (0..40)

@@ -61,3 +61,29 @@ async fn a_constraint_that_cannot_be_followed_further_is_the_clients_to_mend() {
     assert_eq!(num_seen(&scene), 2);
     scene.end().await;
 }
+
+#[tokio::test]
+async fn whether_the_last_token_completed_the_text_is_asked_of_a_worker_and_not_guessed() {
+    let script = || {
+        scripted(|request| {
+            Ok(match request.num_resumed {
+                0 => vec![Step::Tokens(vec![300, 301, 302]), Step::Break],
+                3 => vec![Step::Started(0), Step::Finish(v1::FinishReason::Stop)],
+                _ => return Err(Status::internal("nothing else is resumed")),
+            })
+        })
+    };
+    let scene = Scene::start(config(), vec![script(), script()]).await;
+    let said = async |body: Value| -> Value {
+        let response = scene.chat(body).await;
+        let body: Value = response.json().await.unwrap();
+        body["choices"][0]["finish_reason"].clone()
+    };
+    let body = json!({ "max_tokens": 3 });
+    assert_eq!(said(constrained(body.clone())).await, "stop");
+    assert_eq!(num_seen(&scene), 2);
+    // Without a constraint nobody needs to be asked.
+    assert_eq!(said(body).await, "length");
+    assert_eq!(num_seen(&scene), 3);
+    scene.end().await;
+}
