@@ -16,6 +16,7 @@ impl Engine {
     pub(super) fn await_mask(&mut self, key: SequenceKey) {
         if let Some(sequence) = self.sequences.get_mut(&key) {
             sequence.awaits_mask = true;
+            self.stats.masks_late += 1;
             self.late.insert(key);
         }
     }

@@ -1,7 +1,9 @@
 //! Sequences whose output is a word of a grammar: the same tokens however they are run, and none but allowed ones.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, RwLock};
+use std::time::{Duration, Instant};
 
+use tramontane_engine::masks::MASK_STEP_WAIT_MAX;
 use tramontane_engine::{EngineConfig, FailureKind, NewSequence, SubmitError};
 use tramontane_grammar::{GrammarError, Grammars, Matcher, Token, Vocabulary};
 use tramontane_types::{Constraint, FinishReason, SamplingParams, TokenId};
@@ -91,6 +93,199 @@ fn nobody_notices_batches_chunks_or_caches() {
         }
         let stats = bench.engine.stats();
         assert!(stats.masks > 0, "{stats:?}");
+    }
+}
+
+#[test]
+fn nobody_notices_guesses() {
+    // Two words, of which the grammar allows any number: the last tokens have always stood there before.
+    let mut all = requests();
+    for new in &mut all {
+        new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
+        (new.params.top_k, new.params.max_tokens) = (2, 40);
+        (new.params.repetition_penalty, new.params.frequency_penalty) = (1.0, 0.0);
+        new.params.constraint = regex("[\":]*");
+    }
+    let expected: Vec<_> = all.iter().map(|new| alone(new, None)).collect();
+    let mut num_true = 0;
+    for (name, config) in variants() {
+        let limits = EngineConfig {
+            lookup_tokens: 8,
+            ..config
+        };
+        let mut bench = Bench::new(limits, None);
+        for new in &all {
+            bench.submit(new);
+            bench.step();
+        }
+        bench.run();
+        for (new, expected) in all.iter().zip(&expected) {
+            assert_eq!(bench.of(new).said(), expected.said(), "{}, {name}", new.id);
+        }
+        num_true += bench.engine.stats().guesses_true;
+    }
+    assert!(num_true > 20, "{num_true}");
+}
+
+/// A gate for the masks behind some tokens, closed for as long as the guard lives.
+fn gate(
+    bench: &Bench,
+    is_slow: impl Fn(TokenId) -> bool + Send + Sync + 'static,
+) -> Arc<RwLock<()>> {
+    let gate = Arc::new(RwLock::new(()));
+    let seen = Arc::clone(&gate);
+    let before = move |id| {
+        if is_slow(id) {
+            drop(seen.read().unwrap());
+        }
+    };
+    bench.engine.before_each_mask(Box::new(before));
+    gate
+}
+
+#[test]
+fn nobody_waits_for_a_mask_that_is_late() {
+    let params = SamplingParams {
+        constraint: regex("(ab|cd|e){4,20}f"),
+        ..greedy(60)
+    };
+    let slow = request("slow", prompt(1, 5), params);
+    let others = requests();
+    let mut bench = Bench::new(config(), None);
+    let gate = gate(&bench, |_| true);
+    let closed = gate.write().unwrap();
+    bench.submit(&slow);
+    // The mask of its first token was known, that of the second is awaited for a moment.
+    bench.step();
+    bench.step();
+    for _ in 0..3 {
+        let mut events = Vec::new();
+        let report = bench.engine.step(&mut events).unwrap();
+        assert_eq!((report.num_rows, events.len()), (0, 0));
+    }
+    assert_eq!(bench.of(&slow).tokens.len(), 1);
+    for new in &others {
+        bench.submit(new);
+    }
+    bench.run_until(|bench| others.iter().all(|new| bench.has_ended(new)));
+    for new in &others {
+        assert_eq!(bench.of(new).said(), alone(new, None).said(), "{}", new.id);
+    }
+    assert_eq!(bench.of(&slow).tokens.len(), 1);
+    assert_eq!(bench.engine.stats().masks_late, 1);
+    drop(closed);
+    bench.run();
+    assert_eq!(bench.of(&slow).said(), alone(&slow, None).said());
+}
+
+#[test]
+fn nobody_notices_which_masks_are_late() {
+    let all = constrained();
+    let expected: Vec<_> = all.iter().map(|new| alone(new, None)).collect();
+    for (name, config) in variants() {
+        let mut bench = Bench::new(config, None);
+        // Longer than any step waits.
+        let delay = 2 * MASK_STEP_WAIT_MAX;
+        let before = move |id: TokenId| {
+            let begun = Instant::now();
+            while id.is_multiple_of(11) && begun.elapsed() < delay {
+                std::thread::yield_now();
+            }
+        };
+        bench.engine.before_each_mask(Box::new(before));
+        for new in &all {
+            bench.submit(new);
+        }
+        bench.run();
+        for (new, expected) in all.iter().zip(&expected) {
+            assert_eq!(bench.of(new).said(), expected.said(), "{}, {name}", new.id);
+        }
+        assert!(bench.engine.stats().masks_late > 0, "{name}");
+    }
+}
+
+#[test]
+fn a_mask_that_takes_too_long_fails_its_sequence_and_its_thread_is_replaced() {
+    let mut limits = config();
+    limits.masks.relief_after = Duration::from_millis(50);
+    limits.masks.find_max = Duration::from_secs(2);
+    let mut bench = Bench::new(limits, None);
+    // One token says only the slow ones, and their masks are never found.
+    let l = 3 + TEXTS.iter().position(|text| *text == "l").unwrap() as TokenId;
+    let gate = gate(&bench, move |id| id == l);
+    let closed = gate.write().unwrap();
+    let in_grammar = |name: &str, text| {
+        let params = SamplingParams {
+            constraint: regex(text),
+            ..greedy(40)
+        };
+        request(name, prompt(1, 9), params)
+    };
+    let slow = ["s0", "s1", "s2", "s3"].map(|name| in_grammar(name, "l{9}"));
+    let good = in_grammar("good", "(ab|cd|e){4,20}f");
+    for new in slow[..2].iter().chain([&good]) {
+        bench.submit(new);
+    }
+    // Both threads are taken, and yet the masks of others are found.
+    bench.run_until(|bench| bench.has_ended(&good));
+    assert_eq!(bench.of(&good).said(), alone(&good, None).said());
+    bench.run();
+    for new in &slow[..2] {
+        let (message, kind) = bench.of(new).failed.clone().unwrap();
+        assert_eq!(kind, FailureKind::Constraint, "{message}");
+        assert!(message.contains("not found within 2000 ms"), "{message}");
+        assert_eq!(bench.of(new).tokens.len(), 1);
+    }
+    // The threads that took their places are taken too: nobody else is let in, until they are done.
+    for new in &slow[2..] {
+        bench.submit(new);
+    }
+    let mut refused = None;
+    bench.run_until(|bench| {
+        refused = bench.submits(&good).err();
+        bench.engine.abort(&good.id);
+        refused.is_some()
+    });
+    let refused = refused.unwrap();
+    assert!(matches!(refused, SubmitError::MasksSlow { .. }) && refused.is_retryable());
+    drop(closed);
+    bench.heard.clear();
+    bench.run_until(|bench| bench.submits(&good).is_ok());
+    bench.run_until(|bench| bench.has_ended(&good));
+    assert_eq!(bench.of(&good).said(), alone(&good, None).said());
+}
+
+#[test]
+fn a_text_that_waits_to_know_whether_it_is_whole_holds_no_pages() {
+    let params = SamplingParams {
+        constraint: regex("elst"),
+        ..greedy(4)
+    };
+    for abort in [false, true] {
+        let new = request("a", prompt(1, 5), params.clone());
+        let mut bench = Bench::new(config(), None);
+        let t = 3 + TEXTS.iter().position(|text| *text == "t").unwrap() as TokenId;
+        let gate = gate(&bench, move |id| id == t);
+        let closed = gate.write().unwrap();
+        bench.submit(&new);
+        bench.run_until(|bench| {
+            bench
+                .heard
+                .get(&new.id)
+                .is_some_and(|h| h.tokens.len() == 4)
+        });
+        bench.step();
+        let stats = bench.engine.stats();
+        assert_eq!(stats.pages_free, stats.pages_total);
+        assert!(bench.engine.has_work() && !bench.has_ended(&new));
+        if abort {
+            assert!(bench.engine.abort(&new.id));
+            assert!(!bench.engine.has_work());
+            continue;
+        }
+        drop(closed);
+        bench.run();
+        assert_eq!(bench.of(&new).finished.unwrap().0, FinishReason::Stop);
     }
 }
 

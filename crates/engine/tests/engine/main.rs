@@ -420,14 +420,32 @@ impl Bench {
     }
 
     fn submit(&mut self, new: &NewSequence) {
-        match &new.params.constraint {
-            None => self.engine.submit(new.clone()).unwrap(),
-            Some(_) => {
-                let matcher = constrained::matcher(new).unwrap();
-                let held = self.engine.matcher_room().hold(matcher).unwrap();
-                self.engine.submit_constrained(new.clone(), held).unwrap();
-            }
+        self.submits(new).unwrap();
+    }
+
+    fn submits(&mut self, new: &NewSequence) -> Result<(), SubmitError> {
+        if new.params.constraint.is_none() {
+            return self.engine.submit(new.clone());
         }
+        let matcher = constrained::matcher(new).unwrap();
+        let held = self.engine.matcher_room().hold(matcher)?;
+        self.engine.submit_constrained(new.clone(), held)
+    }
+
+    fn has_ended(&self, new: &NewSequence) -> bool {
+        let heard = self.heard.get(&new.id);
+        heard.is_some_and(|h| h.finished.is_some() || h.failed.is_some())
+    }
+
+    /// Steps until something is so.
+    fn run_until(&mut self, mut is_so: impl FnMut(&mut Self) -> bool) {
+        for _ in 0..STEPS_MAX {
+            if is_so(self) {
+                return;
+            }
+            self.step();
+        }
+        panic!("not so after {STEPS_MAX} steps");
     }
 
     fn step(&mut self) {
@@ -602,7 +620,7 @@ fn the_tokens_are_those_of_the_model() {
 }
 
 /// Ways to run the same requests.
-fn variants() -> [(&'static str, EngineConfig); 7] {
+fn variants() -> [(&'static str, EngineConfig); 9] {
     let base = config();
     [
         ("together", base.clone()),
@@ -647,6 +665,22 @@ fn variants() -> [(&'static str, EngineConfig); 7] {
             EngineConfig {
                 num_pages: 7,
                 prefix_cache: true,
+                ..base.clone()
+            },
+        ),
+        (
+            "guesses",
+            EngineConfig {
+                lookup_tokens: 8,
+                ..base.clone()
+            },
+        ),
+        (
+            "guesses, few pages, cached",
+            EngineConfig {
+                num_pages: 7,
+                prefix_cache: true,
+                lookup_tokens: 8,
                 ..base
             },
         ),
@@ -730,24 +764,74 @@ fn nobody_notices_guesses() {
 }
 
 #[test]
+fn pages_that_rejected_guesses_wrote_are_as_good_as_others() {
+    let limits = EngineConfig {
+        lookup_tokens: 8,
+        prefix_cache: true,
+        num_pages: 128,
+        ..config()
+    };
+    let all = two_words();
+    let mut bench = Bench::new(limits, None);
+    for new in &all {
+        bench.submit(new);
+        bench.step();
+    }
+    bench.run();
+    let stats = bench.engine.stats();
+    assert!(stats.guesses_true < stats.tokens_guessed, "{stats:?}");
+    // Prompt and output, of whose pages some begin in the output.
+    let mut num_adopted = 0;
+    for new in &all {
+        let name = format!("again-{}", new.id);
+        let whole = [&new.prompt[..], &bench.of(new).ids()].concat();
+        let again = request(&name, whole, greedy(5));
+        bench.submit(&again);
+        bench.run();
+        assert_eq!(
+            bench.of(&again).said(),
+            alone(&again, None).said(),
+            "{name}"
+        );
+        let cached = bench.of(&again).cached_tokens.unwrap() as usize;
+        num_adopted += usize::from(cached > new.prompt.len());
+    }
+    assert!(num_adopted >= 4, "{num_adopted}");
+}
+
+#[test]
 fn a_sequence_that_guesses_ends_where_it_must() {
     let mut new = request("a", prompt(3, 60), greedy(50));
     new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
-    let limits = EngineConfig {
+    let guesses = EngineConfig {
         lookup_tokens: 32,
-        num_pages: 1,
         ..config()
+    };
+    let limits = EngineConfig {
+        num_pages: 1,
+        ..guesses.clone()
     };
     let mut bench = Bench::new(limits, None);
     bench.submit(&new);
     bench.run();
     let (reason, usage) = bench.of(&new).finished.unwrap();
     assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 4));
-    // A stop id ends it also in the midst of guesses that come true.
-    let whole = alone(&new, None).ids();
-    let (seen, stop) = whole.split_at(whole.iter().position(|&id| id == 6).unwrap());
-    new.params.stop_ids = vec![stop[0]];
-    assert_eq!(alone(&new, None).ids(), [seen, &stop[..1]].concat());
+    // A stop id ends it also in the midst of guesses that come true: the next of these five words is the best that may follow.
+    let mut round = request("round", [5, 6, 7, 8, 9].repeat(12), greedy(50));
+    round.params.logit_bias = vec![(5, 100.0), (6, 90.0), (7, 80.0)];
+    round.params.bad_words = vec![vec![5, 5], vec![6, 5], vec![6, 6]];
+    round.params.stop_ids = vec![7];
+    let mut bench = Bench::new(guesses, None);
+    bench.submit(&round);
+    bench.run();
+    let heard = bench.of(&round);
+    assert_eq!(heard.ids(), [5, 6, 7]);
+    assert_eq!(heard.said(), alone(&round, None).said());
+    assert_eq!(heard.finished.unwrap().0, FinishReason::Stop);
+    // All were guessed at once, with two words behind the stop id.
+    let stats = bench.engine.stats();
+    assert_eq!((stats.steps, stats.tokens_guessed), (1, 5));
+    assert_eq!(stats.guesses_true, 2);
 }
 
 #[test]
