@@ -1,5 +1,5 @@
-//! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange,
-//! and never speaks to a client.
+//! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange
+//! and, for a moment, for masks; never speaks to a client.
 
 mod commit;
 mod constrained;
