@@ -3,6 +3,7 @@
 use tramontane_types::TokenId;
 
 use crate::Error;
+use crate::masks::MaskLimits;
 
 /// Sequences that may hold pages at the same time.
 pub const MAX_RUNNING_DEFAULT: usize = 256;
@@ -40,6 +41,8 @@ pub struct EngineConfig {
     pub eos_ids: Vec<TokenId>,
     /// After this many consecutive failures of the exchange, the sequences of the step fail; at least 1.
     pub step_attempts_max: u32,
+    /// What constraints may cost.
+    pub masks: MaskLimits,
 }
 
 impl Default for EngineConfig {
@@ -54,6 +57,7 @@ impl Default for EngineConfig {
             lookup_tokens: 0,
             eos_ids: Vec::new(),
             step_attempts_max: STEP_ATTEMPTS_MAX_DEFAULT,
+            masks: MaskLimits::default(),
         }
     }
 }

@@ -1,25 +1,29 @@
-//! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange,
-//! and never speaks to a client.
+//! The engine: sequences in, events out, one step at a time. Never waits except inside the exchange
+//! and, for a moment, for masks; never speaks to a client.
 
 mod commit;
+mod constrained;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
 use tramontane_exchange::Exchange;
-use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
 use crate::kv::{BlockPool, pages_needed};
-use crate::masks::{MATCHERS_BYTES_MAX, MaskThreads};
+use crate::masks::{
+    BeforeMask, HeldMatcher, MASK_STEP_WAIT_MAX, MASK_STEP_WAIT_MIN, MASK_STRAYS_MAX, MaskThreads,
+    MatcherRoom, Matching,
+};
 use crate::model_runner::ModelRunner;
 use crate::sampler::Sampler;
 use crate::scheduler::{Plan, Scheduler};
 use crate::sequence::{Sequence, SequenceKey, Sequences};
 use crate::{
-    EngineConfig, EngineStats, Error, NewSequence, SequenceEvent, StepReport, SubmitError, batch,
+    EngineConfig, EngineStats, Error, FailureKind, NewSequence, SequenceEvent, StepReport,
+    SubmitError, batch,
 };
 
 /// Events of a step, in order; those of one sequence are in the order in which they happened.
@@ -41,6 +45,8 @@ pub struct Engine {
     runner: ModelRunner,
     sampler: Sampler,
     masks: MaskThreads,
+    /// Sequences whose masks were not there when they were to sample.
+    late: BTreeSet<SequenceKey>,
     /// Sequences that had ended when they were submitted: their end is told by the next step.
     ended: Vec<(RequestId, FinishReason, Usage)>,
     /// Failures of the exchange since the last step that was computed.
@@ -65,6 +71,7 @@ impl Engine {
     ) -> Result<Self, Error> {
         config.validate(geometry.vocab)?;
         let pool = BlockPool::new(config.num_pages);
+        let masks = MaskThreads::start(config.masks.clone())?;
         Ok(Self {
             scheduler: Scheduler::new(&config, geometry.sliding_window, pool.clone()),
             runner: ModelRunner::new(&geometry, attention, exchange)?,
@@ -76,7 +83,8 @@ impl Engine {
             next_key: 0,
             pool,
             sampler: Sampler::default(),
-            masks: MaskThreads::start()?,
+            masks,
+            late: BTreeSet::new(),
             ended: Vec::new(),
             num_failures: 0,
             stats: EngineStats::default(),
@@ -102,30 +110,38 @@ impl Engine {
         self.take(new, None)
     }
 
-    /// Queues a sequence whose output is a word of a grammar. `matcher` is behind its resumed tokens. It finishes with
-    /// [`FinishReason::Stop`] where the grammar lets nothing follow, without a token for that.
+    /// The room for the matchers of its sequences.
+    #[must_use]
+    pub fn matcher_room(&self) -> MatcherRoom {
+        self.masks.room.clone()
+    }
+
+    /// Queues a sequence whose output is a word of a grammar. `matcher`, held by [`matcher_room`](Self::matcher_room), is
+    /// behind its resumed tokens. It finishes with [`FinishReason::Stop`] where the grammar lets nothing follow, without a
+    /// token for that.
     ///
     /// # Errors
     /// As those of [`submit`](Self::submit).
     pub fn submit_constrained(
         &mut self,
         new: NewSequence,
-        matcher: Matcher,
+        matcher: HeldMatcher,
     ) -> Result<(), SubmitError> {
-        if !self.masks.has_room(matcher.num_bytes()) {
-            let limit = MATCHERS_BYTES_MAX;
-            return Err(SubmitError::GrammarsFull { limit });
+        self.masks.tend();
+        if self.masks.are_taken() {
+            let limit = MASK_STRAYS_MAX;
+            return Err(SubmitError::MasksSlow { limit });
         }
         self.take(new, Some(matcher))
     }
 
-    fn take(&mut self, new: NewSequence, matcher: Option<Matcher>) -> Result<(), SubmitError> {
+    fn take(&mut self, new: NewSequence, matcher: Option<HeldMatcher>) -> Result<(), SubmitError> {
         self.check(&new)?;
         let mut sequence =
             Sequence::new(new, &self.pool).with_lookup(self.config.lookup_tokens, self.length_max);
-        let is_whole = matcher.as_ref().is_some_and(Matcher::has_ended);
+        let is_whole = matcher.as_ref().is_some_and(HeldMatcher::has_ended);
         let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-        if let Some(reason) = reason.or(is_whole.then_some(FinishReason::Stop)) {
+        if let Some(reason) = is_whole.then_some(FinishReason::Stop).or(reason) {
             let usage = sequence.usage();
             self.ended.push((sequence.id, reason, usage));
             return Ok(());
@@ -143,7 +159,7 @@ impl Engine {
                 limit: self.config.num_pages,
             });
         }
-        sequence.matching = matcher.map(|matcher| self.masks.matching(matcher));
+        sequence.matching = matcher.map(Matching::new);
         let key = SequenceKey(self.next_key);
         self.next_key += 1;
         self.by_id.insert(sequence.id.clone(), key);
@@ -178,6 +194,13 @@ impl Engine {
             return Err(SubmitError::QueueFull { limit });
         }
         Ok(())
+    }
+
+    /// Has `before` be called on its thread before each mask, with the token that it follows: for tests, whose masks would
+    /// be found too fast. Only the first call has an effect.
+    #[doc(hidden)]
+    pub fn before_each_mask(&self, before: BeforeMask) {
+        self.masks.before_each(before);
     }
 
     /// Ends a sequence without an event. Its pages are free when this returns. False when it is not here.
@@ -219,14 +242,18 @@ impl Engine {
             report.num_ended += 1;
         }
         let begin = Instant::now();
+        self.make_room(events, &mut report);
+        self.look_for_masks(events, &mut report);
         let plan = self.scheduler.next_step(&mut self.sequences);
         self.stats.preemptions += plan.num_preempted as u64;
         report.num_preempted = plan.num_preempted;
         if plan.chunks.is_empty() {
+            self.wait_for_masks(&plan, &report);
             return Ok(report);
         }
         batch::fill(&mut self.batch, &plan.chunks, &self.sequences);
         report.times.schedule_us = elapsed_us(begin);
+        let begin = Instant::now();
         if let Err(error) = self
             .runner
             .run(&self.batch, &mut self.logits, &mut report.times)
@@ -235,8 +262,11 @@ impl Engine {
             return Ok(report);
         }
         self.num_failures = 0;
+        let patience = begin
+            .elapsed()
+            .clamp(MASK_STEP_WAIT_MIN, MASK_STEP_WAIT_MAX);
         let begin = Instant::now();
-        self.commit(&plan, events, &mut report);
+        self.commit(&plan, begin + patience, events, &mut report);
         report.times.sample_us = elapsed_us(begin);
         self.count(&report);
         Ok(report)
@@ -246,14 +276,14 @@ impl Engine {
     pub fn fail_running(&mut self, message: &str, events: &mut Events) {
         let running: Vec<_> = self.scheduler.running().iter().copied().collect();
         for key in running {
-            self.fail(key, message.to_owned(), true, events);
+            self.fail(key, message.to_owned(), FailureKind::Step, events);
         }
     }
 
     /// Gauges and counters as they are now.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        let counts = self.masks.counts();
+        let counts = self.masks.shared();
         EngineStats {
             running: self.scheduler.running().len(),
             waiting: self.scheduler.num_waiting(),
@@ -329,16 +359,16 @@ impl Engine {
         self.num_failures = 0;
         let message = error.with_causes();
         for chunk in &plan.chunks {
-            self.fail(chunk.key, message.clone(), true, events);
+            self.fail(chunk.key, message.clone(), FailureKind::Step, events);
             report.num_ended += 1;
         }
         report.gave_up = Some(error);
         Ok(())
     }
 
-    fn fail(&mut self, key: SequenceKey, message: String, retryable: bool, events: &mut Events) {
+    fn fail(&mut self, key: SequenceKey, message: String, kind: FailureKind, events: &mut Events) {
         if let Some(sequence) = self.remove(key) {
-            events.push((sequence.id, SequenceEvent::Failed { message, retryable }));
+            events.push((sequence.id, SequenceEvent::Failed { message, kind }));
         }
     }
 

@@ -128,6 +128,12 @@ pub enum SubmitError {
         /// The limit.
         limit: usize,
     },
+    /// Masks of others take too long; another worker may have threads for them.
+    #[error("more than {limit} masks take too long, and a constraint would wait for them")]
+    MasksSlow {
+        /// Masks that may.
+        limit: usize,
+    },
     /// A sequence of this id is already here.
     #[error("request {id} is already here")]
     Duplicate {
@@ -140,6 +146,9 @@ impl SubmitError {
     /// Whether the same sequence may be taken later or by another worker of the same kind.
     #[must_use]
     pub const fn is_retryable(&self) -> bool {
-        matches!(self, Self::QueueFull { .. } | Self::GrammarsFull { .. })
+        matches!(
+            self,
+            Self::QueueFull { .. } | Self::GrammarsFull { .. } | Self::MasksSlow { .. }
+        )
     }
 }

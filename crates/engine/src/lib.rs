@@ -4,7 +4,7 @@
 //! [`Engine::step`] is one turn of the loop: the scheduler picks rows, the model runner computes them
 //! layer by layer, the sampler turns logits into tokens, and the caller receives
 //! [`SequenceEvent`]s. One thread owns an [`Engine`]; nothing in here locks for longer than a page
-//! takes to change hands, and nothing waits except inside the exchange.
+//! takes to change hands, and nothing waits except inside the exchange and, for a moment, for masks.
 //!
 //! Exactness: what a sequence says depends on its tokens, its sampling parameters and the weights.
 //! Batching, chunking, preemption, prefix-cache hits and the fate of other sequences change nothing.
@@ -25,5 +25,5 @@ mod stats;
 pub use config::EngineConfig;
 pub use engine::Engine;
 pub use error::{Error, SubmitError};
-pub use sequence::{NewSequence, SequenceEvent};
+pub use sequence::{FailureKind, NewSequence, SequenceEvent};
 pub use stats::{EngineStats, StepReport, StepTimes};

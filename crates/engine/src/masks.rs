@@ -1,49 +1,102 @@
 //! The masks of constrained sequences, found while the model computes the next step: a few threads go on in a sequence's
-//! grammar by the token that was sampled, and the engine waits for them only where it samples again.
+//! grammar by the token that was sampled. The engine never waits for one that is late: its sequence is left out of the steps
+//! until it has come, and fails when that takes too long.
 //!
 //! What they find depends on a sequence's tokens alone, so who finds it, and when, changes no token.
 
+mod crew;
+mod room;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-use tramontane_grammar::{Canceller, MatchError, Matcher, Next};
+use tramontane_grammar::{Canceller, MatchError, Next};
 use tramontane_types::TokenId;
 
-use crate::Error;
+use crate::FailureKind;
 use crate::sampler::SampleError;
+
+pub use crew::BeforeMask;
+pub(crate) use crew::MaskThreads;
+use crew::{Job, Ticket};
+use room::Account;
+pub use room::{HeldMatcher, MatcherRoom};
 
 /// Threads that find masks, of each engine. Few: they take their time from those that compute.
 pub const MASK_THREADS: usize = 2;
-/// Masks that wait for a thread; the engine finds further ones itself.
+/// Masks that wait for a thread; a sequence that needs a further one is handed back.
 pub const MASK_QUEUE_MAX: usize = 1024;
-/// How long the engine waits for one. The fuel of a mask ends the work itself far earlier, so that it is this machine that
-/// has stood still.
-pub const MASK_WAIT_MAX: Duration = Duration::from_secs(5);
+/// A thread that is at one mask for this long is replaced, so that others get theirs. A mask takes a tenth of a millisecond,
+/// and with all its fuel some ten.
+pub const MASK_RELIEF_AFTER: Duration = Duration::from_millis(250);
+/// Replaced threads that are still at their masks: nothing but the mask itself ends them, and each takes a core. Where there
+/// are this many and yet another one is slow, constrained sequences are refused.
+pub const MASK_STRAYS_MAX: usize = 2;
+/// How long a thread may be at one mask before its sequence fails. The fuel of a mask bounds what is counted, and ends most
+/// work far earlier; but not all of it is counted, and then it may take minutes.
+pub const MASK_FIND_MAX: Duration = Duration::from_secs(5);
+/// How long a mask may wait for a thread before its sequence is handed back: it is not its own fault.
+pub const MASK_QUEUE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// A step waits for all its masks together for as long as it has computed, within these two: a moment's wait is cheaper than
+/// to compute a row once more.
+pub const MASK_STEP_WAIT_MIN: Duration = Duration::from_millis(1);
+/// See [`MASK_STEP_WAIT_MIN`]. Where there is nothing to compute, this long until the engine looks for other work.
+pub const MASK_STEP_WAIT_MAX: Duration = Duration::from_millis(5);
 /// Bytes of all sequences' states in their grammars.
 pub const MATCHERS_BYTES_MAX: usize = 1 << 30;
-/// Stack of a thread: what expressions derive to calls itself.
-const MASK_STACK_BYTES: usize = 16 << 20;
+
+/// What constraints may cost one engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MaskLimits {
+    /// A thread that is at one mask for this long is replaced.
+    pub relief_after: Duration,
+    /// A sequence whose mask takes longer fails.
+    pub find_max: Duration,
+    /// A sequence whose mask waits longer for a thread is handed back.
+    pub queue_wait_max: Duration,
+    /// Bytes of all sequences' states in their grammars: beyond it no further sequences are taken, and the largest fail.
+    pub bytes_max: usize,
+}
+
+impl Default for MaskLimits {
+    fn default() -> Self {
+        Self {
+            relief_after: MASK_RELIEF_AFTER,
+            find_max: MASK_FIND_MAX,
+            queue_wait_max: MASK_QUEUE_WAIT_MAX,
+            bytes_max: MATCHERS_BYTES_MAX,
+        }
+    }
+}
 
 /// Why there is no mask.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum MaskError {
     #[error(transparent)]
     Match(#[from] MatchError),
-    #[error("the grammar's next tokens were not found within {} s", limit.as_secs())]
+    #[error("the grammar's next tokens were not found within {} ms", limit.as_millis())]
     Late { limit: Duration },
+    #[error("no thread was free for the grammar's next tokens within {} ms", limit.as_millis())]
+    NoThread { limit: Duration },
+    #[error("{limit} masks wait for a thread already")]
+    Queue { limit: usize },
     #[error("the thread that looks for the grammar's next tokens has ended")]
     Lost,
-    #[error("all grammars together have more than {limit} bytes")]
-    Full { limit: usize },
+    #[error(
+        "all grammars together have more than {limit} bytes, of which this one has {got}, the most"
+    )]
+    Full { limit: usize, got: usize },
 }
 
 impl MaskError {
-    const fn is_retryable(&self) -> bool {
-        matches!(self, Self::Late { .. } | Self::Lost | Self::Full { .. })
+    /// Another worker would find the same of the same tokens, and take as long.
+    const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Match(_) | Self::Late { .. } => FailureKind::Constraint,
+            Self::NoThread { .. } | Self::Queue { .. } | Self::Full { .. } => FailureKind::Full,
+            Self::Lost => FailureKind::Step,
+        }
     }
 }
 
@@ -54,30 +107,20 @@ pub(crate) enum NoToken {
     Sample(#[from] SampleError),
     #[error(transparent)]
     Mask(#[from] MaskError),
+    /// Beside the constraint there are `ignore_eos`, `min_tokens` and `bad_words`.
+    #[error("no token is left that the grammar and the other parameters allow")]
+    NothingLeft,
 }
 
 impl NoToken {
-    /// Whether the sequence may go on at another worker.
-    pub(crate) const fn is_retryable(&self) -> bool {
-        matches!(self, Self::Mask(error) if error.is_retryable())
+    /// Who may do something about it.
+    pub(crate) const fn kind(&self) -> FailureKind {
+        match self {
+            Self::Sample(_) => FailureKind::Sequence,
+            Self::Mask(error) => error.kind(),
+            Self::NothingLeft => FailureKind::Constraint,
+        }
     }
-}
-
-/// The threads of one engine.
-#[derive(Debug)]
-pub(crate) struct MaskThreads {
-    jobs: Option<SyncSender<Job>>,
-    threads: Vec<JoinHandle<()>>,
-    counts: Arc<Counts>,
-}
-
-/// What the threads count.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    /// Masks that were found or not.
-    pub(crate) masks: AtomicU64,
-    pub(crate) mask_us: AtomicU64,
-    bytes: AtomicUsize,
 }
 
 /// The place of one sequence in its grammar: here, or with a thread.
@@ -85,137 +128,111 @@ pub(crate) struct Counts {
 pub(crate) struct Matching {
     place: Place,
     canceller: Canceller,
+    account: Arc<Account>,
 }
 
 #[derive(Debug)]
 enum Place {
-    Here(Held),
-    Away(Receiver<Held>),
+    Here(HeldMatcher),
+    Away(Away),
     Broken(MaskError),
 }
 
-/// A place, and what it takes of all that there may be.
+/// A place that a thread has, or will have.
 #[derive(Debug)]
-struct Held {
-    matcher: Box<Matcher>,
-    num_bytes: usize,
-    counts: Arc<Counts>,
-}
-
-#[derive(Debug)]
-struct Job {
-    held: Held,
-    tokens: Vec<TokenId>,
-    done: SyncSender<Held>,
-}
-
-impl MaskThreads {
-    /// Starts the threads.
-    pub(crate) fn start() -> Result<Self, Error> {
-        let (jobs, queue) = sync_channel::<Job>(MASK_QUEUE_MAX);
-        let queue = Arc::new(Mutex::new(queue));
-        let mut threads = Vec::with_capacity(MASK_THREADS);
-        for _ in 0..MASK_THREADS {
-            let queue = Arc::clone(&queue);
-            let thread = thread::Builder::new()
-                .name("masks".to_owned())
-                .stack_size(MASK_STACK_BYTES)
-                .spawn(move || {
-                    loop {
-                        // One waits inside of the lock, the other for the lock.
-                        let job = queue.lock().recv();
-                        let Ok(job) = job else { return };
-                        job.run();
-                    }
-                });
-            threads.push(thread.map_err(|source| Error::Thread { source })?);
-        }
-        Ok(Self {
-            jobs: Some(jobs),
-            threads,
-            counts: Arc::default(),
-        })
-    }
-
-    /// A sequence's place, as it was when its grammar was compiled.
-    pub(crate) fn matching(&self, matcher: Matcher) -> Matching {
-        Matching {
-            canceller: matcher.canceller(),
-            place: Place::Here(Held::new(Box::new(matcher), &self.counts)),
-        }
-    }
-
-    /// Whether there is room for one more place of this size.
-    pub(crate) fn has_room(&self, num_bytes: usize) -> bool {
-        let held = self.counts.bytes.load(Ordering::Relaxed);
-        held.saturating_add(num_bytes) <= MATCHERS_BYTES_MAX
-    }
-
-    pub(crate) fn counts(&self) -> &Counts {
-        &self.counts
-    }
-}
-
-impl Drop for MaskThreads {
-    fn drop(&mut self) {
-        self.jobs = None;
-        // What they still have belongs to sequences that are gone, and so was given up.
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread that finds masks had panicked");
-            }
-        }
-    }
+struct Away {
+    back: Receiver<HeldMatcher>,
+    ticket: Arc<Ticket>,
+    since: Instant,
 }
 
 impl Matching {
-    /// What may come next, and how long the engine stood still for it.
-    pub(crate) fn allowed(&mut self) -> (Result<Next<'_>, MaskError>, Duration) {
-        let began = Instant::now();
-        if let Place::Away(done) = &self.place {
-            self.place = match done.recv_timeout(MASK_WAIT_MAX) {
-                Ok(held) => Place::Here(held),
-                Err(error) => {
-                    self.canceller.cancel();
-                    let limit = MASK_WAIT_MAX;
-                    Place::Broken(match error {
-                        RecvTimeoutError::Timeout => MaskError::Late { limit },
-                        RecvTimeoutError::Disconnected => MaskError::Lost,
-                    })
-                }
-            };
+    /// A sequence's place, as it was when its grammar was compiled.
+    pub(crate) fn new(held: HeldMatcher) -> Self {
+        Self {
+            canceller: held.matcher.canceller(),
+            account: Arc::clone(&held.account),
+            place: Place::Here(held),
         }
-        let waited = began.elapsed();
-        let next = match &mut self.place {
-            Place::Here(held) => held.allowed(),
-            Place::Broken(error) => Err(error.clone()),
-            Place::Away(_) => Err(MaskError::Lost),
-        };
-        (next, waited)
     }
 
-    /// Goes on by tokens that were sampled after [`allowed`](Self::allowed), and finds what comes then, while others compute.
-    pub(crate) fn accept(&mut self, tokens: &[TokenId], threads: &MaskThreads) {
+    /// What it takes, wherever it is.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.account.num_bytes()
+    }
+
+    /// Counts it as gone, though a thread may have it for some time yet.
+    pub(crate) fn leave_room(&self) {
+        self.account.set(0);
+    }
+
+    /// Whether the place is here, or comes by `until`; also when it is known that it never will.
+    pub(crate) fn comes_by(&mut self, until: Instant) -> bool {
+        let Place::Away(away) = &self.place else {
+            return true;
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        self.place = match away.back.recv_timeout(left) {
+            Ok(held) => Place::Here(held),
+            Err(RecvTimeoutError::Timeout) => return false,
+            Err(RecvTimeoutError::Disconnected) => Place::Broken(MaskError::Lost),
+        };
+        true
+    }
+
+    /// Whether the place is here, without a wait; an error once it has been awaited for too long.
+    pub(crate) fn has_come(&mut self, limits: &MaskLimits) -> Result<bool, MaskError> {
+        if self.comes_by(Instant::now()) {
+            return Ok(true);
+        }
+        match &self.place {
+            Place::Away(away) => away.check(limits).map(|()| false),
+            Place::Here(_) | Place::Broken(_) => Ok(true),
+        }
+    }
+
+    /// What may come next. The place is here.
+    pub(crate) fn allowed(&mut self) -> Result<Next<'_>, MaskError> {
+        match &mut self.place {
+            Place::Here(held) => Ok(held.matcher.allowed()?),
+            Place::Broken(error) => Err(error.clone()),
+            Place::Away(_) => Err(MaskError::Lost),
+        }
+    }
+
+    /// Whether the text is whole and nothing may follow. The place is here.
+    pub(crate) fn has_ended(&self) -> Result<bool, MaskError> {
+        match &self.place {
+            Place::Here(held) => Ok(held.has_ended()),
+            Place::Broken(error) => Err(error.clone()),
+            Place::Away(_) => Err(MaskError::Lost),
+        }
+    }
+
+    /// Goes on by a token that was sampled as [`allowed`](Self::allowed) says, and finds what may come then if
+    /// `finds_mask`, while others compute.
+    pub(crate) fn accept(&mut self, id: TokenId, finds_mask: bool, threads: &MaskThreads) {
         let (done, back) = sync_channel(1);
-        let place = std::mem::replace(&mut self.place, Place::Away(back));
-        let held = match place {
-            Place::Here(held) => held,
-            broken => {
-                self.place = broken;
-                return;
+        let ticket = Arc::new(Ticket::default());
+        let away = Away {
+            back,
+            ticket: Arc::clone(&ticket),
+            since: Instant::now(),
+        };
+        match std::mem::replace(&mut self.place, Place::Away(away)) {
+            Place::Here(held) => {
+                let job = Job {
+                    held,
+                    id,
+                    finds_mask,
+                    ticket,
+                    done,
+                };
+                if let Err(error) = threads.send(job) {
+                    self.place = Place::Broken(error);
+                }
             }
-        };
-        let job = Job {
-            held,
-            tokens: tokens.to_vec(),
-            done,
-        };
-        let sent = match &threads.jobs {
-            Some(jobs) => jobs.try_send(job),
-            None => Err(TrySendError::Disconnected(job)),
-        };
-        if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = sent {
-            job.run();
+            broken => self.place = broken,
         }
     }
 }
@@ -226,62 +243,19 @@ impl Drop for Matching {
     }
 }
 
-impl Job {
-    fn run(self) {
-        let Self {
-            mut held,
-            tokens,
-            done,
-        } = self;
-        let began = Instant::now();
-        held.go_on(&tokens);
-        let took = began.elapsed().as_micros() as u64;
-        held.counts.masks.fetch_add(1, Ordering::Relaxed);
-        held.counts.mask_us.fetch_add(took, Ordering::Relaxed);
-        // The sequence may have ended meanwhile.
-        let _gone = done.try_send(held);
+impl Away {
+    fn check(&self, limits: &MaskLimits) -> Result<(), MaskError> {
+        let (find_max, wait_max) = (limits.find_max, limits.queue_wait_max);
+        match self.ticket.began() {
+            Some(began) if began.elapsed() > find_max => Err(MaskError::Late { limit: find_max }),
+            None if self.since.elapsed() > wait_max => Err(MaskError::NoThread { limit: wait_max }),
+            _ => Ok(()),
+        }
     }
 }
 
-impl Held {
-    fn new(matcher: Box<Matcher>, counts: &Arc<Counts>) -> Self {
-        let num_bytes = matcher.num_bytes();
-        counts.bytes.fetch_add(num_bytes, Ordering::Relaxed);
-        Self {
-            matcher,
-            num_bytes,
-            counts: Arc::clone(counts),
-        }
-    }
-
-    /// An error is kept by the matcher, and found by whoever asks for the next token.
-    fn go_on(&mut self, tokens: &[TokenId]) {
-        for &id in tokens {
-            if self.matcher.accept(id).is_err() {
-                return;
-            }
-        }
-        let _kept = self.matcher.allowed().map(|_| ());
-        let now = self.matcher.num_bytes();
-        let bytes = &self.counts.bytes;
-        bytes.fetch_add(now, Ordering::Relaxed);
-        bytes.fetch_sub(self.num_bytes, Ordering::Relaxed);
-        self.num_bytes = now;
-    }
-
-    fn allowed(&mut self) -> Result<Next<'_>, MaskError> {
-        let limit = MATCHERS_BYTES_MAX;
-        if self.counts.bytes.load(Ordering::Relaxed) > limit {
-            return Err(MaskError::Full { limit });
-        }
-        Ok(self.matcher.allowed()?)
-    }
-}
-
-impl Drop for Held {
+impl Drop for Away {
     fn drop(&mut self) {
-        self.counts
-            .bytes
-            .fetch_sub(self.num_bytes, Ordering::Relaxed);
+        self.ticket.give_up();
     }
 }

@@ -115,7 +115,7 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Chooses the rows of the next step. Empty only when there is no sequence.
+    /// Chooses the rows of the next step. Empty only when no sequence could do anything with one.
     pub(crate) fn next_step(&mut self, sequences: &mut Sequences) -> Plan {
         let mut plan = Plan {
             rows_left: self.max_step_rows,
@@ -144,13 +144,14 @@ impl Scheduler {
         plan
     }
 
-    /// Running sequences: decodes by how long they were not served, then prompts by arrival.
+    /// Running sequences: decodes by how long they were not served, then prompts by arrival. Without those that could not
+    /// sample yet.
     fn service_order(&self, sequences: &Sequences) -> Vec<SequenceKey> {
         let mut order: Vec<_> = self
             .running
             .iter()
             .filter_map(|key| {
-                let sequence = sequences.get(key)?;
+                let sequence = sequences.get(key).filter(|s| !s.awaits_mask)?;
                 let is_prompt = sequence.num_remaining() > 1;
                 Some((
                     is_prompt,

@@ -51,11 +51,24 @@ pub enum SequenceEvent {
     },
     /// The sequence cannot go on here; its pages are free.
     Failed {
-        /// What went wrong, for logs.
+        /// What went wrong: for logs, and for whoever wrote its constraint.
         message: String,
-        /// Whether another worker may continue it.
-        retryable: bool,
+        /// Who may do something about it.
+        kind: FailureKind,
     },
+}
+
+/// Who may do something about a sequence that cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// Another worker may continue it: this one could not compute.
+    Step,
+    /// Another worker may continue it: this one has no room for it, or its threads are taken.
+    Full,
+    /// Whoever wrote its constraint: nobody can go on in it.
+    Constraint,
+    /// Nobody: it cannot be computed here or anywhere.
+    Sequence,
 }
 
 /// Number of a sequence in order of arrival: the order of service, and the reverse of preemption.
@@ -104,6 +117,10 @@ pub(crate) struct Sequence {
     pub(crate) seen: SeenTokens,
     /// Its place in the grammar of its output, if it has one.
     pub(crate) matching: Option<Matching>,
+    /// Whether its last row is of no use before its mask has come.
+    pub(crate) awaits_mask: bool,
+    /// Whether it has all its tokens, and only waits to know how it ends: without rows, pages or a place.
+    pub(crate) is_full: bool,
     /// Prompt tokens found in the prefix cache at first admission; `None` before.
     pub(crate) cached_tokens: Option<u32>,
     /// `Started` was sent.
@@ -132,6 +149,8 @@ impl Sequence {
             keys: PageKeys::new(new.cache_salt),
             seen: SeenTokens::default(),
             matching: None,
+            awaits_mask: false,
+            is_full: false,
             cached_tokens: None,
             is_started: false,
             next_prompt_logprob: first_output,
@@ -294,5 +313,6 @@ impl Sequence {
         self.table.clear();
         self.num_computed = 0;
         self.draft.clear();
+        self.awaits_mask = false;
     }
 }

@@ -39,8 +39,10 @@ pub struct EngineStats {
     pub masks: u64,
     /// Time that threads beside the engine's spent on them, in microseconds.
     pub mask_us: u64,
-    /// Time that the engine stood still for them, in microseconds; part of `times.sample_us`.
+    /// Time that the engine stood still for them, in microseconds: in sampling, and where nothing else could be computed.
     pub mask_wait_us: u64,
+    /// Masks that were not there when their sequences were to sample.
+    pub masks_late: u64,
     /// Where the time of the completed steps went.
     pub times: StepTimes,
 }

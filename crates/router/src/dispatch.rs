@@ -336,6 +336,7 @@ impl Dispatcher {
                 entry: self.journal.open(id, ids, params, version),
                 blocks: blocks.clone(),
                 text,
+                constraint_name: request.constraint_name,
                 state: State::default(),
             };
             let worker = Arc::clone(&worker);

@@ -36,6 +36,8 @@ const DESERTIONS_MAX: u32 = 2;
 
 /// The reason in a worker's status for a sequence that no worker can continue.
 const SEQUENCE_FAILED: &str = "SEQUENCE_FAILED";
+/// The reason in a worker's status for a constraint that nobody can go on in.
+const CONSTRAINT_FAILED: &str = "CONSTRAINT_FAILED";
 
 /// What a sequence may cost in time and attempts.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) entry: Entry,
     pub(crate) blocks: PromptBlocks,
     pub(crate) text: AnswerText,
+    /// What the client calls the constraint of its answer.
+    pub(crate) constraint_name: &'static str,
     pub(crate) state: State,
 }
 
@@ -95,6 +99,8 @@ impl fmt::Debug for Run {
 enum Loss {
     /// The request itself is at fault: nobody will take it.
     Refused(String),
+    /// Nobody can go on in the constraint of the sequence, here or anywhere.
+    Constraint(String),
     /// The sequence cannot be computed, here or anywhere.
     Failed,
     /// This worker has no room.
@@ -266,15 +272,17 @@ impl Sequence {
         self.state.finished = true;
     }
 
-    /// The end of a sequence whose worker was lost between the last token and saying so.
+    /// The end of a sequence whose worker was lost between the last token and saying so. Whether a constrained one is whole
+    /// with its last token only a worker knows.
     fn already_ended(&mut self) -> Option<Delta> {
         let sampled = self.entry.sampled();
         let last = *sampled.last()?;
         if self.text.is_end(last) {
             return Some(self.finish(FinishReason::Stop));
         }
-        let is_full = sampled.len() >= self.entry.params().max_tokens as usize;
-        is_full.then(|| self.finish(FinishReason::Length))
+        let params = self.entry.params();
+        let is_full = sampled.len() >= params.max_tokens as usize;
+        (is_full && params.constraint.is_none()).then(|| self.finish(FinishReason::Length))
     }
 
     fn lose_run(&mut self, loss: Loss) -> Result<(), ApiError> {
@@ -291,6 +299,12 @@ impl Sequence {
         let error = match loss {
             Loss::Refused(message) if !started => {
                 return Err(ApiError::new(ErrorKind::Invalid, message));
+            }
+            Loss::Constraint(message) => {
+                let (request, param) = (self.entry.request_id(), self.constraint_name);
+                tracing::debug!(request, param, message, "a constraint cannot be followed");
+                let message = format!("{param} cannot be followed further: {message}");
+                return Err(ApiError::invalid(param, message));
             }
             Loss::Failed => return Err(ApiError::internal()),
             Loss::Refused(_) => {
@@ -426,9 +440,12 @@ async fn next_event(
 /// What a worker's status says about trying elsewhere. A dead worker shows as `Unknown` in tonic.
 fn classify(status: &Status) -> Loss {
     match status.code() {
+        Code::InvalidArgument if says(status, CONSTRAINT_FAILED) => {
+            Loss::Constraint(status.message().to_owned())
+        }
         Code::InvalidArgument | Code::OutOfRange => Loss::Refused(status.message().to_owned()),
         Code::ResourceExhausted => Loss::Busy,
-        Code::Internal if says_failed(status) => {
+        Code::Internal if says(status, SEQUENCE_FAILED) => {
             tracing::error!(message = status.message(), "a sequence cannot be computed");
             Loss::Failed
         }
@@ -442,9 +459,9 @@ fn classify(status: &Status) -> Loss {
     }
 }
 
-/// Whether the worker itself says that nobody can go on; the transport has the same code for less.
-fn says_failed(status: &Status) -> bool {
+/// Whether the worker itself says so; the transport has the same codes for less.
+fn says(status: &Status, reason: &str) -> bool {
     status
         .get_details_error_info()
-        .is_some_and(|info| info.reason == SEQUENCE_FAILED)
+        .is_some_and(|info| info.reason == reason)
 }

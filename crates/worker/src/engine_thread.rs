@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
+use tramontane_engine::masks::{HeldMatcher, MatcherRoom};
 use tramontane_engine::{Engine, EngineStats, NewSequence, SequenceEvent, StepReport, SubmitError};
 use tramontane_grammar::Matcher;
 use tramontane_types::{FinishReason, RequestId, TokenOutput, Usage};
@@ -103,6 +104,7 @@ pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
     running: TaskTracker,
+    room: MatcherRoom,
 }
 
 /// Owns the thread; [`EngineThread::stop`] ends it.
@@ -137,7 +139,7 @@ enum Command {
 #[derive(Debug)]
 struct Submission {
     new: NewSequence,
-    matcher: Option<Matcher>,
+    matcher: Option<HeldMatcher>,
     events: mpsc::Sender<GenerationEvent>,
     answer: oneshot::Sender<Result<(), SubmitError>>,
 }
@@ -165,6 +167,9 @@ impl EngineHandle {
         if self.running.is_closed() {
             return Err(RefusedSequence::Draining);
         }
+        // What waits for the engine counts as well.
+        let held = matcher.map(|matcher| self.room.hold(matcher));
+        let matcher = held.transpose()?;
         let of_prompt = new.params.prompt_logprobs.map_or(0, |_| new.prompt.len());
         let of_output = new.params.max_tokens as usize;
         let capacity = of_output.saturating_add(of_prompt).min(EVENTS_MAX) + EVENTS_EXTRA;
@@ -266,6 +271,7 @@ impl EngineThread {
             stats: Mutex::new(engine.stats()),
         });
         let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
+        let room = engine.matcher_room();
         let worker = Loop {
             engine,
             commands: waiting,
@@ -290,6 +296,7 @@ impl EngineThread {
             commands,
             shared,
             running: TaskTracker::new(),
+            room,
         };
         Ok(Self {
             handle,
@@ -447,8 +454,8 @@ impl Loop {
             SequenceEvent::Finished { reason, usage } => {
                 GenerationEvent::Finished { reason, usage }
             }
-            SequenceEvent::Failed { message, retryable } => {
-                GenerationEvent::Failed(GenerationFailure::Step { message, retryable })
+            SequenceEvent::Failed { message, kind } => {
+                GenerationEvent::Failed(GenerationFailure::Step { message, kind })
             }
         };
         let is_last = matches!(

@@ -167,6 +167,8 @@ impl NodeCollector {
                 stats.masks,
             )?;
             out.seconds("mask_seconds", "Time spent on masks", stats.mask_us)?;
+            let late = stats.masks_late;
+            out.counter("masks_late", "Masks not there when wanted", late)?;
             let waited = stats.mask_wait_us;
             out.seconds("mask_wait_seconds", "Time steps waited for masks", waited)?;
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
-use tramontane_engine::SubmitError;
+use tramontane_engine::{FailureKind, SubmitError};
 use tramontane_grammar::GrammarError;
 use tramontane_proto::InvalidWire;
 use tramontane_types::InvalidSampling;
@@ -40,6 +40,8 @@ pub mod reason {
     pub const NO_VOCABULARY: &str = "NO_VOCABULARY";
     /// A step did not complete; another worker may continue the sequence.
     pub const STEP_FAILED: &str = "STEP_FAILED";
+    /// Nobody can go on in the constraint of the sequence; the message says why.
+    pub const CONSTRAINT_FAILED: &str = "CONSTRAINT_FAILED";
     /// The sequence cannot be continued anywhere.
     pub const SEQUENCE_FAILED: &str = "SEQUENCE_FAILED";
     /// The client did not read its events.
@@ -129,22 +131,24 @@ impl GenerateError {
                 (Code::Unavailable, reason::STOPPED)
             }
             Self::Refused(RefusedSequence::Engine(error)) => match error {
-                SubmitError::QueueFull { .. } | SubmitError::GrammarsFull { .. } => {
-                    (Code::ResourceExhausted, reason::QUEUE_FULL)
-                }
+                _ if error.is_retryable() => (Code::ResourceExhausted, reason::QUEUE_FULL),
                 SubmitError::Duplicate { .. } => (Code::AlreadyExists, reason::DUPLICATE),
                 _ => (Code::InvalidArgument, reason::INVALID),
             },
             Self::Failed(GenerationFailure::SlowReader) => {
                 (Code::ResourceExhausted, reason::SLOW_READER)
             }
-            Self::Failed(GenerationFailure::Step {
-                retryable: true, ..
-            }) => (Code::Unavailable, reason::STEP_FAILED),
-            Self::Failed(GenerationFailure::Step { .. }) => {
-                (Code::Internal, reason::SEQUENCE_FAILED)
-            }
+            Self::Failed(GenerationFailure::Step { kind, .. }) => failure_code(*kind),
         }
+    }
+}
+
+const fn failure_code(kind: FailureKind) -> (Code, &'static str) {
+    match kind {
+        FailureKind::Step => (Code::Unavailable, reason::STEP_FAILED),
+        FailureKind::Full => (Code::ResourceExhausted, reason::QUEUE_FULL),
+        FailureKind::Constraint => (Code::InvalidArgument, reason::CONSTRAINT_FAILED),
+        FailureKind::Sequence => (Code::Internal, reason::SEQUENCE_FAILED),
     }
 }
 
@@ -154,6 +158,7 @@ const fn grammar_code(error: &GrammarError) -> (Code, &'static str) {
         _ if error.is_internal() => (Code::Unavailable, reason::STOPPED),
         // It was sampled in another grammar, or with another vocabulary.
         GrammarError::Resumed { .. } => (Code::Internal, reason::SEQUENCE_FAILED),
+        GrammarError::Match(_) => (Code::InvalidArgument, reason::CONSTRAINT_FAILED),
         _ => (Code::InvalidArgument, reason::INVALID),
     }
 }
@@ -175,12 +180,12 @@ mod tests {
 
     #[test]
     fn every_status_carries_its_reason() {
-        let step = |retryable| GenerationFailure::Step {
+        let step = |kind| GenerationFailure::Step {
             message: "m".to_owned(),
-            retryable,
+            kind,
         };
         let refused = |error: SubmitError| GenerateError::Refused(error.into());
-        let table: [(GenerateError, Code, &str); 9] = [
+        let table: [(GenerateError, Code, &str); 11] = [
             (
                 refused(SubmitError::QueueFull { limit: 3 }),
                 Code::ResourceExhausted,
@@ -204,8 +209,26 @@ mod tests {
                 Code::Unavailable,
                 "DRAINING",
             ),
-            (step(true).into(), Code::Unavailable, "STEP_FAILED"),
-            (step(false).into(), Code::Internal, "SEQUENCE_FAILED"),
+            (
+                step(FailureKind::Step).into(),
+                Code::Unavailable,
+                "STEP_FAILED",
+            ),
+            (
+                step(FailureKind::Full).into(),
+                Code::ResourceExhausted,
+                "QUEUE_FULL",
+            ),
+            (
+                step(FailureKind::Constraint).into(),
+                Code::InvalidArgument,
+                "CONSTRAINT_FAILED",
+            ),
+            (
+                step(FailureKind::Sequence).into(),
+                Code::Internal,
+                "SEQUENCE_FAILED",
+            ),
             (
                 GenerationFailure::SlowReader.into(),
                 Code::ResourceExhausted,

@@ -1,20 +1,54 @@
 //! What becomes of a computed step: rows count, tokens are sampled, full pages are found by others.
 
 use std::ops::Range;
+use std::time::Instant;
 
-use tramontane_grammar::Next;
+use tramontane_grammar::{Next, TokenMask};
 use tramontane_types::FinishReason;
 
-use super::{Engine, Events};
-use crate::masks::NoToken;
+use super::{Engine, Events, elapsed_us};
+use crate::masks::{MaskError, Matching, NoToken};
 use crate::sampler::{Draw, SampleError};
 use crate::scheduler::{Chunk, Plan};
 use crate::sequence::{SequenceKey, WantedLogits};
-use crate::{SequenceEvent, StepReport};
+use crate::{EngineStats, FailureKind, SequenceEvent, StepReport};
+
+const STOP: Option<FinishReason> = Some(FinishReason::Stop);
+
+/// How a sequence came out of a step.
+#[derive(Clone, Copy, Debug)]
+enum Sampled {
+    /// Its last token says whether it ends.
+    Open,
+    /// It ends: its grammar lets nothing follow.
+    Whole,
+    /// It ends: it has all the tokens it may have. Whether its text is whole is not known yet.
+    Full,
+    /// It could not sample: its mask is not there yet.
+    Late,
+}
+
+/// What may come next.
+#[derive(Debug)]
+enum NextMask<'a> {
+    /// Everything: there is no grammar.
+    Any,
+    OneOf(&'a TokenMask),
+    /// Nothing: the text is whole.
+    Whole,
+    /// It is not known yet.
+    Late,
+}
 
 impl Engine {
-    /// Takes over what the step computed: rows, tokens, full pages.
-    pub(super) fn commit(&mut self, plan: &Plan, events: &mut Events, report: &mut StepReport) {
+    /// Takes over what the step computed: rows, tokens, full pages. Waits for masks until `until` at most.
+    pub(super) fn commit(
+        &mut self,
+        plan: &Plan,
+        until: Instant,
+        events: &mut Events,
+        report: &mut StepReport,
+    ) {
         let mut logits = std::mem::take(&mut self.logits);
         let mut rest = logits.as_mut_slice();
         for chunk in &plan.chunks {
@@ -26,7 +60,7 @@ impl Engine {
             rest = others;
             report.num_rows += chunk.num_rows;
             report.num_sequences += 1;
-            self.commit_chunk(*chunk, (wanted, rows), events, report);
+            self.commit_chunk(*chunk, (wanted, rows), until, events, report);
         }
         self.logits = logits;
     }
@@ -36,6 +70,7 @@ impl Engine {
         &mut self,
         chunk: Chunk,
         (wanted, rows): (WantedLogits, &mut [f32]),
+        until: Instant,
         events: &mut Events,
         report: &mut StepReport,
     ) {
@@ -46,15 +81,21 @@ impl Engine {
         let done = self
             .report_prompt(chunk.key, wanted.prompt, prompt, events)
             .map_err(NoToken::from)
-            .and_then(|()| self.sample_all(chunk.key, sampled, events, report));
+            .and_then(|()| self.sample_all(chunk.key, sampled, until, events, report));
         match done {
-            Ok(may_go_on) => {
+            Ok(sampled) => {
                 self.register(chunk.key, begin);
-                let has_ended = if may_go_on {
-                    self.finish(chunk.key, events)
-                } else {
-                    self.end(chunk.key, FinishReason::Stop, events);
-                    true
+                let has_ended = match sampled {
+                    Sampled::Open => self.finish(chunk.key, events),
+                    Sampled::Whole => {
+                        self.end(chunk.key, FinishReason::Stop, events);
+                        true
+                    }
+                    Sampled::Full => self.close(chunk.key, until, events),
+                    Sampled::Late => {
+                        self.await_mask(chunk.key);
+                        false
+                    }
                 };
                 report.num_ended += usize::from(has_ended);
             }
@@ -65,15 +106,22 @@ impl Engine {
         }
     }
 
-    fn has_no_token(&mut self, key: SequenceKey, error: &NoToken, events: &mut Events) {
+    /// Ends a sequence that cannot go on.
+    pub(super) fn has_no_token(&mut self, key: SequenceKey, error: &NoToken, events: &mut Events) {
+        let kind = error.kind();
         if let Some(sequence) = self.sequences.get(&key) {
-            tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+            // A constraint is the client's to mend.
+            if kind == FailureKind::Constraint {
+                tracing::debug!(request_id = %sequence.id, %error, "constraint has no next token");
+            } else {
+                tracing::warn!(request_id = %sequence.id, %error, "sequence has no next token");
+            }
             // What gave such logits must not be found by others.
-            if matches!(error, NoToken::Sample(_)) {
+            if matches!(error, NoToken::Sample(SampleError::NotFinite { .. })) {
                 sequence.table.forget();
             }
         }
-        self.fail(key, error.to_string(), error.is_retryable(), events);
+        self.fail(key, error.to_string(), kind, events);
     }
 
     /// Counts the rows of a chunk as computed. Returns how many there were before.
@@ -127,34 +175,37 @@ impl Engine {
         Ok(())
     }
 
-    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true. False where the
-    /// grammar lets none follow.
+    /// Samples the token behind the last one, and goes on for as long as guessed tokens come true and masks are there.
     fn sample_all(
         &mut self,
         key: SequenceKey,
         logits: &mut [f32],
+        until: Instant,
         events: &mut Events,
         report: &mut StepReport,
-    ) -> Result<bool, NoToken> {
+    ) -> Result<Sampled, NoToken> {
         let Some(sequence) = self.sequences.get_mut(&key) else {
-            return Ok(true);
+            return Ok(Sampled::Open);
         };
         let mut num_true = 0;
-        let mut may_go_on = true;
+        let mut sampled = Sampled::Open;
         for row in logits.chunks_exact_mut(self.geometry.vocab) {
-            let mut mask = None;
             let (position, first_output) = (sequence.num_output() as u32, sequence.num_prompt());
-            if let Some(matching) = &mut sequence.matching {
-                let (next, waited) = matching.allowed();
-                self.stats.mask_wait_us += waited.as_micros() as u64;
-                match next? {
-                    Next::OneOf(allowed) => mask = Some(allowed),
-                    Next::Ended => {
-                        may_go_on = false;
-                        break;
-                    }
+            let mask = match next_mask(&mut sequence.matching, until, &mut self.stats)? {
+                NextMask::Any => None,
+                NextMask::OneOf(mask) => Some(mask),
+                NextMask::Whole => {
+                    sampled = Sampled::Whole;
+                    break;
                 }
-            }
+                NextMask::Late => {
+                    // Its row is computed once more, with the same result; nothing is said of the guess.
+                    sequence.num_computed = sequence.tokens.len() - 1;
+                    sequence.draft.truncate(num_true);
+                    sampled = Sampled::Late;
+                    break;
+                }
+            };
             let draw = Draw {
                 params: &sequence.params,
                 position,
@@ -163,18 +214,25 @@ impl Engine {
                 output: &sequence.tokens[first_output..],
                 mask,
             };
-            let output = self.sampler.sample(row, draw)?;
+            let output = self
+                .sampler
+                .sample(row, draw)
+                .map_err(|error| match error {
+                    SampleError::NoCandidate if mask.is_some() => NoToken::NothingLeft,
+                    _ => error.into(),
+                })?;
             let id = output.id;
             sequence.push(id);
             report.num_sampled += 1;
             events.push((sequence.id.clone(), SequenceEvent::Token(output)));
-            let has_ended = sequence.finish_reason(&self.config.eos_ids, self.length_max);
-            if has_ended.is_some() {
-                break;
-            }
+            let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
             // Whoever finds the next mask does so while others compute.
-            if let Some(matching) = &mut sequence.matching {
-                matching.accept(&[id], &self.masks);
+            if let Some(matching) = sequence.matching.as_mut().filter(|_| reason != STOP) {
+                matching.accept(id, reason.is_none(), &self.masks);
+                sampled = reason.map_or(Sampled::Open, |_length| Sampled::Full);
+            }
+            if reason.is_some() {
+                break;
             }
             if sequence.draft.get(num_true) != Some(&id) {
                 break;
@@ -186,6 +244,27 @@ impl Engine {
         self.stats.tokens_guessed += sequence.draft.len() as u64;
         self.stats.guesses_true += num_true as u64;
         sequence.learn(num_true);
-        Ok(may_go_on)
+        Ok(sampled)
     }
+}
+
+/// The mask of a sequence's next token, if it comes by `until`.
+fn next_mask<'a>(
+    matching: &'a mut Option<Matching>,
+    until: Instant,
+    stats: &mut EngineStats,
+) -> Result<NextMask<'a>, MaskError> {
+    let Some(matching) = matching else {
+        return Ok(NextMask::Any);
+    };
+    let began = Instant::now();
+    let has_come = matching.comes_by(until);
+    stats.mask_wait_us += elapsed_us(began);
+    if !has_come {
+        return Ok(NextMask::Late);
+    }
+    Ok(match matching.allowed()? {
+        Next::OneOf(mask) => NextMask::OneOf(mask),
+        Next::Ended => NextMask::Whole,
+    })
 }

@@ -8,6 +8,12 @@
 )]
 
 mod constrained;
+mod ends;
+mod exactness;
+mod failures;
+mod guesses;
+mod pages;
+mod reference;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,7 +21,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use proptest::prelude::*;
 use tramontane_compute::combine::add_expert_sums;
 use tramontane_compute::reference::ReferenceBackend;
 use tramontane_compute::{
@@ -23,7 +28,9 @@ use tramontane_compute::{
     DType, Error as ComputeError, ExpertJob, ExpertWeights, Experts, HostTensor, KV_PAGE_TOKENS,
     KvFormat, RoutedRows, RowFormat, StepBatch,
 };
-use tramontane_engine::{Engine, EngineConfig, NewSequence, SequenceEvent, SubmitError};
+use tramontane_engine::{
+    Engine, EngineConfig, FailureKind, NewSequence, SequenceEvent, SubmitError,
+};
 use tramontane_exchange::{
     Error as ExchangeError, Exchange, ExchangeConfig, ExpertExchange, LocalTransport, Ticket,
 };
@@ -355,7 +362,7 @@ struct Heard {
     prompt: Vec<TokenOutput>,
     tokens: Vec<TokenOutput>,
     finished: Option<(FinishReason, Usage)>,
-    failed: Option<(String, bool)>,
+    failed: Option<(String, FailureKind)>,
 }
 
 impl Heard {
@@ -418,14 +425,32 @@ impl Bench {
     }
 
     fn submit(&mut self, new: &NewSequence) {
-        match &new.params.constraint {
-            None => self.engine.submit(new.clone()).unwrap(),
-            Some(_) => {
-                let matcher = constrained::matcher(new).unwrap();
-                let submitted = self.engine.submit_constrained(new.clone(), matcher);
-                submitted.unwrap();
-            }
+        self.submits(new).unwrap();
+    }
+
+    fn submits(&mut self, new: &NewSequence) -> Result<(), SubmitError> {
+        if new.params.constraint.is_none() {
+            return self.engine.submit(new.clone());
         }
+        let matcher = constrained::matcher(new).unwrap();
+        let held = self.engine.matcher_room().hold(matcher)?;
+        self.engine.submit_constrained(new.clone(), held)
+    }
+
+    fn has_ended(&self, new: &NewSequence) -> bool {
+        let heard = self.heard.get(&new.id);
+        heard.is_some_and(|h| h.finished.is_some() || h.failed.is_some())
+    }
+
+    /// Steps until something is so.
+    fn run_until(&mut self, mut is_so: impl FnMut(&mut Self) -> bool) {
+        for _ in 0..STEPS_MAX {
+            if is_so(self) {
+                return;
+            }
+            self.step();
+        }
+        panic!("not so after {STEPS_MAX} steps");
     }
 
     fn step(&mut self) {
@@ -453,8 +478,8 @@ impl Bench {
                 }
                 SequenceEvent::Token(token) => heard.tokens.push(token),
                 SequenceEvent::Finished { reason, usage } => heard.finished = Some((reason, usage)),
-                SequenceEvent::Failed { message, retryable } => {
-                    heard.failed = Some((message, retryable));
+                SequenceEvent::Failed { message, kind } => {
+                    heard.failed = Some((message, kind));
                 }
             }
         }
@@ -580,27 +605,8 @@ fn by_hand(prompt: &[TokenId], num_tokens: usize, window: Option<usize>) -> Vec<
     tokens.split_off(prompt.len())
 }
 
-#[test]
-fn the_tokens_are_those_of_the_model() {
-    for window in [None, Some(50)] {
-        for len in [1, 64, 150] {
-            let params = SamplingParams {
-                ignore_eos: true,
-                ..greedy(30)
-            };
-            let new = request("a", prompt(9, len), params);
-            let expected = by_hand(&new.prompt, 30, window);
-            assert_eq!(
-                alone(&new, window).ids(),
-                expected,
-                "window {window:?}, prompt of {len}"
-            );
-        }
-    }
-}
-
 /// Ways to run the same requests.
-fn variants() -> [(&'static str, EngineConfig); 7] {
+fn variants() -> [(&'static str, EngineConfig); 9] {
     let base = config();
     [
         ("together", base.clone()),
@@ -645,843 +651,24 @@ fn variants() -> [(&'static str, EngineConfig); 7] {
             EngineConfig {
                 num_pages: 7,
                 prefix_cache: true,
+                ..base.clone()
+            },
+        ),
+        (
+            "guesses",
+            EngineConfig {
+                lookup_tokens: 8,
+                ..base.clone()
+            },
+        ),
+        (
+            "guesses, few pages, cached",
+            EngineConfig {
+                num_pages: 7,
+                prefix_cache: true,
+                lookup_tokens: 8,
                 ..base
             },
         ),
     ]
-}
-
-#[test]
-fn nobody_notices_batches_chunks_or_caches() {
-    let all = requests();
-    for window in [None, Some(40), Some(64), Some(100)] {
-        let expected: Vec<Heard> = all.iter().map(|new| alone(new, window)).collect();
-        for (name, config) in &variants() {
-            let mut bench = Bench::new(config.clone(), window);
-            for new in &all {
-                bench.submit(new);
-                if *name != "together" {
-                    bench.step();
-                }
-            }
-            bench.run();
-            for (new, expected) in all.iter().zip(&expected) {
-                let got = bench.of(new);
-                assert_eq!(
-                    got.said(),
-                    expected.said(),
-                    "{}, {name}, window {window:?}",
-                    new.id
-                );
-            }
-            let stats = bench.engine.stats();
-            if config.prefix_cache && config.num_pages > 7 {
-                assert!(
-                    stats.prefix_hit_tokens >= 128,
-                    "{name} found nothing: {stats:?}"
-                );
-            }
-        }
-    }
-}
-
-/// Sixteen requests that can say two words: their last three tokens have always stood there before.
-fn two_words() -> Vec<NewSequence> {
-    let mut all = requests();
-    for new in &mut all {
-        new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
-        (new.params.top_k, new.params.max_tokens) = (2, 40);
-        (new.params.repetition_penalty, new.params.frequency_penalty) = (1.0, 0.0);
-    }
-    all
-}
-
-#[test]
-fn nobody_notices_guesses() {
-    let all = two_words();
-    for window in [None, Some(40)] {
-        let expected: Vec<Heard> = all.iter().map(|new| alone(new, window)).collect();
-        for (name, config) in variants() {
-            let config = EngineConfig {
-                lookup_tokens: 8,
-                ..config
-            };
-            let one_by_one = config.max_step_rows == 1;
-            let mut bench = Bench::new(config, window);
-            for new in &all {
-                bench.submit(new);
-                bench.step();
-            }
-            bench.run();
-            for (new, expected) in all.iter().zip(&expected) {
-                let got = bench.of(new);
-                assert_eq!(got.said(), expected.said(), "{}, {name}", new.id);
-            }
-            let stats = bench.engine.stats();
-            assert!(
-                (stats.guesses_true > 20) != one_by_one,
-                "{name}, window {window:?}: {stats:?}"
-            );
-            assert!(stats.guesses_true <= stats.tokens_guessed);
-        }
-    }
-}
-
-#[test]
-fn a_sequence_that_guesses_ends_where_it_must() {
-    let mut new = request("a", prompt(3, 60), greedy(50));
-    new.params.logit_bias = vec![(5, 90.0), (6, 90.0)];
-    let limits = EngineConfig {
-        lookup_tokens: 32,
-        num_pages: 1,
-        ..config()
-    };
-    let mut bench = Bench::new(limits, None);
-    bench.submit(&new);
-    bench.run();
-    let (reason, usage) = bench.of(&new).finished.unwrap();
-    assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 4));
-    // A stop id ends it also in the midst of guesses that come true.
-    let whole = alone(&new, None).ids();
-    let (seen, stop) = whole.split_at(whole.iter().position(|&id| id == 6).unwrap());
-    new.params.stop_ids = vec![stop[0]];
-    assert_eq!(alone(&new, None).ids(), [seen, &stop[..1]].concat());
-}
-
-#[test]
-fn the_prompt_is_reported_as_if_it_had_been_sampled() {
-    let params = SamplingParams {
-        logprobs: Some(2),
-        prompt_logprobs: Some(2),
-        ..greedy(3)
-    };
-    let new = request("a", prompt(5, 150), params.clone());
-    let whole = alone(&new, None);
-    assert_eq!(whole.prompt.len(), 149);
-    for (i, reported) in whole.prompt.iter().enumerate() {
-        let position = i + 1;
-        assert_eq!(
-            (reported.index as usize, reported.id),
-            (position, new.prompt[position])
-        );
-        // The model's own answer to the tokens before it.
-        let mut cut = request("cut", new.prompt[..position].to_vec(), params.clone());
-        cut.params.logit_bias = vec![(reported.id, 100.0)];
-        let sampled = alone(&cut, None).tokens.swap_remove(0);
-        assert_eq!(
-            (sampled.id, sampled.logprob, sampled.top_logprobs),
-            (reported.id, reported.logprob, reported.top_logprobs.clone()),
-            "position {position}"
-        );
-    }
-    // Cut, cached, preempted or resumed: each token of the prompt is told once.
-    for (name, config) in variants() {
-        let mut bench = Bench::new(config, None);
-        let others: Vec<_> = (0..4)
-            .map(|i| {
-                let id = RequestId::new(&format!("b{i}"));
-                NewSequence { id, ..new.clone() }
-            })
-            .collect();
-        for other in &others {
-            bench.submit(other);
-        }
-        bench.run();
-        for other in &others {
-            assert_eq!(bench.of(other).prompt, whole.prompt, "{name}");
-            assert_eq!(bench.of(other).said(), whole.said(), "{name}");
-        }
-    }
-    let mut resumed = new;
-    resumed.prompt.push(whole.tokens[0].id);
-    resumed.num_resumed = 1;
-    let resumed = alone(&resumed, None);
-    assert_eq!(resumed.prompt, whole.prompt);
-    assert_eq!(resumed.tokens, whole.tokens[1..]);
-}
-
-#[test]
-fn a_step_that_the_backend_computes_whole_is_the_same() {
-    let all = requests();
-    let config = config();
-    let count = Arc::new(AtomicU32::new(0));
-    let attention = ToyAttention {
-        whole_steps: Some(Arc::clone(&count)),
-        ..ToyAttention::new(config.num_pages, None)
-    };
-    let experts = Arc::new(ToyExperts);
-    let mut bench = Bench::around(config, geometry(None), Box::new(attention), experts);
-    // The next exchange would fail: there is none.
-    bench.fail_in.store(1, Ordering::Relaxed);
-    for new in &all {
-        bench.submit(new);
-    }
-    bench.run();
-    assert_eq!(bench.num_errors, 0);
-    assert!(count.load(Ordering::Relaxed) > 0);
-    for new in &all {
-        assert_eq!(bench.of(new).said(), alone(new, None).said(), "{}", new.id);
-    }
-}
-
-#[test]
-fn nobody_notices_preemption() {
-    let long = |i: u64| {
-        let params = SamplingParams {
-            seed: i,
-            ignore_eos: true,
-            max_tokens: 200,
-            frequency_penalty: 0.1,
-            ..SamplingParams::default()
-        };
-        request(&format!("long{i}"), prompt(i, 20 + i as usize), params)
-    };
-    let all: Vec<_> = (0..5).map(long).collect();
-    for (window, prefix_cache) in [(None, false), (None, true), (Some(120), true)] {
-        let limits = EngineConfig {
-            num_pages: 6,
-            prefix_cache,
-            ..config()
-        };
-        let mut bench = Bench::new(limits, window);
-        for new in &all {
-            bench.submit(new);
-        }
-        bench.run();
-        for new in &all {
-            assert_eq!(
-                bench.of(new).said(),
-                alone(new, window).said(),
-                "{}",
-                new.id
-            );
-        }
-        let stats = bench.engine.stats();
-        assert!(stats.preemptions > 0, "window {window:?}: {stats:?}");
-        assert!(
-            stats.rows > all.len() as u64 * 200,
-            "what was preempted is computed again"
-        );
-        assert_eq!((stats.tokens_sampled, stats.prompt_tokens), (1000, 110));
-    }
-}
-
-#[test]
-fn a_prompt_is_found_again_but_for_its_last_token_and_not_under_another_salt() {
-    let mut bench = Bench::new(
-        EngineConfig {
-            prefix_cache: true,
-            ..config()
-        },
-        None,
-    );
-    let first = request("first", prompt(1, 192), greedy(5));
-    let again = NewSequence {
-        id: RequestId::new("again"),
-        ..first.clone()
-    };
-    let longer = request(
-        "longer",
-        [&first.prompt[..], &[7, 8, 9]].concat(),
-        greedy(5),
-    );
-    let stranger = NewSequence {
-        id: RequestId::new("stranger"),
-        cache_salt: 1,
-        ..first.clone()
-    };
-    for new in [&first, &again, &longer, &stranger] {
-        bench.submit(new);
-        bench.run();
-    }
-    let cached = |new| bench.of(new).cached_tokens.unwrap();
-    assert_eq!(
-        [&first, &again, &longer, &stranger].map(cached),
-        [0, 128, 192, 0]
-    );
-    assert_eq!(bench.of(&again).finished.unwrap().1.cached_tokens, 128);
-    assert_eq!(bench.of(&again).tokens, bench.of(&first).tokens);
-    assert_eq!(bench.of(&stranger).tokens, bench.of(&first).tokens);
-    let stats = bench.engine.stats();
-    assert_eq!(
-        (stats.prefix_query_tokens, stats.prefix_hit_tokens),
-        (192 * 3 + 195, 320)
-    );
-    assert!(stats.pages_cached > 0);
-}
-
-#[test]
-fn an_aborted_sequence_is_gone_at_once_and_the_others_go_on() {
-    let all = requests();
-    let mut bench = Bench::new(
-        EngineConfig {
-            max_prefill_chunk: 16,
-            ..config()
-        },
-        None,
-    );
-    let new = request("only", prompt(4, 300), greedy(9));
-    bench.submit(&new);
-    bench.step();
-    assert!(bench.engine.stats().pages_free < 64);
-    assert!(bench.engine.abort(&new.id), "while its prompt is computed");
-    assert_eq!(bench.engine.stats().pages_free, 64);
-    assert!(!bench.engine.has_work() && !bench.engine.abort(&new.id));
-    for new in &all {
-        bench.submit(new);
-    }
-    for i in [12, 3, 7] {
-        bench.step();
-        assert!(bench.engine.abort(&all[i].id));
-    }
-    bench.run();
-    for (i, new) in all.iter().enumerate() {
-        if ![3, 7, 12].contains(&i) {
-            assert_eq!(bench.of(new).said(), alone(new, None).said(), "{}", new.id);
-        }
-    }
-}
-
-#[test]
-fn a_step_that_was_not_exchanged_is_simply_tried_again() {
-    let all = requests();
-    for prefix_cache in [false, true] {
-        let mut bench = Bench::new(
-            EngineConfig {
-                prefix_cache,
-                ..config()
-            },
-            Some(70),
-        );
-        for (i, new) in all.iter().enumerate() {
-            bench.submit(new);
-            bench.fail_in.store(1 + i as u32 % 2, Ordering::Relaxed);
-            bench.step();
-            bench.step();
-        }
-        bench.run();
-        assert_eq!(bench.num_errors, all.len());
-        for new in &all {
-            assert_eq!(
-                bench.of(new).said(),
-                alone(new, Some(70)).said(),
-                "{}",
-                new.id
-            );
-        }
-        assert_eq!(bench.engine.stats().steps_failed, all.len() as u64);
-    }
-}
-
-#[test]
-fn after_too_many_attempts_the_sequences_of_the_step_are_handed_back() {
-    let mut bench = Bench::new(
-        EngineConfig {
-            max_running: 1,
-            ..config()
-        },
-        None,
-    );
-    let (first, second) = (
-        request("a", prompt(1, 9), greedy(5)),
-        request("b", prompt(2, 9), greedy(5)),
-    );
-    bench.submit(&first);
-    bench.submit(&second);
-    for expected in [1, 2, 2] {
-        bench.fail_in.store(2, Ordering::Relaxed);
-        bench.step();
-        assert_eq!(bench.num_errors, expected);
-    }
-    let (message, retryable) = bench.of(&first).failed.clone().unwrap();
-    assert!(retryable && message.contains("layer 1"), "{message}");
-    bench.run();
-    assert_eq!(bench.of(&second).said(), alone(&second, None).said());
-}
-
-#[test]
-fn all_running_sequences_can_be_handed_back() {
-    let mut bench = Bench::new(
-        EngineConfig {
-            max_running: 2,
-            ..config()
-        },
-        None,
-    );
-    let all = requests();
-    for new in &all[..3] {
-        bench.submit(new);
-    }
-    bench.step();
-    let mut events = Vec::new();
-    bench.engine.fail_running("device lost", &mut events);
-    bench.hear(events);
-    for new in &all[..2] {
-        assert_eq!(bench.of(new).failed, Some(("device lost".to_owned(), true)));
-    }
-    bench.run();
-    assert_eq!(bench.of(&all[2]).said(), alone(&all[2], None).said());
-}
-
-/// What [`requests`] leave out and a replay could get wrong.
-fn requests_with_state() -> Vec<NewSequence> {
-    let sampled = |seed| SamplingParams {
-        temperature: 1.0,
-        seed,
-        max_tokens: 24,
-        ignore_eos: true,
-        ..SamplingParams::default()
-    };
-    let table = [
-        SamplingParams {
-            presence_penalty: 1.5,
-            ..sampled(1)
-        },
-        SamplingParams {
-            frequency_penalty: -1.5,
-            presence_penalty: -0.5,
-            repetition_penalty: 0.8,
-            ..sampled(2)
-        },
-        SamplingParams {
-            logit_bias: vec![(5, 4.0), (6, -100.0), (7, 2.5)],
-            logprobs: Some(2),
-            ..sampled(3)
-        },
-        SamplingParams {
-            stop_ids: (3..15).collect(),
-            min_tokens: 9,
-            ..sampled(4)
-        },
-        SamplingParams {
-            repetition_penalty: 1.4,
-            ..greedy(24)
-        },
-    ];
-    let request = |(i, params): (usize, SamplingParams)| {
-        request(&format!("s{i}"), prompt(i as u64, 60 + i), params)
-    };
-    table.into_iter().enumerate().map(request).collect()
-}
-
-#[test]
-fn a_resumed_sequence_goes_on_where_it_was_lost() {
-    for new in requests().into_iter().chain(requests_with_state()) {
-        let expected = alone(&new, None);
-        let (reason, usage) = expected.finished.unwrap();
-        for num_resumed in 0..=expected.tokens.len() {
-            let mut resumed = NewSequence {
-                num_resumed,
-                ..new.clone()
-            };
-            resumed.prompt.extend(&expected.ids()[..num_resumed]);
-            let got = alone(&resumed, None);
-            assert_eq!(got.tokens, expected.tokens[num_resumed..], "{}", new.id);
-            assert_eq!(got.finished, Some((reason, usage)), "{}", new.id);
-        }
-    }
-}
-
-#[test]
-fn a_sequence_ends_where_its_request_says() {
-    let free = SamplingParams {
-        ignore_eos: true,
-        ..greedy(40)
-    };
-    let new = request("a", prompt(5, 10), free.clone());
-    let ids = alone(&new, None).ids();
-    assert_eq!(ids.len(), 40);
-    let ended = |change: &dyn Fn(&mut SamplingParams)| {
-        let mut params = free.clone();
-        change(&mut params);
-        let heard = alone(&request("a", new.prompt.clone(), params), None);
-        let (reason, usage) = heard.finished.unwrap();
-        assert_eq!(usage.completion_tokens as usize, heard.tokens.len());
-        assert_eq!(usage.prompt_tokens, 10);
-        (heard.ids(), reason)
-    };
-    // The stop id itself is the last token that is reported.
-    let stop = ids[6];
-    let first = ids.iter().position(|&id| id == stop).unwrap();
-    let until_stop = (ids[..=first].to_vec(), FinishReason::Stop);
-    assert_eq!(ended(&|p| p.stop_ids = vec![stop]), until_stop);
-    assert_eq!(
-        ended(&|p| p.max_tokens = 3),
-        (ids[..3].to_vec(), FinishReason::Length)
-    );
-    // The end of sequence ends it, unless ignored.
-    let eos = |ignore_eos| {
-        let eos_ids = vec![stop];
-        let mut bench = Bench::new(
-            EngineConfig {
-                eos_ids,
-                ..config()
-            },
-            None,
-        );
-        let params = SamplingParams {
-            ignore_eos,
-            ..free.clone()
-        };
-        bench.submit(&request("a", new.prompt.clone(), params));
-        bench.run();
-        let heard = bench.of(&new);
-        (heard.ids(), heard.finished.unwrap().0)
-    };
-    assert_eq!(eos(false), until_stop);
-    assert_eq!(eos(true), (ids, FinishReason::Length));
-    // The model's context is full.
-    let heard = alone(&request("b", prompt(5, 1020), free), None);
-    assert_eq!(
-        (heard.tokens.len(), heard.finished.unwrap().0),
-        (4, FinishReason::Length)
-    );
-}
-
-#[test]
-fn what_can_never_run_is_refused_at_the_door() {
-    let config = EngineConfig {
-        num_pages: 2,
-        max_waiting: 2,
-        ..config()
-    };
-    let mut bench = Bench::new(config.clone(), None);
-    let mut refused = |new: NewSequence| bench.engine.submit(new).unwrap_err();
-    let good = request("good", prompt(1, 10), greedy(4));
-    assert_eq!(
-        refused(request("a", vec![], greedy(1))),
-        SubmitError::EmptyPrompt
-    );
-    assert_eq!(
-        refused(NewSequence {
-            num_resumed: 10,
-            ..good.clone()
-        }),
-        SubmitError::ResumedTooMany {
-            num_resumed: 10,
-            tokens: 10
-        }
-    );
-    assert_eq!(
-        refused(request("a", vec![48], greedy(1))),
-        SubmitError::TokenOutOfRange { id: 48, vocab: 48 }
-    );
-    assert_eq!(
-        refused(request("a", prompt(1, 1024), greedy(1))),
-        SubmitError::TooLong {
-            tokens: 1024,
-            limit: 1023
-        }
-    );
-    assert_eq!(
-        refused(request("a", prompt(1, 128), greedy(1))),
-        SubmitError::NeverFits { pages: 3, limit: 2 }
-    );
-    assert!(matches!(
-        refused(request("a", vec![1], greedy(0))),
-        SubmitError::InvalidSampling(_)
-    ));
-    bench.submit(&good);
-    let duplicate = bench.engine.submit(good.clone()).unwrap_err();
-    assert_eq!(duplicate, SubmitError::Duplicate { id: good.id });
-    bench.submit(&request("b", prompt(1, 100), greedy(29)));
-    let full = bench
-        .engine
-        .submit(request("c", vec![1], greedy(1)))
-        .unwrap_err();
-    assert!(full == SubmitError::QueueFull { limit: 2 } && full.is_retryable());
-    bench.run();
-    // A window needs its own pages only.
-    Bench::new(config, Some(64)).submit(&request("a", prompt(1, 100), greedy(300)));
-}
-
-#[test]
-fn a_sequence_may_use_the_whole_cache_and_ends_where_it_is_full() {
-    let endless = SamplingParams {
-        ignore_eos: true,
-        ..greedy(100_000)
-    };
-    let config = EngineConfig {
-        num_pages: 2,
-        prefix_cache: false,
-        ..config()
-    };
-    let first = request("a", prompt(1, 100), endless.clone());
-    let expected = by_hand(&first.prompt, 28, None);
-    let mut bench = Bench::new(config.clone(), None);
-    bench.submit(&first);
-    bench.run();
-    let stats = bench.engine.stats();
-    assert_eq!((stats.preemptions, stats.pages_free), (0, 2));
-    assert_eq!(bench.of(&first).ids(), expected);
-    assert_eq!(
-        bench.of(&first).finished.unwrap().0,
-        FinishReason::Length,
-        "100 + 28 tokens fill both pages"
-    );
-    // Rivals for the whole cache: each comes to the same end, one after the other.
-    let requests = [
-        first,
-        request("b", prompt(2, 60), endless.clone()),
-        request("c", prompt(3, 127), endless.clone()),
-    ];
-    let mut bench = Bench::new(config, None);
-    for new in &requests {
-        bench.submit(new);
-    }
-    bench.run();
-    for new in &requests {
-        let room = 2 * KV_PAGE_TOKENS - new.prompt.len();
-        let heard = bench.of(new);
-        assert_eq!(heard.ids(), by_hand(&new.prompt, room, None), "{}", new.id);
-        assert_eq!(heard.finished.unwrap().0, FinishReason::Length);
-    }
-    // What a window leaves behind is no limit.
-    let windowed = EngineConfig {
-        num_pages: 2,
-        ..self::config()
-    };
-    let mut bench = Bench::new(windowed, Some(64));
-    let long = request("d", prompt(4, 1000), endless);
-    bench.submit(&long);
-    bench.run();
-    assert_eq!(bench.of(&long).tokens.len(), 24, "the model's context");
-}
-
-#[test]
-fn logits_that_are_no_numbers_fail_their_sequence_alone_and_are_not_cached() {
-    let mut bench = Bench::new(
-        EngineConfig {
-            prefix_cache: true,
-            ..config()
-        },
-        None,
-    );
-    let bad = request("bad", [prompt(1, 127), vec![POISON]].concat(), greedy(5));
-    let good = request("good", prompt(2, 70), greedy(5));
-    bench.submit(&bad);
-    bench.submit(&good);
-    bench.run();
-    let (message, retryable) = bench.of(&bad).failed.clone().unwrap();
-    assert_eq!(
-        (message.as_str(), retryable),
-        ("the logit of token 3 is not a number or infinite", false)
-    );
-    assert_eq!(bench.of(&good).said(), alone(&good, None).said());
-    let next = request("next", [bad.prompt, vec![5]].concat(), greedy(5));
-    bench.submit(&next);
-    bench.run();
-    assert_eq!(bench.of(&next).cached_tokens, Some(0));
-}
-
-/// Random weights of a small Mixtral, by name and shape.
-fn weights(name: u64, rows: usize, cols: usize) -> Vec<u8> {
-    let scale = 2.0 / (cols as f32).sqrt();
-    let number = |i: u64| (unit(mix(name, i)) - 0.5) * if rows == 1 { 0.2 } else { scale };
-    let bias = if rows == 1 { 1.0 } else { 0.0 };
-    (0..(rows * cols) as u64)
-        .flat_map(|i| (number(i) + bias).to_le_bytes())
-        .collect()
-}
-
-fn tensor(rows: usize, cols: usize, data: &[u8]) -> HostTensor<'_> {
-    HostTensor {
-        dtype: DType::F32,
-        rows,
-        cols,
-        order: Default::default(),
-        data,
-    }
-}
-
-fn load_experts(experts: &dyn Experts) {
-    for layer in (0..2).map(LayerId) {
-        for expert in (0..5).map(ExpertId) {
-            let name = 1000 + u64::from(layer.0) * 100 + u64::from(expert.0) * 10;
-            let [w1, w3] = [1, 3].map(|i| weights(name + i, 64, 32));
-            let w2 = weights(name + 2, 32, 64);
-            let (w1, w3) = (tensor(64, 32, &w1), tensor(64, 32, &w3));
-            let tensors = ExpertWeights {
-                w1,
-                w2: tensor(32, 64, &w2),
-                w3,
-            };
-            let slice = ExpertSlice {
-                layer,
-                expert,
-                range: SegmentRange::WHOLE,
-            };
-            experts.load(slice, &tensors).unwrap();
-        }
-    }
-}
-
-/// A real model on the reference backend.
-fn reference_bench(config: EngineConfig, window: Option<usize>) -> Bench {
-    let geometry = ModelGeometry {
-        hidden: 32,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 8,
-        ff: 64,
-        ..geometry(window)
-    };
-    let backend = ReferenceBackend::new(&geometry);
-    let (embed, norm) = (weights(1, VOCAB, 32), weights(2, 1, 32));
-    let layers: Vec<Vec<Vec<u8>>> = (0..2)
-        .map(|layer| {
-            let shapes = [
-                (1, 32),
-                (32, 32),
-                (16, 32),
-                (16, 32),
-                (32, 32),
-                (1, 32),
-                (5, 32),
-            ];
-            let named = shapes.iter().zip(10 + layer * 10..);
-            named
-                .map(|(&(rows, cols), name)| weights(name, rows, cols))
-                .collect()
-        })
-        .collect();
-    let attention = AttentionWeights {
-        embed: tensor(VOCAB, 32, &embed),
-        layers: layers
-            .iter()
-            .map(|t| AttentionLayerWeights {
-                input_norm: tensor(1, 32, &t[0]),
-                q: tensor(32, 32, &t[1]),
-                k: tensor(16, 32, &t[2]),
-                v: tensor(16, 32, &t[3]),
-                o: tensor(32, 32, &t[4]),
-                post_norm: tensor(1, 32, &t[5]),
-                gate: Some(tensor(5, 32, &t[6])),
-            })
-            .collect(),
-        norm: tensor(1, 32, &norm),
-        lm_head: tensor(VOCAB, 32, &embed),
-    };
-    let (num_pages, max_rows) = (config.num_pages, config.max_step_rows);
-    let reserved = AttentionConfig {
-        num_pages,
-        max_rows,
-        kv_format: KvFormat::F16,
-    };
-    let attention = backend.attention(&attention, reserved).unwrap();
-    let experts = backend.experts();
-    load_experts(&*experts);
-    Bench::around(config, geometry, attention, experts)
-}
-
-#[test]
-fn a_real_model_says_the_same_however_it_is_run() {
-    let with_scores = |new: &NewSequence| {
-        let mut new = new.clone();
-        new.params.logprobs = Some(2);
-        new.params.max_tokens = 6;
-        new.params.min_tokens = 0;
-        new
-    };
-    let all: Vec<_> = requests()
-        .iter()
-        .filter(|r| r.prompt.len() < 90)
-        .map(with_scores)
-        .collect();
-    for window in [None, Some(30)] {
-        let expected: Vec<Heard> = all
-            .iter()
-            .map(|new| {
-                let mut bench = reference_bench(config(), window);
-                bench.submit(new);
-                bench.run();
-                bench.of(new).clone()
-            })
-            .collect();
-        let limits = EngineConfig {
-            num_pages: 5,
-            max_step_rows: 40,
-            max_prefill_chunk: 17,
-            prefix_cache: true,
-            ..config()
-        };
-        let mut bench = reference_bench(limits, window);
-        for new in &all {
-            bench.submit(new);
-        }
-        bench.fail_in.store(3, Ordering::Relaxed);
-        bench.run();
-        assert_eq!(bench.num_errors, 1);
-        for (new, expected) in all.iter().zip(&expected) {
-            assert_eq!(
-                bench.of(new).said(),
-                expected.said(),
-                "{}, window {window:?}",
-                new.id
-            );
-        }
-    }
-}
-
-/// Something that happens to a running engine.
-#[derive(Clone, Debug)]
-enum Act {
-    Submit(usize),
-    Abort(usize),
-    Step(usize),
-    Fail(u32),
-}
-
-fn act() -> impl Strategy<Value = Act> {
-    prop_oneof![
-        4 => (0..16_usize).prop_map(Act::Submit),
-        1 => (0..16_usize).prop_map(Act::Abort),
-        4 => (1..12_usize).prop_map(Act::Step),
-        1 => (1..3_u32).prop_map(Act::Fail),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn whatever_happens_the_tokens_are_the_same(
-        acts in prop::collection::vec(act(), 1..60),
-        limits in (1..6_usize, 1..80_usize, 1..70_usize, 6..20_usize, any::<bool>()),
-        window in prop_oneof![Just(None), Just(Some(33)), Just(Some(128))],
-    ) {
-        let (max_running, max_step_rows, max_prefill_chunk, num_pages, prefix_cache) = limits;
-        let limits = EngineConfig {
-            max_running, max_step_rows, max_prefill_chunk, num_pages, prefix_cache,
-            step_attempts_max: 1000, ..config()
-        };
-        let all = requests();
-        let mut bench = Bench::new(limits, window);
-        let mut submitted = BTreeSet::new();
-        let mut aborted = BTreeSet::new();
-        for act in acts {
-            match act {
-                Act::Submit(i) => {
-                    if submitted.insert(i) {
-                        bench.submit(&all[i]);
-                    }
-                }
-                Act::Abort(i) => {
-                    if bench.engine.abort(&all[i].id) {
-                        aborted.insert(i);
-                    }
-                }
-                Act::Step(n) => (0..n).for_each(|_| bench.step()),
-                Act::Fail(n) => bench.fail_in.store(n, Ordering::Relaxed),
-            }
-        }
-        bench.run();
-        for &i in submitted.difference(&aborted) {
-            let expected = alone(&all[i], window);
-            prop_assert_eq!(bench.of(&all[i]).said(), expected.said(), "{}", i);
-        }
-        let stats = bench.engine.stats();
-        prop_assert_eq!(stats.pages_free, stats.pages_total);
-        prop_assert!(!bench.engine.has_work());
-    }
 }

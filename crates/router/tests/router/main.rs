@@ -7,6 +7,7 @@
 )]
 
 mod auth;
+mod constraints;
 mod disconnect;
 mod failover;
 mod held;
@@ -73,6 +74,7 @@ enum Step {
     /// Goes on when the test gives a permit.
     Gate(Arc<Semaphore>),
     Break,
+    Fail(Status),
     Hang,
 }
 
@@ -155,6 +157,7 @@ impl Worker for FakeWorker {
                             continue;
                         }
                         Step::Break => Err(Status::unavailable("broken by the test")),
+                        Step::Fail(status) => Err(status),
                         Step::Hang => std::future::pending().await,
                     };
                     let event = event.map(|kind| v1::SequenceEvent { kind: Some(kind) });

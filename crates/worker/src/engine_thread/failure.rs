@@ -1,6 +1,6 @@
 //! Why a sequence is not taken, or cannot go on.
 
-use tramontane_engine::SubmitError;
+use tramontane_engine::{FailureKind, SubmitError};
 
 use super::EVENTS_MAX;
 
@@ -13,8 +13,8 @@ pub enum GenerationFailure {
     Step {
         /// What went wrong.
         message: String,
-        /// Whether another worker may continue it.
-        retryable: bool,
+        /// Who may do something about it.
+        kind: FailureKind,
     },
     /// Its events were not read.
     #[error("{EVENTS_MAX} events were not read")]
