@@ -126,7 +126,7 @@ class Secured:
         cert, key = pair(self.live, role)
         settings = self.tmp / f"{role}.toml"
         settings.write_text(
-            tls_section(self.live, role) + f'[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
+            tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
             f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
             'user = "tramontane"\n'
         )
@@ -454,6 +454,16 @@ def test_a_health_port_is_no_exception(tmp_path):
     assert refused.returncode == 2 and "listen.ops is 0.0.0.0:0" in refused.stderr, refused.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "router"])
+def test_nobody_is_served_beyond_this_machine_unless_somebody_says_who(secured, tmp_path, command):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(tls_section(secured.certs, "router") + f'[etcd]\ncluster = "{CLUSTER}"\n')
+    refused = run(command, "--host", "0.0.0.0", "--config", settings, check=False)
+    assert refused.returncode == 2, refused.stderr
+    for word in ("listen.http", "tramontane keys add", "[auth.jwt]", "auth.anonymous"):
+        assert word in refused.stderr, refused.stderr
+
+
 @pytest.mark.parametrize("flags,env", [(["--insecure"], {}), ([], {"TRAMONTANE_TLS__INSECURE": "true"})])
 def test_whoever_insists_may(flags, env):
     insists = Process("insists", [
@@ -467,7 +477,7 @@ def test_whoever_insists_may(flags, env):
 
 def test_one_process_with_tls(secured, tmp_path):
     settings = tmp_path / "settings.toml"
-    settings.write_text(tls_section(secured.certs, "router") + f'[etcd]\ncluster = "{CLUSTER}"\n')
+    settings.write_text(tls_section(secured.certs, "router") + f'[auth]\nanonymous = true\n[etcd]\ncluster = "{CLUSTER}"\n')
     one = Process("serve", [
         BINARY, "serve", "--config", settings, "--workers", "1", "--host", "0.0.0.0", "--http-port", "0",
         "--grpc-port", "0", "--admin-port", "0",
