@@ -4,6 +4,7 @@ that a faster test covers are listed in docs/security.md."""
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import threading
 import urllib.error
@@ -12,6 +13,11 @@ import urllib.request
 import pytest
 
 from conftest import Server, wait_until
+from test_cluster import Cluster
+from test_resume import etcd  # noqa: F401, a fixture
+
+# The lease of a worker ends within ten seconds; the rest is for a machine that is busy.
+READY_SECONDS = 40
 
 
 def post(server, path, body, headers=()):
@@ -172,11 +178,32 @@ def test_labels_of_metrics_are_a_closed_set(server):
     assert len(page.splitlines()) < 2000
 
 
-def test_the_health_of_an_engine_that_stands_still_is_no_good(server):
+def test_the_health_of_a_worker_that_stands_still_is_no_good(etcd):  # noqa: F811
     """CVE-2026-114051: health answers 200 with a dead engine. Ours: readiness follows workers that show signs of life."""
-    ready = urllib.request.urlopen(f"{server.url}/health/ready", timeout=10)
-    assert ready.status == 200
-    # With processes of their own, killed and stopped: tests/chaos/test_workers.py.
+    cluster = Cluster(etcd, name="advisories", min_workers=1)
+    worker = cluster.start_worker("w-0")
+
+    def health(path):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{cluster.http}/health/{path}", timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    try:
+        wait_until(lambda: health("ready") == 200, 120, "the worker serves")
+        worker.popen.send_signal(signal.SIGSTOP)
+        wait_until(lambda: health("ready") == 503, READY_SECONDS, "a worker that stands still is noticed")
+        # The router itself is well: whoever restarts it for that restarts the wrong process.
+        assert health("live") == 200
+        worker.popen.send_signal(signal.SIGCONT)
+        wait_until(lambda: health("ready") == 200, 60, "it goes on where it stood")
+    except AssertionError as failed:
+        raise AssertionError(f"{failed}\n{cluster.logs()}")
+    finally:
+        cluster.kill()
 
 
 def test_a_log_line_is_one_line(tmp_path):

@@ -11,19 +11,27 @@ from conftest import ROOT, run
 
 CHART = ROOT / "helm" / "tramontane"
 HELM = pathlib.Path(sys.executable).parent / "helm"
+# Who may ask is to be said; a variant that says it otherwise takes this back.
+EVERYBODY = {"auth.anonymous": "true"}
 VARIANTS = {
-    "defaults": {},
+    "anonymous": {},
     "own-etcd": {"etcd.endpoints[0]": "http://etcd.infra:2379"},
     "own-etcd-tls": {
         "etcd.endpoints[0]": "https://etcd.infra:2379", "etcd.tlsSecret": "etcd-ca", "etcd.clientCert": "false",
         "etcd.authSecret": "etcd-user",
     },
-    "insecure": {"tls.insecure": "true"},
+    "insecure": {"tls.insecure": "true", "auth.anonymous": "false"},
     "cert-manager": {"tls.certManager.enabled": "true", "tls.certManager.issuer.name": "ours", "tls.hosts[0]": "llm.example.org"},
     "secrets": {f"tls.existing.{holder}": f"my-{holder}" for holder in ("clients", "router", "worker", "operator", "etcd")},
     "operators": {"networkPolicy.operators.team": "ops"},
     "claim": {"model.existingClaim": "weights", "model.path": "mixtral", "worker.weights": "q8"},
-    "auth": {"auth.keysSecret": "keys", "router.env[0].name": "TRAMONTANE_TENANTS__ACME__WEIGHT", "router.env[0].value": "3"},
+    "auth": {
+        "auth.keysSecret": "keys", "auth.anonymous": "false",
+        "router.env[0].name": "TRAMONTANE_TENANTS__ACME__WEIGHT", "router.env[0].value": "3",
+    },
+    "tokens": {
+        "auth.anonymous": "false", "router.env[0].name": "TRAMONTANE_AUTH__JWT__ISSUER", "router.env[0].value": "https://issuer",
+    },
     "roles": {"worker.roles": "experts", "worker.threads": "4", "worker.expertMemory": "1000000"},
 }
 
@@ -40,7 +48,7 @@ def flags(values):
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def objects(request):
-    values = flags(VARIANTS[request.param])
+    values = flags(EVERYBODY | VARIANTS[request.param])
     lint = helm("lint", "--strict", CHART, *values)
     assert lint.returncode == 0, lint.stdout
     rendered = helm("template", "rel", CHART, *values)
@@ -178,6 +186,20 @@ def test_the_binary_knows_every_flag(objects):
                 assert arg.split("=")[0] in known, f"tramontane {args[0]} has no {arg}"
 
 
+def test_routers_say_who_may_ask(objects):
+    (env,) = [env for _, container, env in ours(objects) if container["name"] == "router"]
+    said = [name for name in env if name.startswith("TRAMONTANE_AUTH__")]
+    assert len(said) == 1 or env["TRAMONTANE_TLS__INSECURE"]["value"] == "true"
+
+
+@pytest.mark.parametrize("values", [{}, {"auth.keysSecret": "keys", "auth.anonymous": "true"}])
+def test_a_chart_that_does_not_say_who_may_ask_is_refused(values):
+    refused = helm("template", "rel", CHART, *flags(values))
+    assert refused.returncode != 0, refused.stdout
+    for word in ("auth.keysSecret", "auth.anonymous"):
+        assert word in refused.stderr, refused.stderr
+
+
 def test_ports_are_those_of_the_binary(objects):
     ports = {
         p["name"]: p["containerPort"]
@@ -191,8 +213,8 @@ def test_ports_are_those_of_the_binary(objects):
 @pytest.mark.parametrize("key,value", [
     ("worker.roles", "cook"), ("worker.replicas", "0"), ("etcd.replicas", "2"), ("worker.weights", "q3"),
     ("tls.certManager.enabled", "true"), ("tls.days", "0"), ("tls.existing.cook", "x"),
-    ("model.path", "../../etc"), ("nonsense", "1"), ("image.digest", "sha256:12"),
+    ("model.path", "../../etc"), ("nonsense", "1"), ("image.digest", "sha256:12"), ("auth.anonymous", "perhaps"),
 ])
 def test_bad_values_are_refused(key, value):
-    refused = helm("template", "rel", CHART, "--set", f"{key}={value}")
+    refused = helm("template", "rel", CHART, *flags(EVERYBODY | {key: value}))
     assert refused.returncode != 0 and key.split(".")[0] in refused.stderr, refused.stderr

@@ -48,13 +48,13 @@ def etcd(tmp_path_factory):
 
 
 class Cluster:
-    def __init__(self, etcd, *router_flags, name="test"):
+    def __init__(self, etcd, *router_flags, name="test", min_workers=3):
         self.etcd, self.name = etcd, name
         self.http, self.grpc, self.admin = free_port(), free_port(), free_port()
         self.router = Process("router", [
             BINARY, "router", "--etcd", etcd, "--cluster", name, "--host", "127.0.0.1",
-            "--http-port", self.http, "--grpc-port", self.grpc, "--admin-port", self.admin, "--min-workers", "3",
-            *router_flags,
+            "--http-port", self.http, "--grpc-port", self.grpc, "--admin-port", self.admin,
+            "--min-workers", min_workers, *router_flags,
         ])
         self.workers, self.ops = {}, {}
 
@@ -64,6 +64,7 @@ class Cluster:
             BINARY, "worker", "--etcd", self.etcd, "--cluster", self.name, "--id", name, "--threads", "1",
             "--host", "127.0.0.1", "--grpc-port", free_port(), "--ops-port", self.ops[name], *flags,
         ], env)
+        return self.workers[name]
 
     def doors(self):
         """Where operators and clients come in."""

@@ -96,6 +96,26 @@ def test_drills_are_off_by_default_and_a_lone_worker_wants_a_yes(server):
     assert lone.stop() == 0
 
 
+def test_a_router_with_keys_is_drilled_by_an_operator(tmp_path):
+    keys, settings = tmp_path / "keys", tmp_path / "settings.toml"
+    operator = run("keys", "add", "--tenant", "ops", "--operator", "--file", keys).stdout.strip()
+    client = run("keys", "add", "--tenant", "acme", "--file", keys).stdout.strip()
+    settings.write_text(f'[auth]\nkeys_file = "{keys}"\n')
+    server = Server("--workers", "2", "--replicas", "2", "--drills", "--config", settings)
+    faint = ["--for", "1s", "--delay", "5ms", "--streams", "2"]
+    ask = lambda *flags: drill(doors(server), "slow", "worker-1", *faint, *flags, check=False)
+    code, _, said = ask()
+    assert code == 1 and "API key is required" in said, said
+    code, _, said = ask("--api-key", operator, "--grpc-api-key", "trm_unknown")
+    assert code == 1 and "API key is not valid" in said, said
+    for flags in (["--api-key", operator], ["--api-key", operator, "--grpc-api-key", client]):
+        code, verdict, said = ask(*flags)
+        assert code == 0, said
+        assert_nothing_was_lost(verdict)
+    assert operator not in server.output() and client not in server.output()
+    assert server.stop() == 0
+
+
 @pytest.fixture(scope="module")
 def processes(etcd, tmp_path_factory):  # noqa: F811
     settings = tmp_path_factory.mktemp("drill") / "tramontane.toml"

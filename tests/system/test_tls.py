@@ -126,7 +126,7 @@ class Secured:
         cert, key = pair(self.live, role)
         settings = self.tmp / f"{role}.toml"
         settings.write_text(
-            tls_section(self.live, role) + f'[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
+            tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
             f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
             'user = "tramontane"\n'
         )
@@ -193,11 +193,11 @@ def tell(client, **options):
     )
 
 
-def openssl(port, *flags):
+def openssl(port, *flags, said=""):
     """What another TLS says about a port."""
     done = subprocess.run(
         ["openssl", "s_client", "-connect", f"localhost:{port}", "-servername", "localhost", *map(str, flags)],
-        input="", capture_output=True, text=True, timeout=30,
+        input=said, capture_output=True, text=True, timeout=30,
     )
     return done.stdout + done.stderr
 
@@ -340,6 +340,38 @@ def test_tls_at_a_plaintext_port_is_told_so(secured, server):
     assert refused.returncode == 2 and "--tls-cert" in refused.stderr, refused.stderr
 
 
+def test_an_operator_goes_beyond_this_machine_with_tls_or_on_its_word():
+    """192.0.2.0/24 is nobody's: what would go there would be lost, and is not sent."""
+    env = {**os.environ, "TRAMONTANE_API_KEY": "trm_secret", "OPENAI_API_KEY": "trm_secret"}
+    for command, address in [
+        (["status", "--router"], "192.0.2.2:8002"), (["status", "--router"], "http://192.0.2.2:8002"),
+        (["drill", "slow", "w-0", "--router"], "192.0.2.2:8002"),
+        (["chat", "hello", "--url"], "http://192.0.2.2:8000"), (["bench", "--url"], "http://192.0.2.2:8000/v1"),
+    ]:
+        refused = run(*command, address, check=False, env=env)
+        assert refused.returncode == 2, (command, refused.stderr)
+        assert "192.0.2.2" in refused.stderr and "--insecure" in refused.stderr, refused.stderr
+        assert "trm_secret" not in refused.stderr
+
+
+def test_a_session_of_an_operator_is_not_resumed(secured, tmp_path):
+    """Resuming would not check the certificate again; another TLS tries, with what it was told to remember."""
+    session = tmp_path / "session"
+    for version in ("-tls1_3", "-tls1_2"):
+        flags = ["-CAfile", secured.certs / "ca.pem", version]
+        for port, who, expected in [(secured.admin, shown(secured, "operator"), "New"), (secured.http, [], "Reused")]:
+            session.unlink(missing_ok=True)
+            # It asks for something and waits for the end of the answer: tickets come after the handshake.
+            ask = "GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            first = openssl(port, *flags, *who, "-sess_out", session, "-alpn", "http/1.1", "-ign_eof", said=ask)
+            assert "New, TLSv1" in first, first
+            if not session.exists():
+                assert expected == "New", first
+                continue
+            again = openssl(port, *flags, *who, "-sess_in", session)
+            assert f"{expected}, TLSv1" in again, again
+
+
 def test_a_flood_of_strangers_leaves_a_short_log(secured):
     before = len(secured.router.output())
     for _ in range(200):
@@ -422,6 +454,16 @@ def test_a_health_port_is_no_exception(tmp_path):
     assert refused.returncode == 2 and "listen.ops is 0.0.0.0:0" in refused.stderr, refused.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "router"])
+def test_nobody_is_served_beyond_this_machine_unless_somebody_says_who(secured, tmp_path, command):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(tls_section(secured.certs, "router") + f'[etcd]\ncluster = "{CLUSTER}"\n')
+    refused = run(command, "--host", "0.0.0.0", "--config", settings, check=False)
+    assert refused.returncode == 2, refused.stderr
+    for word in ("listen.http", "tramontane keys add", "[auth.jwt]", "auth.anonymous"):
+        assert word in refused.stderr, refused.stderr
+
+
 @pytest.mark.parametrize("flags,env", [(["--insecure"], {}), ([], {"TRAMONTANE_TLS__INSECURE": "true"})])
 def test_whoever_insists_may(flags, env):
     insists = Process("insists", [
@@ -435,7 +477,7 @@ def test_whoever_insists_may(flags, env):
 
 def test_one_process_with_tls(secured, tmp_path):
     settings = tmp_path / "settings.toml"
-    settings.write_text(tls_section(secured.certs, "router") + f'[etcd]\ncluster = "{CLUSTER}"\n')
+    settings.write_text(tls_section(secured.certs, "router") + f'[auth]\nanonymous = true\n[etcd]\ncluster = "{CLUSTER}"\n')
     one = Process("serve", [
         BINARY, "serve", "--config", settings, "--workers", "1", "--host", "0.0.0.0", "--http-port", "0",
         "--grpc-port", "0", "--admin-port", "0",

@@ -90,5 +90,10 @@ def test_responses_call_too(client):
 
 
 def test_no_call_when_none_is_wanted(client):
-    reply = client.chat.completions.create(**ASK, tool_choice="none", logit_bias={str(FIRST): 100}, temperature=0)
-    assert reply.choices[0].message.tool_calls is None
+    # A model that wants nothing but to call: where it is free to, it says no word and never ends.
+    begins = {"logit_bias": {str(FIRST): 100}, "temperature": 0, "logprobs": True}
+    free = client.chat.completions.create(**(ASK | {"max_tokens": 4}), tool_choice="auto", **begins).choices[0]
+    assert {token.token for token in free.logprobs.content} == {TOKENS[0]}, free
+    reply = client.chat.completions.create(**ASK, tool_choice="none", **begins).choices[0]
+    assert reply.message.tool_calls is None and reply.message.content.strip()
+    assert TOKENS[0] not in {token.token for token in reply.logprobs.content}

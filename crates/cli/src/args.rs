@@ -273,6 +273,9 @@ pub(crate) struct RouterAddress {
     /// Its key
     #[arg(long, value_name = "FILE")]
     pub(crate) tls_key: Option<PathBuf>,
+    /// Go to another machine in the clear, API key included
+    #[arg(long)]
+    pub(crate) insecure: bool,
 }
 
 /// Flags of commands that read.
@@ -454,6 +457,9 @@ pub(crate) struct ChatArgs {
     /// API key of the endpoint, where it asks for one
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
+    /// Send the API key to another machine in the clear
+    #[arg(long)]
+    pub(crate) insecure: bool,
     /// System prompt
     #[arg(long)]
     pub(crate) system: Option<String>,

@@ -5,12 +5,18 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::args::ChatArgs;
+use crate::dial::Public;
 use crate::openai_client::Client;
 use crate::output;
 
 /// Runs the conversation until end of input, or answers one message and returns.
 pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let client = Client::new(&args.url, args.api_key.as_deref(), args.tls_ca.as_deref())?;
+    let client = Client::new(&Public {
+        url: &args.url,
+        ca: args.tls_ca.as_deref(),
+        api_key: args.api_key.as_deref(),
+        insecure: args.insecure,
+    })?;
     let model = match args.model.clone() {
         Some(model) => model,
         None => client.first_model().await?,

@@ -4,6 +4,7 @@ use std::net::ToSocketAddrs as _;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
+use tramontane_router::AuthConfig;
 use tramontane_runtime::tls::{Expected, PeerName, Role, Tls, TlsSettings, is_here};
 
 use crate::settings::{chain, misuse};
@@ -62,6 +63,32 @@ pub(crate) fn check(ports: &[Port<'_>], tls: &Tls, insecure: bool) -> anyhow::Re
         return Err(misuse(format!(
             "{key} is {address}, beyond this machine, and has no TLS: expected {files} (`tramontane certs init` \
              makes them), an address of this machine, or --insecure to serve in the clear"
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses ports that others could reach and at which nobody is asked who they are, unless the operator wants it so.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) fn check_callers(
+    ports: &[Port<'_>],
+    auth: &AuthConfig,
+    insecure: bool,
+) -> anyhow::Result<()> {
+    if auth.is_on() || auth.anonymous || insecure {
+        return Ok(());
+    }
+    for port in ports {
+        if port.shows == Shows::Cluster || stays_here(port)? {
+            continue;
+        }
+        let (key, address) = (port.key, port.address);
+        return Err(misuse(format!(
+            "{key} is {address}, beyond this machine, and whoever reaches it may ask: expected auth.keys_file \
+             (`tramontane keys add` makes keys) or [auth.jwt], an address of this machine, or auth.anonymous = true \
+             (TRAMONTANE_AUTH__ANONYMOUS=true) to serve everybody"
         )));
     }
     Ok(())
@@ -132,5 +159,46 @@ mod tests {
                 .unwrap_err()
                 .is::<Misuse>()
         );
+    }
+
+    #[test]
+    fn everybody_is_served_beyond_this_machine_only_where_somebody_says_so() {
+        let checked = |address, shows, auth: &AuthConfig, insecure| {
+            let key = "listen.http";
+            let port = Port {
+                key,
+                address,
+                shows,
+            };
+            check_callers(&[port], auth, insecure)
+        };
+        let (beyond, nobody) = ("0.0.0.0:8000", AuthConfig::default());
+        let error = checked(beyond, Shows::Clients, &nobody, false).unwrap_err();
+        let text = error.to_string();
+        assert!(error.is::<Misuse>(), "{text}");
+        for word in [
+            "listen.http",
+            beyond,
+            "auth.keys_file",
+            "[auth.jwt]",
+            "auth.anonymous",
+        ] {
+            assert!(text.contains(word), "{text}");
+        }
+        checked("127.0.0.1:8000", Shows::Clients, &nobody, false).unwrap();
+        // Who comes there shows a certificate.
+        checked(beyond, Shows::Cluster, &nobody, false).unwrap();
+        checked(beyond, Shows::Clients, &nobody, true).unwrap();
+        let everybody = AuthConfig {
+            anonymous: true,
+            ..AuthConfig::default()
+        };
+        let keys = AuthConfig {
+            keys_file: Some("keys".into()),
+            ..AuthConfig::default()
+        };
+        for said in [everybody, keys] {
+            checked(beyond, Shows::Clients, &said, false).unwrap();
+        }
     }
 }

@@ -1,16 +1,15 @@
 //! `tramontane keys`: makes, lists and revokes API keys in a file that routers follow. The file has digests only: a key
 //! is shown once, when it is made.
 
-use std::io::Write as _;
+mod file;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::json;
-use tramontane_router::auth::keys::{
-    KEYS_FILE_BYTES_MAX, KEYS_MAX, KeyEntry, KeyHash, expiry, new_key, parse_keys,
-};
+use tramontane_router::auth::keys::{KEYS_MAX, KeyEntry, KeyHash, expiry, new_key, parse_keys};
 use tramontane_router::tenants::TenantName;
 
 use crate::exit::{Exit, refusal};
@@ -88,14 +87,20 @@ fn add(args: &AddArgs) -> anyhow::Result<()> {
         expires: args.expires.map(|valid| expiry(SystemTime::now(), valid)),
         is_operator: args.operator,
     };
-    let mut text = match read(&args.file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => HEADING.to_owned(),
-        Err(error) => return Err(error).context(args.file.display().to_string()),
-    };
-    let entries = parse(&args.file, &text)?;
+    file::change(&args.file, |text| added(&args.file, text, &entry))?;
+    output::note(&format!(
+        "key {name} of tenant {}; it is not shown again",
+        entry.tenant
+    ));
+    Ok(output::line(&key)?)
+}
+
+/// The file's text with one key more.
+fn added(path: &Path, text: Option<String>, entry: &KeyEntry) -> anyhow::Result<String> {
+    let mut text = text.unwrap_or_else(|| HEADING.to_owned());
+    let entries = parse(path, &text)?;
     if entries.iter().any(|other| other.name == entry.name) {
-        let message = format!("there is a key {name} already");
+        let message = format!("there is a key {} already", entry.name);
         return Err(refusal(Exit::Conflict, message, "another --name"));
     }
     if entries.len() >= KEYS_MAX {
@@ -106,18 +111,13 @@ fn add(args: &AddArgs) -> anyhow::Result<()> {
         text.push('\n');
     }
     text.push_str(&format!("{entry}\n"));
-    write(&args.file, &text)?;
-    output::note(&format!(
-        "key {name} of tenant {}; it is not shown again",
-        entry.tenant
-    ));
-    Ok(output::line(&key)?)
+    Ok(text)
 }
 
-fn list(file: &Path, format: Format) -> anyhow::Result<()> {
-    let text = read(file).with_context(|| file.display().to_string())?;
+fn list(path: &Path, format: Format) -> anyhow::Result<()> {
+    let text = file::read(path).with_context(|| path.display().to_string())?;
     let now = SystemTime::now();
-    let entries = parse(file, &text)?;
+    let entries = parse(path, &text)?;
     let time = |entry: &KeyEntry| match entry.expires {
         Some(at) => humantime::format_rfc3339_seconds(at).to_string(),
         None => "never".to_owned(),
@@ -159,18 +159,26 @@ fn list(file: &Path, format: Format) -> anyhow::Result<()> {
     )?)
 }
 
-fn revoke(name: &str, file: &Path) -> anyhow::Result<()> {
-    let text = read(file).with_context(|| file.display().to_string())?;
-    let entries = parse(file, &text)?;
+fn revoke(name: &str, path: &Path) -> anyhow::Result<()> {
+    file::change(path, |text| {
+        let missing = || format!("there is no file {}", path.display());
+        let text = text.with_context(missing)?;
+        without(name, path, &text)
+    })?;
+    output::note(&format!("key {name} is revoked"));
+    Ok(())
+}
+
+/// The file's text with one key less.
+fn without(name: &str, path: &Path, text: &str) -> anyhow::Result<String> {
+    let entries = parse(path, text)?;
     if !entries.iter().any(|entry| entry.name.as_str() == name) {
-        let message = format!("there is no key {name} in {}", file.display());
+        let message = format!("there is no key {name} in {}", path.display());
         return Err(refusal(Exit::NotFound, message, "tramontane keys list"));
     }
     let is_it = |line: &&str| line.split_ascii_whitespace().next() == Some(name);
     let kept: Vec<&str> = text.lines().filter(|line| !is_it(line)).collect();
-    write(file, &format!("{}\n", kept.join("\n")))?;
-    output::note(&format!("key {name} is revoked"));
-    Ok(())
+    Ok(format!("{}\n", kept.join("\n")))
 }
 
 fn named(text: &str, what: &str) -> anyhow::Result<TenantName> {
@@ -181,31 +189,8 @@ fn named(text: &str, what: &str) -> anyhow::Result<TenantName> {
     })
 }
 
-fn read(file: &Path) -> std::io::Result<String> {
-    let size = std::fs::metadata(file)?.len();
-    if size > KEYS_FILE_BYTES_MAX as u64 {
-        let message = format!("{size} bytes, expected at most {KEYS_FILE_BYTES_MAX}");
-        return Err(std::io::Error::other(message));
-    }
-    std::fs::read_to_string(file)
-}
-
-fn parse(file: &Path, text: &str) -> anyhow::Result<Vec<KeyEntry>> {
-    parse_keys(text.as_bytes()).with_context(|| file.display().to_string())
-}
-
-/// Replaces the file as a whole, readable for its owner only: no router ever reads half of it.
-fn write(file: &Path, text: &str) -> anyhow::Result<()> {
-    let dir = match file.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
-    let shown = || file.display().to_string();
-    let mut new = tempfile::NamedTempFile::new_in(dir).with_context(shown)?;
-    new.write_all(text.as_bytes()).with_context(shown)?;
-    new.as_file().sync_all().with_context(shown)?;
-    new.persist(file).with_context(shown)?;
-    Ok(())
+fn parse(path: &Path, text: &str) -> anyhow::Result<Vec<KeyEntry>> {
+    parse_keys(text.as_bytes()).with_context(|| path.display().to_string())
 }
 
 #[cfg(test)]

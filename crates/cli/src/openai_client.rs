@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::{Stream, StreamExt as _};
+use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
 
+use crate::dial::{Public, is_beyond};
+use crate::exit::{Exit, refusal};
 use crate::settings::misuse;
 
 /// Longest wait for a connection.
@@ -23,17 +26,24 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A client of the endpoint at `url`, whose certificate is of `ca`, or of the system's authorities; it says who it
-    /// is if there is a key.
-    pub(crate) fn new(url: &str, api_key: Option<&str>, ca: Option<&Path>) -> anyhow::Result<Self> {
+    /// A client of the endpoint, whose certificate is of the named CA, or of the system's authorities; it says who it is
+    /// if there is a key.
+    pub(crate) fn new(to: &Public<'_>) -> anyhow::Result<Self> {
         let mut headers = HeaderMap::new();
-        if let Some(key) = api_key.filter(|key| !key.is_empty()) {
+        if let Some(key) = to.api_key.filter(|key| !key.is_empty()) {
+            if !to.insecure {
+                refuse_in_the_clear(to.url)?;
+            }
             let bearer = HeaderValue::from_str(&format!("Bearer {key}"));
             let mut bearer = bearer.map_err(|_| misuse("--api-key must be visible characters"))?;
             bearer.set_sensitive(true);
             headers.insert(AUTHORIZATION, bearer);
         }
-        let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        let base = to
+            .url
+            .trim_end_matches('/')
+            .trim_end_matches("/v1")
+            .to_owned();
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
@@ -41,7 +51,7 @@ impl Client {
             // Some servers close a connection after an answer without saying so, and the next request
             // on it would be lost.
             .pool_max_idle_per_host(0);
-        let http = match (ca, base.starts_with("https://")) {
+        let http = match (to.ca, base.starts_with("https://")) {
             (Some(ca), _) => http.tls_certs_only(authorities(ca)?),
             (None, true) => http,
             // In the clear nobody is believed: a system without authorities is no obstacle.
@@ -95,6 +105,23 @@ impl Client {
     }
 }
 
+/// Whoever is on the way would read the key.
+fn refuse_in_the_clear(url: &str) -> anyhow::Result<()> {
+    let Some(plain) = Url::parse(url).ok().filter(|url| url.scheme() == "http") else {
+        return Ok(());
+    };
+    // A name that means nothing fails when it is connected to.
+    let found = plain.socket_addrs(|| None);
+    if found.is_ok_and(|found| is_beyond(&found)) {
+        let message = format!(
+            "{url} is beyond this machine: the API key (--api-key, OPENAI_API_KEY) would go there in the clear"
+        );
+        let next = "https://, --insecure, or --api-key \"\" to send none";
+        return Err(refusal(Exit::Misused, message, next));
+    }
+    Ok(())
+}
+
 fn authorities(path: &Path) -> anyhow::Result<Vec<reqwest::Certificate>> {
     let read = || format!("CA {}", path.display());
     let pem = std::fs::read(path).with_context(read)?;
@@ -142,6 +169,46 @@ impl Events {
                     .extend_from_slice(&chunk.context("connection broke")?),
                 None => bail!("the stream ended without [DONE]"),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit;
+
+    #[test]
+    fn a_key_goes_beyond_this_machine_with_tls_or_when_somebody_insists() {
+        tramontane_runtime::tls::install_provider();
+        let made = |url, api_key, insecure| {
+            Client::new(&Public {
+                url,
+                ca: None,
+                api_key,
+                insecure,
+            })
+        };
+        for (url, key, insecure) in [
+            ("http://127.0.0.1:8000/v1", Some("k"), false),
+            ("http://[::1]:8000", Some("k"), false),
+            ("http://localhost:8000", Some("k"), false),
+            ("http://192.0.2.2:8000", None, false),
+            ("http://192.0.2.2:8000", Some(""), false),
+            ("http://192.0.2.2:8000", Some("k"), true),
+        ] {
+            made(url, key, insecure).unwrap();
+        }
+        for url in [
+            "http://192.0.2.2:8000/v1",
+            "http://192.0.2.2",
+            "HTTP://192.0.2.2:1",
+        ] {
+            let error = made(url, Some("hunter2"), false).unwrap_err();
+            assert_eq!(exit::of(&error), Exit::Misused);
+            let text = error.to_string();
+            assert!(text.contains(url) && text.contains("--insecure"), "{text}");
+            assert!(!text.contains("hunter2"), "{text}");
         }
     }
 }

@@ -221,6 +221,7 @@ pub(crate) fn router_doors(settings: &Settings, cluster: &str) -> anyhow::Result
         port("listen.admin", &listen.admin, Shows::Cluster),
     ];
     doors::check(&ports, &tls, settings.tls.insecure)?;
+    doors::check_callers(&ports, &settings.auth, settings.tls.insecure)?;
     Ok(tls)
 }
 

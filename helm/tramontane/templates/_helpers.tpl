@@ -117,6 +117,22 @@ localhost
 {{- end }}
 {{- end -}}
 
+{{/* Routers would not start: better to hear it before anything is installed. */}}
+{{- define "tramontane.checkAuth" -}}
+{{- $said := or .Values.auth.keysSecret .Values.auth.anonymous .Values.tls.insecure -}}
+{{- range .Values.router.env -}}
+{{- if hasPrefix "TRAMONTANE_AUTH__" .name -}}
+{{- $said = true -}}
+{{- end -}}
+{{- end -}}
+{{- if not $said -}}
+{{- fail "auth: who may ask is not said: expected auth.keysSecret (kubectl create secret generic NAME --from-file=keys, of the file that `tramontane keys add` makes), TRAMONTANE_AUTH__JWT__... in router.env, or auth.anonymous=true to serve whoever reaches a router" -}}
+{{- end -}}
+{{- if and .Values.auth.keysSecret .Values.auth.anonymous -}}
+{{- fail "auth: expected auth.keysSecret or auth.anonymous, got both" -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "tramontane.etcdEndpoints" -}}
 {{- if .Values.etcd.endpoints -}}
 {{ join "," .Values.etcd.endpoints }}

@@ -77,6 +77,9 @@ pub(crate) struct BenchArgs {
     /// API key of the endpoint, where it asks for one
     #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
+    /// Send the API key to another machine in the clear
+    #[arg(long)]
+    pub(crate) insecure: bool,
     /// CA of the endpoint's certificate; the system's when absent
     #[arg(long, value_name = "FILE")]
     pub(crate) tls_ca: Option<PathBuf>,

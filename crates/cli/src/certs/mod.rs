@@ -200,7 +200,8 @@ fn advice(dir: &Path, cluster: &str) -> String {
          certificates.\n\n\
          On machines of routers, in the file of --config:\n\n  \
          [tls]\n  clients_cert = \"{dir}/clients.pem\"\n  clients_key = \"{dir}/clients-key.pem\"\n  \
-         cluster_cert = \"{dir}/router.pem\"\n  cluster_key = \"{dir}/router-key.pem\"\n  cluster_ca = \"{dir}/ca.pem\"\n\n\
+         cluster_cert = \"{dir}/router.pem\"\n  cluster_key = \"{dir}/router-key.pem\"\n  cluster_ca = \"{dir}/ca.pem\"\n\n  \
+         [auth]\n  keys_file = \"keys\"  # `tramontane keys add --tenant me --operator --file keys` makes it\n\n\
          On machines of workers:\n\n  \
          [tls]\n  cluster_cert = \"{dir}/worker.pem\"\n  cluster_key = \"{dir}/worker-key.pem\"\n  \
          cluster_ca = \"{dir}/ca.pem\"\n\n\

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 use tonic::Status;
-use tonic::transport::Channel;
 use tramontane_proto::v1::admin_client::AdminClient;
 use tramontane_proto::v1::{self, DrillKind};
 
 use super::{DrillArgs, Kind, REQUEST_TIMEOUT};
+use crate::dial::Proven;
 
 /// How often the router is asked.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -28,7 +28,7 @@ pub(super) struct Seen {
 }
 
 /// Asks the router.
-pub(super) async fn look(admin: &mut AdminClient<Channel>, worker: &str) -> Result<Seen, Status> {
+pub(super) async fn look(admin: &mut AdminClient<Proven>, worker: &str) -> Result<Seen, Status> {
     let late = |_elapsed| Status::deadline_exceeded("the router did not answer");
     let asked = async {
         let status = admin.cluster_status(v1::ClusterStatusRequest {}).await?;
@@ -45,7 +45,7 @@ pub(super) async fn look(admin: &mut AdminClient<Channel>, worker: &str) -> Resu
 
 /// Asks the worker, through the router.
 pub(super) async fn report(
-    admin: &mut AdminClient<Channel>,
+    admin: &mut AdminClient<Proven>,
     worker: &str,
 ) -> Result<v1::DrillReport, Status> {
     let late = |_elapsed| Status::deadline_exceeded("the worker did not answer");
@@ -85,7 +85,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Returns when all has been well for a while, or will not be.
-    pub(super) async fn until_well(&mut self, admin: &mut AdminClient<Channel>) {
+    pub(super) async fn until_well(&mut self, admin: &mut AdminClient<Proven>) {
         let limit = self.args.fault_time() + self.args.timeout;
         let mut well_since = None;
         while self.injected_at.elapsed() < limit {
@@ -111,7 +111,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    async fn ask_worker(&mut self, admin: &mut AdminClient<Channel>) {
+    async fn ask_worker(&mut self, admin: &mut AdminClient<Proven>) {
         if self.now.worker.is_some() {
             let asked = timeout(REPORT_TIMEOUT, report(admin, &self.args.worker)).await;
             self.now.report = asked.ok().and_then(Result::ok);

@@ -11,7 +11,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tramontane_proto::v1::admin_client::AdminClient;
 use tramontane_proto::v1::{self, DrillKind};
@@ -20,7 +19,7 @@ use self::cluster::{Seen, Watch};
 use self::probe::{Load, Probe};
 use self::verdict::Verdict;
 use crate::args::ReadArgs;
-use crate::dial;
+use crate::dial::{self, Proven, Public};
 use crate::exit;
 use crate::output;
 
@@ -66,6 +65,14 @@ pub(crate) struct DrillArgs {
     /// CA of its certificate; that of --tls-ca when absent
     #[arg(long, value_name = "FILE")]
     pub(crate) grpc_ca: Option<PathBuf>,
+    /// API key of the load, for routers that ask for one; the operator's when absent
+    #[arg(
+        long,
+        env = "OPENAI_API_KEY",
+        hide_env_values = true,
+        value_name = "API_KEY"
+    )]
+    pub(crate) grpc_api_key: Option<String>,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
 }
@@ -193,8 +200,14 @@ async fn drill(args: &DrillArgs) -> Result<Verdict, NoVerdict> {
     let (router, grpc_ca) = (&args.read.router, args.grpc_ca.as_ref());
     let mut admin = AdminClient::new(dial::admin(router, None).await?);
     let before = look_first(args, &mut admin).await?;
-    let ca = grpc_ca.or(router.tls_ca.as_ref()).map(PathBuf::as_path);
-    let public = dial::public(&args.grpc, ca).await?;
+    let api_key = args.grpc_api_key.as_ref().or(router.api_key.as_ref());
+    let public = dial::public(Public {
+        url: &args.grpc,
+        ca: grpc_ca.or(router.tls_ca.as_ref()).map(PathBuf::as_path),
+        api_key: api_key.map(String::as_str),
+        insecure: router.insecure,
+    });
+    let public = public.await?;
     let probe = Probe::new(public, args.streams).await?;
 
     output::note("reference: the same requests without a fault");
@@ -219,7 +232,7 @@ async fn drill(args: &DrillArgs) -> Result<Verdict, NoVerdict> {
 }
 
 /// Whether there is anything to learn from a drill now.
-async fn look_first(args: &DrillArgs, admin: &mut AdminClient<Channel>) -> Result<Seen, NoVerdict> {
+async fn look_first(args: &DrillArgs, admin: &mut AdminClient<Proven>) -> Result<Seen, NoVerdict> {
     let worker = &args.worker;
     let seen = cluster::look(admin, worker).await?;
     if seen.worker.is_none() {

@@ -7,11 +7,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tonic::Status;
-use tonic::transport::Channel;
 use tramontane_proto::v1::inference_client::InferenceClient;
 use tramontane_proto::v1::{self, generate_request::Input};
 
 use super::{EXIT_REFUSED, EXIT_TIMEOUT, NoVerdict};
+use crate::dial::Proven;
 
 /// Tokens of one answer.
 const ANSWER_TOKENS: u32 = 256;
@@ -25,7 +25,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(180);
 /// One request: either greedy or seeded.
 #[derive(Debug)]
 pub(super) struct Probe {
-    client: InferenceClient<Channel>,
+    client: InferenceClient<Proven>,
     requests: Vec<v1::GenerateRequest>,
 }
 
@@ -57,8 +57,8 @@ pub(super) struct Difference {
 
 impl Probe {
     /// `num_streams` requests that the served model has room for.
-    pub(super) async fn new(channel: Channel, num_streams: u32) -> Result<Self, NoVerdict> {
-        let mut client = InferenceClient::new(channel);
+    pub(super) async fn new(router: Proven, num_streams: u32) -> Result<Self, NoVerdict> {
+        let mut client = InferenceClient::new(router);
         let models = client.list_models(v1::ListModelsRequest {}).await?;
         let models = models.into_inner().models;
         let context = models.first().map_or(0, |model| model.context_length);
@@ -196,7 +196,7 @@ impl Load {
 
 /// One request, over and over.
 struct Stream {
-    client: InferenceClient<Channel>,
+    client: InferenceClient<Proven>,
     request: v1::GenerateRequest,
     reference: Said,
     stopped: watch::Receiver<bool>,
@@ -221,7 +221,7 @@ impl Stream {
 
 /// Asks and reads to the end; tells when there are some tokens.
 async fn ask(
-    mut client: InferenceClient<Channel>,
+    mut client: InferenceClient<Proven>,
     request: v1::GenerateRequest,
     tell: Option<mpsc::Sender<()>>,
 ) -> Said {
@@ -239,7 +239,7 @@ async fn ask(
 impl Said {
     async fn read(
         &mut self,
-        client: &mut InferenceClient<Channel>,
+        client: &mut InferenceClient<Proven>,
         request: v1::GenerateRequest,
         mut tell: Option<mpsc::Sender<()>>,
     ) -> Result<(), Status> {

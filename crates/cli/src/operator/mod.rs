@@ -14,11 +14,7 @@ use std::error::Error as _;
 use std::future::Future;
 use std::time::Duration;
 
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::service::Interceptor;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
-use tonic::{Code, Request, Status, TimeoutExpired};
+use tonic::{Code, Status, TimeoutExpired};
 use tramontane_proto::v1::admin_client::AdminClient;
 
 pub(crate) use events::events;
@@ -29,9 +25,9 @@ pub(crate) use weights::{WeightsCommand, weights};
 pub(crate) use workers::workers;
 
 use crate::args::RouterAddress;
-use crate::dial;
+use crate::dial::{self, Proven};
 use crate::exit::{Exit, refusal};
-use crate::settings::{chain, misuse};
+use crate::settings::chain;
 
 /// Longest wait for an answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -46,43 +42,15 @@ pub(crate) const SEE_WEIGHTS: &str = "tramontane weights list";
 pub(crate) const SEE_WORKERS: &str = "tramontane workers list";
 
 /// A connection to a router's admin service.
-pub(crate) type Admin = AdminClient<InterceptedService<Channel, Proof>>;
-
-/// Says with every call who the operator is.
-#[derive(Clone, Debug)]
-pub(crate) struct Proof(Option<MetadataValue<Ascii>>);
-
-impl Proof {
-    fn new(api_key: Option<&str>) -> anyhow::Result<Self> {
-        let Some(key) = api_key.filter(|key| !key.is_empty()) else {
-            return Ok(Self(None));
-        };
-        let bearer = MetadataValue::try_from(format!("Bearer {key}"));
-        let mut bearer = bearer.map_err(|_| misuse("--api-key must be visible characters"))?;
-        bearer.set_sensitive(true);
-        Ok(Self(Some(bearer)))
-    }
-}
-
-impl Interceptor for Proof {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(bearer) = &self.0 {
-            request
-                .metadata_mut()
-                .insert("authorization", bearer.clone());
-        }
-        Ok(request)
-    }
-}
+pub(crate) type Admin = AdminClient<Proven>;
 
 /// Connects to the router that the operator names.
 ///
 /// # Errors
 /// With exit status 2 for an address that is none, and 5 when nobody answers there.
 pub(crate) async fn connect(address: &RouterAddress) -> anyhow::Result<Admin> {
-    let channel = dial::admin(address, Some(REQUEST_TIMEOUT)).await?;
-    let proof = Proof::new(address.api_key.as_deref())?;
-    Ok(AdminClient::with_interceptor(channel, proof).max_decoding_message_size(ANSWER_BYTES_MAX))
+    let router = dial::admin(address, Some(REQUEST_TIMEOUT)).await?;
+    Ok(AdminClient::new(router).max_decoding_message_size(ANSWER_BYTES_MAX))
 }
 
 /// The router's refusal in its own words, and `next`, the command to try.

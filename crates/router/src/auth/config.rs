@@ -28,6 +28,9 @@ pub const TEXT_BYTES_MAX: usize = 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
+    /// Whether everybody who reaches the server may ask: the operator's word for a server beyond this machine without
+    /// keys and tokens.
+    pub anonymous: bool,
     /// A file with a line per API key; see `tramontane keys`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keys_file: Option<PathBuf>,
@@ -118,6 +121,13 @@ impl AuthConfig {
     }
 
     pub(crate) fn validate(&self) -> Result<(), Error> {
+        if self.anonymous && self.is_on() {
+            return Err(Error::Setting {
+                key: "auth.anonymous".to_owned(),
+                rule: "false where there are keys or tokens".to_owned(),
+                got: "true, with auth.keys_file or auth.jwt".to_owned(),
+            });
+        }
         match &self.jwt {
             Some(jwt) => jwt.validate(),
             None => Ok(()),
@@ -240,6 +250,19 @@ pub(super) mod tests {
             let error = check(bad).unwrap_err().to_string();
             assert!(error.starts_with("auth.jwt.jwks_url must be"), "{error}");
         }
+    }
+
+    #[test]
+    fn nobody_is_both_known_and_unknown() {
+        let config = |anonymous, jwt| AuthConfig {
+            anonymous,
+            jwt,
+            ..AuthConfig::default()
+        };
+        config(true, None).validate().unwrap();
+        let error = config(true, Some(jwt("jwks".into()))).validate();
+        let error = error.unwrap_err().to_string();
+        assert!(error.starts_with("auth.anonymous must be false"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Files and addresses whose content this server goes by, followed while it runs. What cannot be read or used changes
-//! nothing: what was there before stays, and the log says so once.
+//! nothing at first: what was there before stays, and the log says so. Who follows a file decides what becomes of it when
+//! it stays so.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +14,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// How often a file is looked at: a key that is revoked works for no longer.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A file that could not be used for so long counts as lost: nobody knows any more what it would say.
+pub(crate) const UNUSABLE_MAX: Duration = Duration::from_secs(300);
+/// How often the log says that a file cannot be used.
+const SAY_EVERY: Duration = Duration::from_secs(30);
 /// Longest time for the keys of an issuer to arrive.
 pub(crate) const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest set of an issuer's keys.
@@ -70,9 +75,16 @@ impl Followed {
         Ok(bytes)
     }
 
-    /// Has `take` judge every new content until the future is dropped. `first` is what it knows already.
-    pub(crate) async fn run(self, first: &[u8], take: impl Fn(&[u8]) -> Result<(), String>) {
+    /// Has `take` judge every new content until the future is dropped, and calls `lost` when there was none that can be
+    /// used for [`UNUSABLE_MAX`]. `first` is what `take` knows already.
+    pub(crate) async fn run(
+        self,
+        first: &[u8],
+        take: impl Fn(&[u8]) -> Result<(), String>,
+        lost: impl Fn(),
+    ) {
         let mut seen = Ok(Seen(Sha256::digest(first).into()));
+        let mut unusable = None;
         loop {
             sleep(LOOK_EVERY).await;
             let read = read(&self.path, self.bytes_max).await;
@@ -81,6 +93,7 @@ impl Followed {
                 Err(error) => Err(error.kind()),
             };
             if now == seen {
+                self.remind(&mut unusable, &lost);
                 continue;
             }
             seen = now;
@@ -89,11 +102,49 @@ impl Followed {
                 .map_err(|error| error.to_string())
                 .and_then(|bytes| take(&bytes))
             {
-                Ok(()) => tracing::info!(%path, what, "read anew"),
+                Ok(()) => {
+                    unusable = None;
+                    tracing::info!(%path, what, "read anew");
+                }
                 Err(error) => {
+                    unusable.get_or_insert_with(Unusable::begin);
                     tracing::warn!(%path, what, error, "not usable, going on with what was there before");
                 }
             }
+        }
+    }
+
+    /// Says again that the file cannot be used, if it cannot, and that it is lost.
+    fn remind(&self, unusable: &mut Option<Unusable>, lost: &impl Fn()) {
+        let Some(unusable) = unusable else { return };
+        let (path, what, since) = (self.path.display(), self.what, unusable.since.elapsed());
+        if since >= UNUSABLE_MAX && !unusable.is_lost {
+            unusable.is_lost = true;
+            lost();
+        }
+        if unusable.said.elapsed() >= SAY_EVERY {
+            unusable.said = Instant::now();
+            let is_lost = unusable.is_lost;
+            tracing::error!(%path, what, ?since, is_lost, "still not usable: what it says now is not in force");
+        }
+    }
+}
+
+/// A file that cannot be used.
+#[derive(Debug)]
+struct Unusable {
+    since: Instant,
+    said: Instant,
+    is_lost: bool,
+}
+
+impl Unusable {
+    fn begin() -> Self {
+        let since = Instant::now();
+        Self {
+            since,
+            said: since,
+            is_lost: false,
         }
     }
 }
@@ -224,7 +275,7 @@ mod tests {
         let log = Log::default();
         let followed = Followed::new(file.path().to_owned(), 100, "test");
         assert_eq!(followed.read_now().unwrap(), b"one");
-        let following = followed.run(b"one", judge(&log));
+        let following = followed.run(b"one", judge(&log), || ());
         let scene = async {
             sleep(10 * LOOK_EVERY).await;
             assert!(log.lock().is_empty());
@@ -240,6 +291,37 @@ mod tests {
         tokio::select! {
             () = following => {}
             done = timeout(1000 * LOOK_EVERY, scene) => done.unwrap(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_stays_unusable_is_lost_once_and_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "one").unwrap();
+        let log = Log::default();
+        let lost = || log.lock().push("lost".to_owned());
+        let following = Followed::new(path.clone(), 100, "test").run(b"one", judge(&log), lost);
+        let scene = async {
+            // Two faults in a row are one time without the file.
+            std::fs::write(&path, "bad").unwrap();
+            sleep(UNUSABLE_MAX / 2).await;
+            std::fs::remove_file(&path).unwrap();
+            sleep(UNUSABLE_MAX / 2 - LOOK_EVERY).await;
+            assert_eq!(*log.lock(), ["bad"]);
+            sleep(4 * LOOK_EVERY).await;
+            assert_eq!(*log.lock(), ["bad", "lost"]);
+            sleep(3 * UNUSABLE_MAX).await;
+            assert_eq!(*log.lock(), ["bad", "lost"]);
+            // What it said before is news now.
+            std::fs::write(&path, "one").unwrap();
+            until(&log, &["bad", "lost", "one"]).await;
+            std::fs::remove_file(&path).unwrap();
+            until(&log, &["bad", "lost", "one", "lost"]).await;
+        };
+        tokio::select! {
+            () = following => {}
+            done = timeout(10 * UNUSABLE_MAX, scene) => done.unwrap(),
         }
     }
 

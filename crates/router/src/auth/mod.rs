@@ -73,6 +73,8 @@ pub(crate) enum Refusal {
     Token(TokenRefusal),
     /// The issuer's keys are not here yet.
     NoIssuer,
+    /// Nobody knows any more which API keys are valid.
+    NoKeys,
     /// Known, but not for this.
     Forbidden,
 }
@@ -86,6 +88,7 @@ impl Refusal {
             Self::ExpiredKey => "api_key_expired",
             Self::Token(refusal) => refusal.label(),
             Self::NoIssuer => "issuer_away",
+            Self::NoKeys => "keys_file_lost",
             Self::Forbidden => "forbidden",
         }
     }
@@ -100,10 +103,11 @@ impl Refusal {
             Self::ExpiredKey => "the API key has expired",
             Self::Token(refusal) => refusal.message(),
             Self::NoIssuer => "the keys of the issuer of tokens have not been read yet",
+            Self::NoKeys => "the server cannot read its file of API keys",
             Self::Forbidden => "this is for operators; the API key is none of theirs",
         };
         match self {
-            Self::NoIssuer => ApiError::unavailable(message),
+            Self::NoIssuer | Self::NoKeys => ApiError::unavailable(message),
             Self::Forbidden | Self::Token(TokenRefusal::Tenant) => {
                 ApiError::new(ErrorKind::Forbidden, message)
             }
@@ -115,7 +119,8 @@ impl Refusal {
 /// Who is known.
 #[derive(Debug)]
 pub(crate) struct Auth {
-    keys: Option<Arc<Current<KeyTable>>>,
+    /// Where there is a file; no table when it is lost.
+    keys: Option<Arc<Current<Option<KeyTable>>>>,
     issuer: Option<Issuer>,
 }
 
@@ -164,6 +169,7 @@ impl Auth {
         match (&self.keys, &self.issuer) {
             (Some(keys), issuer) if issuer.is_none() || proof.starts_with(KEY_PREFIX) => {
                 let table = keys.get();
+                let table = (*table).as_ref().ok_or(Refusal::NoKeys)?;
                 let entry = table.find(proof, now).map_err(|refusal| match refusal {
                     KeyRefusal::Unknown => Refusal::UnknownKey,
                     KeyRefusal::Expired => Refusal::ExpiredKey,
@@ -195,8 +201,9 @@ impl Issuer {
                 let keys = Arc::new(Current::new(first));
                 let following = Arc::clone(&keys);
                 spawn(tasks, stop, async move {
-                    file.run(&bytes, |bytes| parse(bytes).map(|keys| following.set(keys)))
-                        .await;
+                    let take = |bytes: &[u8]| parse(bytes).map(|keys| following.set(keys));
+                    // Tokens end by themselves: keys that were good for them are while their file is away.
+                    file.run(&bytes, take, || ()).await;
                 });
                 keys
             }
@@ -250,8 +257,8 @@ fn follow_keys(
     file: Followed,
     tasks: &TaskTracker,
     stop: &CancellationToken,
-) -> Result<Arc<Current<KeyTable>>, Error> {
-    let table = |bytes: &[u8]| parse_keys(bytes).map(KeyTable::new);
+) -> Result<Arc<Current<Option<KeyTable>>>, Error> {
+    let table = |bytes: &[u8]| parse_keys(bytes).map(|keys| Some(KeyTable::new(keys)));
     let bytes = file.read_now().map_err(unreadable("auth.keys_file"))?;
     let keys = Arc::new(Current::new(
         table(&bytes).map_err(unusable("auth.keys_file"))?,
@@ -262,7 +269,8 @@ fn follow_keys(
             following.set(table(bytes).map_err(|error| error.to_string())?);
             Ok(())
         };
-        file.run(&bytes, take).await;
+        // A revoked key would work for as long as its file is away.
+        file.run(&bytes, take, || following.set(None)).await;
     });
     Ok(keys)
 }

@@ -174,6 +174,23 @@ async fn a_key_that_is_revoked_or_added_counts_soon_and_a_broken_file_changes_no
         .unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn keys_whose_file_stays_broken_let_nobody_in_until_it_is_mended() {
+    let scene = Scene::new();
+    let auth = scene.with_keys();
+    scene.write("keys", "what is this\n");
+    tokio::time::sleep(follow::UNUSABLE_MAX - follow::LOOK_EVERY).await;
+    assert_eq!(ask(&auth, &[("api-key", KEY)]).unwrap(), "acme");
+    tokio::time::sleep(4 * follow::LOOK_EVERY).await;
+    for key in [KEY, "trm_x"] {
+        assert_eq!(ask(&auth, &[("api-key", key)]), Err(Refusal::NoKeys));
+    }
+    assert_eq!(ask(&auth, &[]), Err(Refusal::Missing));
+    scene.write("keys", &line("a", KEY));
+    tokio::time::sleep(2 * follow::LOOK_EVERY).await;
+    assert_eq!(ask(&auth, &[("api-key", KEY)]).unwrap(), "acme");
+}
+
 #[tokio::test]
 async fn a_file_that_cannot_be_used_at_the_start_ends_it_by_name() {
     let scene = Scene::new();
@@ -227,7 +244,9 @@ fn what_is_public_is_exactly_what_is_listed() {
 fn a_refusal_says_what_to_do_and_nothing_of_what_was_sent() {
     assert_eq!(Refusal::Missing.error().kind, ErrorKind::Unauthenticated);
     assert_eq!(Refusal::Forbidden.error().kind, ErrorKind::Forbidden);
-    assert_eq!(Refusal::NoIssuer.error().kind, ErrorKind::Unavailable);
+    for away in [Refusal::NoIssuer, Refusal::NoKeys] {
+        assert_eq!(away.error().kind, ErrorKind::Unavailable);
+    }
     let tenant = Refusal::Token(TokenRefusal::Tenant).error();
     assert_eq!(tenant.kind, ErrorKind::Forbidden);
 }

@@ -32,7 +32,7 @@ pub(super) struct Files {
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Contents {
     own: Option<(Vec<u8>, Vec<u8>)>,
-    ca: Option<Vec<u8>>,
+    pub(super) ca: Option<Vec<u8>>,
 }
 
 /// A certificate with its key, and until when it is valid.

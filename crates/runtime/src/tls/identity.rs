@@ -1,12 +1,16 @@
 //! What a process shows and whom it believes, as rustls wants it. Decides nothing about calls.
+//!
+//! Where a certificate is checked, no session is resumed: who resumes one is not checked again, and would get in for as
+//! long as it likes by a certificate that has ended. Connections between processes are long, so whole handshakes are few.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::UnixTime;
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::SingleCertAndKey;
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion};
@@ -104,6 +108,7 @@ pub(super) fn outgoing(
             None => config.with_no_client_auth(),
         };
         config.alpn_protocols = vec![GRPC.to_vec()];
+        config.resumption = Resumption::disabled();
         Ok((config, own.map(|own| own.until)))
     })
 }
@@ -119,12 +124,17 @@ fn server(
 ) -> Result<ServerConfig, rustls::Error> {
     let config = ServerConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&VERSIONS)?;
+    let checks_callers = callers.is_some();
     let config = match callers {
         Some(callers) => config.with_client_cert_verifier(callers),
         None => config.with_no_client_auth(),
     };
     let mut config = config.with_cert_resolver(resolver(own));
     config.alpn_protocols = HTTP.map(<[u8]>::to_vec).to_vec();
+    if checks_callers {
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+    }
     Ok(config)
 }
 
@@ -141,6 +151,7 @@ fn to_peer(
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(resolver(own));
     config.alpn_protocols = vec![GRPC.to_vec()];
+    config.resumption = Resumption::disabled();
     Ok(config)
 }
 

@@ -1,5 +1,6 @@
-//! Something made of files, and made again when they change. A change that cannot be used is logged, and what was made
-//! before stays. Never touches what runs: who asks next gets the new one.
+//! Something made of files, and made again when they change. A change that cannot be used is logged once and tried at
+//! every look, for it may be usable later: a certificate's time begins. What was made before stays. Never touches what
+//! runs: who asks next gets the new one.
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,10 +33,22 @@ pub(super) struct Reloaded<T> {
 }
 
 struct Seen {
+    /// What the current value was made of.
     contents: Contents,
+    /// What was not used at the last look, if anything.
+    refused: Option<Refused>,
     until: Option<i64>,
     /// When the end of its time was last warned about.
     warned: Option<i64>,
+}
+
+/// What is said once for as long as it stays so.
+#[derive(PartialEq, Eq)]
+enum Refused {
+    /// Files that cannot be read, and why.
+    Unreadable(String),
+    /// Contents that nothing can be made of.
+    Unusable(Contents),
 }
 
 impl<T> fmt::Debug for Reloaded<T> {
@@ -58,6 +71,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         let (value, until) = make(&files, &contents)?;
         let seen = Seen {
             contents,
+            refused: None,
             until,
             warned: None,
         };
@@ -102,28 +116,34 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         let mut seen = self.seen.lock();
         let now = unix_seconds();
         match self.files.read() {
-            Ok(contents) if contents != seen.contents => {
-                seen.contents = contents;
-                self.replace(&mut seen);
-            }
-            Ok(_same) => {}
+            Ok(contents) if contents == seen.contents => seen.refused = None,
+            Ok(contents) => self.replace(&mut seen, contents),
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                tracing::warn!(
-                    what = self.what,
-                    error,
-                    "TLS files cannot be read, the old identity stays"
-                );
+                let cause = error.source().map(ToString::to_string);
+                let why = format!("{error}: {}", cause.unwrap_or_default());
+                if seen.is_news(Refused::Unreadable(why)) {
+                    tracing::warn!(
+                        what = self.what,
+                        error,
+                        "TLS files cannot be read, the old identity stays"
+                    );
+                }
             }
         }
         self.warn_of_end(&mut seen, now);
     }
 
-    fn replace(&self, seen: &mut Seen) {
-        match (self.make)(&self.files, &seen.contents) {
+    fn replace(&self, seen: &mut Seen, contents: Contents) {
+        match (self.make)(&self.files, &contents) {
             Ok((value, until)) => {
                 self.current.store(Arc::new(value));
-                (seen.until, seen.warned) = (until, None);
+                *seen = Seen {
+                    contents,
+                    refused: None,
+                    until,
+                    warned: None,
+                };
                 let until = until.map(date);
                 tracing::info!(
                     what = self.what,
@@ -133,11 +153,13 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &error;
-                tracing::error!(
-                    what = self.what,
-                    error,
-                    "new TLS files cannot be used, the old identity stays"
-                );
+                if seen.is_news(Refused::Unusable(contents)) {
+                    tracing::error!(
+                        what = self.what,
+                        error,
+                        "new TLS files cannot be used, the old identity stays"
+                    );
+                }
             }
         }
     }
@@ -154,6 +176,128 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             seen.warned = Some(now);
             let (what, until) = (self.what, date(until));
             tracing::warn!(what, until, "the TLS certificate ends soon");
+        }
+    }
+}
+
+impl Seen {
+    /// Remembers what is refused; whether it was not refused at the look before.
+    fn is_news(&mut self, refused: Refused) -> bool {
+        let refused = Some(refused);
+        let is_news = self.refused != refused;
+        self.refused = refused;
+        is_news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicI64, Ordering};
+
+    use super::*;
+
+    /// What was logged, a line each.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Log {
+        fn count(&self, words: &str) -> usize {
+            let text = String::from_utf8(self.0.lock().clone()).unwrap();
+            text.lines().filter(|line| line.contains(words)).count()
+        }
+    }
+
+    /// A file with the time from which on it can be used.
+    fn following(file: &Path, clock: &Arc<AtomicI64>) -> Reloaded<i64> {
+        let files = Files {
+            own: None,
+            ca: Some(file.to_owned()),
+        };
+        let (clock, path) = (Arc::clone(clock), file.to_owned());
+        let make = move |_: &Files, contents: &Contents| {
+            let text = std::str::from_utf8(contents.ca.as_deref().unwrap()).unwrap();
+            let (from, now) = (text.parse::<i64>().unwrap(), clock.load(Ordering::Relaxed));
+            if now >= from {
+                return Ok((from, None));
+            }
+            Err(TlsError::NotNow {
+                path: path.clone(),
+                from: from.to_string(),
+                until: String::new(),
+                now: now.to_string(),
+            })
+        };
+        Reloaded::load("test", files, make).unwrap()
+    }
+
+    #[test]
+    fn what_cannot_be_used_yet_is_said_once_and_used_when_its_time_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "0").unwrap();
+        let (log, clock) = (Log::default(), Arc::new(AtomicI64::new(0)));
+        let followed = following(&file, &clock);
+        let written = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || written.clone())
+            .finish();
+        let _logged = tracing::subscriber::set_default(subscriber);
+
+        fs::write(&file, "5").unwrap();
+        for now in 1..5 {
+            clock.store(now, Ordering::Relaxed);
+            followed.look();
+            assert_eq!(*followed.get(), 0);
+        }
+        assert_eq!(log.count("cannot be used"), 1);
+        clock.store(5, Ordering::Relaxed);
+        followed.look();
+        assert_eq!(*followed.get(), 5);
+        // Another content is other news, also after one that was good.
+        fs::write(&file, "9").unwrap();
+        followed.look();
+        fs::write(&file, "5").unwrap();
+        followed.look();
+        fs::write(&file, "9").unwrap();
+        followed.look();
+        assert_eq!(log.count("cannot be used"), 3);
+        assert_eq!(*followed.get(), 5);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "0").unwrap();
+        let log = Log::default();
+        let followed = following(&file, &Arc::default());
+        let written = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || written.clone())
+            .finish();
+        let _logged = tracing::subscriber::set_default(subscriber);
+        for times in 1..3 {
+            fs::remove_file(&file).unwrap();
+            for _ in 0..3 {
+                followed.look();
+            }
+            assert_eq!(log.count("cannot be read"), times);
+            fs::write(&file, "0").unwrap();
+            followed.look();
         }
     }
 }

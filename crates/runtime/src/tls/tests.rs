@@ -10,11 +10,16 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
 };
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConfig, HandshakeKind, RootCertStore, SupportedProtocolVersion};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
 use tonic::codegen::Service as _;
 
 use super::*;
@@ -202,6 +207,81 @@ async fn strangers_are_refused_by_both_ends() {
     let error = refused(&door, nameless.link()).await;
     assert!(error.contains("CertificateRequired"), "{error}");
     drop(door.serving);
+}
+
+/// A client of another make that remembers sessions, with the certificate `one`.
+fn remembering(made: &Made, version: &'static SupportedProtocolVersion) -> Arc<ClientConfig> {
+    let pem = |name: &str| fs::read(made.path(name)).unwrap();
+    let certificate = |name: &str| CertificateDer::from_pem_slice(&pem(name)).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate("ca.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(&pem("one-key.pem")).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[version])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![certificate("one.pem")], key);
+    Arc::new(config.unwrap())
+}
+
+fn handshake(opened: &Opened) -> HandshakeKind {
+    match opened {
+        Opened::Tls(stream) => stream.get_ref().1.handshake_kind().unwrap(),
+        Opened::Plain(_) => panic!("TLS expected"),
+    }
+}
+
+#[tokio::test]
+async fn who_was_believed_once_is_checked_again() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    let (mutual, open) = (
+        Echo::start(worker.cluster_door("worker")).await,
+        Echo::start(worker.ops_door("ops")).await,
+    );
+    // Nobody is checked at the open door: there sessions go on, which shows that this client would.
+    for (door, expected) in [
+        (&mutual, HandshakeKind::Full),
+        (&open, HandshakeKind::Resumed),
+    ] {
+        for version in [&TLS13, &TLS12] {
+            let config = remembering(&made, version);
+            let again = async || {
+                let at = door.uri.authority().unwrap().as_str();
+                let stream = TcpStream::connect(at).await.unwrap();
+                let name = "localhost".try_into().unwrap();
+                let connector = TlsConnector::from(Arc::clone(&config));
+                let stream = connector.connect(name, stream).await.unwrap();
+                let mut opened = Opened::Tls(Box::new(stream));
+                // Tickets come before the answer.
+                echoed(&mut opened).await.unwrap();
+                handshake(&opened)
+            };
+            assert_eq!(again().await, HandshakeKind::Full, "{version:?}");
+            assert_eq!(again().await, expected, "{version:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_is_checked_again_at_every_connection() {
+    let made = Made::new();
+    let worker = made.process("prod", Role::Worker);
+    // It offers to go on with sessions.
+    let door = Echo::start(worker.ops_door("ops")).await;
+    let uri = door.uri.to_string().replace("127.0.0.1", "localhost");
+    let named = Echo {
+        uri: uri.parse().unwrap(),
+        ..door
+    };
+    let trust = Trust::load("test", made.path("ca.pem"), None).unwrap();
+    for link in [worker.link(Role::Worker), trust.link()] {
+        for _ in 0..2 {
+            let opened = named.ask(link.clone()).await.unwrap();
+            assert_eq!(handshake(&opened), HandshakeKind::Full);
+        }
+    }
 }
 
 #[tokio::test]
