@@ -18,6 +18,54 @@ fn number(response: &reqwest::Response, header: &str) -> u64 {
 }
 
 #[tokio::test]
+async fn ids_of_texts_count_as_requests_at_both_doors() {
+    let limits = TenantConfig {
+        requests_per_minute: Some(4),
+        ..TenantConfig::default()
+    };
+    let scene = Scene::start(limited(limits), vec![storyteller()]).await;
+    // What is no JSON costs nothing.
+    let url = format!("{}/tokenize", scene.http);
+    let plain = scene.client.post(url).header("content-type", "text/plain");
+    assert_eq!(plain.body("hi").send().await.unwrap().status(), 415);
+    let body = json!({ "prompt": "hi" });
+    let first = scene.post("/tokenize", &body).await;
+    assert_eq!(first.status(), 200);
+    assert_eq!(number(&first, "x-ratelimit-remaining-requests"), 3);
+
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
+    let text = || v1::TokenizeRequest {
+        text: "hi".to_owned(),
+        add_bos: false,
+    };
+    let ids = client.tokenize(text()).await.unwrap().into_inner().ids;
+    let ids = || v1::DetokenizeRequest { ids: ids.clone() };
+    client.detokenize(ids()).await.unwrap();
+    client.tokenize(text()).await.unwrap();
+    let refused = client.tokenize(text()).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    let refused = client.detokenize(ids()).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    assert_eq!(scene.post("/tokenize", &body).await.status(), 429);
+
+    let page = scene.get("/metrics").await.text().await.unwrap();
+    for (route, code, num) in [
+        ("tokenize", 200, 1),
+        ("tokenize", 415, 1),
+        ("tokenize", 429, 1),
+        ("grpc_tokenize", 200, 2),
+        ("grpc_tokenize", 429, 1),
+        ("grpc_detokenize", 200, 1),
+        ("grpc_detokenize", 429, 1),
+    ] {
+        let labels = format!("{{route=\"{route}\",code=\"{code}\"}} {num}\n");
+        let line = format!("tramontane_router_requests_total{labels}");
+        assert!(page.contains(&line), "{line} is not in {page}");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
 async fn the_tokens_of_a_prompt_that_is_refused_are_given_back() {
     let gate = Arc::new(Semaphore::new(0));
     let held = Arc::clone(&gate);
