@@ -78,7 +78,7 @@ pub(crate) struct Choice {
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     /// Per prompt, what its answers begin with.
-    echoes: Vec<Option<String>>,
+    echoes: Vec<Option<Arc<str>>>,
     /// Per prompt, its first token where the others are reported.
     begins: Vec<Option<TokenId>>,
     /// Answers per prompt.
@@ -91,7 +91,7 @@ impl Shape {
         let echoes = request.prompts.iter().map(|prompt| prompt.echo.clone());
         let reported = |prompt: &PreparedPrompt| {
             let first = prompt.ids.first().copied();
-            first.filter(|_| prompt.sampling.prompt_logprobs.is_some())
+            first.filter(|_| request.sampling.prompt_logprobs.is_some())
         };
         Self {
             echoes: echoes.collect(),

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
-use tramontane_types::{SamplingParams, Usage};
+use tramontane_types::Usage;
 
 use crate::admission::{Admission, Admitted, Arrival, Counted};
 use crate::answer::{Answer, Shape, Source, Told};
@@ -317,11 +317,7 @@ impl Dispatcher {
         };
         let mut starting: Vec<BoxStart> = Vec::with_capacity(request.n as usize);
         for i in 0..request.n {
-            let seed = choice_seed(prompt.sampling.seed, i);
-            let params = SamplingParams {
-                seed,
-                ..prompt.sampling.clone()
-            };
+            let params = request.params(prompt, choice_seed(request.sampling.seed, i));
             let choice = prompt_index * request.n as usize + i as usize;
             let mut text = AnswerText::new(
                 &self.tokenizer,
@@ -329,7 +325,7 @@ impl Dispatcher {
                 request.stop.clone(),
                 prompt.is_chat,
             );
-            if prompt.reads_calls {
+            if request.reads_calls {
                 text = text.with_calls(&self.tokenizer, name.answer, choice);
             }
             let id = format!("{}-{choice}", name.request);

@@ -9,7 +9,7 @@ use super::fields::{self, Fields, wrong};
 use super::logprobs::chat_logprobs;
 use super::options::{CHAT_REFUSED, refuse_unsupported, shared_options, stream_options};
 use super::tools::{chat_tools, tool_calls, tool_use};
-use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use super::{Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Prompt};
@@ -46,15 +46,14 @@ pub(crate) fn parse_chat(body: &Value, model: &ServedModel) -> Result<Parsed, Ap
         tools: chat_tools(&body)?,
     };
     let request = GenerationRequest::new(vec![Prompt::Chat(chat)], &options, model)?;
-    Ok(Parsed {
-        request,
+    let form = Form {
         stream,
         include_usage,
         include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs: wants_logprobs,
-        best_of: None,
-        repeats: Value::Null,
-    })
+        ..Form::default()
+    };
+    Ok(Parsed { request, form })
 }
 
 pub(super) fn messages(body: &Fields<'_>) -> Result<Vec<ChatMessage>, ApiError> {

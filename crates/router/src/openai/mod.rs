@@ -36,10 +36,17 @@ use crate::error::ApiError;
 use crate::request::GenerationRequest;
 use crate::sequence::Delta;
 
-/// A parsed body: the request, and what the door needs to answer it.
-#[derive(Clone, Debug)]
+/// A parsed body: the request, and the form that its answer is to have. What is asked for takes much more memory, and
+/// the form is all that is needed once it is tokenized.
+#[derive(Debug)]
 pub(crate) struct Parsed {
     pub(crate) request: GenerationRequest,
+    pub(crate) form: Form,
+}
+
+/// The form of an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Form {
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     /// The usage says how long the request took.
@@ -48,8 +55,8 @@ pub(crate) struct Parsed {
     pub(crate) logprobs: bool,
     /// More answers are made than given.
     pub(crate) best_of: Option<BestOf>,
-    /// What of the request its answer repeats, as an object; null where it repeats nothing.
-    pub(crate) repeats: Value,
+    /// What of the request its answer repeats: the text of an object, which is much smaller than its values.
+    pub(crate) repeats: Box<str>,
 }
 
 /// Of each prompt's answers the best are given.

@@ -100,3 +100,43 @@ async fn the_tokens_of_a_prompt_that_is_refused_are_given_back() {
     assert_eq!(events(first).await.last().unwrap(), "[DONE]");
     scene.end().await;
 }
+
+#[tokio::test]
+async fn what_a_response_repeats_counts_while_it_waits() {
+    let gate = Arc::new(Semaphore::new(0));
+    let held = Arc::clone(&gate);
+    let slow = scripted(move |_| {
+        Ok(vec![
+            Step::Gate(Arc::clone(&held)),
+            Step::Token(300),
+            Step::Finish(v1::FinishReason::Length),
+        ])
+    });
+    let narrow = RouterConfig {
+        sequences_max: 1,
+        queue_bytes_max: 1 << 20,
+        ..config()
+    };
+    let scene = Scene::start(narrow, vec![slow]).await;
+    let first = scene.chat(json!({ "stream": true })).await;
+    assert_eq!(first.status(), 200);
+    let text = json!({ "format": { "type": "text" }, "note": "x".repeat(400 << 10) });
+    let body = json!({ "input": "hi", "text": text });
+    let url = format!("{}/v1/responses", scene.http);
+    let tasks = TaskTracker::new();
+    let mut waiting = Vec::new();
+    for num in 1..=2 {
+        waiting.push(tasks.spawn(scene.client.post(&url).json(&body).send()));
+        let line = format!("{{\"server_load\":{}}}", num + 1);
+        let waits = async || scene.get("/load").await.text().await.unwrap() == line;
+        until(&line, waits).await;
+    }
+    // There is room for two of them.
+    assert_eq!(scene.post("/v1/responses", &body).await.status(), 429);
+    gate.add_permits(3);
+    for waiting in waiting {
+        assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
+    }
+    drop(first);
+    scene.end().await;
+}

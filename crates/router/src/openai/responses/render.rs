@@ -16,8 +16,8 @@ use crate::text::CallDelta;
 #[derive(Debug)]
 pub(crate) struct ResponseRender {
     head: Head,
-    /// Fields of the request.
-    repeats: Map<String, Value>,
+    /// Fields of the request, as the text of an object.
+    repeats: Box<str>,
     /// Items that are whole.
     items: Vec<Value>,
     open: Option<Item>,
@@ -36,11 +36,7 @@ enum Item {
 }
 
 impl ResponseRender {
-    pub(crate) fn new(head: Head, repeats: Value) -> Self {
-        let repeats = match repeats {
-            Value::Object(map) => map,
-            _ => Map::new(),
-        };
+    pub(crate) fn new(head: Head, repeats: Box<str>) -> Self {
         Self {
             head,
             repeats,
@@ -78,8 +74,10 @@ impl ResponseRender {
             "usage": usage.map(usage_object),
             "system_fingerprint": self.head.system_fingerprint,
         });
-        for (name, value) in &self.repeats {
-            response[name.as_str()] = value.clone();
+        // It is our own text: there is always an object in it.
+        let repeats = serde_json::from_str::<Map<String, Value>>(&self.repeats);
+        for (name, value) in repeats.into_iter().flatten() {
+            response[name] = value;
         }
         response
     }
