@@ -6,8 +6,10 @@ use serde_json::{Map, Value, json};
 use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
 
 use super::fields::{self, Fields, wrong};
-use super::logprobs::chat_logprobs;
-use super::options::{CHAT_REFUSED, refuse_unsupported, shared_options, stream_options};
+use super::logprobs::{chat_logprobs, prompt_logprobs};
+use super::options::{
+    CHAT_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
+};
 use super::tools::{chat_tools, tool_calls, tool_use};
 use super::{Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
@@ -40,6 +42,10 @@ pub(crate) fn parse_chat(body: &Value, model: &ServedModel) -> Result<Parsed, Ap
         return Err(ApiError::invalid("top_logprobs", message));
     }
     options.logprobs = wants_logprobs.then(|| top.unwrap_or(0));
+    options.prompt_logprobs = body.unsigned("prompt_logprobs")?;
+    if stream && options.prompt_logprobs.is_some() {
+        return Err(not_in_a_stream("prompt_logprobs"));
+    }
     options.tool_use = tool_use(&body, true)?;
     let chat = ChatRequest {
         messages: messages(&body)?,
@@ -269,6 +275,10 @@ impl Render for ChatRender {
         }
         let mut whole = object(&self.head, "chat.completion", list);
         whole["usage"] = usage_object(spent, self.head.include_metrics);
+        // All answers have the same prompt.
+        if let Some(first) = choices.first().filter(|c| c.prompt_begin.is_some()) {
+            whole["prompt_logprobs"] = prompt_logprobs(&first.prompt_tokens, &self.head.tokenizer);
+        }
         whole
     }
 }

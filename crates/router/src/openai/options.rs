@@ -52,8 +52,7 @@ const REFUSED: [(&str, Asks); 30] = [
 ];
 
 /// What a chat refuses beside them.
-pub(crate) const CHAT_REFUSED: [(&str, Asks); 4] = [
-    ("prompt_logprobs", anything),
+pub(crate) const CHAT_REFUSED: [(&str, Asks); 3] = [
     ("echo", is_true),
     ("suffix", not_empty),
     ("best_of", not_one),
@@ -223,6 +222,12 @@ fn check_metadata(body: &Fields<'_>) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// The refusal of `param`, which asks for log probabilities of the prompt in a stream.
+pub(crate) fn not_in_a_stream(param: &str) -> ApiError {
+    let message = "log probabilities of the prompt are only given without stream";
+    ApiError::invalid(param, message)
 }
 
 /// -1 switches it off, as in vLLM.

@@ -303,6 +303,13 @@ fn the_prompt_is_reported_only_as_a_whole_and_within_a_limit() {
         let error = parse_completion(&body, &served()).unwrap_err();
         assert_eq!(error.param.as_deref(), Some(param));
     }
+    let key = "prompt_logprobs";
+    refused(chat_with, key, json!(21), ErrorKind::Invalid, key);
+    let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": true, key: 1 });
+    let error = parse_chat(&body, &served()).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some(key));
+    let asked = chat_with(key, json!(3)).unwrap().request;
+    assert_eq!(asked.sampling.prompt_logprobs, Some(3));
 }
 
 #[test]
@@ -750,6 +757,16 @@ fn log_probabilities_of_prompts_have_both_known_forms() {
         token(2, b, -4.0, &[(a, -0.25)]),
     ];
     let listed = prompt_logprobs(&prompt, &tokenizer);
+    let answer = Choice {
+        prompt_begin: Some(ids[0]),
+        prompt_tokens: prompt.to_vec(),
+        ..Choice::default()
+    };
+    let chat = ChatRender::new(head(false, false));
+    let whole = chat.whole(&[answer.clone(), answer], Spent::default());
+    assert_eq!(whole["prompt_logprobs"], listed);
+    let whole = chat.whole(&[Choice::default()], Spent::default());
+    assert!(whole.get("prompt_logprobs").is_none(), "{whole}");
     assert_eq!(listed[0], Value::Null);
     let best = json!({ "logprob": -0.5, "rank": 1, "decoded_token": text(a) });
     assert_eq!(listed[1][a.to_string()], best);
