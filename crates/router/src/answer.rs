@@ -189,6 +189,14 @@ impl Answer {
 
     /// All answers, whole.
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
+        self.collect_with(|_| ()).await
+    }
+
+    /// All answers, whole; `see` is shown what they are put together from.
+    pub(crate) async fn collect_with(
+        &mut self,
+        mut see: impl FnMut(&Delta) + Send,
+    ) -> Result<Vec<Choice>, ApiError> {
         let mut choices = vec![Choice::default(); self.shape.num_choices];
         for (index, choice) in choices.iter_mut().enumerate() {
             let echo = self.echo(index);
@@ -198,6 +206,7 @@ impl Answer {
         }
         while let Some(delta) = self.next().await {
             let delta = delta?;
+            see(&delta);
             let Some(choice) = choices.get_mut(delta.choice) else {
                 continue;
             };

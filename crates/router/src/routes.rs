@@ -33,8 +33,9 @@ use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, EventBytes, Form, Head, Parsed, Render, ResponseRender,
-    StreamOptions, error_response, event_stream, fingerprint, held_stream, last_event,
+    self, ChatRender, CompletionRender, EventBytes, Failed, Form, Head, Parsed, Render,
+    ResponseRender, StreamOptions, error_event, error_response, event_stream, fingerprint,
+    held_stream, last_event, response_error,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
@@ -254,6 +255,10 @@ impl Asking {
 async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, ApiError> {
     let cluster = app.cluster.clone();
     let keepalive = app.config.sse_keepalive;
+    let failed: Failed = match asking.route {
+        Route::Responses => response_error,
+        _ => error_event,
+    };
     let app = Arc::clone(app);
     let mut starting = Box::pin(async move {
         let answer = start(&app, asked).await?;
@@ -261,7 +266,7 @@ async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, 
     });
     let events = match poll!(&mut starting) {
         Poll::Ready(started) => Body::from_stream(started?),
-        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, starting)),
+        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, failed, starting)),
     };
     Ok(event_response(events))
 }
@@ -352,8 +357,8 @@ fn event_response(events: Body) -> Response {
     response
 }
 
-async fn whole(mut answer: Answer, render: Box<dyn Render>) -> Result<Response, ApiError> {
-    let choices = answer.collect().await?;
+async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Response, ApiError> {
+    let choices = answer.collect_with(|delta| render.note(delta)).await?;
     Ok(Json(render.whole(&choices, answer.spent())).into_response())
 }
 

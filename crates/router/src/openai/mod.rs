@@ -24,10 +24,10 @@ use tramontane_types::FinishReason;
 pub(crate) use chat::{ChatRender, MESSAGES_MAX, parse_chat, role};
 pub(crate) use completions::{CompletionRender, parse_completion};
 pub(crate) use error::{error_body, error_response};
-pub(crate) use held::{EventBytes, held_stream};
+pub(crate) use held::{EventBytes, Failed, held_stream};
 pub(crate) use models::{model, models};
-pub(crate) use responses::{ResponseRender, parse_response};
-pub(crate) use stream::{StreamOptions, event_stream, last_event};
+pub(crate) use responses::{ResponseRender, parse_response, response_error};
+pub(crate) use stream::{StreamOptions, error_event, event_stream, last_event};
 pub(crate) use tokens::{parse_detokenize, parse_tokenize};
 pub(crate) use tools::check_name;
 
@@ -99,7 +99,9 @@ pub(crate) trait Render: Send {
     fn names_events(&self) -> bool {
         false
     }
-    /// The whole answer as one object.
+    /// Takes note of a delta of an answer that is given whole.
+    fn note(&mut self, _delta: &Delta) {}
+    /// The whole answer as one object, all of its deltas noted.
     fn whole(&self, choices: &[Choice], spent: Spent) -> Value;
 }
 

@@ -17,7 +17,7 @@ use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Options, Prompt};
 use crate::run::ServedModel;
 use input::conversation;
-pub(crate) use render::ResponseRender;
+pub(crate) use render::{ResponseRender, response_error};
 
 /// Most text of all fields that a response repeats: each keeps its own as long as it runs. What a context has room for
 /// is less.
@@ -51,6 +51,10 @@ pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed
     options.max_tokens_name = Some("max_output_tokens");
     options.tool_use = tool_use(&body, false)?;
     if let Some(format) = text_format(&body)? {
+        if let Some(other) = options.constraint_name {
+            let message = format!("only one of {other} and text.format is allowed");
+            return Err(ApiError::invalid("text.format", message));
+        }
         options.constraint = Some(Arc::new(format));
         options.constraint_name = Some("text.format");
     }

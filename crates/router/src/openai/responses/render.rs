@@ -1,6 +1,7 @@
 //! A response and its events. What comes out depends on the tokens of the answer alone, token by token, so that an
 //! event has the same number whichever router makes it.
 
+use bytes::Bytes;
 use serde_json::{Map, Value, json};
 use tramontane_tokenizer::ToolCall;
 use tramontane_types::{FinishReason, TokenOutput, Usage};
@@ -11,6 +12,9 @@ use crate::openai::logprobs::response_logprobs;
 use crate::openai::{Head, Render};
 use crate::sequence::Delta;
 use crate::text::CallDelta;
+
+/// The event that says why no more come.
+const ERROR: &str = "error";
 
 /// Renders `response`, whole and in events.
 #[derive(Debug)]
@@ -282,44 +286,38 @@ impl Render for ResponseRender {
         )]
     }
 
-    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
-        let mut items = Vec::new();
-        let finish = choices.first().and_then(|choice| choice.finish);
-        let status = status(finish);
-        for choice in choices {
-            let num = choice.calls.len() + usize::from(!choice.text.is_empty());
-            let is_last = |items: &Vec<Value>| items.len() + 1 == num;
-            if !choice.text.is_empty() {
-                let num_tokens = choice.tokens.len() - usize::from(choice.has_end_token);
-                let tokens = choice.tokens.get(..num_tokens).unwrap_or_default();
-                let mut logprobs = Vec::new();
-                if self.head.logprobs {
-                    logprobs = response_logprobs(tokens, &self.head.tokenizer);
-                }
-                let text = choice.text.clone();
-                let said = if is_last(&items) { status } else { "completed" };
-                items.push(self.item(&Item::Message { text, logprobs }, 0, said));
-            }
-            for call in &choice.calls {
-                let said = if is_last(&items) { status } else { "completed" };
-                items.push(self.item(&Item::Call(call.clone()), items.len(), said));
-            }
-        }
-        self.response(status, &items, Some(spent.usage))
+    /// By the same code as the events, so that both say the same.
+    fn note(&mut self, delta: &Delta) {
+        let _events = self.chunks(delta);
+    }
+
+    fn whole(&self, _choices: &[Choice], spent: Spent) -> Value {
+        self.response(status(self.finish), &self.items, Some(spent.usage))
     }
 
     fn failed(&mut self, error: &ApiError) -> Value {
-        let failed = json!({
-            "code": error.kind.code().unwrap_or("invalid_request"),
-            "message": error.message,
-            "param": error.param,
-        });
-        self.event("error", failed)
+        self.event(ERROR, failure(error))
     }
 
     fn names_events(&self) -> bool {
         true
     }
+}
+
+/// The only event of a stream that ends before there is a response.
+pub(crate) fn response_error(error: &ApiError) -> Bytes {
+    let mut event = failure(error);
+    event["type"] = ERROR.into();
+    event["sequence_number"] = 0.into();
+    Bytes::from(format!("event: {ERROR}\ndata: {event}\n\n"))
+}
+
+fn failure(error: &ApiError) -> Value {
+    json!({
+        "code": error.kind.code().unwrap_or("invalid_request"),
+        "message": error.message,
+        "param": error.param,
+    })
 }
 
 fn status(finish: Option<FinishReason>) -> &'static str {
