@@ -657,6 +657,27 @@ fn stop_strings_hold_across_tokens_and_end_tokens_have_no_text() {
 }
 
 #[test]
+fn a_chat_that_has_to_match_is_given_out_as_it_matched() {
+    use crate::text::AnswerText;
+    let tokenizer = tokenizer();
+    let says = |key: &str, value: Value, said: &str| {
+        let parsed = chat_with(key, value).unwrap();
+        let (params, stop) = (parsed.request.sampling, parsed.request.stop);
+        let mut text = AnswerText::new(&tokenizer, &params, stop, true);
+        // With the space that SentencePiece puts before a text.
+        let ids = tokenizer.encode(said).unwrap();
+        let begin: String = ids.iter().map(|&id| text.push(id).text).collect();
+        begin + &text.finish().text
+    };
+    assert_eq!(says("seed", json!(1), "yes"), "yes");
+    assert_eq!(says("guided_regex", json!(" [a-z]{3}"), "yes"), " yes");
+    assert_eq!(says("guided_choice", json!([" yes", " no"]), "no"), " no");
+    assert_eq!(says("guided_grammar", json!("start: \" a\""), "a"), " a");
+    // Valid with and without.
+    assert_eq!(says("guided_json", json!({ "const": 1 }), "1"), "1");
+}
+
+#[test]
 fn all_that_waits_is_counted_and_what_prompts_share_only_once() {
     let (model, tokenizer) = (served(), tokenizer());
     let size = |extra: &Value| {
