@@ -132,6 +132,8 @@ def test_other_forms_of_constraints(client):
         assert re.fullmatch(r"(ab|cd){2,4}-[0-9]+\.", says(seed, structured_outputs={"regex": r"^(ab|cd){2,4}-[0-9]+\.$"}))
         assert says(seed, structured_outputs={"choice": ["yes", "no (why?)", "a|b", "é"]}) in ("yes", "no (why?)", "a|b", "é")
         assert says(seed, guided_choice=["+", "-"]) in ("+", "-")
+        assert re.fullmatch(" [a-z]{3}", says(seed, guided_regex=" [a-z]{3}"))
+        assert says(seed, guided_choice=[" yes", " no"]) in (" yes", " no")
         lark = 'start: "[" item ("," item)~0..3 "]"\nitem: /[a-c]{2}/ | start\n'
         assert re.fullmatch(r"[\[\]a-c,]+", says(seed, guided_grammar=lark))
         jsonschema.validate(json.loads(says(seed, guided_json=SCHEMAS[0])), SCHEMAS[0])

@@ -216,15 +216,14 @@ impl Admission {
         let tenant = ask.tenant.clone();
         let (sender, receiver) = oneshot::channel();
         let entered = self.door.0.lock().enter(ask, sender, Instant::now());
-        let ticket = match entered {
+        let (ticket, had_to_go) = match entered {
             Entered::Now(granted) => {
                 let places = Door::places(&self.door, granted.tenant, granted.places);
                 return Ok(self.admitted(places));
             }
             Entered::Waits { ticket, gone } => {
                 // Who had to give way is told so by the end of its channel.
-                drop(gone);
-                ticket
+                (ticket, !gone.is_empty())
             }
             Entered::Full(_) => return Err(self.full()),
         };
@@ -233,6 +232,10 @@ impl Admission {
             tenant,
             ticket,
         };
+        if had_to_go {
+            // One of them may have held up others with its size.
+            Door::let_in(&self.door);
+        }
         let granted = tokio::select! {
             biased;
             granted = timeout(self.limits.queue_wait, receiver) => granted,
@@ -416,6 +419,33 @@ mod tests {
         drop(first);
         drop(kept.await.unwrap());
         drop(other.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_stood_behind_a_large_request_that_is_turned_out_goes_on_at_once() {
+        let (door, _stop) = door(2, 2);
+        let first = door.admit(of("a", 1)).await.unwrap();
+        let kept = queued!(door.admit(of("b", 2)));
+        let mut out = queued!(door.admit(of("b", 1)));
+        // One place is free, but b's large request stays and is not passed.
+        let mut other = queued!(door.admit(of("c", 1)));
+        assert!(futures::poll!(&mut out).is_ready());
+        assert!(futures::poll!(&mut other).is_pending());
+        drop(kept);
+        drop(other.await.unwrap());
+
+        // The large one is the only one of its tenant, and takes most of the memory.
+        let large = queued!(door.admit(Ask {
+            bytes: 900 << 10,
+            ..of("b", 2)
+        }));
+        let small = Ask {
+            bytes: 200 << 10,
+            ..of("c", 1)
+        };
+        let small = door.admit(small).await.unwrap();
+        assert_eq!(large.await.unwrap_err().kind, ErrorKind::QueueFull);
+        drop((first, small));
     }
 
     #[tokio::test(start_paused = true)]

@@ -78,7 +78,7 @@ pub(crate) struct Choice {
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
     /// Per prompt, what its answers begin with.
-    echoes: Vec<Option<String>>,
+    echoes: Vec<Option<Arc<str>>>,
     /// Per prompt, its first token where the others are reported.
     begins: Vec<Option<TokenId>>,
     /// Answers per prompt.
@@ -91,7 +91,7 @@ impl Shape {
         let echoes = request.prompts.iter().map(|prompt| prompt.echo.clone());
         let reported = |prompt: &PreparedPrompt| {
             let first = prompt.ids.first().copied();
-            first.filter(|_| prompt.sampling.prompt_logprobs.is_some())
+            first.filter(|_| request.sampling.prompt_logprobs.is_some())
         };
         Self {
             echoes: echoes.collect(),
@@ -189,6 +189,14 @@ impl Answer {
 
     /// All answers, whole.
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
+        self.collect_with(|_| ()).await
+    }
+
+    /// All answers, whole; `see` is shown what they are put together from.
+    pub(crate) async fn collect_with(
+        &mut self,
+        mut see: impl FnMut(&Delta) + Send,
+    ) -> Result<Vec<Choice>, ApiError> {
         let mut choices = vec![Choice::default(); self.shape.num_choices];
         for (index, choice) in choices.iter_mut().enumerate() {
             let echo = self.echo(index);
@@ -198,6 +206,7 @@ impl Answer {
         }
         while let Some(delta) = self.next().await {
             let delta = delta?;
+            see(&delta);
             let Some(choice) = choices.get_mut(delta.choice) else {
                 continue;
             };

@@ -29,7 +29,7 @@ pub fn vocabulary(tokenizer: &Tokenizer) -> Result<Vocabulary, InvalidVocabulary
 /// Compiles the constraint of a request, and keeps it for the next one. Waits for a bounded time where that disturbs
 /// nobody.
 pub(crate) async fn check(grammars: &Grammars, request: &PreparedRequest) -> Result<(), ApiError> {
-    match request.constraint() {
+    match request.sampling.constraint.clone() {
         Some(constraint) => compile(grammars, constraint, request.constraint_name).await,
         None => Ok(()),
     }

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
-use tramontane_types::{SamplingParams, Usage};
+use tramontane_types::Usage;
 
 use crate::admission::{Admission, Admitted, Arrival, Counted};
 use crate::answer::{Answer, Shape, Source, Told};
@@ -29,7 +29,7 @@ use crate::random::choice_seed;
 use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::running::{Progress, Running};
 use crate::sequence::{Delta, Patience, Sequence, State};
-use crate::tenants::{Ask, Caller, Quotas, TenantName, Tenants};
+use crate::tenants::{Ask, Caller, Quotas, Reserved, TenantName, Tenants};
 use crate::text::AnswerText;
 use crate::worker_pool::WorkerPool;
 
@@ -184,8 +184,13 @@ impl Dispatcher {
         }
     }
 
-    /// Waits until anybody can serve the request, and until it may run.
-    async fn admit(&self, request: &PreparedRequest, name: &Name) -> Result<Admitted, ApiError> {
+    /// Waits until anybody can serve the request, and until it may run. Its prompt counts as used from now on, unless
+    /// it is not served after all.
+    async fn admit(
+        &self,
+        request: &PreparedRequest,
+        name: &Name,
+    ) -> Result<(Admitted, Reserved), ApiError> {
         let tenant = &name.caller.tenant;
         let prompt_tokens = request.prompt_tokens() as u64;
         let ready = self.ready(request, name).await;
@@ -194,7 +199,7 @@ impl Dispatcher {
         if let Some(arrival) = &name.arrival {
             arrival.settle();
         }
-        allowed.inspect_err(|error| self.note_refusal(tenant, error))?;
+        let reserved = allowed.inspect_err(|error| self.note_refusal(tenant, error))?;
         let ask = Ask {
             tenant: tenant.clone(),
             class: self.tenants.class(tenant, request.priority),
@@ -206,7 +211,7 @@ impl Dispatcher {
         let admitted = self.admission.admit(ask).await;
         let admitted = admitted.inspect_err(|error| self.note_refusal(tenant, error))?;
         self.metrics.tenants.admitted(tenant, prompt_tokens);
-        Ok(admitted)
+        Ok((admitted, reserved))
     }
 
     /// Returns once workers can serve the request. One that goes on with weights that nobody has is not held.
@@ -227,10 +232,11 @@ impl Dispatcher {
         name: &Name,
     ) -> Result<(Running, Counted), ApiError> {
         let arrived = Instant::now();
-        let admitted = self.admit(&request, name).await?;
+        let (admitted, reserved) = self.admit(&request, name).await?;
         let queued = arrived.elapsed();
         self.metrics.queued_for(queued);
         let (version, sequences) = self.begin(&request, name).await?;
+        reserved.served();
         let num_sequences = sequences.len();
         let streams = sequences
             .into_iter()
@@ -311,11 +317,7 @@ impl Dispatcher {
         };
         let mut starting: Vec<BoxStart> = Vec::with_capacity(request.n as usize);
         for i in 0..request.n {
-            let seed = choice_seed(prompt.sampling.seed, i);
-            let params = SamplingParams {
-                seed,
-                ..prompt.sampling.clone()
-            };
+            let params = request.params(prompt, choice_seed(request.sampling.seed, i));
             let choice = prompt_index * request.n as usize + i as usize;
             let mut text = AnswerText::new(
                 &self.tokenizer,
@@ -323,7 +325,7 @@ impl Dispatcher {
                 request.stop.clone(),
                 prompt.is_chat,
             );
-            if prompt.reads_calls {
+            if request.reads_calls {
                 text = text.with_calls(&self.tokenizer, name.answer, choice);
             }
             let id = format!("{}-{choice}", name.request);

@@ -93,9 +93,13 @@ impl Front {
 
     fn prepare(&self, request: GenerationRequest) {
         let prepared = prepare(request, AnswerId::unique(0), &self.tokenizer, &self.model);
-        for prompt in prepared.iter().flat_map(|request| &request.prompts) {
-            assert!(prompt.sampling.validate(self.model.vocab).is_ok());
-            assert!(prompt.ids.len() + prompt.sampling.max_tokens as usize <= 512);
+        let Ok(request) = prepared else {
+            return;
+        };
+        for prompt in &request.prompts {
+            let params = request.params(prompt, 0);
+            assert!(params.validate(self.model.vocab).is_ok());
+            assert!(prompt.ids.len() + params.max_tokens as usize <= 512);
         }
     }
 }

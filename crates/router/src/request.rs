@@ -11,7 +11,7 @@ use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::run::ServedModel;
-use crate::tools::{self, PreparedTools, ToolUse};
+use crate::tools::{self, ToolUse};
 
 /// Most answers of one prompt, as in the OpenAI API.
 pub(crate) const N_MAX: u32 = 128;
@@ -40,7 +40,7 @@ pub(crate) enum Prompt {
     Infill { prompt: String, suffix: String },
     /// Exactly these tokens.
     Ids(Vec<TokenId>),
-    /// A conversation, rendered with the model's chat template.
+    /// A conversation, rendered with the model's chat template. The only prompt of its request.
     Chat(ChatRequest),
 }
 
@@ -107,18 +107,23 @@ pub(crate) struct GenerationRequest {
 pub(crate) struct PreparedPrompt {
     pub(crate) ids: Arc<[TokenId]>,
     /// Text that the answer begins with, when asked for.
-    pub(crate) echo: Option<String>,
+    pub(crate) echo: Option<Arc<str>>,
     /// Whether the answer starts a text of its own, as in a chat.
     pub(crate) is_chat: bool,
-    /// Whether calls of tools are looked for in the answer.
-    pub(crate) reads_calls: bool,
-    pub(crate) sampling: SamplingParams,
+    /// Most tokens of its answers.
+    pub(crate) max_tokens: u32,
 }
 
 /// A tokenized request: every prompt fits the model's context together with its longest answer.
 #[derive(Clone, Debug)]
 pub(crate) struct PreparedRequest {
     pub(crate) prompts: Vec<PreparedPrompt>,
+    /// Of all sequences; [`Self::params`] puts in what is another for each.
+    pub(crate) sampling: SamplingParams,
+    /// Whether calls of tools are looked for in the answer.
+    pub(crate) reads_calls: bool,
+    /// Memory of what the door keeps to repeat it in the answer.
+    pub(crate) repeated_bytes: usize,
     /// What the client calls the constraint of all prompts, if they have one.
     pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
@@ -140,19 +145,30 @@ impl PreparedRequest {
 
     /// About the memory that it takes while it waits.
     pub(crate) fn size(&self) -> usize {
-        let echoes = self
-            .prompts
-            .iter()
-            .filter_map(|prompt| prompt.echo.as_ref());
-        let echoes: usize = echoes.map(String::len).sum();
+        let echoes = self.prompts.iter().filter_map(|p| p.echo.as_deref());
+        let echoes: usize = echoes.map(str::len).sum();
         let ids = self.prompt_tokens() * size_of::<TokenId>();
-        REQUEST_BYTES + self.prompts.len() * size_of::<PreparedPrompt>() + ids + echoes
+        let prompts = self.prompts.len() * size_of::<PreparedPrompt>() + ids + echoes;
+        REQUEST_BYTES + prompts + lists_bytes(&self.sampling) + self.repeated_bytes
     }
 
-    /// The constraint of all prompts.
-    pub(crate) fn constraint(&self) -> Option<Arc<Constraint>> {
-        self.prompts.first()?.sampling.constraint.clone()
+    /// How the tokens of one of a prompt's answers are chosen.
+    pub(crate) fn params(&self, prompt: &PreparedPrompt, seed: u64) -> SamplingParams {
+        SamplingParams {
+            seed,
+            max_tokens: prompt.max_tokens,
+            ..self.sampling.clone()
+        }
     }
+}
+
+/// Memory of what parameters hold beside their numbers.
+fn lists_bytes(sampling: &SamplingParams) -> usize {
+    let word = |word: &Vec<TokenId>| size_of_val(word) + size_of_val(&word[..]);
+    let words: usize = sampling.bad_words.iter().map(word).sum();
+    let constraint = sampling.constraint.as_ref();
+    let constraint = constraint.map_or(0, |constraint| constraint.source().len());
+    size_of_val(&sampling.logit_bias[..]) + size_of_val(&sampling.stop_ids[..]) + words + constraint
 }
 
 impl GenerationRequest {
@@ -284,7 +300,11 @@ pub(crate) fn prepare(
     model: &ServedModel,
 ) -> Result<PreparedRequest, ApiError> {
     let num_prompts = request.prompts.len();
-    let bad_words = bad_words(&request.bad_words, tokenizer)?;
+    let mut sampling = SamplingParams {
+        seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
+        bad_words: bad_words(&request.bad_words, tokenizer)?,
+        ..request.sampling.clone()
+    };
     let mut prompts = Vec::with_capacity(num_prompts);
     for (i, prompt) in request.prompts.iter().enumerate() {
         let param = match prompt {
@@ -294,48 +314,37 @@ pub(crate) fn prepare(
         };
         let ids = tokenize(prompt, &param, tokenizer, model)?;
         let max_tokens = fit(&request, prompt, ids.len(), &param, model)?;
-        if request.sampling.min_tokens > max_tokens {
+        if sampling.min_tokens > max_tokens {
             let message = format!(
                 "min_tokens must be at most {max_tokens}, what the context leaves, got {}",
-                request.sampling.min_tokens
+                sampling.min_tokens
             );
             return Err(ApiError::invalid("min_tokens", message));
         }
         let echo = request.echo.then(|| match prompt {
-            Prompt::Text(text) | Prompt::Infill { prompt: text, .. } => text.clone(),
-            Prompt::Ids(_) | Prompt::Chat(_) => tokenizer.decode(&ids, true),
+            Prompt::Text(text) | Prompt::Infill { prompt: text, .. } => text.as_str().into(),
+            Prompt::Ids(_) | Prompt::Chat(_) => tokenizer.decode(&ids, true).into(),
         });
-        let tools = match prompt {
-            Prompt::Chat(chat) => {
-                let constraint = request.sampling.constraint.clone();
-                tools::prepare(chat, &request.tool_use, tokenizer, constraint)?
-            }
-            _ => PreparedTools {
-                constraint: request.sampling.constraint.clone(),
-                ..PreparedTools::default()
-            },
-        };
-        let mut bad_words = bad_words.clone();
-        bad_words.extend(tools.banned.iter().map(|&id| vec![id]));
-        let sampling = SamplingParams {
-            max_tokens,
-            seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
-            bad_words,
-            constraint: tools.constraint,
-            ..request.sampling.clone()
-        };
-        // Once more, with what only the tokenizer could tell.
-        sampling
-            .validate(model.vocab)
-            .map_err(|error| refused(&error, None))?;
         prompts.push(PreparedPrompt {
             ids: ids.into(),
             echo,
             is_chat: matches!(prompt, Prompt::Chat(_)),
-            reads_calls: tools.reads_calls,
-            sampling,
+            max_tokens,
         });
     }
+    let mut reads_calls = false;
+    if let Some(Prompt::Chat(chat)) = request.prompts.first() {
+        let constraint = sampling.constraint.take();
+        let tools = tools::prepare(chat, &request.tool_use, tokenizer, constraint)?;
+        let banned = tools.banned.iter().map(|&id| vec![id]);
+        sampling.bad_words.extend(banned);
+        sampling.constraint = tools.constraint;
+        reads_calls = tools.reads_calls;
+    }
+    // Once more, with what only the tokenizer could tell.
+    sampling
+        .validate(model.vocab)
+        .map_err(|error| refused(&error, None))?;
     // Without one of the client's it is that of its tools.
     let constraint_name = match request.sampling.constraint {
         Some(_) => request.constraint_name,
@@ -343,6 +352,9 @@ pub(crate) fn prepare(
     };
     Ok(PreparedRequest {
         prompts,
+        sampling,
+        reads_calls,
+        repeated_bytes: 0,
         constraint_name,
         stop: request.stop,
         n: request.n,

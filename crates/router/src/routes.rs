@@ -33,8 +33,9 @@ use crate::error::{ApiError, ErrorKind};
 use crate::kept::{BodyDigest, KeyDigest};
 use crate::metrics::Route;
 use crate::openai::{
-    self, ChatRender, CompletionRender, EventBytes, Head, Parsed, Render, ResponseRender,
-    StreamOptions, error_response, event_stream, fingerprint, held_stream, last_event,
+    self, ChatRender, CompletionRender, EventBytes, Failed, Form, Head, Parsed, Render,
+    ResponseRender, StreamOptions, error_event, error_response, event_stream, fingerprint,
+    held_stream, last_event, response_error,
 };
 use crate::request::{PreparedRequest, prepare};
 use crate::run::{App, ServedModel, unix_seconds};
@@ -182,16 +183,16 @@ async fn generate(
     let asking = Asking {
         route,
         seen: asked.resume.map(|event| event.position),
-        parsed: read.parsed,
+        form: read.form,
         digest: read.digest,
     };
     let is_new = name.version.is_none();
-    if is_new && asking.parsed.stream && app.dispatcher.hold.would_hold(&app.cluster) {
+    if is_new && asking.form.stream && app.dispatcher.hold.would_hold(&app.cluster) {
         return held(app, asking, (read.request, name, key)).await;
     }
     let answer = start(app, (read.request, name, key)).await?;
-    if !asking.parsed.stream {
-        let render = render(app, route, &asking.parsed, &answer);
+    if !asking.form.stream {
+        let render = render(app, route, asking.form, &answer);
         return whole(answer, render).await;
     }
     Ok(event_response(Body::from_stream(
@@ -203,7 +204,7 @@ async fn generate(
 fn resumed(app: &App, event: &EventId, read: &Read) -> Result<Arc<Version>, ApiError> {
     // Who has not seen the cluster yet does not know what it serves.
     app.cluster.check().map_err(ApiError::unavailable)?;
-    if !read.parsed.stream {
+    if !read.form.stream {
         let message = "last-event-id is only allowed when stream is true";
         return Err(ApiError::invalid("last-event-id", message));
     }
@@ -233,13 +234,13 @@ async fn start(app: &Arc<App>, (request, name, key): Start) -> Result<Answer, Ap
 struct Asking {
     route: Route,
     seen: Option<Position>,
-    parsed: Parsed,
+    form: Form,
     digest: BodyDigest,
 }
 
 impl Asking {
     fn events(self, app: &App, answer: Answer) -> EventBytes {
-        let render = render(app, self.route, &self.parsed, &answer);
+        let render = render(app, self.route, self.form, &answer);
         let options = StreamOptions {
             keepalive: app.config.sse_keepalive,
             tag: Tag::of(self.digest, answer.version()),
@@ -254,6 +255,10 @@ impl Asking {
 async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, ApiError> {
     let cluster = app.cluster.clone();
     let keepalive = app.config.sse_keepalive;
+    let failed: Failed = match asking.route {
+        Route::Responses => response_error,
+        _ => error_event,
+    };
     let app = Arc::clone(app);
     let mut starting = Box::pin(async move {
         let answer = start(&app, asked).await?;
@@ -261,7 +266,7 @@ async fn held(app: &Arc<App>, asking: Asking, asked: Start) -> Result<Response, 
     });
     let events = match poll!(&mut starting) {
         Poll::Ready(started) => Body::from_stream(started?),
-        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, starting)),
+        Poll::Pending => Body::from_stream(held_stream(cluster, keepalive, failed, starting)),
     };
     Ok(event_response(events))
 }
@@ -277,7 +282,7 @@ fn versions(app: &App) -> Vec<Version> {
 
 /// A body that was read and understood.
 struct Read {
-    parsed: Parsed,
+    form: Form,
     request: PreparedRequest,
     digest: BodyDigest,
 }
@@ -293,13 +298,14 @@ async fn read(
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
     let prepared = app.dispatcher.prepare(move || {
         let digest = BodyDigest::of(route.name(), &body);
-        let parsed = parse(route, &body, &model)?;
+        let Parsed { request, form } = parse(route, &body, &model)?;
         drop(body);
-        let request = prepare(parsed.request.clone(), answer, &tokenizer, &model)?;
-        // The body has become token ids.
+        let mut request = prepare(request, answer, &tokenizer, &model)?;
+        request.repeated_bytes = form.repeats.len();
+        // The body has become token ids and the form of the answer, which are counted as long as they wait.
         drop(room);
         Ok(Read {
-            parsed,
+            form,
             request,
             digest,
         })
@@ -309,7 +315,7 @@ async fn read(
     Ok(read)
 }
 
-fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn Render> {
+fn render(app: &App, route: Route, form: Form, answer: &Answer) -> Box<dyn Render> {
     let id = answer.id();
     let head = |prefix| Head {
         id: format!("{prefix}{id}"),
@@ -317,20 +323,17 @@ fn render(app: &App, route: Route, parsed: &Parsed, answer: &Answer) -> Box<dyn 
         model: app.model.id.clone(),
         system_fingerprint: fingerprint(answer.version()),
         tokenizer: (*app.tokenizer).clone(),
-        logprobs: parsed.logprobs,
-        include_usage: parsed.include_usage,
-        include_metrics: parsed.include_metrics,
+        logprobs: form.logprobs,
+        include_usage: form.include_usage,
+        include_metrics: form.include_metrics,
     };
     match route {
         Route::ChatCompletions => Box::new(ChatRender::new(head("chatcmpl-"))),
-        Route::Responses => {
-            let repeats = parsed.repeats.clone();
-            Box::new(ResponseRender::new(head("resp_"), repeats))
-        }
+        Route::Responses => Box::new(ResponseRender::new(head("resp_"), form.repeats)),
         _ => {
             let num_choices = answer.num_choices();
             let head = head("cmpl-");
-            Box::new(CompletionRender::new(head, num_choices, parsed.best_of))
+            Box::new(CompletionRender::new(head, num_choices, form.best_of))
         }
     }
 }
@@ -354,8 +357,8 @@ fn event_response(events: Body) -> Response {
     response
 }
 
-async fn whole(mut answer: Answer, render: Box<dyn Render>) -> Result<Response, ApiError> {
-    let choices = answer.collect().await?;
+async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Response, ApiError> {
+    let choices = answer.collect_with(|delta| render.note(delta)).await?;
     Ok(Json(render.whole(&choices, answer.spent())).into_response())
 }
 

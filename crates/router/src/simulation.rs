@@ -135,12 +135,14 @@ impl RouterCore {
             ids: Arc::from(prompt),
             echo: None,
             is_chat: false,
-            reads_calls: false,
-            sampling,
+            max_tokens: sampling.max_tokens,
         };
         let request = PreparedRequest {
             constraint_name: "constraint",
             prompts: vec![prompt],
+            sampling,
+            reads_calls: false,
+            repeated_bytes: 0,
             stop: StopDecoder::new(&[]).map_err(|_| ApiError::internal())?,
             n: 1,
             priority: 0,

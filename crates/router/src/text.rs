@@ -4,7 +4,7 @@
 use tramontane_tokenizer::{
     CallPiece, DecodeStart, DecodeStream, StopDecoder, Tokenizer, ToolCall, ToolCallParser,
 };
-use tramontane_types::{SamplingParams, TokenId};
+use tramontane_types::{Constraint, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
 
@@ -91,14 +91,17 @@ pub(crate) enum TextEnd {
 }
 
 impl AnswerText {
-    /// For a chat the answer is a text of its own; otherwise it continues the prompt.
+    /// For a chat the answer is a text of its own; otherwise it continues the prompt. What has to match an expression or
+    /// a grammar is given out as it was matched; to JSON a first space makes no difference.
     pub(crate) fn new(
         tokenizer: &Tokenizer,
         params: &SamplingParams,
         stop: StopDecoder,
         is_chat: bool,
     ) -> Self {
-        let start = if is_chat {
+        let constraint = params.constraint.as_deref();
+        let is_verbatim = matches!(constraint, Some(Constraint::Regex(_) | Constraint::Lark(_)));
+        let start = if is_chat && !is_verbatim {
             DecodeStart::Text
         } else {
             DecodeStart::Continuation
@@ -114,7 +117,8 @@ impl AnswerText {
         }
     }
 
-    /// Looks for calls too, where the model has tokens for them.
+    /// Looks for calls too, where the model has tokens for them. The grammars made for them let a text begin with a
+    /// space, which is no part of it, as in any chat.
     pub(crate) fn with_calls(
         mut self,
         tokenizer: &Tokenizer,

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use tramontane_types::TokenId;
 
-use crate::body::read_body;
+use crate::body::{read_body, throw_away};
 use crate::error::ApiError;
 use crate::metrics::Route;
 use crate::openai::{self, error_response};
@@ -58,12 +58,16 @@ async fn answer(
     work: impl FnOnce(&Value) -> Result<Value, ApiError> + Send + 'static,
 ) -> Response {
     let answered = async {
-        app.dispatcher.knock(caller)?;
         check_media_type(request.headers())?;
+        if let Err(error) = app.dispatcher.knock(caller) {
+            throw_away(app, request.into_body());
+            return Err(error);
+        }
         let (body, room) = read_body(app, request).await?;
+        let arrival = app.dispatcher.arrive(caller)?;
         let work = move || {
             // Until the body has become an answer.
-            let _room = room;
+            let _counted = (room, arrival);
             work(&openai::parse_json(&body)?)
         };
         app.dispatcher.prepare(work).await

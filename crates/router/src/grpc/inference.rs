@@ -47,6 +47,25 @@ impl InferenceService {
         start(&self.app, NAME_PREFIX, arrived, read, |error| error).await
     }
 
+    /// Has `work` done for a call that no worker is needed for. It counts like any other request of its caller.
+    async fn prepared<M, T>(
+        &self,
+        request: Request<M>,
+        work: impl FnOnce(M) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError>
+    where
+        M: Send + 'static,
+        T: Send + 'static,
+    {
+        let (_, arrival) = arrived(&self.app, &request)?;
+        let message = request.into_inner();
+        let work = move || {
+            let _counted = arrival;
+            work(message)
+        };
+        self.app.dispatcher.prepare(work).await
+    }
+
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {
         counted(&self.app.metrics, route, result)
     }
@@ -112,9 +131,8 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
-        let request = request.into_inner();
         let tokenizer = Arc::clone(&self.app.tokenizer);
-        let ids = self.app.dispatcher.prepare(move || {
+        let ids = self.prepared(request, move |request| {
             let ids = if request.add_bos {
                 tokenizer.encode_with_bos(&request.text)
             } else {
@@ -122,7 +140,7 @@ impl Inference for InferenceService {
             };
             ids.map_err(|error| ApiError::from(error).at("text"))
         });
-        let ids = ids.await.map_err(|error| status(&error))?;
+        let ids = self.answered(Route::GrpcTokenize, ids.await)?;
         Ok(Response::new(v1::TokenizeResponse { ids }))
     }
 
@@ -130,16 +148,16 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
-        let ids = request.into_inner().ids;
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
-        let text = self.app.dispatcher.prepare(move || {
+        let text = self.prepared(request, move |request| {
+            let ids = request.ids;
             if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
                 let message = format!("ids must be token ids below {}, got {id}", model.vocab);
                 return Err(ApiError::invalid("ids", message));
             }
             Ok(tokenizer.decode(&ids, false))
         });
-        let text = text.await.map_err(|error| status(&error))?;
+        let text = self.answered(Route::GrpcDetokenize, text.await)?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 }

@@ -75,6 +75,8 @@ pub(crate) enum Route {
     Detokenize,
     GrpcGenerate,
     GrpcGenerateOnce,
+    GrpcTokenize,
+    GrpcDetokenize,
     GrpcModelInfer,
 }
 
@@ -88,6 +90,8 @@ impl Route {
             Self::Detokenize => "detokenize",
             Self::GrpcGenerate => "grpc_generate",
             Self::GrpcGenerateOnce => "grpc_generate_once",
+            Self::GrpcTokenize => "grpc_tokenize",
+            Self::GrpcDetokenize => "grpc_detokenize",
             Self::GrpcModelInfer => "grpc_model_infer",
         }
     }

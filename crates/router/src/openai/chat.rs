@@ -6,10 +6,12 @@ use serde_json::{Map, Value, json};
 use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
 
 use super::fields::{self, Fields, wrong};
-use super::logprobs::chat_logprobs;
-use super::options::{CHAT_REFUSED, refuse_unsupported, shared_options, stream_options};
+use super::logprobs::{chat_logprobs, prompt_logprobs};
+use super::options::{
+    CHAT_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
+};
 use super::tools::{chat_tools, tool_calls, tool_use};
-use super::{Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use super::{Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Prompt};
@@ -40,21 +42,24 @@ pub(crate) fn parse_chat(body: &Value, model: &ServedModel) -> Result<Parsed, Ap
         return Err(ApiError::invalid("top_logprobs", message));
     }
     options.logprobs = wants_logprobs.then(|| top.unwrap_or(0));
+    options.prompt_logprobs = body.unsigned("prompt_logprobs")?;
+    if stream && options.prompt_logprobs.is_some() {
+        return Err(not_in_a_stream("prompt_logprobs"));
+    }
     options.tool_use = tool_use(&body, true)?;
     let chat = ChatRequest {
         messages: messages(&body)?,
         tools: chat_tools(&body)?,
     };
     let request = GenerationRequest::new(vec![Prompt::Chat(chat)], &options, model)?;
-    Ok(Parsed {
-        request,
+    let form = Form {
         stream,
         include_usage,
         include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs: wants_logprobs,
-        best_of: None,
-        repeats: Value::Null,
-    })
+        ..Form::default()
+    };
+    Ok(Parsed { request, form })
 }
 
 pub(super) fn messages(body: &Fields<'_>) -> Result<Vec<ChatMessage>, ApiError> {
@@ -270,6 +275,10 @@ impl Render for ChatRender {
         }
         let mut whole = object(&self.head, "chat.completion", list);
         whole["usage"] = usage_object(spent, self.head.include_metrics);
+        // All answers have the same prompt.
+        if let Some(first) = choices.first().filter(|c| c.prompt_begin.is_some()) {
+            whole["prompt_logprobs"] = prompt_logprobs(&first.prompt_tokens, &self.head.tokenizer);
+        }
         whole
     }
 }

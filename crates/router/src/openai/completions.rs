@@ -4,8 +4,10 @@ use serde_json::{Value, json};
 
 use super::fields::{self, Fields, wrong};
 use super::logprobs::{LegacyLogprobs, prompt_logprobs};
-use super::options::{COMPLETION_REFUSED, refuse_unsupported, shared_options, stream_options};
-use super::{BestOf, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use super::options::{
+    COMPLETION_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
+};
+use super::{BestOf, Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
 use crate::answer::{Choice, Spent};
 use crate::error::ApiError;
 use crate::request::{CHOICES_MAX, GenerationRequest, Prompt};
@@ -38,8 +40,7 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
             Some(_) => "prompt_logprobs",
             None => "echo",
         };
-        let message = "log probabilities of the prompt are only given without stream";
-        return Err(ApiError::invalid(param, message));
+        return Err(not_in_a_stream(param));
     }
     let kept = options.n.unwrap_or(1);
     options.best_of = body.unsigned("best_of")?.filter(|&made| made != kept);
@@ -60,15 +61,15 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
         prompts = infills(prompts, suffix)?;
     }
     let request = GenerationRequest::new(prompts, &options, model)?;
-    Ok(Parsed {
-        request,
+    let form = Form {
         stream,
         include_usage,
         include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs,
         best_of,
-        repeats: Value::Null,
-    })
+        ..Form::default()
+    };
+    Ok(Parsed { request, form })
 }
 
 /// The prompts with a gap between each and `suffix`.

@@ -10,20 +10,23 @@ use futures::stream::{BoxStream, unfold};
 use futures::{Stream, StreamExt as _};
 use tokio::time::sleep;
 
-use super::stream::error_event;
 use crate::cluster::ClusterView;
 use crate::error::ApiError;
 
 /// The events of an answer, as bytes.
 pub(crate) type EventBytes = BoxStream<'static, Result<Bytes, Infallible>>;
 
+/// The event that says why no answer comes, in the form of the route.
+pub(crate) type Failed = fn(&ApiError) -> Bytes;
+
 /// Longest comment: reasons name few things, and what they name is an operator's.
 const COMMENT_BYTES_MAX: usize = 512;
 
-/// Comments until `starting` has ended, one per `keepalive` at least, then the events that it made.
+/// Comments until `starting` has ended, one per `keepalive` at least, then the events that it made, or one of `failed`.
 pub(crate) fn held_stream<F>(
     cluster: ClusterView,
     keepalive: Duration,
+    failed: Failed,
     starting: F,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send
 where
@@ -32,6 +35,7 @@ where
     let holding = Holding {
         cluster,
         keepalive,
+        failed,
         starting,
         said: String::new(),
     };
@@ -54,6 +58,7 @@ enum State<F> {
 struct Holding<F> {
     cluster: ClusterView,
     keepalive: Duration,
+    failed: Failed,
     starting: F,
     /// The last comment.
     said: String,
@@ -72,7 +77,7 @@ where
             }
             tokio::select! {
                 biased;
-                started = &mut self.starting => return begin(started).await,
+                started = &mut self.starting => return begin(started, self.failed).await,
                 () = self.cluster.changed() => {}
                 () = sleep(self.keepalive) => return self.say(),
             }
@@ -85,13 +90,16 @@ where
     }
 }
 
-async fn begin<F>(started: Result<EventBytes, ApiError>) -> (Result<Bytes, Infallible>, State<F>) {
+async fn begin<F>(
+    started: Result<EventBytes, ApiError>,
+    failed: Failed,
+) -> (Result<Bytes, Infallible>, State<F>) {
     match started {
         Ok(mut events) => match events.next().await {
             Some(event) => (event, State::Goes(events)),
             None => (Ok(Bytes::new()), State::Ended),
         },
-        Err(error) => (Ok(error_event(&error)), State::Ended),
+        Err(error) => (Ok(failed(&error)), State::Ended),
     }
 }
 

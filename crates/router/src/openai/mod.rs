@@ -24,10 +24,10 @@ use tramontane_types::FinishReason;
 pub(crate) use chat::{ChatRender, MESSAGES_MAX, parse_chat, role};
 pub(crate) use completions::{CompletionRender, parse_completion};
 pub(crate) use error::{error_body, error_response};
-pub(crate) use held::{EventBytes, held_stream};
+pub(crate) use held::{EventBytes, Failed, held_stream};
 pub(crate) use models::{model, models};
-pub(crate) use responses::{ResponseRender, parse_response};
-pub(crate) use stream::{StreamOptions, event_stream, last_event};
+pub(crate) use responses::{ResponseRender, parse_response, response_error};
+pub(crate) use stream::{StreamOptions, error_event, event_stream, last_event};
 pub(crate) use tokens::{parse_detokenize, parse_tokenize};
 pub(crate) use tools::check_name;
 
@@ -36,10 +36,17 @@ use crate::error::ApiError;
 use crate::request::GenerationRequest;
 use crate::sequence::Delta;
 
-/// A parsed body: the request, and what the door needs to answer it.
-#[derive(Clone, Debug)]
+/// A parsed body: the request, and the form that its answer is to have. What is asked for takes much more memory, and
+/// the form is all that is needed once it is tokenized.
+#[derive(Debug)]
 pub(crate) struct Parsed {
     pub(crate) request: GenerationRequest,
+    pub(crate) form: Form,
+}
+
+/// The form of an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Form {
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     /// The usage says how long the request took.
@@ -48,8 +55,8 @@ pub(crate) struct Parsed {
     pub(crate) logprobs: bool,
     /// More answers are made than given.
     pub(crate) best_of: Option<BestOf>,
-    /// What of the request its answer repeats, as an object; null where it repeats nothing.
-    pub(crate) repeats: Value,
+    /// What of the request its answer repeats: the text of an object, which is much smaller than its values.
+    pub(crate) repeats: Box<str>,
 }
 
 /// Of each prompt's answers the best are given.
@@ -92,7 +99,9 @@ pub(crate) trait Render: Send {
     fn names_events(&self) -> bool {
         false
     }
-    /// The whole answer as one object.
+    /// Takes note of a delta of an answer that is given whole.
+    fn note(&mut self, _delta: &Delta) {}
+    /// The whole answer as one object, all of its deltas noted.
     fn whole(&self, choices: &[Choice], spent: Spent) -> Value;
 }
 

@@ -12,6 +12,11 @@ use crate::request::Options;
 /// Whether a value of a known field asks for something.
 pub(crate) type Asks = fn(&Value) -> bool;
 
+/// Most entries of `metadata`, and most characters of their keys and values, as in the OpenAI API.
+pub(crate) const METADATA_MAX: usize = 16;
+const METADATA_KEY_MAX: usize = 64;
+const METADATA_VALUE_MAX: usize = 512;
+
 /// Fields that are refused when they ask for something.
 const REFUSED: [(&str, Asks); 30] = [
     ("functions", not_empty),
@@ -47,8 +52,7 @@ const REFUSED: [(&str, Asks); 30] = [
 ];
 
 /// What a chat refuses beside them.
-pub(crate) const CHAT_REFUSED: [(&str, Asks); 4] = [
-    ("prompt_logprobs", anything),
+pub(crate) const CHAT_REFUSED: [(&str, Asks); 3] = [
     ("echo", is_true),
     ("suffix", not_empty),
     ("best_of", not_one),
@@ -157,6 +161,7 @@ pub(crate) fn refuse_unsupported(
 
 /// The sampling parameters that both routes share.
 pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
+    check_metadata(body)?;
     let constraint = structured::constraint(body)?;
     Ok(Options {
         constraint_name: constraint.as_ref().map(|(_, name)| *name),
@@ -186,6 +191,43 @@ pub(crate) fn shared_options(body: &Fields<'_>) -> Result<Options, ApiError> {
         },
         ..Options::default()
     })
+}
+
+/// `metadata`, which a response repeats and others ignore.
+fn check_metadata(body: &Fields<'_>) -> Result<(), ApiError> {
+    let Some(metadata) = body.object("metadata")? else {
+        return Ok(());
+    };
+    let wrong = |rule: String| {
+        let message = format!("metadata must {rule}");
+        Err(ApiError::invalid("metadata", message))
+    };
+    let num = metadata.iter().count();
+    if num > METADATA_MAX {
+        return wrong(format!("have at most {METADATA_MAX} entries, got {num}"));
+    }
+    for (key, value) in metadata.iter() {
+        let got = key.chars().count();
+        if got > METADATA_KEY_MAX {
+            return wrong(format!(
+                "have keys of at most {METADATA_KEY_MAX} characters, got {got}"
+            ));
+        }
+        let got = fields::string(value, "each value of metadata");
+        let got = got.map_err(|error| error.at("metadata"))?.chars().count();
+        if got > METADATA_VALUE_MAX {
+            return wrong(format!(
+                "have values of at most {METADATA_VALUE_MAX} characters, got {got}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The refusal of `param`, which asks for log probabilities of the prompt in a stream.
+pub(crate) fn not_in_a_stream(param: &str) -> ApiError {
+    let message = "log probabilities of the prompt are only given without stream";
+    ApiError::invalid(param, message)
 }
 
 /// -1 switches it off, as in vLLM.

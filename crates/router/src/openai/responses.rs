@@ -9,16 +9,19 @@ use serde_json::{Map, Value, json};
 use tramontane_tokenizer::ChatRequest;
 use tramontane_types::Constraint;
 
-use super::Parsed;
 use super::fields::{self, Fields, wrong};
 use super::options::{RESPONSE_REFUSED, refuse_unsupported, shared_options};
 use super::tools::{response_tools, tool_use};
+use super::{Form, Parsed};
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Options, Prompt};
 use crate::run::ServedModel;
 use input::conversation;
-pub(crate) use render::ResponseRender;
+pub(crate) use render::{ResponseRender, response_error};
 
+/// Most text of all fields that a response repeats: each keeps its own as long as it runs. What a context has room for
+/// is less.
+const REPEATED_BYTES_MAX: usize = 1 << 20;
 /// What `include` may list: the log probabilities of the text.
 const INCLUDE_LOGPROBS: &str = "message.output_text.logprobs";
 /// Fields that a response repeats as they came.
@@ -48,6 +51,10 @@ pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed
     options.max_tokens_name = Some("max_output_tokens");
     options.tool_use = tool_use(&body, false)?;
     if let Some(format) = text_format(&body)? {
+        if let Some(other) = options.constraint_name {
+            let message = format!("only one of {other} and text.format is allowed");
+            return Err(ApiError::invalid("text.format", message));
+        }
         options.constraint = Some(Arc::new(format));
         options.constraint_name = Some("text.format");
     }
@@ -57,22 +64,32 @@ pub(crate) fn parse_response(body: &Value, model: &ServedModel) -> Result<Parsed
         tools: response_tools(&body)?,
     };
     let request = GenerationRequest::new(vec![Prompt::Chat(chat)], &options, model)?;
-    Ok(Parsed {
-        request,
+    let form = Form {
         stream,
         include_usage: true,
-        include_metrics: false,
         logprobs,
-        best_of: None,
-        repeats: repeats(&body),
-    })
+        repeats: repeats(&body)?,
+        ..Form::default()
+    };
+    Ok(Parsed { request, form })
 }
 
-fn repeats(body: &Fields<'_>) -> Value {
+/// The text of an object with every field that is repeated.
+fn repeats(body: &Fields<'_>) -> Result<Box<str>, ApiError> {
     let mut repeats = Map::new();
+    let mut num_bytes = 0;
     for name in REPEATED {
         let value = body.get(name).cloned();
-        repeats.insert(name.to_owned(), value.unwrap_or_else(|| default_of(name)));
+        let value = value.unwrap_or_else(|| default_of(name));
+        num_bytes += value.to_string().len();
+        if num_bytes > REPEATED_BYTES_MAX {
+            let message = format!(
+                "{name} and the other fields that a response repeats must be at most {REPEATED_BYTES_MAX} bytes of \
+                 JSON, got {num_bytes} or more"
+            );
+            return Err(ApiError::invalid(name, message));
+        }
+        repeats.insert(name.to_owned(), value);
     }
     // Clients expect all fields of a tool.
     let tools = repeats.get_mut("tools").and_then(Value::as_array_mut);
@@ -83,7 +100,7 @@ fn repeats(body: &Fields<'_>) -> Value {
             }
         }
     }
-    repeats.into()
+    Ok(Value::from(repeats).to_string().into())
 }
 
 /// What a response says of a field that did not come.

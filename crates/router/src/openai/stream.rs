@@ -62,7 +62,7 @@ pub(crate) const fn last_event() -> Bytes {
 }
 
 /// The event that says why no more come. Without an id: a client may go on after the last event that has one.
-pub(super) fn error_event(error: &ApiError) -> Bytes {
+pub(crate) fn error_event(error: &ApiError) -> Bytes {
     Bytes::from(format!("data: {}\n\n", error_body(error)))
 }
 

@@ -45,6 +45,12 @@ impl Bucket {
         self.level -= amount as f64;
     }
 
+    /// Gives back what was taken for nothing.
+    pub(crate) fn give_back(&mut self, amount: u64, now: Instant) {
+        self.fill(now);
+        self.level = (self.level + amount as f64).min(self.capacity);
+    }
+
     /// When anything is left again; zero when something is.
     pub(crate) fn empty_for(&mut self, now: Instant) -> Duration {
         self.fill(now);

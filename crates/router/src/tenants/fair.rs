@@ -105,6 +105,17 @@ struct Waiter<W> {
     what: W,
 }
 
+/// What one tenant has waiting while it is found out who gives way.
+struct Held<'a, W> {
+    tenant: &'a TenantName,
+    account: &'a Account<W>,
+    /// Requests that were taken from it.
+    num_gone: usize,
+    bytes_gone: usize,
+    /// The sizes of the others, who goes first first.
+    sizes: Box<dyn Iterator<Item = usize> + 'a>,
+}
+
 /// Where the next request is: class as it counts after its wait, use of its tenant, order of arrival.
 type Turn = (usize, u64, Ticket);
 
@@ -323,39 +334,54 @@ impl<W> FairQueue<W> {
         }
     }
 
-    /// Makes room for one that is to wait, at the cost of the tenants that have most waiting; `None` when its own
-    /// is among those. What is large may turn out several that are small.
+    /// Makes room for one that is to wait, at the cost of the tenants that have most waiting; `None`, and nobody gives
+    /// way, when that would not suffice. What is large may turn out several that are small.
     fn make_room(&mut self, ask: &Ask) -> Option<Vec<W>> {
         if self.max.requests == 0 || ask.bytes > self.max.bytes {
             return None;
         }
-        let mut gone = Vec::new();
-        while self.num_waiting >= self.max.requests || self.bytes + ask.bytes > self.max.bytes {
-            let longest = self.gives_way(ask)?;
-            gone.push(self.turn_out(&longest)?);
+        // The common case needs no list of all tenants.
+        if self.has_space(self.num_waiting, self.bytes, ask) {
+            return Some(Vec::new());
         }
-        Some(gone)
+        let gone = self.who_gives_way(ask)?;
+        Some(gone.iter().filter_map(|name| self.turn_out(name)).collect())
     }
 
-    /// The tenant that has most of what there is too little of, if that is more than the one who asks would have.
-    fn gives_way(&self, ask: &Ask) -> Option<TenantName> {
-        let is_crowded = self.num_waiting >= self.max.requests;
-        let held = |account: &Account<W>| {
-            if is_crowded {
-                account.num_waiting
+    const fn has_space(&self, num_waiting: usize, bytes: usize, ask: &Ask) -> bool {
+        num_waiting < self.max.requests && bytes.saturating_add(ask.bytes) <= self.max.bytes
+    }
+
+    /// The tenants that one request each has to be taken from, in order, so that `ask` can wait: at each step the one
+    /// that has most of what there is too little of. `None` when that is not more than the one who asks would have.
+    fn who_gives_way(&self, ask: &Ask) -> Option<Vec<TenantName>> {
+        let mut held: Vec<Held<'_, W>> = self.accounts.iter().map(Held::of).collect();
+        let own = self.accounts.get(&ask.tenant);
+        let (mut num_waiting, mut bytes) = (self.num_waiting, self.bytes);
+        let mut gone = Vec::new();
+        while !self.has_space(num_waiting, bytes, ask) {
+            let is_crowded = num_waiting >= self.max.requests;
+            let (own, asked) = if is_crowded {
+                (own.map_or(0, |own| own.num_waiting), 1)
             } else {
-                account.bytes
+                (own.map_or(0, |own| own.bytes), ask.bytes)
+            };
+            let longest = held.iter_mut().max_by_key(|held| held.amount(is_crowded))?;
+            if longest.amount(is_crowded) <= own.saturating_add(asked) {
+                return None;
             }
-        };
-        let asked = if is_crowded { 1 } else { ask.bytes };
-        let own = self.accounts.get(&ask.tenant).map_or(0, held) + asked;
-        let (name, longest) = self.accounts.iter().max_by_key(|(_, a)| held(a))?;
-        (held(longest) > own).then(|| name.clone())
+            let freed = longest.turn_out()?;
+            num_waiting -= 1;
+            bytes -= freed;
+            gone.push(longest.tenant.clone());
+        }
+        Some(gone)
     }
 
     /// Takes the last that came of the lowest class out of a tenant's queue.
     fn turn_out(&mut self, tenant: &TenantName) -> Option<W> {
         let account = self.accounts.get_mut(tenant)?;
+        // In the order of `Account::last_first`.
         let queue = account.waiting.iter_mut().rev().find(|q| !q.is_empty())?;
         let last = queue.pop_back()?;
         account.num_waiting -= 1;
@@ -363,6 +389,35 @@ impl<W> FairQueue<W> {
         self.num_waiting -= 1;
         self.bytes -= last.bytes;
         Some(last.what)
+    }
+}
+
+impl<'a, W> Held<'a, W> {
+    fn of((tenant, account): (&'a TenantName, &'a Account<W>)) -> Self {
+        Self {
+            tenant,
+            account,
+            num_gone: 0,
+            bytes_gone: 0,
+            sizes: Box::new(account.last_first().map(|waiter| waiter.bytes)),
+        }
+    }
+
+    /// Requests, or bytes of them.
+    const fn amount(&self, of_requests: bool) -> usize {
+        if of_requests {
+            self.account.num_waiting - self.num_gone
+        } else {
+            self.account.bytes - self.bytes_gone
+        }
+    }
+
+    /// The size of the next one to go.
+    fn turn_out(&mut self) -> Option<usize> {
+        let bytes = self.sizes.next()?;
+        self.num_gone += 1;
+        self.bytes_gone += bytes;
+        Some(bytes)
     }
 }
 
@@ -377,6 +432,14 @@ impl<W> Account<W> {
             num_waiting: 0,
             bytes: 0,
         }
+    }
+
+    /// Who waits, of the lowest class first, and in it who came last.
+    fn last_first(&self) -> impl Iterator<Item = &Waiter<W>> {
+        self.waiting
+            .iter()
+            .rev()
+            .flat_map(|queue| queue.iter().rev())
     }
 
     const fn num_here(&self) -> usize {

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 pub(crate) use config::Limits;
 pub(crate) use fair::{Ask, Entered, FairQueue, Granted, QueueMax, Ticket};
 pub(crate) use headers::rate_headers;
-pub(crate) use quota::{Left, Quotas};
+pub(crate) use quota::{Left, Quotas, Reserved};
 
 use crate::RouterConfig;
 use config::{Class, TenantConfig};

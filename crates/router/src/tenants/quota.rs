@@ -28,6 +28,29 @@ struct Used {
     tokens: Option<Bucket>,
 }
 
+/// The tokens of a prompt that were taken from a quota; they go back when it is dropped before it is served.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    quotas: Arc<Quotas>,
+    tenant: TenantName,
+    num_tokens: u64,
+}
+
+impl Reserved {
+    /// The prompt runs: its tokens are used.
+    pub(crate) fn served(mut self) {
+        self.num_tokens = 0;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.num_tokens > 0 {
+            self.quotas.give_back(&self.tenant, self.num_tokens);
+        }
+    }
+}
+
 /// What is left of one quota.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Left {
@@ -64,15 +87,33 @@ impl Quotas {
         })
     }
 
-    /// Counts the tokens of a prompt, or says when there will be enough.
-    pub(crate) fn prompt(&self, tenant: &TenantName, num_tokens: u64) -> Result<(), ApiError> {
+    /// Counts the tokens of a prompt that is to run, or says when there will be enough.
+    pub(crate) fn prompt(
+        self: &Arc<Self>,
+        tenant: &TenantName,
+        num_tokens: u64,
+    ) -> Result<Reserved, ApiError> {
         let now = Instant::now();
         self.with(tenant, now, |used| match &mut used.tokens {
             Some(tokens) => {
                 (tokens.take(num_tokens, now)).map_err(|wait| exceeded("tokens_per_minute", wait))
             }
             None => Ok(()),
+        })?;
+        Ok(Reserved {
+            quotas: Arc::clone(self),
+            tenant: tenant.clone(),
+            num_tokens,
         })
+    }
+
+    fn give_back(&self, tenant: &TenantName, num_tokens: u64) {
+        let now = Instant::now();
+        self.with(tenant, now, |used| {
+            if let Some(tokens) = &mut used.tokens {
+                tokens.give_back(num_tokens, now);
+            }
+        });
     }
 
     /// Counts tokens that were generated.
@@ -164,17 +205,14 @@ mod tests {
     use super::*;
     use crate::tenants::config::TenantConfig;
 
-    fn quotas(requests: Option<u64>, tokens: Option<u64>) -> Quotas {
+    fn quotas(requests: Option<u64>, tokens: Option<u64>) -> Arc<Quotas> {
         let defaults = TenantConfig {
             requests_per_minute: requests,
             tokens_per_minute: tokens,
             ..TenantConfig::default()
         };
-        Quotas::new(Arc::new(Tenants::new(
-            &defaults,
-            &BTreeMap::new(),
-            Vec::new(),
-        )))
+        let tenants = Tenants::new(&defaults, &BTreeMap::new(), Vec::new());
+        Arc::new(Quotas::new(Arc::new(tenants)))
     }
 
     #[tokio::test(start_paused = true)]
@@ -202,13 +240,29 @@ mod tests {
     async fn generated_tokens_count_and_leave_a_debt() {
         let (quotas, tenant) = (quotas(None, Some(600)), TenantName::default());
         quotas.request(&tenant).unwrap();
-        quotas.prompt(&tenant, 500).unwrap();
+        quotas.prompt(&tenant, 500).unwrap().served();
         assert!(quotas.prompt(&tenant, 200).is_err());
         quotas.generated(&tenant, 400);
         let refused = quotas.request(&tenant).unwrap_err();
         assert!(refused.message.contains("tokens_per_minute"), "{refused}");
         advance(refused.retry_after.unwrap()).await;
         quotas.request(&tenant).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_tokens_of_a_prompt_that_is_not_served_go_back() {
+        let (quotas, tenant) = (quotas(None, Some(600)), TenantName::default());
+        let reserved = quotas.prompt(&tenant, 500).unwrap();
+        assert!(quotas.prompt(&tenant, 200).is_err());
+        drop(reserved);
+        let left = |quotas: &Quotas| quotas.left(&tenant)[1].unwrap().remaining;
+        assert_eq!(left(&quotas), 600);
+        quotas.prompt(&tenant, 600).unwrap().served();
+        assert_eq!(left(&quotas), 0);
+        // One that is larger than the quota left a debt, which goes too.
+        advance(Duration::from_secs(60)).await;
+        drop(quotas.prompt(&tenant, 6000).unwrap());
+        assert_eq!(left(&quotas), 600);
     }
 
     #[tokio::test(start_paused = true)]

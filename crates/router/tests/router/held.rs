@@ -109,6 +109,16 @@ async fn nobody_waits_for_a_worker_longer_than_the_limit() {
     let events = events(stream).await;
     let [error] = parse(&events).try_into().unwrap();
     assert_eq!(error["error"]["code"], "service_unavailable");
+    let body = json!({ "input": "hi", "stream": true });
+    let response = scene.post("/v1/responses", &body).await;
+    assert_eq!(response.status(), 200);
+    let text = response.text().await.unwrap();
+    let (_, last) = text.split_once("event: error\ndata: ").unwrap();
+    let error: Value = serde_json::from_str(last.trim_end()).unwrap();
+    assert_eq!(
+        (&error["type"], &error["code"], &error["sequence_number"]),
+        (&json!("error"), &json!("service_unavailable"), &json!(0))
+    );
     let mut client = InferenceClient::new(channel(&scene.grpc).await);
     let refused = client
         .generate_once(plain(v1::GenerateOptions::default()))

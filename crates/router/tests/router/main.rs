@@ -13,6 +13,7 @@ mod failover;
 mod held;
 mod idempotency;
 mod resume;
+mod tenants;
 mod tools;
 mod versions;
 

@@ -719,6 +719,11 @@ async fn the_items_of_a_response_are_checked_and_nothing_is_kept() {
         (json!({ "top_logprobs": 2 }), "top_logprobs"),
         (json!({ "max_output_tokens": 0 }), "max_output_tokens"),
         (json!({ "truncation": "auto" }), "truncation"),
+        (json!({ "metadata": 17 }), "metadata"),
+        (
+            json!({ "guided_regex": "a", "text": { "format": { "type": "json_object" } } }),
+            "text.format",
+        ),
         (
             json!({ "text": { "format": { "type": "xml" } } }),
             "text.format.type",

@@ -1,6 +1,7 @@
 //! A response and its events. What comes out depends on the tokens of the answer alone, token by token, so that an
 //! event has the same number whichever router makes it.
 
+use bytes::Bytes;
 use serde_json::{Map, Value, json};
 use tramontane_tokenizer::ToolCall;
 use tramontane_types::{FinishReason, TokenOutput, Usage};
@@ -12,12 +13,15 @@ use crate::openai::{Head, Render};
 use crate::sequence::Delta;
 use crate::text::CallDelta;
 
+/// The event that says why no more come.
+const ERROR: &str = "error";
+
 /// Renders `response`, whole and in events.
 #[derive(Debug)]
 pub(crate) struct ResponseRender {
     head: Head,
-    /// Fields of the request.
-    repeats: Map<String, Value>,
+    /// Fields of the request, as the text of an object.
+    repeats: Box<str>,
     /// Items that are whole.
     items: Vec<Value>,
     open: Option<Item>,
@@ -36,11 +40,7 @@ enum Item {
 }
 
 impl ResponseRender {
-    pub(crate) fn new(head: Head, repeats: Value) -> Self {
-        let repeats = match repeats {
-            Value::Object(map) => map,
-            _ => Map::new(),
-        };
+    pub(crate) fn new(head: Head, repeats: Box<str>) -> Self {
         Self {
             head,
             repeats,
@@ -78,8 +78,10 @@ impl ResponseRender {
             "usage": usage.map(usage_object),
             "system_fingerprint": self.head.system_fingerprint,
         });
-        for (name, value) in &self.repeats {
-            response[name.as_str()] = value.clone();
+        // It is our own text: there is always an object in it.
+        let repeats = serde_json::from_str::<Map<String, Value>>(&self.repeats);
+        for (name, value) in repeats.into_iter().flatten() {
+            response[name] = value;
         }
         response
     }
@@ -284,44 +286,38 @@ impl Render for ResponseRender {
         )]
     }
 
-    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
-        let mut items = Vec::new();
-        let finish = choices.first().and_then(|choice| choice.finish);
-        let status = status(finish);
-        for choice in choices {
-            let num = choice.calls.len() + usize::from(!choice.text.is_empty());
-            let is_last = |items: &Vec<Value>| items.len() + 1 == num;
-            if !choice.text.is_empty() {
-                let num_tokens = choice.tokens.len() - usize::from(choice.has_end_token);
-                let tokens = choice.tokens.get(..num_tokens).unwrap_or_default();
-                let mut logprobs = Vec::new();
-                if self.head.logprobs {
-                    logprobs = response_logprobs(tokens, &self.head.tokenizer);
-                }
-                let text = choice.text.clone();
-                let said = if is_last(&items) { status } else { "completed" };
-                items.push(self.item(&Item::Message { text, logprobs }, 0, said));
-            }
-            for call in &choice.calls {
-                let said = if is_last(&items) { status } else { "completed" };
-                items.push(self.item(&Item::Call(call.clone()), items.len(), said));
-            }
-        }
-        self.response(status, &items, Some(spent.usage))
+    /// By the same code as the events, so that both say the same.
+    fn note(&mut self, delta: &Delta) {
+        let _events = self.chunks(delta);
+    }
+
+    fn whole(&self, _choices: &[Choice], spent: Spent) -> Value {
+        self.response(status(self.finish), &self.items, Some(spent.usage))
     }
 
     fn failed(&mut self, error: &ApiError) -> Value {
-        let failed = json!({
-            "code": error.kind.code().unwrap_or("invalid_request"),
-            "message": error.message,
-            "param": error.param,
-        });
-        self.event("error", failed)
+        self.event(ERROR, failure(error))
     }
 
     fn names_events(&self) -> bool {
         true
     }
+}
+
+/// The only event of a stream that ends before there is a response.
+pub(crate) fn response_error(error: &ApiError) -> Bytes {
+    let mut event = failure(error);
+    event["type"] = ERROR.into();
+    event["sequence_number"] = 0.into();
+    Bytes::from(format!("event: {ERROR}\ndata: {event}\n\n"))
+}
+
+fn failure(error: &ApiError) -> Value {
+    json!({
+        "code": error.kind.code().unwrap_or("invalid_request"),
+        "message": error.message,
+        "param": error.param,
+    })
 }
 
 fn status(finish: Option<FinishReason>) -> &'static str {

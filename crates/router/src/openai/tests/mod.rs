@@ -1,5 +1,7 @@
 //! What the OpenAI routes accept, refuse and answer. Never needs a worker.
 
+mod responses;
+
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -301,6 +303,13 @@ fn the_prompt_is_reported_only_as_a_whole_and_within_a_limit() {
         let error = parse_completion(&body, &served()).unwrap_err();
         assert_eq!(error.param.as_deref(), Some(param));
     }
+    let key = "prompt_logprobs";
+    refused(chat_with, key, json!(21), ErrorKind::Invalid, key);
+    let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "stream": true, key: 1 });
+    let error = parse_chat(&body, &served()).unwrap_err();
+    assert_eq!(error.param.as_deref(), Some(key));
+    let asked = chat_with(key, json!(3)).unwrap().request;
+    assert_eq!(asked.sampling.prompt_logprobs, Some(3));
 }
 
 #[test]
@@ -381,7 +390,7 @@ fn everything_that_is_honoured_arrives() {
         "repetition_penalty": 1.1, "ignore_eos": true, "min_tokens": 2, "stop_token_ids": [9],
     });
     let parsed = parse_chat(&body, &served()).unwrap();
-    assert!(parsed.stream && parsed.include_usage && parsed.logprobs);
+    assert!(parsed.form.stream && parsed.form.include_usage && parsed.form.logprobs);
     let request = parsed.request;
     assert_eq!((request.max_tokens, request.n), (Some(7), 3));
     let sampling = &request.sampling;
@@ -420,7 +429,7 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
         one.prompts[0].ids[..],
         tokenizer.encode_with_bos("Hello").unwrap()
     );
-    assert_eq!(one.prompts[0].sampling.max_tokens, 16);
+    assert_eq!(one.prompts[0].max_tokens, 16);
     assert_eq!(
         prepared(json!({ "prompt": ["a", "b"], "n": 2 }))
             .unwrap()
@@ -450,9 +459,7 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
     assert_eq!(error.param.as_deref(), Some("prompt[1]"));
     // Room for ten: the default shrinks.
     assert_eq!(
-        prepared(json!({ "prompt": vec![5; 246] })).unwrap().prompts[0]
-            .sampling
-            .max_tokens,
+        prepared(json!({ "prompt": vec![5; 246] })).unwrap().prompts[0].max_tokens,
         10
     );
     let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
@@ -464,7 +471,7 @@ fn prompts_come_in_four_forms_and_the_context_bounds_them() {
     )
     .unwrap();
     let prompt = &chat.prompts[0];
-    assert_eq!(prompt.sampling.max_tokens as usize, 256 - prompt.ids.len());
+    assert_eq!(prompt.max_tokens as usize, 256 - prompt.ids.len());
     let wrong = json!({ "messages": [{ "role": "system", "content": "hi" }] });
     let parsed = parse_chat(&wrong, &model).unwrap();
     match prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model) {
@@ -482,7 +489,7 @@ fn without_a_seed_the_name_of_the_answer_is_the_seed() {
     let seed = |body: Value, id: AnswerId| {
         let parsed = parse_completion(&body, &model).unwrap();
         let prepared = prepare(parsed.request, id, &tokenizer, &model).unwrap();
-        prepared.prompts[0].sampling.seed
+        prepared.sampling.seed
     };
     let id = AnswerId::unique(7);
     assert_eq!(seed(json!({ "prompt": "a" }), id), id.seed());
@@ -650,6 +657,55 @@ fn stop_strings_hold_across_tokens_and_end_tokens_have_no_text() {
 }
 
 #[test]
+fn a_chat_that_has_to_match_is_given_out_as_it_matched() {
+    use crate::text::AnswerText;
+    let tokenizer = tokenizer();
+    let says = |key: &str, value: Value, said: &str| {
+        let parsed = chat_with(key, value).unwrap();
+        let (params, stop) = (parsed.request.sampling, parsed.request.stop);
+        let mut text = AnswerText::new(&tokenizer, &params, stop, true);
+        // With the space that SentencePiece puts before a text.
+        let ids = tokenizer.encode(said).unwrap();
+        let begin: String = ids.iter().map(|&id| text.push(id).text).collect();
+        begin + &text.finish().text
+    };
+    assert_eq!(says("seed", json!(1), "yes"), "yes");
+    assert_eq!(says("guided_regex", json!(" [a-z]{3}"), "yes"), " yes");
+    assert_eq!(says("guided_choice", json!([" yes", " no"]), "no"), " no");
+    assert_eq!(says("guided_grammar", json!("start: \" a\""), "a"), " a");
+    // Valid with and without.
+    assert_eq!(says("guided_json", json!({ "const": 1 }), "1"), "1");
+}
+
+#[test]
+fn all_that_waits_is_counted_and_what_prompts_share_only_once() {
+    let (model, tokenizer) = (served(), tokenizer());
+    let size = |extra: &Value| {
+        let mut body = json!({ "prompt": "hi" });
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let parsed = parse_completion(&body, &model).unwrap();
+        let request = prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model);
+        request.unwrap().size()
+    };
+    let plain = size(&json!({}));
+    let bias: Value = Value::Object((0..1000).map(|id| (id.to_string(), json!(1))).collect());
+    for (extra, bytes) in [
+        (json!({ "logit_bias": bias }), 8000),
+        (json!({ "stop_token_ids": vec![5; 64] }), 256),
+        (json!({ "bad_words": vec!["sea"; 32] }), 32 * 28),
+        (json!({ "guided_regex": "a".repeat(5000) }), 5000),
+        (json!({ "prompt": vec![5; 200] }), 196 * 4),
+    ] {
+        let more = size(&extra) - plain;
+        assert!((bytes..3 * bytes).contains(&more), "{more} for {extra}");
+    }
+    let many = size(&json!({ "prompt": vec!["hi"; 128], "logit_bias": bias }));
+    assert!(many - plain < 8000 + 128 * 128, "{many}");
+}
+
+#[test]
 fn the_best_answers_are_given_best_first() {
     let answer = |text: &str, logprobs: &[f32]| Choice {
         text: text.to_owned(),
@@ -680,7 +736,7 @@ fn the_best_answers_are_given_best_first() {
         .collect();
     assert_eq!(indices, [0, 1, 2, 3]);
     let parsed = completion_with("best_of", json!(3)).unwrap();
-    assert_eq!((parsed.request.n, parsed.logprobs), (3, false));
+    assert_eq!((parsed.request.n, parsed.form.logprobs), (3, false));
     assert_eq!(parsed.request.sampling.logprobs, Some(0));
     let streamed = json!({ "prompt": "x", "best_of": 2, "stream": true });
     let error = parse_completion(&streamed, &served()).unwrap_err();
@@ -695,10 +751,7 @@ fn words_that_may_not_appear_are_banned_with_and_without_a_space_before_them() {
         let parsed = parse_completion(&body, &model)?;
         prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model)
     };
-    let banned = prepared(json!(["sea", " the"])).unwrap().prompts[0]
-        .sampling
-        .bad_words
-        .clone();
+    let banned = prepared(json!(["sea", " the"])).unwrap().sampling.bad_words;
     let plain = |word: &str| tokenizer.encode(word).unwrap();
     assert_eq!(banned[0], plain("sea"));
     assert!(banned.contains(&plain("the")), "{banned:?}");
@@ -725,6 +778,16 @@ fn log_probabilities_of_prompts_have_both_known_forms() {
         token(2, b, -4.0, &[(a, -0.25)]),
     ];
     let listed = prompt_logprobs(&prompt, &tokenizer);
+    let answer = Choice {
+        prompt_begin: Some(ids[0]),
+        prompt_tokens: prompt.to_vec(),
+        ..Choice::default()
+    };
+    let chat = ChatRender::new(head(false, false));
+    let whole = chat.whole(&[answer.clone(), answer], Spent::default());
+    assert_eq!(whole["prompt_logprobs"], listed);
+    let whole = chat.whole(&[Choice::default()], Spent::default());
+    assert!(whole.get("prompt_logprobs").is_none(), "{whole}");
     assert_eq!(listed[0], Value::Null);
     let best = json!({ "logprob": -0.5, "rank": 1, "decoded_token": text(a) });
     assert_eq!(listed[1][a.to_string()], best);

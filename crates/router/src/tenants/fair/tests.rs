@@ -198,6 +198,30 @@ fn a_large_request_does_not_turn_out_those_of_tenants_that_take_less() {
 }
 
 #[test]
+fn nobody_gives_way_to_one_that_is_refused_all_the_same() {
+    let (mut queue, now) = (queue(1, 10), Instant::now());
+    runs(queue.enter(ask("a", 1), "a0", now));
+    let large = |tenant: &str, bytes| Ask {
+        bytes,
+        ..ask(tenant, 1)
+    };
+    for what in ["b1", "b2", "b3"] {
+        waits(queue.enter(large("b", 160), what, now));
+    }
+    for what in ["c1", "c2", "c3"] {
+        waits(queue.enter(large("c", 160), what, now));
+    }
+    // When b and c have given one each, they have less than what d asks for, and there is still no room.
+    for bytes in [400, 700] {
+        let entered = queue.enter(large("d", bytes), "d1", now);
+        assert!(matches!(entered, Entered::Full("d1")), "{bytes}");
+        assert_eq!((queue.num_waiting(), queue.bytes()), (6, 960));
+    }
+    assert_eq!(waits(queue.enter(large("d", 330), "d1", now)), ["c3", "b3"]);
+    assert_eq!((queue.num_waiting(), queue.bytes()), (5, 970));
+}
+
+#[test]
 fn who_leaves_takes_up_no_room() {
     let (mut queue, now) = (queue(1, 1), Instant::now());
     runs(queue.enter(ask("a", 1), "a0", now));
