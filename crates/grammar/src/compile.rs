@@ -59,12 +59,11 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
             Ok(of_schema(schema))
         }
         Constraint::Regex(text) => {
-            check::nesting(text, false)?;
+            check::expression(text)?;
             Ok(TopLevelGrammar::from_regex(without_anchors(text)))
         }
         Constraint::Lark(text) => {
-            check::nesting(text, true)?;
-            check::embedded(text)?;
+            check::lark(text)?;
             Ok(TopLevelGrammar::from_lark(text.to_string()))
         }
     }

@@ -9,19 +9,24 @@ use tramontane_types::Constraint;
 
 use super::{grammars, json_schema, lark, regex, say};
 
-/// The deadline of a request, and time for a busy machine to notice.
+/// What finding the masks of some tokens may take on a busy machine.
 const IN_TIME: Duration = Duration::from_secs(8);
 /// Tokens that are asked of those that compile.
 const TOKENS: usize = 60;
+/// Constraints of others, asked for beside a hostile one: as many as would be stuck behind it.
+const OTHERS: usize = 4;
 
 /// Compiles, and goes some way if it can be followed. Returns the error if not.
 fn survives(grammars: &Grammars, constraint: &Arc<Constraint>) -> Option<String> {
-    let began = Instant::now();
     let compiled = grammars.compile(constraint);
-    assert!(began.elapsed() < IN_TIME, "{:?}", began.elapsed());
+    if let Err(error) = &compiled {
+        assert!(!error.is_retryable(), "{error}");
+    }
     // Nobody else notices.
-    let other = regex(&format!("other-{}", constraint.source().len()));
-    grammars.compile(&other).unwrap();
+    for i in 0..OTHERS {
+        let other = regex(&format!("other-{i}-{}", constraint.source().len()));
+        grammars.compile(&other).unwrap();
+    }
     let error = match compiled.and_then(|grammar| grammar.matcher(&[])) {
         Ok(mut matcher) => {
             let began = Instant::now();
@@ -178,6 +183,200 @@ fn many_overlapping_patterns_are_refused() {
         &grammars(),
         &json_schema(&json!({ "type": "object", "patternProperties": few })),
     );
+}
+
+/// Says to a process of this test what it is.
+const CASE: &str = "TRAMONTANE_HOSTILE_CASE";
+
+/// Rules, terminals or definitions that refer to each other in a chain.
+fn chain(len: usize, start: &str, part: impl Fn(usize) -> String, end: &str) -> Arc<Constraint> {
+    let parts: Vec<String> = (0..len).map(part).collect();
+    lark(&format!("start: {start}\n{}\n{end}\n", parts.join("\n")))
+}
+
+/// Schemas that refer to each other in a chain, each with its reference so deep inside.
+fn chained(len: usize, depth: usize) -> Value {
+    let part = |i: usize| {
+        let mut part = json!({ "$ref": format!("#/$defs/d{}", i + 1) });
+        for _ in 0..depth {
+            part = json!({ "allOf": [part] });
+        }
+        (format!("d{i}"), part)
+    };
+    let mut defs: serde_json::Map<String, Value> = (0..len).map(part).collect();
+    defs.insert(format!("d{len}"), json!({ "type": "string" }));
+    json!({ "$ref": "#/$defs/d0", "$defs": defs })
+}
+
+/// What ended the process: each would overflow a stack, which no thread survives.
+fn overflow(case: &str) -> Arc<Constraint> {
+    let deep = |i| format!("a{i}: {}\"y\" a{}{}", "(".repeat(28), i + 1, ")".repeat(28));
+    match case {
+        "rules" => chain(
+            13_000,
+            "a0",
+            |i| format!("a{i}:a{}", i + 1),
+            "a13000: \"x\"",
+        ),
+        "optional" => {
+            let part = |i| format!("A{i}:(\"c\" A{})?", i + 1);
+            chain(9_000, "A0", part, "A9000: \"x\"")
+        }
+        "repeated" => {
+            let part = |i| format!("A{i}:(A{} \"c\")+", i + 1);
+            chain(9_000, "A0", part, "A9000: \"x\"")
+        }
+        "grouped" => chain(3_000, "a0", deep, "a3000: \"x\""),
+        "schemas" => json_schema(&chained(5_000, 1)),
+        "deep schemas" => json_schema(&chained(300, 40)),
+        "embedded" => lark(&format!("start: %json {}", chained(5_000, 1))),
+        "substrings" => {
+            let text = json!({ "substring_chars": "ab".repeat(100_000) });
+            lark(&format!("start: A\nA: %regex {text}"))
+        }
+        // As much as is allowed.
+        "few rules" => chain(900, "a0", |i| format!("a{i}:a{}", i + 1), "a900: \"x\""),
+        "few grouped" => chain(130, "a0", deep, "a130: \"x\""),
+        "few schemas" => json_schema(&chained(900, 1)),
+        "few deep schemas" => json_schema(&chained(47, 40)),
+        "few substrings" => {
+            let text = json!({ "substring_chars": "ab".repeat(4_900) });
+            lark(&format!("start: A\nA: %regex {text}"))
+        }
+        _ => panic!("there is no case {case}"),
+    }
+}
+
+/// Compiles one of them as a process of its own.
+#[test]
+fn overflow_process() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test that starts it says what it is"
+    )]
+    let Ok(case) = std::env::var(CASE) else {
+        println!("skipped: no process of a case");
+        return;
+    };
+    let grammars = grammars();
+    let error = survives(&grammars, &overflow(&case));
+    assert_eq!(error.is_none(), case.starts_with("few"), "{error:?}");
+    if let Some(error) = error {
+        assert!(error.starts_with("must have at most"), "{error}");
+    }
+}
+
+#[test]
+fn no_chain_of_references_overflows_a_stack() {
+    for case in [
+        "rules",
+        "optional",
+        "repeated",
+        "grouped",
+        "schemas",
+        "deep schemas",
+        "embedded",
+        "substrings",
+        "few rules",
+        "few grouped",
+        "few schemas",
+        "few deep schemas",
+        "few substrings",
+    ] {
+        process("hostile::overflow_process", case);
+    }
+}
+
+/// Runs a test of this program as a process of its own: what it would end, it ends alone.
+fn process(test: &str, case: &str) {
+    let ended = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(CASE, case)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{case}: {}: {said}", ended.status);
+}
+
+#[test]
+fn intersections_cost_little_or_are_refused() {
+    let searches = |n: usize| -> Vec<String> {
+        (0..n)
+            .map(|i| format!("/(.|\\n)*[a-z]{{{}}}x(.|\\n)*/", i + 1))
+            .collect()
+    };
+    let schemas = |n: usize| -> Vec<Value> {
+        (0..n)
+            .map(|i| json!({ "type": "string", "pattern": format!("[a-z]{{{}}}x", i + 1) }))
+            .collect()
+    };
+    let refs: Vec<Value> = (0..59)
+        .map(|i| json!({ "$ref": format!("#/$defs/p{i}") }))
+        .collect();
+    let defs: serde_json::Map<String, Value> = schemas(59)
+        .into_iter()
+        .enumerate()
+        .map(|(i, one)| (format!("p{i}"), one))
+        .collect();
+    for constraint in [
+        json_schema(&json!({ "allOf": schemas(59) })),
+        json_schema(&json!({ "allOf": refs, "$defs": defs })),
+        lark(&format!("start: %json {}", json!({ "allOf": schemas(59) }))),
+        lark(&format!("start: A\nA: {}", ["/../"; 59].join(" & "))),
+        lark(&format!("start: A\nA: {}", searches(59).join(" & "))),
+        // The first masks are found at once, and the one behind the last `b` never.
+        lark(&format!(
+            "start: A\nA: /b*a/ | /b{{24}}/ ({})",
+            searches(59).join(" & ")
+        )),
+        // Two are enough where each has a thousand ways to go on.
+        lark("start: A\nA: /[ab]*c/ | (/(.|\\n)*[a-z]{3000}x/ & /(.|\\n)*[a-z]{3000}y/)"),
+    ] {
+        let error = refused(&constraint);
+        assert!(error.contains("hold at once"), "{error}");
+    }
+    for constraint in [
+        json_schema(&json!({ "allOf": schemas(2) })),
+        lark(&format!("start: A\nA: {}", searches(4).join(" & "))),
+        lark(&format!(
+            "start: A\nA: /b*a/ | /b{{24}}/ ({})",
+            searches(4).join(" & ")
+        )),
+        lark("start: A\nA: /[ab]*c/ | (/(.|\\n)*[a-z]{400}x/ & /(.|\\n)*[a-z]{400}y/)"),
+    ] {
+        taken(&constraint);
+    }
+}
+
+#[test]
+fn many_properties_of_one_object_are_refused() {
+    let part = |i: usize| (format!("{i:x}"), json!({}));
+    let object = |n: usize| {
+        let properties: serde_json::Map<String, Value> = (0..n).map(part).collect();
+        json!({ "type": "object", "properties": properties })
+    };
+    taken(&json_schema(&object(1_900)));
+    let one = |i: usize| json!({ "properties": { format!("{i:x}"): {} } });
+    let parts: Vec<Value> = (0..6_000).map(one).collect();
+    for schema in [object(14_000), json!({ "allOf": parts })] {
+        let error = refused(&json_schema(&schema));
+        assert!(error.contains("pairs of properties"), "{error}");
+    }
+}
+
+#[test]
+fn divisors_with_many_remainders_are_refused() {
+    for divisor in [9_999_991, 390_625] {
+        let schema = json!({ "type": "integer", "multipleOf": divisor });
+        let error = refused(&json_schema(&schema));
+        assert!(error.contains("multipleOf"), "{error}");
+    }
+    taken(&json_schema(
+        &json!({ "type": "integer", "multipleOf": 9973 }),
+    ));
+    taken(&json_schema(
+        &json!({ "type": "number", "multipleOf": 0.01 }),
+    ));
 }
 
 #[test]
