@@ -16,6 +16,7 @@ mod error;
 mod grammars;
 pub mod limits;
 mod matcher;
+mod pool;
 mod vocabulary;
 
 pub use error::{GrammarError, MatchError};

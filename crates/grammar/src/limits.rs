@@ -46,15 +46,23 @@ pub const JSON_SPACE_MAX: usize = 24;
 
 /// Threads that compile, of each process. Two, so that a slow grammar does not hold up all others.
 pub const COMPILE_THREADS: usize = 2;
-/// Their stack: what parses regular expressions and schemas calls itself.
+/// Threads that go through what sequences have sampled elsewhere.
+pub const MATCHER_THREADS: usize = 2;
+/// Their stack: what parses regular expressions and schemas calls itself. Only what is used takes memory.
 pub const COMPILE_STACK_BYTES: usize = 64 << 20;
+/// Threads that are past [`COMPILE_WAIT_MAX`] and have been replaced; when there are more, fewer are left.
+pub const STRAYS_MAX: usize = 4;
 /// Constraints that wait for a compile thread; one more is refused.
 pub const COMPILE_QUEUE_MAX: usize = 64;
+/// Sequences that wait for their matcher; one more is refused. Those of a lost worker come all at once.
+pub const MATCHER_QUEUE_MAX: usize = 1_024;
 /// Requests that wait for the same constraint; one more is refused.
 pub const COMPILE_WAITERS_MAX: usize = 256;
-/// How long a request waits for its constraint, its time in the queue included. The fuel of [`PARSER_LIMITS`] ends the
-/// work itself far earlier on an idle machine.
+/// How long compiling a constraint may take. What [`PARSER_LIMITS`] and the limits above allow takes a second or two in
+/// a debug build.
 pub const COMPILE_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long a constraint waits for a thread; longer than the one before it may take.
+pub const QUEUE_WAIT_MAX: Duration = Duration::from_secs(8);
 
 /// Compiled grammars that are kept, in bytes.
 pub const CACHE_BYTES_MAX: usize = 64 << 20;

@@ -85,7 +85,7 @@ fn constraint(bytes: &[u8]) {
         b'r' => Constraint::Regex(text.into()),
         _ => Constraint::Lark(text.into()),
     };
-    if let Ok(mut matcher) = GRAMMARS.matcher(&Arc::new(constraint), &[]) {
+    if let Ok(mut matcher) = GRAMMARS.blocking_matcher(&Arc::new(constraint), &[]) {
         let _ = matcher.allowed();
     }
 }

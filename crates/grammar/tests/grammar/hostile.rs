@@ -18,14 +18,14 @@ const OTHERS: usize = 4;
 
 /// Compiles, and goes some way if it can be followed. Returns the error if not.
 fn survives(grammars: &Grammars, constraint: &Arc<Constraint>) -> Option<String> {
-    let compiled = grammars.compile(constraint);
+    let compiled = grammars.blocking_compile(constraint);
     if let Err(error) = &compiled {
         assert!(!error.is_retryable(), "{error}");
     }
     // Nobody else notices.
     for i in 0..OTHERS {
         let other = regex(&format!("other-{i}-{}", constraint.source().len()));
-        grammars.compile(&other).unwrap();
+        grammars.blocking_compile(&other).unwrap();
     }
     let error = match compiled.and_then(|grammar| grammar.matcher(&[])) {
         Ok(mut matcher) => {
@@ -469,7 +469,7 @@ fn empty_values_are_refused() {
         Arc::new(Constraint::JsonSchema("".into())),
     ] {
         assert_eq!(
-            grammars().compile(&constraint).unwrap_err(),
+            grammars().blocking_compile(&constraint).unwrap_err(),
             GrammarError::Empty
         );
     }
@@ -483,7 +483,7 @@ fn a_client_does_not_choose_how_json_is_written() {
     let schema =
         json!({ "type": "array", "x-guidance": { "item_separator": ";", "lenient": true } });
     let mut matcher = grammars()
-        .matcher(&json_schema(&schema), b"[1".map(u32::from).as_slice())
+        .blocking_matcher(&json_schema(&schema), b"[1".map(u32::from).as_slice())
         .unwrap();
     assert!(matcher.masks_along(&[u32::from(b';')]).unwrap().len() == 1);
     assert!(matcher.masks_along(&[u32::from(b',')]).unwrap().len() == 2);
@@ -561,7 +561,7 @@ fn a_full_queue_refuses_and_goes_on() {
             let grammars = grammars.clone();
             move || {
                 grammars
-                    .compile(&regex(&format!("[a-z]{{1,40}}{i}")))
+                    .blocking_compile(&regex(&format!("[a-z]{{1,40}}{i}")))
                     .map(|_| ())
             }
         };
@@ -574,5 +574,5 @@ fn a_full_queue_refuses_and_goes_on() {
     for error in results.into_iter().filter_map(Result::err) {
         assert!(error.is_retryable(), "{error}");
     }
-    grammars.compile(&regex("[a-z]{1,40}0")).unwrap();
+    grammars.blocking_compile(&regex("[a-z]{1,40}0")).unwrap();
 }
