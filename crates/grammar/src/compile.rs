@@ -45,7 +45,8 @@ pub(crate) fn compile(
 ) -> Result<Grammar, GrammarError> {
     let grammar = grammar(constraint)?;
     let parser = matcher::guarded(|| factory.create_parser(grammar));
-    Grammar::new(parser.map_err(|text| GrammarError::invalid(&text))?)
+    let parser = parser.map_err(|text| GrammarError::invalid(&text))?;
+    Grammar::new(parser, constraint.source().len())
 }
 
 fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {

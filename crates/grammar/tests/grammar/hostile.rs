@@ -553,6 +553,54 @@ fn memory_stays_bounded() {
     assert!(kib < 1 << 20, "{kib} KiB");
 }
 
+/// What this process has in memory, in bytes.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: u64 = line
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    kib << 10
+}
+
+/// Keeps schemas of many properties, as a process of its own.
+#[test]
+fn memory_process() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test that starts it says what it is"
+    )]
+    let Ok(_case) = std::env::var(CASE) else {
+        println!("skipped: no process of a case");
+        return;
+    };
+    let grammars = grammars();
+    let compile = |i: usize| {
+        let properties =
+            (0..400).map(|n| (format!("property_{i}_{n}"), json!({ "type": "integer" })));
+        let properties: serde_json::Map<String, Value> = properties.collect();
+        let schema = json!({ "type": "object", "properties": properties });
+        grammars.blocking_compile(&json_schema(&schema)).unwrap();
+    };
+    // What one of them takes while it is compiled is there once for each thread.
+    (0..4).for_each(compile);
+    let (before, before_said) = (resident(), grammars.stats().cache_bytes);
+    (4..20).for_each(compile);
+    let grown = resident().saturating_sub(before);
+    let said = grammars.stats().cache_bytes - before_said;
+    println!("{grown} bytes for {said} that are said to be kept");
+    assert!(grown < said + said / 4, "{grown} for {said}");
+    assert!(said < 4 * grown, "{grown} for {said}");
+}
+
+#[test]
+fn what_is_kept_is_counted_also_where_rules_take_most_of_it() {
+    process("hostile::memory_process", "memory");
+}
+
 #[test]
 fn a_full_queue_refuses_and_goes_on() {
     let grammars = grammars();
