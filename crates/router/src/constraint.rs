@@ -49,14 +49,17 @@ fn refused(error: &GrammarError, param: &str) -> ApiError {
         return ApiError::internal();
     }
     let message = format!("{param} {error}");
-    match error {
-        GrammarError::Busy { .. } => ApiError::new(ErrorKind::QueueFull, message),
-        _ => ApiError::invalid(param, message),
+    if error.is_retryable() {
+        // Not the client's fault, or not for sure: the same may be compiled by now, or elsewhere.
+        return ApiError::new(ErrorKind::QueueFull, message);
     }
+    ApiError::invalid(param, message)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[tokio::test]
@@ -77,5 +80,20 @@ mod tests {
         assert!(error.message.starts_with(begin), "{}", error.message);
         let error = compile(&grammars, &regex(""), param).await.unwrap_err();
         assert_eq!(error.message, "structured_outputs.regex must not be empty");
+    }
+
+    #[test]
+    fn what_may_be_compiled_later_is_no_bad_request() {
+        let limit = Duration::from_secs(5);
+        for error in [
+            GrammarError::Busy { limit: 3 },
+            GrammarError::Stuck { limit: 3 },
+            GrammarError::Waited { limit },
+            GrammarError::TooSlow { limit },
+        ] {
+            let refused = refused(&error, "guided_regex");
+            assert_eq!(refused.kind, ErrorKind::QueueFull, "{error}");
+            assert_eq!(refused.message, format!("guided_regex {error}"));
+        }
     }
 }
