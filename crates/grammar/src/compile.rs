@@ -72,6 +72,13 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
 
 /// JSON of this schema, with little white space.
 fn of_schema(schema: Value) -> TopLevelGrammar {
+    TopLevelGrammar::from_json_schema(spaced(schema))
+}
+
+/// The schema as grammars are to have it (`%json {...}`): little white space, and nothing a client says of how JSON is to
+/// be written.
+#[must_use]
+pub fn spaced(schema: Value) -> Value {
     let mut schema = match schema {
         Value::Bool(true) => json!({}),
         schema => schema,
@@ -83,7 +90,7 @@ fn of_schema(schema: Value) -> TopLevelGrammar {
             json!({ "whitespace_pattern": space }),
         );
     }
-    TopLevelGrammar::from_json_schema(schema)
+    schema
 }
 
 /// The whole text must match anyway; llguidance knows no anchors.

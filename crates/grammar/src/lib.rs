@@ -19,6 +19,7 @@ mod matcher;
 mod pool;
 mod vocabulary;
 
+pub use compile::spaced;
 pub use error::{GrammarError, MatchError};
 pub use grammars::{GrammarStats, Grammars};
 pub use matcher::{Canceller, Grammar, Matcher, Next, TokenMask};
