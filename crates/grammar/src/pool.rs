@@ -262,8 +262,9 @@ mod tests {
         name: "test",
         threads: 1,
         strays: 1,
-        queue: 2,
-        run: Duration::from_millis(20),
+        queue: 8,
+        // So long that a busy machine does not stand still for it.
+        run: Duration::from_secs(1),
         wait: Duration::from_secs(600),
         stack_bytes: 1 << 20,
     };
@@ -356,6 +357,7 @@ mod tests {
     #[test]
     fn a_full_queue_refuses() {
         let rules = Rules {
+            queue: 2,
             run: Duration::from_secs(600),
             ..RULES
         };

@@ -266,7 +266,7 @@ mod tests {
                 part["items"] = json!({ "$ref": format!("#/$defs/d{}", (i + 1) % n) });
                 (format!("d{i}"), part)
             };
-            let defs: serde_json::Map<String, Value> = (0..n).map(define).collect();
+            let defs: Map<String, Value> = (0..n).map(define).collect();
             json!({ "$defs": defs, "$ref": "#/$defs/d0" })
         };
         let part = json!({ "type": "array" });
