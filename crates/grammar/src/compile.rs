@@ -45,7 +45,8 @@ pub(crate) fn compile(
 ) -> Result<Grammar, GrammarError> {
     let grammar = grammar(constraint)?;
     let parser = matcher::guarded(|| factory.create_parser(grammar));
-    Grammar::new(parser.map_err(|text| GrammarError::invalid(&text))?)
+    let parser = parser.map_err(|text| GrammarError::invalid(&text))?;
+    Grammar::new(parser, constraint.source().len())
 }
 
 fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
@@ -59,12 +60,11 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
             Ok(of_schema(schema))
         }
         Constraint::Regex(text) => {
-            check::nesting(text, false)?;
+            check::expression(text)?;
             Ok(TopLevelGrammar::from_regex(without_anchors(text)))
         }
         Constraint::Lark(text) => {
-            check::nesting(text, true)?;
-            check::embedded(text)?;
+            check::lark(text)?;
             Ok(TopLevelGrammar::from_lark(text.to_string()))
         }
     }
@@ -72,6 +72,13 @@ fn grammar(constraint: &Constraint) -> Result<TopLevelGrammar, GrammarError> {
 
 /// JSON of this schema, with little white space.
 fn of_schema(schema: Value) -> TopLevelGrammar {
+    TopLevelGrammar::from_json_schema(spaced(schema))
+}
+
+/// The schema as grammars are to have it (`%json {...}`): little white space, and nothing a client says of how JSON is to
+/// be written.
+#[must_use]
+pub fn spaced(schema: Value) -> Value {
     let mut schema = match schema {
         Value::Bool(true) => json!({}),
         schema => schema,
@@ -83,7 +90,7 @@ fn of_schema(schema: Value) -> TopLevelGrammar {
             json!({ "whitespace_pattern": space }),
         );
     }
-    TopLevelGrammar::from_json_schema(schema)
+    schema
 }
 
 /// The whole text must match anyway; llguidance knows no anchors.

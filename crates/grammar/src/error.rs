@@ -38,6 +38,18 @@ pub enum GrammarError {
         /// The limit.
         limit: usize,
     },
+    /// It has waited for a thread too long.
+    #[error("cannot be compiled now: it has waited for {} s", limit.as_secs())]
+    Waited {
+        /// The limit.
+        limit: Duration,
+    },
+    /// Too many others take too long.
+    #[error("cannot be compiled now: more than {limit} others take too long")]
+    Stuck {
+        /// The limit.
+        limit: usize,
+    },
     /// A fault of ours: no thread, or a vocabulary that llguidance does not take.
     #[error("cannot be compiled: {0}")]
     Internal(String),
@@ -69,7 +81,10 @@ impl GrammarError {
     /// Whether the same constraint may be taken later.
     #[must_use]
     pub const fn is_retryable(&self) -> bool {
-        matches!(self, Self::Busy { .. } | Self::TooSlow { .. })
+        matches!(
+            self,
+            Self::Busy { .. } | Self::Waited { .. } | Self::Stuck { .. } | Self::TooSlow { .. }
+        )
     }
 
     /// Whether it says something about the server instead of the constraint.

@@ -16,8 +16,10 @@ mod error;
 mod grammars;
 pub mod limits;
 mod matcher;
+mod pool;
 mod vocabulary;
 
+pub use compile::spaced;
 pub use error::{GrammarError, MatchError};
 pub use grammars::{GrammarStats, Grammars};
 pub use matcher::{Canceller, Grammar, Matcher, Next, TokenMask};

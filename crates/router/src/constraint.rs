@@ -26,10 +26,9 @@ pub fn vocabulary(tokenizer: &Tokenizer) -> Result<Vocabulary, InvalidVocabulary
     Vocabulary::new(tokens, tokenizer.eos_ids())
 }
 
-/// Compiles the constraint of a request, and keeps it for the next one. Waits for a bounded time where that disturbs
-/// nobody.
+/// Compiles the constraint of a request, and keeps it for the next one. Waits for a bounded time.
 pub(crate) async fn check(grammars: &Grammars, request: &PreparedRequest) -> Result<(), ApiError> {
-    match request.sampling.constraint.clone() {
+    match &request.sampling.constraint {
         Some(constraint) => compile(grammars, constraint, request.constraint_name).await,
         None => Ok(()),
     }
@@ -37,14 +36,11 @@ pub(crate) async fn check(grammars: &Grammars, request: &PreparedRequest) -> Res
 
 async fn compile(
     grammars: &Grammars,
-    constraint: Arc<Constraint>,
+    constraint: &Arc<Constraint>,
     param: &str,
 ) -> Result<(), ApiError> {
-    let grammars = grammars.clone();
-    let compile = move || grammars.compile(&constraint).map(|_grammar| ());
-    let compiled = tokio::task::spawn_blocking(compile).await;
-    let compiled = compiled.unwrap_or_else(|error| Err(GrammarError::internal(&error)));
-    compiled.map_err(|error| refused(&error, param))
+    let compiled = grammars.compile(constraint).await;
+    compiled.map(drop).map_err(|error| refused(&error, param))
 }
 
 fn refused(error: &GrammarError, param: &str) -> ApiError {
@@ -53,14 +49,17 @@ fn refused(error: &GrammarError, param: &str) -> ApiError {
         return ApiError::internal();
     }
     let message = format!("{param} {error}");
-    match error {
-        GrammarError::Busy { .. } => ApiError::new(ErrorKind::QueueFull, message),
-        _ => ApiError::invalid(param, message),
+    if error.is_retryable() {
+        // Not the client's fault, or not for sure: the same may be compiled by now, or elsewhere.
+        return ApiError::new(ErrorKind::QueueFull, message);
     }
+    ApiError::invalid(param, message)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[tokio::test]
@@ -73,15 +72,28 @@ mod tests {
         let grammars = Grammars::new(Vocabulary::new(tokens, &[2]).unwrap());
         let regex = |text: &str| Arc::new(Constraint::Regex(text.into()));
         let param = "structured_outputs.regex";
-        assert_eq!(compile(&grammars, regex("a+b"), param).await, Ok(()));
-        let error = compile(&grammars, regex("a{2"), param).await.unwrap_err();
+        assert_eq!(compile(&grammars, &regex("a+b"), param).await, Ok(()));
+        let error = compile(&grammars, &regex("a{2"), param).await.unwrap_err();
         assert_eq!(error.kind, ErrorKind::Invalid);
         assert_eq!(error.param.as_deref(), Some(param));
         let begin = "structured_outputs.regex cannot be followed: ";
         assert!(error.message.starts_with(begin), "{}", error.message);
-        let error = compile(&grammars, regex(""), param).await.unwrap_err();
+        let error = compile(&grammars, &regex(""), param).await.unwrap_err();
         assert_eq!(error.message, "structured_outputs.regex must not be empty");
-        let busy = refused(&GrammarError::Busy { limit: 3 }, param);
-        assert_eq!(busy.kind, ErrorKind::QueueFull);
+    }
+
+    #[test]
+    fn what_may_be_compiled_later_is_no_bad_request() {
+        let limit = Duration::from_secs(5);
+        for error in [
+            GrammarError::Busy { limit: 3 },
+            GrammarError::Stuck { limit: 3 },
+            GrammarError::Waited { limit },
+            GrammarError::TooSlow { limit },
+        ] {
+            let refused = refused(&error, "guided_regex");
+            assert_eq!(refused.kind, ErrorKind::QueueFull, "{error}");
+            assert_eq!(refused.message, format!("guided_regex {error}"));
+        }
     }
 }

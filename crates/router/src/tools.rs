@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tramontane_grammar::spaced;
 use tramontane_tokenizer::{CallTokens, ChatRequest, Tokenizer};
 use tramontane_types::{Constraint, TokenId, constraint::CONSTRAINT_BYTES_MAX};
 
@@ -171,7 +172,7 @@ fn grammar(
     rules.push_str(&start(is_forced, text)?);
     let chosen = chat.tools.iter().filter(|tool| tool_use.allows(tool));
     let tools: Vec<(&str, Value)> = chosen
-        .map(|tool| (name_of(tool), schema(tool, is_forced)))
+        .map(|tool| (name_of(tool), spaced(schema(tool, is_forced))))
         .collect();
     write_calls(&mut rules, &tools, tokens, tool_use.parallel);
     rules.push_str("WS: /[ \\t\\r\\n]{1,8}/\n");
@@ -192,14 +193,19 @@ fn start(is_forced: bool, text: Option<&Constraint>) -> Result<String, ApiError>
     }
     let text = match text {
         None => return Ok("start: text | text? calls\ntext: /(.|\\n)+/\n".to_owned()),
-        Some(Constraint::JsonObject) => r#"%json {"type": "object"}"#.to_owned(),
-        Some(Constraint::JsonSchema(schema)) => format!("%json {schema}"),
+        Some(Constraint::JsonObject) => json!({ "type": "object" }),
+        // Parsed, so that it ends where a schema ends.
+        Some(Constraint::JsonSchema(schema)) => serde_json::from_str(schema).map_err(|error| {
+            let message = format!("the schema of the answer must be valid JSON: {error}");
+            ApiError::new(ErrorKind::Invalid, message)
+        })?,
         Some(Constraint::Regex(_) | Constraint::Lark(_)) => {
             let message = "tools together with a regular expression or a grammar are not supported by this server";
             return Err(ApiError::new(ErrorKind::Unsupported, message).at("tools"));
         }
     };
-    Ok(format!("start: WS? text | calls\ntext: {text}\n"))
+    let text = spaced(text);
+    Ok(format!("start: WS? text | calls\ntext: %json {text}\n"))
 }
 
 /// What the arguments of a tool must be: an object, as its schema says where that is asked for.

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tramontane_coordination::WorkerState;
 use tramontane_engine::NewSequence;
-use tramontane_grammar::{GrammarError, Matcher};
+use tramontane_grammar::Matcher;
 use tramontane_proto::v1::{
     self, sequence_event::Kind, worker_server::Worker, worker_server::WorkerServer,
 };
@@ -80,16 +80,13 @@ impl GenerateService {
         let Some(constraint) = new.params.constraint.clone() else {
             return Ok(None);
         };
-        let Some(grammars) = self.node.grammars.clone() else {
+        let Some(grammars) = &self.node.grammars else {
             let worker = self.node.id.to_string();
             return Err(GenerateError::NoVocabulary { worker });
         };
         let num_prompt = new.prompt.len().saturating_sub(new.num_resumed);
-        let resumed = new.prompt[num_prompt..].to_vec();
-        let compile = move || grammars.matcher(&constraint, &resumed);
-        let compiled = tokio::task::spawn_blocking(compile).await;
-        let ended = |error: tokio::task::JoinError| Err(GrammarError::internal(&error));
-        Ok(Some(compiled.unwrap_or_else(ended)?))
+        let matcher = grammars.matcher(&constraint, &new.prompt[num_prompt..]);
+        Ok(Some(matcher.await?))
     }
 
     /// Another process of our name may have had other weights when the router looked last.

@@ -12,12 +12,12 @@ use std::sync::{Arc, LazyLock};
 use tramontane_coordination::fuzzing as coordination;
 use tramontane_exchange::CallLimits;
 use tramontane_exchange::fuzzing as exchange;
-use tramontane_grammar::Grammars;
+use tramontane_grammar::{Grammars, Matcher, Next, TokenMask};
 use tramontane_model::fuzzing as model;
 use tramontane_router::fuzzing::{Front, proofs};
 use tramontane_tokenizer::Tokenizer;
 use tramontane_tokenizer::fuzzing as tokenizer;
-use tramontane_types::{Constraint, ModelGeometry};
+use tramontane_types::{Constraint, ModelGeometry, TokenId};
 use tramontane_worker::fuzzing as worker;
 
 /// One parser.
@@ -72,6 +72,9 @@ static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| {
     Grammars::new(tramontane_router::vocabulary(&TOKENIZER).expect("the demo's vocabulary"))
 });
 
+/// Tokens that an answer in a constraint goes on by.
+const TOKENS: usize = 16;
+
 /// A constraint, of the kind that the first byte says.
 fn constraint(bytes: &[u8]) {
     let Some((kind, text)) = bytes.split_first() else {
@@ -85,9 +88,52 @@ fn constraint(bytes: &[u8]) {
         b'r' => Constraint::Regex(text.into()),
         _ => Constraint::Lark(text.into()),
     };
-    if let Ok(mut matcher) = GRAMMARS.matcher(&Arc::new(constraint), &[]) {
-        let _ = matcher.allowed();
+    let constraint = Arc::new(constraint);
+    let mut matcher = match GRAMMARS.blocking_matcher(&constraint, &[]) {
+        Ok(matcher) => matcher,
+        Err(error) => {
+            assert!(!error.is_retryable(), "{error}");
+            return;
+        }
+    };
+    let tokens = walk(&mut matcher, bytes);
+    if matcher.allowed().is_err() {
+        return;
     }
+    // Elsewhere the sequence goes on as here.
+    match GRAMMARS.blocking_matcher(&constraint, &tokens) {
+        Ok(mut resumed) => assert!(next(&mut resumed) == next(&mut matcher), "another mask"),
+        Err(error) => assert!(tokens.is_empty(), "resumed tokens are refused: {error}"),
+    }
+}
+
+/// What may come next; nothing at the end.
+fn next(matcher: &mut Matcher) -> Option<TokenMask> {
+    match matcher.allowed() {
+        Ok(Next::OneOf(mask)) => Some(mask.clone()),
+        Ok(Next::Ended) | Err(_) => None,
+    }
+}
+
+/// Goes on by tokens that are allowed, chosen by `bytes`.
+fn walk(matcher: &mut Matcher, bytes: &[u8]) -> Vec<TokenId> {
+    let vocab = GRAMMARS.vocabulary().words().len();
+    let mut tokens = Vec::new();
+    for &byte in bytes.iter().rev().take(TOKENS) {
+        let Ok(Next::OneOf(mask)) = matcher.allowed() else {
+            break;
+        };
+        let first = usize::from(byte) * vocab / 256;
+        let mut ids = (first..vocab).chain(0..first).map(|id| id as TokenId);
+        let Some(id) = ids.find(|&id| mask.allows(id)) else {
+            break;
+        };
+        if matcher.accept(id).is_err() {
+            break;
+        }
+        tokens.push(id);
+    }
+    tokens
 }
 
 /// A frame of another worker, for a small model.

@@ -8,12 +8,16 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use tramontane_fuzz::TARGETS;
 use tramontane_fuzz::mutate::Mutator;
+use tramontane_fuzz::{TARGETS, Target};
 
 /// Meddled inputs per target, and the time after which there are no more.
 const INPUTS: usize = 4_000;
 const TIME: Duration = Duration::from_secs(6);
+/// Inputs that each target must have had by then, on the slowest machine.
+const INPUTS_MIN: usize = 50;
+/// What one input may take on a busy machine: four times what any takes here.
+const INPUT_TIME: Duration = Duration::from_secs(4);
 
 fn corpus(target: &str) -> Vec<Vec<u8>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -36,25 +40,41 @@ fn every_target_takes_its_corpus_and_what_is_close_to_it() {
     for target in TARGETS {
         let corpus = corpus(target.name);
         for bytes in &corpus {
-            (target.run)(bytes);
+            run(*target, bytes);
         }
         let mut mutator = Mutator::new(target.name, &corpus);
         let begin = Instant::now();
         let mut num_inputs = 0;
         while num_inputs < INPUTS && begin.elapsed() < TIME {
-            let bytes = mutator.input();
-            let ran = std::panic::catch_unwind(|| (target.run)(&bytes));
-            if ran.is_err() {
-                let path = std::env::temp_dir().join(format!("tramontane-fuzz-{}", target.name));
-                std::fs::write(&path, &bytes).unwrap();
-                panic!("{} panicked; the input is {}", target.name, path.display());
-            }
+            run(*target, &mutator.input());
             num_inputs += 1;
         }
+        assert!(
+            num_inputs >= INPUTS_MIN,
+            "{} is slow: {num_inputs} inputs",
+            target.name
+        );
         println!(
             "{}: {} files, {num_inputs} inputs",
             target.name,
             corpus.len()
+        );
+    }
+}
+
+/// Leaves the input in a file when the target panics or takes too long.
+fn run(target: Target, bytes: &[u8]) {
+    let begin = Instant::now();
+    let ran = std::panic::catch_unwind(|| (target.run)(bytes));
+    let took = begin.elapsed();
+    if ran.is_err() || took > INPUT_TIME {
+        let name = target.name;
+        let path = std::env::temp_dir().join(format!("tramontane-fuzz-{name}"));
+        std::fs::write(&path, bytes).unwrap();
+        let what = if ran.is_err() { "panicked" } else { "was slow" };
+        panic!(
+            "{name} {what} after {took:?}; the input is {}",
+            path.display()
         );
     }
 }

@@ -29,7 +29,7 @@ pub(crate) static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| {
 pub(crate) fn matcher(new: &NewSequence) -> Result<Matcher, GrammarError> {
     let constraint = new.params.constraint.as_ref().unwrap();
     let num_prompt = new.prompt.len() - new.num_resumed;
-    GRAMMARS.matcher(constraint, &new.prompt[num_prompt..])
+    GRAMMARS.blocking_matcher(constraint, &new.prompt[num_prompt..])
 }
 
 fn text(ids: &[TokenId]) -> String {

@@ -9,19 +9,24 @@ use tramontane_types::Constraint;
 
 use super::{grammars, json_schema, lark, regex, say};
 
-/// The deadline of a request, and time for a busy machine to notice.
+/// What finding the masks of some tokens may take on a busy machine.
 const IN_TIME: Duration = Duration::from_secs(8);
 /// Tokens that are asked of those that compile.
 const TOKENS: usize = 60;
+/// Constraints of others, asked for beside a hostile one: as many as would be stuck behind it.
+const OTHERS: usize = 4;
 
 /// Compiles, and goes some way if it can be followed. Returns the error if not.
 fn survives(grammars: &Grammars, constraint: &Arc<Constraint>) -> Option<String> {
-    let began = Instant::now();
-    let compiled = grammars.compile(constraint);
-    assert!(began.elapsed() < IN_TIME, "{:?}", began.elapsed());
+    let compiled = grammars.blocking_compile(constraint);
+    if let Err(error) = &compiled {
+        assert!(!error.is_retryable(), "{error}");
+    }
     // Nobody else notices.
-    let other = regex(&format!("other-{}", constraint.source().len()));
-    grammars.compile(&other).unwrap();
+    for i in 0..OTHERS {
+        let other = regex(&format!("other-{i}-{}", constraint.source().len()));
+        grammars.blocking_compile(&other).unwrap();
+    }
     let error = match compiled.and_then(|grammar| grammar.matcher(&[])) {
         Ok(mut matcher) => {
             let began = Instant::now();
@@ -180,6 +185,200 @@ fn many_overlapping_patterns_are_refused() {
     );
 }
 
+/// Says to a process of this test what it is.
+const CASE: &str = "TRAMONTANE_HOSTILE_CASE";
+
+/// Rules, terminals or definitions that refer to each other in a chain.
+fn chain(len: usize, start: &str, part: impl Fn(usize) -> String, end: &str) -> Arc<Constraint> {
+    let parts: Vec<String> = (0..len).map(part).collect();
+    lark(&format!("start: {start}\n{}\n{end}\n", parts.join("\n")))
+}
+
+/// Schemas that refer to each other in a chain, each with its reference so deep inside.
+fn chained(len: usize, depth: usize) -> Value {
+    let part = |i: usize| {
+        let mut part = json!({ "$ref": format!("#/$defs/d{}", i + 1) });
+        for _ in 0..depth {
+            part = json!({ "allOf": [part] });
+        }
+        (format!("d{i}"), part)
+    };
+    let mut defs: serde_json::Map<String, Value> = (0..len).map(part).collect();
+    defs.insert(format!("d{len}"), json!({ "type": "string" }));
+    json!({ "$ref": "#/$defs/d0", "$defs": defs })
+}
+
+/// What ended the process: each would overflow a stack, which no thread survives.
+fn overflow(case: &str) -> Arc<Constraint> {
+    let deep = |i| format!("a{i}: {}\"y\" a{}{}", "(".repeat(28), i + 1, ")".repeat(28));
+    match case {
+        "rules" => chain(
+            13_000,
+            "a0",
+            |i| format!("a{i}:a{}", i + 1),
+            "a13000: \"x\"",
+        ),
+        "optional" => {
+            let part = |i| format!("A{i}:(\"c\" A{})?", i + 1);
+            chain(9_000, "A0", part, "A9000: \"x\"")
+        }
+        "repeated" => {
+            let part = |i| format!("A{i}:(A{} \"c\")+", i + 1);
+            chain(9_000, "A0", part, "A9000: \"x\"")
+        }
+        "grouped" => chain(3_000, "a0", deep, "a3000: \"x\""),
+        "schemas" => json_schema(&chained(5_000, 1)),
+        "deep schemas" => json_schema(&chained(300, 40)),
+        "embedded" => lark(&format!("start: %json {}", chained(5_000, 1))),
+        "substrings" => {
+            let text = json!({ "substring_chars": "ab".repeat(100_000) });
+            lark(&format!("start: A\nA: %regex {text}"))
+        }
+        // As much as is allowed.
+        "few rules" => chain(900, "a0", |i| format!("a{i}:a{}", i + 1), "a900: \"x\""),
+        "few grouped" => chain(130, "a0", deep, "a130: \"x\""),
+        "few schemas" => json_schema(&chained(900, 1)),
+        "few deep schemas" => json_schema(&chained(47, 40)),
+        "few substrings" => {
+            let text = json!({ "substring_chars": "ab".repeat(4_900) });
+            lark(&format!("start: A\nA: %regex {text}"))
+        }
+        _ => panic!("there is no case {case}"),
+    }
+}
+
+/// Compiles one of them as a process of its own.
+#[test]
+fn overflow_process() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test that starts it says what it is"
+    )]
+    let Ok(case) = std::env::var(CASE) else {
+        println!("skipped: no process of a case");
+        return;
+    };
+    let grammars = grammars();
+    let error = survives(&grammars, &overflow(&case));
+    assert_eq!(error.is_none(), case.starts_with("few"), "{error:?}");
+    if let Some(error) = error {
+        assert!(error.starts_with("must have at most"), "{error}");
+    }
+}
+
+#[test]
+fn no_chain_of_references_overflows_a_stack() {
+    for case in [
+        "rules",
+        "optional",
+        "repeated",
+        "grouped",
+        "schemas",
+        "deep schemas",
+        "embedded",
+        "substrings",
+        "few rules",
+        "few grouped",
+        "few schemas",
+        "few deep schemas",
+        "few substrings",
+    ] {
+        process("hostile::overflow_process", case);
+    }
+}
+
+/// Runs a test of this program as a process of its own: what it would end, it ends alone.
+fn process(test: &str, case: &str) {
+    let ended = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(CASE, case)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{case}: {}: {said}", ended.status);
+}
+
+#[test]
+fn intersections_cost_little_or_are_refused() {
+    let searches = |n: usize| -> Vec<String> {
+        (0..n)
+            .map(|i| format!("/(.|\\n)*[a-z]{{{}}}x(.|\\n)*/", i + 1))
+            .collect()
+    };
+    let schemas = |n: usize| -> Vec<Value> {
+        (0..n)
+            .map(|i| json!({ "type": "string", "pattern": format!("[a-z]{{{}}}x", i + 1) }))
+            .collect()
+    };
+    let refs: Vec<Value> = (0..59)
+        .map(|i| json!({ "$ref": format!("#/$defs/p{i}") }))
+        .collect();
+    let defs: serde_json::Map<String, Value> = schemas(59)
+        .into_iter()
+        .enumerate()
+        .map(|(i, one)| (format!("p{i}"), one))
+        .collect();
+    for constraint in [
+        json_schema(&json!({ "allOf": schemas(59) })),
+        json_schema(&json!({ "allOf": refs, "$defs": defs })),
+        lark(&format!("start: %json {}", json!({ "allOf": schemas(59) }))),
+        lark(&format!("start: A\nA: {}", ["/../"; 59].join(" & "))),
+        lark(&format!("start: A\nA: {}", searches(59).join(" & "))),
+        // The first masks are found at once, and the one behind the last `b` never.
+        lark(&format!(
+            "start: A\nA: /b*a/ | /b{{24}}/ ({})",
+            searches(59).join(" & ")
+        )),
+        // Two are enough where each has a thousand ways to go on.
+        lark("start: A\nA: /[ab]*c/ | (/(.|\\n)*[a-z]{3000}x/ & /(.|\\n)*[a-z]{3000}y/)"),
+    ] {
+        let error = refused(&constraint);
+        assert!(error.contains("hold at once"), "{error}");
+    }
+    for constraint in [
+        json_schema(&json!({ "allOf": schemas(2) })),
+        lark(&format!("start: A\nA: {}", searches(4).join(" & "))),
+        lark(&format!(
+            "start: A\nA: /b*a/ | /b{{24}}/ ({})",
+            searches(4).join(" & ")
+        )),
+        lark("start: A\nA: /[ab]*c/ | (/(.|\\n)*[a-z]{400}x/ & /(.|\\n)*[a-z]{400}y/)"),
+    ] {
+        taken(&constraint);
+    }
+}
+
+#[test]
+fn many_properties_of_one_object_are_refused() {
+    let part = |i: usize| (format!("{i:x}"), json!({}));
+    let object = |n: usize| {
+        let properties: serde_json::Map<String, Value> = (0..n).map(part).collect();
+        json!({ "type": "object", "properties": properties })
+    };
+    taken(&json_schema(&object(1_900)));
+    let one = |i: usize| json!({ "properties": { format!("{i:x}"): {} } });
+    let parts: Vec<Value> = (0..6_000).map(one).collect();
+    for schema in [object(14_000), json!({ "allOf": parts })] {
+        let error = refused(&json_schema(&schema));
+        assert!(error.contains("pairs of properties"), "{error}");
+    }
+}
+
+#[test]
+fn divisors_with_many_remainders_are_refused() {
+    for divisor in [9_999_991, 390_625] {
+        let schema = json!({ "type": "integer", "multipleOf": divisor });
+        let error = refused(&json_schema(&schema));
+        assert!(error.contains("multipleOf"), "{error}");
+    }
+    taken(&json_schema(
+        &json!({ "type": "integer", "multipleOf": 9973 }),
+    ));
+    taken(&json_schema(
+        &json!({ "type": "number", "multipleOf": 0.01 }),
+    ));
+}
+
 #[test]
 fn large_counts_are_refused() {
     for name in ["minItems", "maxItems", "minProperties", "maxProperties"] {
@@ -270,7 +469,7 @@ fn empty_values_are_refused() {
         Arc::new(Constraint::JsonSchema("".into())),
     ] {
         assert_eq!(
-            grammars().compile(&constraint).unwrap_err(),
+            grammars().blocking_compile(&constraint).unwrap_err(),
             GrammarError::Empty
         );
     }
@@ -284,7 +483,7 @@ fn a_client_does_not_choose_how_json_is_written() {
     let schema =
         json!({ "type": "array", "x-guidance": { "item_separator": ";", "lenient": true } });
     let mut matcher = grammars()
-        .matcher(&json_schema(&schema), b"[1".map(u32::from).as_slice())
+        .blocking_matcher(&json_schema(&schema), b"[1".map(u32::from).as_slice())
         .unwrap();
     assert!(matcher.masks_along(&[u32::from(b';')]).unwrap().len() == 1);
     assert!(matcher.masks_along(&[u32::from(b',')]).unwrap().len() == 2);
@@ -354,6 +553,54 @@ fn memory_stays_bounded() {
     assert!(kib < 1 << 20, "{kib} KiB");
 }
 
+/// What this process has in memory, in bytes.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: u64 = line
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    kib << 10
+}
+
+/// Keeps schemas of many properties, as a process of its own.
+#[test]
+fn memory_process() {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test that starts it says what it is"
+    )]
+    let Ok(_case) = std::env::var(CASE) else {
+        println!("skipped: no process of a case");
+        return;
+    };
+    let grammars = grammars();
+    let compile = |i: usize| {
+        let properties =
+            (0..400).map(|n| (format!("property_{i}_{n}"), json!({ "type": "integer" })));
+        let properties: serde_json::Map<String, Value> = properties.collect();
+        let schema = json!({ "type": "object", "properties": properties });
+        grammars.blocking_compile(&json_schema(&schema)).unwrap();
+    };
+    // What one of them takes while it is compiled is there once for each thread.
+    (0..4).for_each(compile);
+    let (before, before_said) = (resident(), grammars.stats().cache_bytes);
+    (4..20).for_each(compile);
+    let grown = resident().saturating_sub(before);
+    let said = grammars.stats().cache_bytes - before_said;
+    println!("{grown} bytes for {said} that are said to be kept");
+    assert!(grown < said + said / 4, "{grown} for {said}");
+    assert!(said < 4 * grown, "{grown} for {said}");
+}
+
+#[test]
+fn what_is_kept_is_counted_also_where_rules_take_most_of_it() {
+    process("hostile::memory_process", "memory");
+}
+
 #[test]
 fn a_full_queue_refuses_and_goes_on() {
     let grammars = grammars();
@@ -362,7 +609,7 @@ fn a_full_queue_refuses_and_goes_on() {
             let grammars = grammars.clone();
             move || {
                 grammars
-                    .compile(&regex(&format!("[a-z]{{1,40}}{i}")))
+                    .blocking_compile(&regex(&format!("[a-z]{{1,40}}{i}")))
                     .map(|_| ())
             }
         };
@@ -375,5 +622,5 @@ fn a_full_queue_refuses_and_goes_on() {
     for error in results.into_iter().filter_map(Result::err) {
         assert!(error.is_retryable(), "{error}");
     }
-    grammars.compile(&regex("[a-z]{1,40}0")).unwrap();
+    grammars.blocking_compile(&regex("[a-z]{1,40}0")).unwrap();
 }

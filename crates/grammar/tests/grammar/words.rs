@@ -23,7 +23,7 @@ fn person() -> Value {
 #[test]
 fn every_answer_is_json_of_its_schema() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
-    let grammar = grammars.compile(&json_schema(&person())).unwrap();
+    let grammar = grammars.blocking_compile(&json_schema(&person())).unwrap();
     let mut num_whole = 0;
     for seed in 0..100 {
         let mut matcher = grammar.matcher(&[]).unwrap();
@@ -46,7 +46,7 @@ fn every_answer_is_json_of_its_schema() {
 fn any_object_is_json_and_white_space_comes_to_an_end() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let object = std::sync::Arc::new(Constraint::JsonObject);
-    let mut matcher = grammars.matcher(&object, &[]).unwrap();
+    let mut matcher = grammars.blocking_matcher(&object, &[]).unwrap();
     matcher.accept(u32::from(b'{')).unwrap();
     let mut num_spaces = 0;
     while matches!(matcher.allowed().unwrap(), Next::OneOf(mask) if mask.allows(u32::from(b' '))) {
@@ -55,7 +55,7 @@ fn any_object_is_json_and_white_space_comes_to_an_end() {
     }
     assert_eq!(num_spaces, tramontane_grammar::limits::JSON_SPACE_MAX);
     for seed in 0..50 {
-        let mut matcher = grammars.matcher(&object, &[]).unwrap();
+        let mut matcher = grammars.blocking_matcher(&object, &[]).unwrap();
         let (_, text, is_whole) = say(&mut matcher, &vocabulary, seed, 3000);
         // A number may be larger than what this parser takes.
         match serde_json::from_slice::<Value>(&text) {
@@ -73,7 +73,9 @@ fn a_regular_expression_matches_the_whole_text() {
     let vocabulary = vocabulary();
     for expression in ["^(ab|cd){2,3}$", "(ab|cd){2,3}"] {
         for seed in 0..20 {
-            let mut matcher = grammars().matcher(&regex(expression), &[]).unwrap();
+            let mut matcher = grammars()
+                .blocking_matcher(&regex(expression), &[])
+                .unwrap();
             let (_, text, is_whole) = say(&mut matcher, &vocabulary, seed, 20);
             assert!(is_whole && matches!(text.len(), 4 | 6), "{text:?}");
             assert!(text.chunks(2).all(|two| two == b"ab" || two == b"cd"));
@@ -83,7 +85,7 @@ fn a_regular_expression_matches_the_whole_text() {
 
 #[test]
 fn the_end_is_only_allowed_where_a_word_ends() {
-    let mut matcher = grammars().matcher(&regex("ab+"), &[]).unwrap();
+    let mut matcher = grammars().blocking_matcher(&regex("ab+"), &[]).unwrap();
     let ends = |mask: Next<'_>| matches!(mask, Next::OneOf(mask) if mask.allows(EOS));
     assert!(!ends(matcher.allowed().unwrap()) && !matcher.is_accepting());
     matcher.accept(u32::from(b'a')).unwrap();
@@ -93,7 +95,7 @@ fn the_end_is_only_allowed_where_a_word_ends() {
     matcher.accept(EOS).unwrap();
     assert!(matcher.has_ended());
     // Where nothing can follow it has ended by itself.
-    let mut short = grammars().matcher(&regex("ab"), &[]).unwrap();
+    let mut short = grammars().blocking_matcher(&regex("ab"), &[]).unwrap();
     short.accept(u32::from(b'a')).unwrap();
     short.accept(u32::from(b'b')).unwrap();
     assert!(short.has_ended() && matches!(short.allowed().unwrap(), Next::Ended));
@@ -105,7 +107,7 @@ fn a_grammar_may_name_control_tokens_and_nothing_else_lets_them_in() {
         r#"start: <TOOL_CALLS> %json { "type": "integer", "maximum": 9, "minimum": 0 }"#,
         r#"start: <[257]> %json { "type": "integer", "maximum": 9, "minimum": 0 }"#,
     ] {
-        let mut matcher = grammars().matcher(&lark(text), &[]).unwrap();
+        let mut matcher = grammars().blocking_matcher(&lark(text), &[]).unwrap();
         let Next::OneOf(mask) = matcher.allowed().unwrap() else {
             panic!("it has not begun");
         };
@@ -114,7 +116,7 @@ fn a_grammar_may_name_control_tokens_and_nothing_else_lets_them_in() {
         matcher.accept(u32::from(b'7')).unwrap();
         assert!(matcher.has_ended());
     }
-    let mut any = grammars().matcher(&regex("(.|\n)*"), &[]).unwrap();
+    let mut any = grammars().blocking_matcher(&regex("(.|\n)*"), &[]).unwrap();
     let Next::OneOf(mask) = any.allowed().unwrap() else {
         panic!("it has not begun");
     };
@@ -130,7 +132,7 @@ fn what_may_come_next_depends_on_the_tokens_alone() {
         regex("[a-z ]{3,30}(é|x)*"),
         json_schema(&json!(true)),
     ] {
-        let grammar = grammars.compile(&constraint).unwrap();
+        let grammar = grammars.blocking_compile(&constraint).unwrap();
         for seed in 0..8 {
             let (mut one, mut dice, mut tokens) =
                 (grammar.matcher(&[]).unwrap(), Dice(seed), vec![]);
@@ -158,7 +160,7 @@ fn what_may_come_next_depends_on_the_tokens_alone() {
 
 #[test]
 fn masks_along_a_draft_are_those_of_its_tokens_and_change_nothing() {
-    let grammar = grammars().compile(&regex("a(b|cd)e")).unwrap();
+    let grammar = grammars().blocking_compile(&regex("a(b|cd)e")).unwrap();
     let mut matcher = grammar.matcher(&[u32::from(b'a')]).unwrap();
     let draft = b"cdef".map(u32::from);
     let masks = matcher.masks_along(&draft).unwrap();
@@ -186,7 +188,7 @@ fn masks_along_a_draft_are_those_of_its_tokens_and_change_nothing() {
 
 #[test]
 fn a_token_that_is_not_allowed_is_an_error_then_and_later() {
-    let grammar = grammars().compile(&regex("ab+")).unwrap();
+    let grammar = grammars().blocking_compile(&regex("ab+")).unwrap();
     let mut matcher = grammar.matcher(&[]).unwrap();
     let error = MatchError::NotAllowed { id: 98 };
     assert_eq!(matcher.accept(98), Err(error.clone()));
@@ -199,7 +201,7 @@ fn a_token_that_is_not_allowed_is_an_error_then_and_later() {
 
 #[test]
 fn a_mask_takes_all_other_tokens_out() {
-    let mut matcher = grammars().matcher(&regex("[ab]+"), &[]).unwrap();
+    let mut matcher = grammars().blocking_matcher(&regex("[ab]+"), &[]).unwrap();
     let mask: TokenMask = match matcher.allowed().unwrap() {
         Next::OneOf(mask) => mask.clone(),
         Next::Ended => panic!("it has not begun"),
@@ -219,10 +221,10 @@ fn a_mask_takes_all_other_tokens_out() {
 
 #[test]
 fn a_matcher_that_is_given_up_ends_with_an_error() {
-    let mut matcher = grammars().matcher(&regex("a+"), &[]).unwrap();
+    let mut matcher = grammars().blocking_matcher(&regex("a+"), &[]).unwrap();
     matcher.canceller().cancel();
     assert_eq!(matcher.accept(97), Err(MatchError::Cancelled));
-    let other = grammars().matcher(&regex("a+"), &[97]).unwrap();
+    let other = grammars().blocking_matcher(&regex("a+"), &[97]).unwrap();
     assert!(!other.has_ended(), "nobody else is");
 }
 
@@ -232,19 +234,24 @@ fn a_constraint_is_compiled_once_whoever_asks() {
     let threads: Vec<_> = (0..8)
         .map(|_| {
             let grammars = grammars.clone();
-            std::thread::spawn(move || grammars.compile(&regex("[a-z]{1,9}")).map(|_| ()).unwrap())
+            std::thread::spawn(move || {
+                grammars
+                    .blocking_compile(&regex("[a-z]{1,9}"))
+                    .map(|_| ())
+                    .unwrap()
+            })
         })
         .collect();
     for thread in threads {
         thread.join().unwrap();
     }
-    grammars.compile(&regex("[a-z]{1,9}")).unwrap();
+    grammars.blocking_compile(&regex("[a-z]{1,9}")).unwrap();
     let stats = grammars.stats();
     assert!(stats.cache_hits >= 1 && stats.cache_bytes > 0, "{stats:?}");
     assert_eq!(stats.refused, 0);
     // A refusal is remembered too.
     for _ in 0..2 {
-        assert!(grammars.compile(&regex("(")).is_err());
+        assert!(grammars.blocking_compile(&regex("(")).is_err());
     }
     assert_eq!(grammars.stats().refused, 2);
     assert!(grammars.stats().compiled <= stats.compiled + 1);

@@ -359,7 +359,7 @@ async fn the_choice_of_tools_decides_what_the_model_may_say() {
     let text = grammar(&scene).unwrap();
     assert!(text.starts_with("start: text | text? calls\n"), "{text}");
     assert!(
-        text.contains(r#"arguments_0: %json {"type":"object"}"#),
+        text.contains(r#"arguments_0: %json {"type":"object","x-guidance":{"whitespace_pattern":"#),
         "{text}"
     );
     scene.end().await;
