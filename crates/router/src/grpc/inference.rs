@@ -12,6 +12,7 @@ use tramontane_types::{Constraint, FinishReason};
 
 use super::conversation::{call_pieces, calls, conversation};
 use super::deadline::Deadline;
+use super::messages::Room;
 use super::status::{counted, status};
 use super::{arrived, start};
 use crate::answer::Answer;
@@ -112,9 +113,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let room = Room::of(&request);
         let request = request.into_inner();
         let tokenizer = Arc::clone(&self.app.tokenizer);
         let ids = self.app.dispatcher.prepare(move || {
+            let _room = room;
             let ids = if request.add_bos {
                 tokenizer.encode_with_bos(&request.text)
             } else {
@@ -130,9 +133,11 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let room = Room::of(&request);
         let ids = request.into_inner().ids;
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let text = self.app.dispatcher.prepare(move || {
+            let _room = room;
             if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
                 let message = format!("ids must be token ids below {}, got {id}", model.vocab);
                 return Err(ApiError::invalid("ids", message));

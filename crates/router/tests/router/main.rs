@@ -8,6 +8,7 @@
 
 mod auth;
 mod disconnect;
+mod doors;
 mod failover;
 mod held;
 mod idempotency;
