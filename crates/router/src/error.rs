@@ -41,9 +41,9 @@ pub enum Error {
     /// The tokenizer's tokens cannot be those of a grammar.
     #[error("constraints")]
     Vocabulary(#[source] tramontane_grammar::InvalidVocabulary),
-    /// The gRPC server ended.
-    #[error("gRPC server")]
-    Grpc(#[source] tonic::transport::Error),
+    /// The definitions of our own messages cannot be read.
+    #[error("definitions of messages")]
+    Descriptors(#[source] prost::DecodeError),
     /// The descriptors of our own services cannot be read.
     #[error("gRPC reflection")]
     Reflection(#[source] tonic_reflection::server::Error),

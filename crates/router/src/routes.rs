@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Extension, Path, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -387,7 +388,11 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(openai::models(&app.model, serving.as_deref(), app.started))
 }
 
-async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response {
+async fn model(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Response {
+    let Ok(Path(id)) = id else {
+        let message = "the model's name in the path must be percent-encoded UTF-8, got other bytes";
+        return error_response(&ApiError::invalid("model", message));
+    };
     match app.model.check(Some(&id)) {
         Ok(()) => {
             let serving = app.cluster.serving();

@@ -21,10 +21,12 @@ use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
 use crate::auth::{Auth, Known};
+use crate::body_room::BodyRoom;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::events::{self, EventLog};
 use crate::hold::Hold;
+use crate::http_server::Versions;
 use crate::journal::Journal;
 use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
@@ -39,7 +41,8 @@ use crate::{Error, RouterConfig, constraint, grpc, http_server, routes};
 
 /// Bodies that are parsed and tokenized at once, per core.
 const PREPARING_PER_CORE: usize = 2;
-/// Largest bodies that are held at once, read or waiting to be: memory of HTTP requests is bounded by it.
+/// Largest bodies that are held at once, with what their JSON becomes: memory of requests that are read is bounded by
+/// it, at both doors together.
 const BODIES_MAX: usize = 64;
 /// Connections get this long to close once nothing runs, or when everything was aborted.
 const CONNECTIONS_CLOSE_MAX: Duration = Duration::from_secs(2);
@@ -87,8 +90,7 @@ pub(crate) struct App {
     pub(crate) grammars: Grammars,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: Readiness,
-    /// KiB of request bodies that may still be held.
-    pub(crate) body_room: Arc<Semaphore>,
+    pub(crate) body_room: Arc<BodyRoom>,
     /// Unix time of the start in seconds.
     pub(crate) started: u64,
 }
@@ -196,36 +198,27 @@ pub async fn run(
     let app = app(config.clone(), (given, known), followed, &doors);
     let health = grpc::Health::new(&app, &background.tasks, &background.stop);
     let grpc = Incoming::new(grpc, tls.clients_door("grpc")).at_most(config.connections_max);
-    let grpc = grpc::serve(grpc, &app, doors.refuse.clone(), &health)?;
+    let grpc = grpc::serve(grpc, &app, doors.clone(), &health)?;
     let admin = Incoming::new(admin, tls.cluster_door("admin"));
-    let (roles, refuse) = (tls.guard(), doors.refuse.clone());
+    let roles = tls.guard();
     let roles = tls.has_cluster().then_some(&roles);
-    let admin = grpc::serve_admin(admin, &app, roles, refuse, &health)?;
+    let admin = grpc::serve_admin(admin, &app, roles, doors.clone(), &health)?;
     let http = http_server::serve(
         Incoming::new(http, tls.clients_door("http")).at_most(config.connections_max),
-        routes::routes(&app),
+        (routes::routes(&app), Versions::All),
         doors.clone(),
     );
-    // Boxed: each is a page of state.
-    let grpc = Box::pin(async { grpc.await.map_err(Error::Grpc) });
-    let admin = Box::pin(async { admin.await.map_err(Error::Grpc) });
-    let serve = async {
-        tokio::try_join!(grpc, admin, async {
-            http.await;
-            Ok(())
-        })
-        .map(drop)
-    };
+    let serve = async { tokio::join!(grpc, admin, http) };
     tokio::pin!(serve);
     tracing::info!(model = app.model.id, "router serves");
-    let ended = tokio::select! {
-        ended = &mut serve => ended,
+    tokio::select! {
+        ((), (), ()) = &mut serve => {}
         () = drain(&app, &doors, shutdown.token.clone()) => {
             // The last answers are told why they end; idle health watches just end.
             doors.abort.cancel();
-            timeout(CONNECTIONS_CLOSE_MAX, &mut serve).await.unwrap_or(Ok(()))
+            let _late = timeout(CONNECTIONS_CLOSE_MAX, &mut serve).await;
         }
-    };
+    }
     background.stop.cancel();
     doors.abort.cancel();
     let requests = &app.dispatcher.tasks;
@@ -233,7 +226,7 @@ pub async fn run(
     requests.close();
     let ending = async { tokio::join!(background.tasks.wait(), requests.wait()) };
     let _ = timeout(CONNECTIONS_CLOSE_MAX, ending).await;
-    ended
+    Ok(())
 }
 
 /// Waits for the stop signal, closes the doors in order and returns when nobody should be waited for any
@@ -321,9 +314,7 @@ fn app(
         doors,
     ));
     Arc::new(App {
-        body_room: Arc::new(Semaphore::new(
-            BODIES_MAX * config.body_bytes_max.div_ceil(1024),
-        )),
+        body_room: Arc::new(BodyRoom::new(BODIES_MAX * config.body_bytes_max)),
         config,
         dispatcher,
         auth,

@@ -1,5 +1,6 @@
 //! A connection that somebody has opened to us. One that never says what it wants is given up: HTTP/2 pings only
-//! peers that have said hello, so without this a peer that vanishes before, or never means to, keeps its place.
+//! peers that have said hello, so without this a peer that vanishes before, or never means to, keeps its place. So is
+//! one that never takes what it is sent.
 
 use std::io::{self, Error, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -15,12 +16,18 @@ const HELLO_BYTES: usize = 24;
 /// How long they may take to come.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A peer that takes nothing of what waits for it for this long is given up. A reader that is merely slow takes
+/// something far more often; streams of answers have a shorter limit of their own.
+pub const WRITE_STALL_MAX: Duration = Duration::from_secs(120);
+
 /// An accepted connection.
 #[derive(Debug)]
 pub struct Accepted<S> {
     socket: S,
     /// While the hello is not complete.
     hello: Option<Hello>,
+    /// While a write waits for the peer.
+    stalled: Option<Pin<Box<Sleep>>>,
 }
 
 #[derive(Debug)]
@@ -38,7 +45,25 @@ impl<S> Accepted<S> {
         Self {
             socket,
             hello: Some(Hello { missing, until }),
+            stalled: None,
         }
+    }
+
+    /// What a write says, unless it has waited for too long.
+    fn moving<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(WRITE_STALL_MAX)));
+        let timed_out = stalled.as_mut().poll(cx);
+        timed_out.map(|()| Err(Error::from(ErrorKind::TimedOut)))
     }
 }
 
@@ -79,7 +104,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Accepted<S> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
+        let written = Pin::new(&mut self.socket).poll_write(cx, buf);
+        self.moving(cx, written)
     }
 
     fn poll_write_vectored(
@@ -87,7 +113,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Accepted<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        self.moving(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -95,11 +122,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Accepted<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
+        let written = Pin::new(&mut self.socket).poll_flush(cx);
+        self.moving(cx, written)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        let written = Pin::new(&mut self.socket).poll_shutdown(cx);
+        self.moving(cx, written)
     }
 }
 
@@ -128,6 +157,32 @@ mod tests {
         };
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert_eq!(begin.elapsed(), HELLO_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_is_given_up() {
+        let (_peer, ours) = duplex(64);
+        let mut accepted = Accepted::new(ours);
+        let begin = Instant::now();
+        let error = accepted.write_all(&[0; 65]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert_eq!(begin.elapsed(), WRITE_STALL_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_little_gets_everything_however_long_it_takes() {
+        let (mut peer, ours) = duplex(64);
+        let mut accepted = Accepted::new(ours);
+        let begin = Instant::now();
+        let reading = async {
+            for _ in 0..100 {
+                sleep(WRITE_STALL_MAX - Duration::from_secs(1)).await;
+                peer.read_u8().await.unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(accepted.write_all(&[0; 164]), reading);
+        written.unwrap();
+        assert!(begin.elapsed() > WRITE_STALL_MAX * 90);
     }
 
     #[tokio::test(start_paused = true)]

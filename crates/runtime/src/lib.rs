@@ -11,6 +11,6 @@ pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
 
-pub use accepted::{Accepted, HELLO_TIMEOUT};
+pub use accepted::{Accepted, HELLO_TIMEOUT, WRITE_STALL_MAX};
 pub use readiness::{Readiness, ReadinessSetter};
 pub use shutdown::Shutdown;

@@ -5,6 +5,7 @@ use tramontane_proto::v1;
 use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
 
 use crate::error::ApiError;
+use crate::json_marks::{FIELD_MARKS_MAX, JsonMarks};
 use crate::openai::{MESSAGES_MAX, check_name, role};
 use crate::text::CallDelta;
 use crate::tools::{CALLS_MAX, TOOLS_MAX, ToolChoice, ToolUse};
@@ -23,8 +24,9 @@ pub(super) fn conversation(chat: v1::ChatMessages) -> Result<(ChatRequest, ToolU
         messages.push(one_message(message, &format!("chat.messages[{i}]"))?);
     }
     let mut tools = Vec::with_capacity(chat.tools.len());
+    let mut marks = JsonMarks::at_most(FIELD_MARKS_MAX);
     for (i, tool) in chat.tools.into_iter().enumerate() {
-        tools.push(one_tool(tool, &format!("chat.tools[{i}]"))?);
+        tools.push(one_tool(tool, &format!("chat.tools[{i}]"), &mut marks)?);
     }
     Ok((ChatRequest { messages, tools }, tool_use))
 }
@@ -53,13 +55,14 @@ fn one_message(message: v1::ChatMessage, path: &str) -> Result<ChatMessage, ApiE
     })
 }
 
-fn one_tool(tool: v1::Tool, path: &str) -> Result<Value, ApiError> {
+fn one_tool(tool: v1::Tool, path: &str, marks: &mut JsonMarks) -> Result<Value, ApiError> {
     check_name(&tool.name, &format!("{path}.name"))?;
     let mut function = json!({ "name": tool.name });
     if !tool.description.is_empty() {
         function["description"] = tool.description.into();
     }
     if !tool.parameters.is_empty() {
+        marks.count_text(&tool.parameters, "the parameters of all tools")?;
         let parameters = serde_json::from_str::<Value>(&tool.parameters).ok();
         let Some(parameters) = parameters.filter(Value::is_object) else {
             let path = format!("{path}.parameters");

@@ -5,6 +5,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use http::HeaderMap;
 use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataMap;
 
@@ -13,7 +14,7 @@ use crate::error::{ApiError, ErrorKind};
 const HEADER: &str = "grpc-timeout";
 /// Digits of a timeout, as in the specification.
 const DIGITS_MAX: usize = 8;
-/// The refusal must be out before the transport gives up with a status of its own.
+/// A method's own refusal, which is counted, must be out before the layer around all methods gives up.
 const MARGIN: Duration = Duration::from_millis(5);
 /// Longest deadline: more is none.
 const MAX: Duration = Duration::from_secs(24 * 3600);
@@ -35,6 +36,13 @@ impl Deadline {
         };
         let at = Instant::now() + wait.min(MAX).saturating_sub(MARGIN);
         Ok(Self((wait < MAX).then_some(at)))
+    }
+
+    /// The deadline of a call whose method may not look at it. One that nobody can read is the method's to refuse.
+    pub(super) fn of_call(headers: &HeaderMap) -> Self {
+        let wait = headers.get(HEADER).and_then(|v| v.to_str().ok());
+        let wait = wait.and_then(parse).filter(|wait| *wait < MAX);
+        Self(wait.map(|wait| Instant::now() + wait))
     }
 
     /// What `work` says, if it says it in time.

@@ -57,10 +57,10 @@ impl InferenceService {
         M: Send + 'static,
         T: Send + 'static,
     {
-        let (_, arrival) = arrived(&self.app, &request)?;
+        let arrived = arrived(&self.app, &request)?;
         let message = request.into_inner();
         let work = move || {
-            let _counted = arrival;
+            let _counted = arrived;
             work(message)
         };
         self.app.dispatcher.prepare(work).await

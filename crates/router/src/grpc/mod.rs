@@ -5,19 +5,20 @@ mod admin;
 mod conversation;
 mod deadline;
 mod inference;
+mod messages;
 mod open_inference;
+mod parts;
 mod status;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 
+use axum::Router;
 use axum::middleware::from_fn_with_state;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::service::Routes;
-use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
@@ -26,6 +27,9 @@ use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
 use tramontane_runtime::Readiness;
 use tramontane_runtime::tls::{Guard as RoleGuard, Incoming};
+
+use messages::{HEALTH_BYTES_MAX, REFLECTION_BYTES_MAX, Reader, Room};
+use parts::Shapes;
 
 pub(crate) use inference::generation_request;
 pub(crate) use open_inference::completion;
@@ -39,18 +43,11 @@ use crate::auth::{Door, Guard, guard};
 use crate::constraint;
 use crate::dispatch::Name;
 use crate::error::ApiError;
+use crate::http_server::{self, Versions};
 use crate::request::PreparedRequest;
-use crate::run::{App, unix_seconds};
+use crate::run::{App, Doors, unix_seconds};
 use crate::tenants::Caller;
 
-/// Calls at once on one connection.
-const CALLS_PER_CONNECTION: usize = 256;
-/// Largest list of headers.
-const HEADER_BYTES_MAX: u32 = 64 * 1024;
-/// Streams that a client may reset before they are accepted.
-const RESET_STREAMS_MAX: usize = 64;
-/// Connections are asked for a sign of life this often.
-const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Services that health and reflection name at each door.
 const CLIENTS: &[&str] = &["tramontane.v1.Inference", "inference.GRPCInferenceService"];
 const OPERATORS: &[&str] = &["tramontane.v1.Admin"];
@@ -64,30 +61,38 @@ pub(crate) struct Health<'a> {
     stop: &'a CancellationToken,
 }
 
-/// Serves clients until `refuse`, and then until every call has ended.
+/// Serves clients until `doors.refuse`, and then until every call has ended.
 pub(crate) fn serve(
     incoming: Incoming,
     app: &Arc<App>,
-    refuse: CancellationToken,
+    doors: Doors,
     health: &Health<'_>,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, Error> {
+) -> Result<impl Future<Output = ()> + use<>, Error> {
     let message_bytes_max = app.config.body_bytes_max;
     let inference = InferenceServer::new(inference::InferenceService::new(Arc::clone(app)))
         .max_decoding_message_size(message_bytes_max);
     let open_inference = open_inference::OpenInferenceService::new(Arc::clone(app));
     let open_inference = GrpcInferenceServiceServer::new(open_inference)
         .max_decoding_message_size(message_bytes_max);
-    let reflection_v1 = reflection(CLIENTS).build_v1().map_err(Error::Reflection)?;
+    let reflection_v1 = reflection(CLIENTS)
+        .build_v1()
+        .map_err(Error::Reflection)?
+        .max_decoding_message_size(REFLECTION_BYTES_MAX);
     let reflection_v1alpha = reflection(CLIENTS)
         .build_v1alpha()
-        .map_err(Error::Reflection)?;
+        .map_err(Error::Reflection)?
+        .max_decoding_message_size(REFLECTION_BYTES_MAX);
     let routes = Routes::new(inference)
         .add_service(open_inference)
         .add_service(health.serve(CLIENTS))
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha);
-    let server = limited().add_routes(proven(routes, app));
-    Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
+    let routes = proven(read_first(routes, app)?, app);
+    Ok(http_server::serve(
+        incoming,
+        (routes, Versions::Http2),
+        doors,
+    ))
 }
 
 /// Serves operators, likewise. `roles` checks their certificates; without any they prove who they are as clients do.
@@ -95,50 +100,58 @@ pub(crate) fn serve_admin(
     incoming: Incoming,
     app: &Arc<App>,
     roles: Option<&RoleGuard>,
-    refuse: CancellationToken,
+    doors: Doors,
     health: &Health<'_>,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, Error> {
+) -> Result<impl Future<Output = ()> + use<>, Error> {
     let admin = AdminServer::new(admin::AdminService::new(Arc::clone(app)))
         .max_decoding_message_size(app.config.body_bytes_max);
     let reflection_v1 = reflection(OPERATORS)
         .build_v1()
-        .map_err(Error::Reflection)?;
+        .map_err(Error::Reflection)?
+        .max_decoding_message_size(REFLECTION_BYTES_MAX);
     let reflection_v1alpha = reflection(OPERATORS)
         .build_v1alpha()
-        .map_err(Error::Reflection)?;
+        .map_err(Error::Reflection)?
+        .max_decoding_message_size(REFLECTION_BYTES_MAX);
     let health = health.serve(OPERATORS);
     let routes = match roles {
-        Some(roles) => Routes::new(roles.before(admin))
-            .add_service(roles.before(health))
-            .add_service(roles.before(reflection_v1))
-            .add_service(roles.before(reflection_v1alpha)),
+        Some(roles) => {
+            let routes = Routes::new(roles.before(admin))
+                .add_service(roles.before(health))
+                .add_service(roles.before(reflection_v1))
+                .add_service(roles.before(reflection_v1alpha));
+            read_first(routes, app)?
+        }
         None => {
             let routes = Routes::new(admin)
                 .add_service(health)
                 .add_service(reflection_v1)
                 .add_service(reflection_v1alpha);
-            proven(routes, app)
+            proven(read_first(routes, app)?, app)
         }
     };
-    let server = limited().add_routes(routes);
-    Ok(server.serve_with_incoming_shutdown(incoming, refuse.cancelled_owned()))
+    Ok(http_server::serve(
+        incoming,
+        (routes, Versions::Http2),
+        doors,
+    ))
+}
+
+/// The same services behind the layer that reads a call's message within its limits.
+fn read_first(routes: Routes, app: &Arc<App>) -> Result<Router, Error> {
+    let shapes = Shapes::new(tramontane_proto::DESCRIPTORS).map_err(Error::Descriptors)?;
+    let reader = Reader {
+        app: Arc::clone(app),
+        shapes: Arc::new(shapes),
+    };
+    let reading = from_fn_with_state(reader, messages::read);
+    Ok(routes.into_axum_router().layer(reading))
 }
 
 /// The same services, and methods that do not exist, behind the layer that asks who calls.
-fn proven(routes: Routes, app: &App) -> Routes {
+fn proven(routes: Router, app: &App) -> Router {
     let guarded = from_fn_with_state(Guard::new(Door::Grpc, app), guard);
-    Routes::from(routes.into_axum_router().layer(guarded))
-}
-
-/// A server with the limits of both doors.
-fn limited() -> Server {
-    Server::builder()
-        .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
-        .max_concurrent_streams(CALLS_PER_CONNECTION as u32)
-        .http2_max_header_list_size(HEADER_BYTES_MAX)
-        .http2_max_pending_accept_reset_streams(Some(RESET_STREAMS_MAX))
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
+    routes.layer(guarded)
 }
 
 /// Who calls: of the layer around all methods, without which nobody has asked.
@@ -147,12 +160,23 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, ApiError> {
     caller.ok_or_else(ApiError::internal)
 }
 
-/// Who calls, and the place of its request among those that are not understood yet.
-fn arrived<T>(app: &App, request: &Request<T>) -> Result<(Caller, Arrival), ApiError> {
+/// A call that is not understood yet.
+struct Arrived {
+    caller: Caller,
+    arrival: Arrival,
+    room: Option<Room>,
+}
+
+/// Who calls, the place of its request among those that are not understood yet, and the memory of its message.
+fn arrived<T>(app: &App, request: &Request<T>) -> Result<Arrived, ApiError> {
     let caller = caller(request)?;
     app.dispatcher.knock(&caller)?;
     let arrival = app.dispatcher.arrive(&caller)?;
-    Ok((caller, arrival))
+    Ok(Arrived {
+        caller,
+        arrival,
+        room: Room::of(request),
+    })
 }
 
 /// Starts what a call asks for. `read` makes the request of the answer with this name, where that holds up nobody;
@@ -160,20 +184,26 @@ fn arrived<T>(app: &App, request: &Request<T>) -> Result<(Caller, Arrival), ApiE
 async fn start(
     app: &App,
     prefix: &str,
-    (caller, arrival): (Caller, Arrival),
+    arrived: Arrived,
     read: impl FnOnce(AnswerId) -> Result<PreparedRequest, ApiError> + Send + 'static,
     in_constraint: fn(ApiError) -> ApiError,
 ) -> Result<Answer, ApiError> {
     let answer = AnswerId::unique(unix_seconds());
-    let prepared = app.dispatcher.prepare(move || read(answer)).await?;
+    let room = arrived.room;
+    let prepared = app.dispatcher.prepare(move || {
+        // Until the message has become token ids.
+        let _room = room;
+        read(answer)
+    });
+    let prepared = prepared.await?;
     let checked = constraint::check(&app.grammars, &prepared).await;
     checked.map_err(in_constraint)?;
     let name = Name {
         request: format!("{prefix}{answer}"),
         answer,
         version: None,
-        caller,
-        arrival: Some(arrival),
+        caller: arrived.caller,
+        arrival: Some(arrived.arrival),
     };
     app.dispatcher.start(prepared, name).await
 }
@@ -204,7 +234,7 @@ impl<'a> Health<'a> {
         let (ready, stop) = (self.ready.clone(), self.stop.clone());
         self.tasks
             .spawn(keep_health(reporter, services, ready, stop));
-        health
+        health.max_decoding_message_size(HEALTH_BYTES_MAX)
     }
 }
 

@@ -22,6 +22,7 @@ use super::status::{counted, status};
 use super::{arrived, start};
 use crate::answer::{Answer, Choice};
 use crate::error::{ApiError, ErrorKind};
+use crate::json_marks::{FIELD_MARKS_MAX, JsonMarks};
 use crate::metrics::Route;
 use crate::openai::{fingerprint, parse_completion};
 use crate::request::prepare;
@@ -220,7 +221,11 @@ pub(crate) fn completion(request: oip::ModelInferRequest) -> Result<Value, ApiEr
 
 fn options_of(texts: &[String]) -> Result<Map<String, Value>, ApiError> {
     let parsed = match texts {
-        [text] => serde_json::from_str(text).ok(),
+        [text] => {
+            let mut marks = JsonMarks::at_most(FIELD_MARKS_MAX);
+            marks.count_text(text, SAMPLING_PARAMETERS)?;
+            serde_json::from_str(text).ok()
+        }
         _ => None,
     };
     parsed.ok_or_else(|| {

@@ -9,6 +9,7 @@
 mod auth;
 mod constraints;
 mod disconnect;
+mod doors;
 mod failover;
 mod held;
 mod idempotency;
@@ -996,6 +997,7 @@ async fn what_is_not_a_request_is_refused_in_one_form() {
             404,
             "model_not_found",
         ),
+        (scene.client.get(url("/v1/models/%ff")), 400, ""),
         (
             post(br#"{"model":"x","messages":[{"role":"user","content":"a"}]}"#.to_vec()),
             404,

@@ -1,0 +1,215 @@
+//! What the doors do with bodies that never end, come too slowly or would become too large, at HTTP and gRPC.
+
+use std::future::pending;
+
+use futures::future::join_all;
+use futures::stream::{iter, once};
+use tonic::Code;
+use tonic::codegen::Service as _;
+
+use super::*;
+
+const CHECK: &str = "/grpc.health.v1.Health/Check";
+const GENERATE: &str = "/tramontane.v1.Inference/GenerateOnce";
+const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+const SCALE: &str = "/tramontane.v1.Admin/ScaleWorkers";
+
+/// What becomes of a call that announces a message of `size` bytes, sends `sent` of them and never ends.
+async fn half_call(mut channel: Channel, path: &str, size: u32, sent: usize) -> Code {
+    let mut data = vec![0];
+    data.extend(size.to_be_bytes());
+    data.resize(data.len() + sent, b' ');
+    let data = iter([Ok::<_, Status>(Bytes::from(data))]);
+    let never = once(pending::<Result<Bytes, Status>>());
+    let body = axum::body::Body::from_stream(data.chain(never));
+    let request = http::Request::post(path)
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(tonic::body::Body::new(body))
+        .unwrap();
+    std::future::poll_fn(|cx| channel.poll_ready(cx))
+        .await
+        .unwrap();
+    let answer = tokio::time::timeout(PATIENCE, channel.call(request)).await;
+    let answer = answer.unwrap_or_else(|_| panic!("{path} waits for ever"));
+    let status = answer.unwrap().headers()["grpc-status"].clone();
+    Code::from_bytes(status.as_bytes())
+}
+
+#[tokio::test]
+async fn a_message_that_does_not_come_is_waited_for_no_longer_than_the_limit() {
+    let quick = RouterConfig {
+        body_timeout: Duration::from_millis(100),
+        ..config()
+    };
+    let scene = Scene::start(quick, vec![storyteller()]).await;
+    let (clients, operators) = (channel(&scene.grpc).await, channel(&scene.admin).await);
+    for (channel, path) in [
+        (&clients, CHECK),
+        (&clients, GENERATE),
+        (&clients, INFER),
+        (&operators, CHECK),
+        (&operators, SCALE),
+    ] {
+        let code = half_call(channel.clone(), path, 1000, 999).await;
+        assert_eq!(code, Code::DeadlineExceeded, "{path}");
+    }
+    // The connections are as good as before.
+    let mut client = InferenceClient::new(clients);
+    let asked = client.generate_once(v1::GenerateRequest::default()).await;
+    assert_eq!(asked.unwrap_err().code(), Code::InvalidArgument);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_large_is_refused_before_it_is_kept() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let channel = channel(&scene.grpc).await;
+    let half = async |path, size, sent| half_call(channel.clone(), path, size, sent).await;
+    assert_eq!(half(CHECK, 8192, 8000).await, Code::ResourceExhausted);
+    let large = 9 << 20;
+    assert_eq!(half(INFER, large, 8_400_000).await, Code::ResourceExhausted);
+    // A question of reflection that is too large has no answer.
+    use tonic_reflection::pb::v1 as reflection;
+    let ask = reflection::server_reflection_request::MessageRequest::ListServices(String::new());
+    for (size, is_answered) in [(60_000, true), (100_000, false)] {
+        let question = reflection::ServerReflectionRequest {
+            host: "h".repeat(size),
+            message_request: Some(ask.clone()),
+        };
+        let channel = channel.clone();
+        let mut client = reflection::server_reflection_client::ServerReflectionClient::new(channel);
+        let answers = client.server_reflection_info(iter([question])).await;
+        let answer = match answers {
+            Ok(answers) => answers.into_inner().next().await,
+            Err(status) => Some(Err(status)),
+        };
+        assert_eq!(matches!(answer, Some(Ok(_))), is_answered, "{size} bytes");
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn uploads_that_stand_still_hold_up_nobody() {
+    let small = RouterConfig {
+        body_bytes_max: 64 << 10,
+        body_timeout: PATIENCE * 3,
+        ..config()
+    };
+    let scene = Scene::start(small, vec![storyteller()]).await;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\
+                content-type: application/json\r\ncontent-length: 65000\r\n\r\n";
+    let most = format!("{head}{}", " ".repeat(64_900));
+    let mut stalled = Vec::new();
+    for _ in 0..40 {
+        stalled.push(mute_client(&scene, &most).await);
+    }
+    let tasks = TaskTracker::new();
+    let grpc = channel(&scene.grpc).await;
+    let calls: Vec<_> = (0..40)
+        .map(|_| tasks.spawn(half_call(grpc.clone(), INFER, 65_000, 64_900)))
+        .collect();
+    // More than there is room for is on its way or waits for it: the oldest of them is told to go.
+    assert_eq!(said(&mut stalled[0], 12).await, "HTTP/1.1 503");
+    let asked = join_all((0..8).map(|_| scene.chat(json!({})))).await;
+    for answer in asked {
+        assert_eq!(answer.status(), 200);
+    }
+    for call in calls {
+        call.abort();
+    }
+    drop(stalled);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_body_of_too_many_values_is_refused_and_long_prompts_of_ids_are_not() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let post = async |body: String| {
+        let url = format!("{}/v1/completions", scene.http);
+        let request = scene.client.post(url).body(body);
+        let request = request.header("content-type", "application/json");
+        let response = request.send().await.unwrap();
+        let status = response.status().as_u16();
+        (status, response.json::<Value>().await.unwrap())
+    };
+    for element in ["[]", "[0]", "{\"\":0}"] {
+        let many = vec![element; 700_000].join(",");
+        let (status, body) = post(format!("{{\"model\":\"demo\",\"z\":[{many}]}}")).await;
+        assert_eq!(
+            (status, &body["error"]["code"]),
+            (413, &json!("request_too_large"))
+        );
+        let message = body["error"]["message"].as_str().unwrap();
+        assert!(message.contains("at most 655360 commas"), "{message}");
+    }
+    let ids = vec!["300"; 32_768].join(",");
+    let prompts = vec![format!("[{ids}]"); 4].join(",");
+    let (status, body) = post(format!("{{\"model\":\"demo\",\"prompt\":[{prompts}]}}")).await;
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (400, &json!("context_length_exceeded"))
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_field_of_json_in_a_message_has_a_limit_on_its_values() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
+    let tool = v1::Tool {
+        name: "f".to_owned(),
+        parameters: format!("{{\"a\":[{}]}}", vec!["[0]"; 20_000].join(",")),
+        ..v1::Tool::default()
+    };
+    let ask = |tools| v1::GenerateRequest {
+        input: Some(v1::generate_request::Input::Chat(v1::ChatMessages {
+            messages: vec![v1::ChatMessage {
+                role: "user".to_owned(),
+                content: "hi".to_owned(),
+                ..v1::ChatMessage::default()
+            }],
+            tools,
+            ..v1::ChatMessages::default()
+        })),
+        ..v1::GenerateRequest::default()
+    };
+    let refused = client.generate_once(ask(vec![tool.clone(), tool])).await;
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(
+        refused.message().contains("at most 65536 commas"),
+        "{refused}"
+    );
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn a_stream_of_questions_gets_its_answers_as_they_come() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let channel = channel(&scene.grpc).await;
+    let (ask, asked) = tokio::sync::mpsc::channel(1);
+    let questions = futures::stream::unfold(asked, |mut asked| async move {
+        let question = asked.recv().await?;
+        Some((question, asked))
+    });
+    let question = || tonic_reflection::pb::v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(
+            tonic_reflection::pb::v1::server_reflection_request::MessageRequest::ListServices(
+                String::new(),
+            ),
+        ),
+    };
+    ask.send(question()).await.unwrap();
+    let mut client =
+        tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient::new(channel);
+    let answers = client.server_reflection_info(questions).await.unwrap();
+    let mut answers = answers.into_inner();
+    for _ in 0..3 {
+        assert!(answers.next().await.unwrap().is_ok());
+        ask.send(question()).await.unwrap();
+    }
+    drop(ask);
+    scene.end().await;
+}
