@@ -1,6 +1,6 @@
 """What TLS costs: the same load on a cluster in the clear and on one with TLS at every port, in turn.
 
-Usage: .venv/bin/python bench/tls.py [MODEL] [--weights auto] [--rounds 6]; needs a release binary and etcd. The demo model is so
+Usage: .venv/bin/python bench/tls.py [MODEL] [--weights bf16] [--rounds 6]; needs a release binary and etcd. The demo model is so
 small that a token is little more than its way from worker to client, which is what TLS could slow down. Workers of one host
 exchange rows over Unix sockets, with TLS or without: that is not measured here.
 """
@@ -19,7 +19,7 @@ LOADS = {"one stream": (1, 8, 256), "32 streams": (32, 64, 128)}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--weights", default="bf16")
     parser.add_argument("--rounds", type=int, default=6)
     args = parser.parse_args()
     certs = pathlib.Path(tempfile.mkdtemp(prefix="certs-"))
