@@ -9,7 +9,6 @@ worker fewer threads than there are cores.
 import argparse
 import asyncio
 import json
-import pathlib
 import statistics
 import time
 
@@ -77,12 +76,6 @@ class Round:
         return self
 
 
-def memory(process):
-    """Resident bytes."""
-    status = pathlib.Path(f"/proc/{process.popen.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) << 10
-
-
 def quantiles(values):
     values = sorted(values)
     return " / ".join(f"{1e3 * values[min(int(q * len(values)), len(values) - 1)]:.1f}" for q in (0.5, 0.99, 1))
@@ -103,12 +96,12 @@ def main():
     try:
         for clients in (few, few * TIMES):
             asyncio.run(Round(port, clients, args.seconds).run())
-        rounds, grown, before = [], [], memory(router)
+        rounds, grown, before = [], [], router.resident()
         for i in range(args.rounds):
             # Who comes first changes.
             order = (few, few * TIMES) if i % 2 == 0 else (few * TIMES, few)
             rounds.append({clients: asyncio.run(Round(port, clients, args.seconds).run()) for clients in order})
-            grown.append(memory(router) - before)
+            grown.append(router.resident() - before)
     finally:
         cluster.stop()
     shares = [r[few * TIMES].tokens / r[few].tokens for r in rounds]

@@ -66,6 +66,11 @@ class Process:
     def output(self):
         return pathlib.Path(self.log.name).read_text(errors="replace")
 
+    def resident(self):
+        """Bytes of memory that it has."""
+        pages = pathlib.Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
     def alive(self):
         return self.popen.poll() is None
 

@@ -316,17 +316,11 @@ def test_a_thousand_idle_streams_are_cheap(etcd):
         return opened
 
     streams = [stream()]
-    before = resident(router)
+    before = router.resident()
     streams += [stream() for _ in range(1000)]
-    grown = resident(router) - before
+    grown = router.resident() - before
     print(f"1,000 streams: {grown >> 20} MiB")
     assert grown < 100_000_000
     for opened in streams:
         opened.close()
     assert router.stop() == 0, router.output()[-4000:]
-
-
-def resident(process):
-    """Bytes of memory that a process has."""
-    status = pathlib.Path(f"/proc/{process.popen.pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) << 10

@@ -8,7 +8,9 @@ use tramontane_engine::{EngineConfig, FailureKind, NewSequence, SubmitError};
 use tramontane_grammar::{GrammarError, Grammars, Matcher, Token, Vocabulary};
 use tramontane_types::{Constraint, FinishReason, SamplingParams, TokenId};
 
-use super::{Bench, EOS, alone, config, greedy, prompt, request, requests, variants};
+use super::{
+    Bench, EOS, alone, assert_resumes, config, greedy, prompt, request, requests, variants,
+};
 
 /// Texts of the toy model's tokens from id 3 on.
 const TEXTS: [&str; 44] = [
@@ -81,13 +83,7 @@ fn nobody_notices_batches_chunks_or_caches() {
     let expected: Vec<_> = all.iter().map(|new| alone(new, None)).collect();
     for (name, config) in &variants() {
         let mut bench = Bench::new(config.clone(), None);
-        for new in &all {
-            bench.submit(new);
-            if *name != "together" {
-                bench.step();
-            }
-        }
-        bench.run();
+        bench.serve(&all, *name != "together");
         for (new, expected) in all.iter().zip(&expected) {
             assert_eq!(bench.of(new).said(), expected.said(), "{}, {name}", new.id);
         }
@@ -114,11 +110,7 @@ fn nobody_notices_guesses() {
             ..config
         };
         let mut bench = Bench::new(limits, None);
-        for new in &all {
-            bench.submit(new);
-            bench.step();
-        }
-        bench.run();
+        bench.serve(&all, true);
         for (new, expected) in all.iter().zip(&expected) {
             assert_eq!(bench.of(new).said(), expected.said(), "{}, {name}", new.id);
         }
@@ -200,10 +192,7 @@ fn nobody_notices_which_masks_are_late() {
             }
         };
         bench.engine.before_each_mask(Box::new(before));
-        for new in &all {
-            bench.submit(new);
-        }
-        bench.run();
+        bench.serve(&all, false);
         for (new, expected) in all.iter().zip(&expected) {
             assert_eq!(bench.of(new).said(), expected.said(), "{}, {name}", new.id);
         }
@@ -314,10 +303,7 @@ fn nobody_notices_preemption() {
         ..config()
     };
     let mut bench = Bench::new(limits, None);
-    for new in &all {
-        bench.submit(new);
-    }
-    bench.run();
+    bench.serve(&all, false);
     for new in &all {
         assert_eq!(bench.of(new).said(), alone(new, None).said(), "{}", new.id);
     }
@@ -352,17 +338,7 @@ fn what_is_said_is_a_word_of_the_grammar() {
 #[test]
 fn a_resumed_sequence_goes_on_where_it_was_lost() {
     for new in constrained() {
-        let expected = alone(&new, None);
-        for num_resumed in 0..=expected.tokens.len() {
-            let mut resumed = NewSequence {
-                num_resumed,
-                ..new.clone()
-            };
-            resumed.prompt.extend(&expected.ids()[..num_resumed]);
-            let got = alone(&resumed, None);
-            assert_eq!(got.tokens, expected.tokens[num_resumed..], "{}", new.id);
-            assert_eq!(got.finished, expected.finished, "{}", new.id);
-        }
+        assert_resumes(&new);
     }
 }
 

@@ -30,13 +30,7 @@ fn nobody_notices_batches_chunks_or_caches() {
         let expected: Vec<Heard> = all.iter().map(|new| alone(new, window)).collect();
         for (name, config) in &variants() {
             let mut bench = Bench::new(config.clone(), window);
-            for new in &all {
-                bench.submit(new);
-                if *name != "together" {
-                    bench.step();
-                }
-            }
-            bench.run();
+            bench.serve(&all, *name != "together");
             for (new, expected) in all.iter().zip(&expected) {
                 let got = bench.of(new);
                 assert_eq!(
@@ -122,10 +116,7 @@ fn a_step_that_the_backend_computes_whole_is_the_same() {
     let mut bench = Bench::around(config, geometry(None), Box::new(attention), experts);
     // The next exchange would fail: there is none.
     bench.fail_in.store(1, Ordering::Relaxed);
-    for new in &all {
-        bench.submit(new);
-    }
-    bench.run();
+    bench.serve(&all, false);
     assert_eq!(bench.num_errors, 0);
     assert!(count.load(Ordering::Relaxed) > 0);
     for new in &all {

@@ -129,17 +129,6 @@ fn requests_with_state() -> Vec<NewSequence> {
 #[test]
 fn a_resumed_sequence_goes_on_where_it_was_lost() {
     for new in requests().into_iter().chain(requests_with_state()) {
-        let expected = alone(&new, None);
-        let (reason, usage) = expected.finished.unwrap();
-        for num_resumed in 0..=expected.tokens.len() {
-            let mut resumed = NewSequence {
-                num_resumed,
-                ..new.clone()
-            };
-            resumed.prompt.extend(&expected.ids()[..num_resumed]);
-            let got = alone(&resumed, None);
-            assert_eq!(got.tokens, expected.tokens[num_resumed..], "{}", new.id);
-            assert_eq!(got.finished, Some((reason, usage)), "{}", new.id);
-        }
+        assert_resumes(&new);
     }
 }

@@ -25,11 +25,7 @@ fn nobody_notices_guesses() {
             };
             let one_by_one = config.max_step_rows == 1;
             let mut bench = Bench::new(config, window);
-            for new in &all {
-                bench.submit(new);
-                bench.step();
-            }
-            bench.run();
+            bench.serve(&all, true);
             for (new, expected) in all.iter().zip(&expected) {
                 let got = bench.of(new);
                 assert_eq!(got.said(), expected.said(), "{}, {name}", new.id);
@@ -57,11 +53,7 @@ fn pages_that_rejected_guesses_wrote_are_as_good_as_others() {
     for new in &mut all {
         new.params.max_tokens = 100;
     }
-    for new in &all {
-        bench.submit(new);
-        bench.step();
-    }
-    bench.run();
+    bench.serve(&all, true);
     let stats = bench.engine.stats();
     assert!(stats.guesses_true < stats.tokens_guessed, "{stats:?}");
     // Prompt and output, of whose pages some begin in the output.

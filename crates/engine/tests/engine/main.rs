@@ -437,6 +437,17 @@ impl Bench {
         self.engine.submit_constrained(new.clone(), held)
     }
 
+    /// Has all of them said to their ends; `steps_between` has each come a step after the one before.
+    fn serve(&mut self, all: &[NewSequence], steps_between: bool) {
+        for new in all {
+            self.submit(new);
+            if steps_between {
+                self.step();
+            }
+        }
+        self.run();
+    }
+
     fn has_ended(&self, new: &NewSequence) -> bool {
         let heard = self.heard.get(&new.id);
         heard.is_some_and(|h| h.finished.is_some() || h.failed.is_some())
@@ -571,6 +582,22 @@ fn alone(new: &NewSequence, window: Option<usize>) -> Heard {
     bench.submit(new);
     bench.run();
     bench.of(new).clone()
+}
+
+/// A sequence that was lost behind any of its tokens goes on as if it had not been.
+fn assert_resumes(new: &NewSequence) {
+    let expected = alone(new, None);
+    let end = expected.finished.unwrap();
+    for num_resumed in 0..=expected.tokens.len() {
+        let mut resumed = NewSequence {
+            num_resumed,
+            ..new.clone()
+        };
+        resumed.prompt.extend(&expected.ids()[..num_resumed]);
+        let got = alone(&resumed, None);
+        assert_eq!(got.tokens, expected.tokens[num_resumed..], "{}", new.id);
+        assert_eq!(got.finished, Some(end), "{}", new.id);
+    }
 }
 
 /// The greedy continuation, computed from scratch for every token, without pages or batches.

@@ -22,10 +22,7 @@ fn nobody_notices_preemption() {
             ..config()
         };
         let mut bench = Bench::new(limits, window);
-        for new in &all {
-            bench.submit(new);
-        }
-        bench.run();
+        bench.serve(&all, false);
         for new in &all {
             assert_eq!(
                 bench.of(new).said(),

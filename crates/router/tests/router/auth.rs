@@ -292,15 +292,7 @@ async fn a_quota_is_shown_and_who_has_used_it_up_is_told_when_to_come_back() {
 
 #[tokio::test]
 async fn a_tenant_with_ten_times_the_requests_gets_no_more_than_its_share() {
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let slow = scripted(move |_| {
-        Ok(vec![
-            Step::Gate(Arc::clone(&held)),
-            Step::Token(300),
-            Step::Finish(v1::FinishReason::Length),
-        ])
-    });
+    let (gate, slow) = gated();
     let (config, _dir) = guarded(|config| config.sequences_max = 2);
     let scene = Arc::new(Scene::start(config, vec![slow]).await);
     let mut asked = tokio::task::JoinSet::new();

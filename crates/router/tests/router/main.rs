@@ -550,6 +550,20 @@ fn scripted(
     Arc::new(script)
 }
 
+/// A worker whose every answer, of one token, waits for a permit of the gate.
+fn gated() -> (Arc<Semaphore>, Script) {
+    let gate = Arc::new(Semaphore::new(0));
+    let held = Arc::clone(&gate);
+    let script = scripted(move |_| {
+        Ok(vec![
+            Step::Gate(Arc::clone(&held)),
+            Step::Token(300),
+            Step::Finish(v1::FinishReason::Length),
+        ])
+    });
+    (gate, script)
+}
+
 /// Data of all events up to the end of the body.
 async fn events(response: reqwest::Response) -> Vec<String> {
     let events = events_with_ids(response).await;
@@ -923,15 +937,7 @@ async fn workers_that_refuse_are_asked_in_turn_and_full_ones_make_it_429() {
 
 #[tokio::test]
 async fn a_full_queue_is_429_and_no_worker_is_503() {
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let slow = scripted(move |_| {
-        Ok(vec![
-            Step::Gate(Arc::clone(&held)),
-            Step::Token(300),
-            Step::Finish(v1::FinishReason::Length),
-        ])
-    });
+    let (gate, slow) = gated();
     let narrow = RouterConfig {
         sequences_max: 1,
         queue_max: 0,
@@ -1165,15 +1171,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
 
 #[tokio::test]
 async fn silence_is_filled_with_comments() {
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let slow = scripted(move |_| {
-        Ok(vec![
-            Step::Gate(Arc::clone(&held)),
-            Step::Token(300),
-            Step::Finish(v1::FinishReason::Length),
-        ])
-    });
+    let (gate, slow) = gated();
     let quick = RouterConfig {
         sse_keepalive: Duration::from_millis(20),
         ..config()

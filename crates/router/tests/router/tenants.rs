@@ -67,15 +67,7 @@ async fn ids_of_texts_count_as_requests_at_both_doors() {
 
 #[tokio::test]
 async fn the_tokens_of_a_prompt_that_is_refused_are_given_back() {
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let slow = scripted(move |_| {
-        Ok(vec![
-            Step::Gate(Arc::clone(&held)),
-            Step::Token(300),
-            Step::Finish(v1::FinishReason::Length),
-        ])
-    });
+    let (gate, slow) = gated();
     let limits = TenantConfig {
         tokens_per_minute: Some(100),
         ..TenantConfig::default()
@@ -103,15 +95,7 @@ async fn the_tokens_of_a_prompt_that_is_refused_are_given_back() {
 
 #[tokio::test]
 async fn what_a_response_repeats_counts_while_it_waits() {
-    let gate = Arc::new(Semaphore::new(0));
-    let held = Arc::clone(&gate);
-    let slow = scripted(move |_| {
-        Ok(vec![
-            Step::Gate(Arc::clone(&held)),
-            Step::Token(300),
-            Step::Finish(v1::FinishReason::Length),
-        ])
-    });
+    let (gate, slow) = gated();
     let narrow = RouterConfig {
         sequences_max: 1,
         queue_bytes_max: 1 << 20,
