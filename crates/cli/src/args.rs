@@ -440,14 +440,9 @@ pub(crate) struct WorkerArgs {
     pub(crate) drills: bool,
 }
 
-/// `tramontane chat`
+/// How to come to an OpenAI endpoint, beside its address.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct ChatArgs {
-    /// Say this, print the answer and end; a conversation when absent
-    pub(crate) message: Option<String>,
-    /// The endpoint
-    #[arg(long, env = "OPENAI_BASE_URL", default_value = "http://127.0.0.1:8000")]
-    pub(crate) url: String,
+pub(crate) struct EndpointArgs {
     /// CA of the endpoint's certificate; the system's when absent
     #[arg(long, value_name = "FILE")]
     pub(crate) tls_ca: Option<PathBuf>,
@@ -460,6 +455,18 @@ pub(crate) struct ChatArgs {
     /// Send the API key to another machine in the clear
     #[arg(long)]
     pub(crate) insecure: bool,
+}
+
+/// `tramontane chat`
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// Say this, print the answer and end; a conversation when absent
+    pub(crate) message: Option<String>,
+    /// The endpoint
+    #[arg(long, env = "OPENAI_BASE_URL", default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    #[command(flatten)]
+    pub(crate) endpoint: EndpointArgs,
     /// System prompt
     #[arg(long)]
     pub(crate) system: Option<String>,

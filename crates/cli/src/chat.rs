@@ -5,22 +5,12 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use crate::args::ChatArgs;
-use crate::dial::Public;
 use crate::openai_client::Client;
 use crate::output;
 
 /// Runs the conversation until end of input, or answers one message and returns.
 pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let client = Client::new(&Public {
-        url: &args.url,
-        ca: args.tls_ca.as_deref(),
-        api_key: args.api_key.as_deref(),
-        insecure: args.insecure,
-    })?;
-    let model = match args.model.clone() {
-        Some(model) => model,
-        None => client.first_model().await?,
-    };
+    let (client, model) = Client::with_model(&args.url, &args.endpoint).await?;
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
         messages.push(json!({ "role": "system", "content": system }));

@@ -9,6 +9,7 @@ use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
 
+use crate::args::EndpointArgs;
 use crate::dial::{Public, is_beyond};
 use crate::exit::{Exit, refusal};
 use crate::settings::misuse;
@@ -61,8 +62,26 @@ impl Client {
         Ok(Self { http, base })
     }
 
+    /// A client of the endpoint, and the model to ask there: the one that is named, or its first.
+    pub(crate) async fn with_model(
+        url: &str,
+        endpoint: &EndpointArgs,
+    ) -> anyhow::Result<(Self, String)> {
+        let client = Self::new(&Public {
+            url,
+            ca: endpoint.tls_ca.as_deref(),
+            api_key: endpoint.api_key.as_deref(),
+            insecure: endpoint.insecure,
+        })?;
+        let model = match endpoint.model.clone() {
+            Some(model) => model,
+            None => client.first_model().await?,
+        };
+        Ok((client, model))
+    }
+
     /// Id of the first model that the endpoint serves.
-    pub(crate) async fn first_model(&self) -> anyhow::Result<String> {
+    async fn first_model(&self) -> anyhow::Result<String> {
         let url = format!("{}/v1/models", self.base);
         let answer = self.http.get(&url).send().await;
         let answer = answer

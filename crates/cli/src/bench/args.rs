@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use tramontane_compute::WeightFormat;
 use tramontane_compute_cuda::DeviceChoice;
 
+use crate::args::EndpointArgs;
 use crate::output::Format;
 
 /// `tramontane bench model`
@@ -74,18 +75,8 @@ pub(crate) struct BenchArgs {
     /// The endpoint
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     pub(crate) url: String,
-    /// API key of the endpoint, where it asks for one
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
-    pub(crate) api_key: Option<String>,
-    /// Send the API key to another machine in the clear
-    #[arg(long)]
-    pub(crate) insecure: bool,
-    /// CA of the endpoint's certificate; the system's when absent
-    #[arg(long, value_name = "FILE")]
-    pub(crate) tls_ca: Option<PathBuf>,
-    /// Model name; the endpoint's first when absent
-    #[arg(long)]
-    pub(crate) model: Option<String>,
+    #[command(flatten)]
+    pub(crate) endpoint: EndpointArgs,
     /// Requests in flight
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) concurrency: u32,

@@ -15,7 +15,6 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::dial::Public;
 use crate::openai_client::Client;
 use crate::output;
 use args::{BenchArgs, BenchCommand};
@@ -36,16 +35,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     if let Some(BenchCommand::Model(args)) = args.command {
         return tokio::task::spawn_blocking(move || model::run(&args)).await?;
     }
-    let client = Client::new(&Public {
-        url: &args.url,
-        ca: args.tls_ca.as_deref(),
-        api_key: args.api_key.as_deref(),
-        insecure: args.insecure,
-    })?;
-    let model = match args.model.clone() {
-        Some(model) => model,
-        None => client.first_model().await?,
-    };
+    let (client, model) = Client::with_model(&args.url, &args.endpoint).await?;
     let plan = Arc::new(Plan {
         client,
         model,
