@@ -190,30 +190,46 @@ def test_a_quota_is_told_in_headers(guarded):
     assert 0 < int(headers["retry-after-ms"]) <= 60_001
 
 
-def test_ten_times_the_requests_are_no_more_tokens(guarded):
-    """Two tenants that both always have more to ask, at 10:1: equal tokens within 5 %."""
-    tokens, stop = {"many": 0, "few": 0}, threading.Event()
-    counting = threading.Lock()
-    keys = {tenant: guarded.issuer.token(tenant=tenant) for tenant in tokens}
+def num_held(url):
+    """Requests that wait for a worker, by the router's own count."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return next(int(float(line.split()[-1])) for line in lines if line.startswith("tramontane_router_held_requests "))
+
+
+def test_ten_times_the_requests_are_no_more_tokens(etcd, tmp_path):
+    """Two tenants of which one asks ten times as much: equal tokens within 5 %, as long as both have some waiting.
+
+    All of them wait before the first worker comes, so a client that is slow to ask again changes nothing."""
+    offered, keys_file, config = {"many": 400, "few": 40}, tmp_path / "keys", tmp_path / "config.toml"
+    config.write_text(
+        f'[auth]\nkeys_file = "{keys_file}"\n'
+        '[router]\nsequences_max = 2\nqueue_max = 512\nqueue_wait = "5m"\nhold_wait = "2m"\n'
+    )
+    keys = {tenant: run("keys", "add", "--tenant", tenant, "--file", keys_file).stdout.strip() for tenant in offered}
+    http, common = free_port(), ["--etcd", etcd, "--cluster", "fair", "--config", config]
+    router = Process("router", [BINARY, "router", *common, "--http-port", http, "--grpc-port", free_port()])
+    router.wait_for("router serves")
+    url, tokens, counting = f"http://127.0.0.1:{http}", dict.fromkeys(offered, 0), threading.Lock()
 
     def work(tenant):
-        while not stop.is_set():
-            status, _, body = ask(guarded.url, "/v1/completions", completion(32), keys[tenant])
-            if status == 429:
-                stop.wait(0.03)
-                continue
-            assert status == 200, body
-            with counting:
-                tokens[tenant] += body["usage"]["completion_tokens"] if not stop.is_set() else 0
+        status, _, body = ask(url, "/v1/completions", completion(32), keys[tenant], timeout=300)
+        assert status == 200, body
+        with counting:
+            tokens[tenant] += body["usage"]["completion_tokens"]
+            return dict(tokens)
 
-    with concurrent.futures.ThreadPoolExecutor(44) as pool:
-        # Two run at once: the few always have one waiting, also where a client of theirs is slow to ask again.
-        workers = [pool.submit(work, tenant) for tenant in ["many"] * 40 + ["few"] * 4]
-        wait_until(lambda: tokens["few"] >= 32 * 90 or any(w.done() for w in workers), 240, "enough tokens")
-        stop.set()
-        for worker in workers:
-            worker.result()
-    assert abs(tokens["many"] - tokens["few"]) <= 0.05 * tokens["few"], tokens
+    with concurrent.futures.ThreadPoolExecutor(sum(offered.values())) as pool:
+        asked = {tenant: [pool.submit(work, tenant) for _ in range(num)] for tenant, num in offered.items()}
+        wait_until(lambda: num_held(url) == sum(offered.values()), 60, "all of them wait")
+        flags = ["--grpc-port", free_port(), "--ops-port", free_port(), "--id", "w-0"]
+        worker = Process("worker", [BINARY, "worker", *common, *flags])
+        had = max((answer.result() for answer in asked["few"]), key=lambda had: had["few"])
+        assert all(answer.result() for answer in asked["many"])
+    assert had["few"] == offered["few"] * 32
+    assert abs(had["many"] - had["few"]) <= 0.05 * had["few"], had
+    assert worker.stop() == 0, worker.output()[-4000:]
+    assert router.stop() == 0, router.output()[-4000:]
 
 
 def cpu_seconds(process):
