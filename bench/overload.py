@@ -16,6 +16,8 @@ from cluster import Cluster
 
 PLACES, QUEUE, TIMES, TOKENS = 16, 16, 10, 32
 PROBE_EVERY = 0.1
+# Seconds in which the clients come.
+RAMP = 2
 
 
 class Connection:
@@ -43,36 +45,54 @@ class Connection:
 
 
 class Round:
-    """So many clients for so long."""
+    """So many clients for so long, once all of them are there."""
 
     def __init__(self, port, clients, seconds):
         self.port, self.clients, self.seconds = port, clients, seconds
-        self.tokens, self.refused, self.probes = 0, [], []
+        self.counts, self.is_over = False, False
+        self.refused, self.probes, self.late = [], [], []
 
     async def client(self, number):
+        # All at once would be a queue in this process before it is one in the server.
+        await asyncio.sleep(RAMP * number / self.clients)
         connection = Connection(self.port)
         body = {"prompt": f"Client {number} says:", "max_tokens": TOKENS, "temperature": 1, "ignore_eos": True}
-        while time.monotonic() < self.end:
+        while not self.is_over:
             status, headers, answer, took = await connection.ask("POST", "/v1/completions", json.dumps(body).encode())
             if status == 200:
-                # Those that end later would not be of this round.
-                self.tokens += json.loads(answer)["usage"]["completion_tokens"] if time.monotonic() < self.end else 0
                 continue
             assert status == 429, (status, answer)
-            self.refused.append(took)
+            if self.counts:
+                self.refused.append(took)
             await asyncio.sleep(int(headers["retry-after-ms"]) / 1000)
 
     async def probe(self):
-        connection = Connection(self.port)
-        while time.monotonic() < self.end:
+        connection, due = Connection(self.port), time.monotonic()
+        while not self.is_over:
+            # How late this process is with what it does itself.
+            late = time.monotonic() - due
             status, _, answer, took = await connection.ask("GET", "/health/ready")
             assert status == 200, answer
-            self.probes.append(took)
+            if self.counts:
+                self.probes.append(took)
+                self.late.append(late)
+            due = time.monotonic() + PROBE_EVERY
             await asyncio.sleep(PROBE_EVERY)
 
+    async def generated(self):
+        """Tokens so far, by the router's count: an answer may take longer than a round."""
+        _, _, page, _ = await Connection(self.port).ask("GET", "/metrics")
+        lines = page.decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("tramontane_router_tenant_generated_tokens_total{"))
+
     async def run(self):
-        self.end = time.monotonic() + self.seconds
-        await asyncio.gather(self.probe(), *(self.client(number) for number in range(self.clients)))
+        working = [asyncio.create_task(work) for work in (self.probe(), *(self.client(number) for number in range(self.clients)))]
+        await asyncio.sleep(2 * RAMP)
+        before, began, self.counts = await self.generated(), time.monotonic(), True
+        await asyncio.sleep(self.seconds)
+        after, self.counts, self.is_over = await self.generated(), False, True
+        self.rate = (after - before) / (time.monotonic() - began)
+        await asyncio.gather(*working)
         return self
 
 
@@ -104,14 +124,16 @@ def main():
             grown.append(router.resident() - before)
     finally:
         cluster.stop()
-    shares = [r[few * TIMES].tokens / r[few].tokens for r in rounds]
-    rates = [statistics.median(r[clients].tokens for r in rounds) / args.seconds for clients in (few, few * TIMES)]
+    shares = [r[few * TIMES].rate / r[few].rate for r in rounds]
+    rates = [statistics.median(r[clients].rate for r in rounds) for clients in (few, few * TIMES)]
     refused = [took for r in rounds for took in r[few * TIMES].refused]
     probes = [took for r in rounds for took in r[few * TIMES].probes]
+    late = [by for r in rounds for by in r[few * TIMES].late]
     print(f"{args.model}, {args.weights}, {args.threads} threads, {PLACES} places, queue {QUEUE}, {args.rounds} rounds of {args.seconds:.0f} s")
     print(f"goodput: {few} clients {rates[0]:.1f} tok/s, {few * TIMES} clients {rates[1]:.1f} tok/s (medians)")
     print(f"of capacity: {statistics.median(shares):.3f} (median of the rounds' {', '.join(f'{s:.3f}' for s in shares)})")
     print(f"{len(refused)} refused in {quantiles(refused)} ms, {len(probes)} probes in {quantiles(probes)} ms (median / 99 % / slowest)")
+    print(f"the clients' own process was late by {quantiles(late)} ms")
     print(f"memory of the router: {before / 2**20:.0f} MiB, then {', '.join(f'{g / 2**20:+.1f}' for g in grown)} MiB after each round")
 
 

@@ -142,6 +142,21 @@ def test_plain_grpc_client(server, proto):
     assert inference.ListModels(pb.ListModelsRequest()).models[0].vocab_size == 4096
 
 
+def test_log_probabilities_of_a_prompt_are_the_same_at_both_doors(server, client, model, proto):
+    inference, pb = proto.inference_grpc.InferenceStub(grpc.insecure_channel(server.grpc)), proto.inference
+    ids = list(inference.Tokenize(pb.TokenizeRequest(text="Once upon a time", add_bos=True)).ids)
+    asked = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 2}
+    request = pb.GenerateRequest(prompt_ids=pb.TokenIds(ids=ids), options=pb.GenerateOptions(**asked))
+    tokens = inference.GenerateOnce(request, timeout=60).answers[0].prompt_tokens
+    done = client.completions.create(model=model, prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 2})
+    entries = done.choices[0].model_extra["prompt_logprobs"]
+    assert [token.id for token in tokens] == ids[1:] and len(entries) == len(ids)
+    for token, entry in zip(tokens, entries[1:]):
+        assert token.logprob == pytest.approx(entry[str(token.id)]["logprob"], abs=1e-6)
+        assert [top.logprob for top in token.top_logprobs] == pytest.approx([entry[str(t.id)]["logprob"] for t in token.top_logprobs])
+        assert len(token.top_logprobs) == 2
+
+
 def test_health_and_reflection_over_grpc(server):
     from google.protobuf.descriptor_pool import DescriptorPool
     from grpc_health.v1 import health_pb2, health_pb2_grpc

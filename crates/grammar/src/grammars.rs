@@ -38,6 +38,9 @@ const MATCHER_RULES: Rules = Rules {
     ..COMPILE_RULES
 };
 
+/// Who asks where it does not matter.
+const NOBODY: u64 = 0;
+
 /// All constraints of one vocabulary. Cheap to clone; its threads end with the last clone.
 #[derive(Clone, Debug)]
 pub struct Grammars {
@@ -122,22 +125,24 @@ impl Grammars {
         &self.compiler.vocabulary
     }
 
-    /// The grammar of a constraint. Waits up to [`QUEUE_WAIT_MAX`] and [`COMPILE_WAIT_MAX`].
+    /// The grammar of a constraint that somebody asks for. Waits up to [`QUEUE_WAIT_MAX`] and [`COMPILE_WAIT_MAX`]; those
+    /// who ask take turns, and who has asked for most gives way where too much waits.
     ///
     /// # Errors
     /// When it cannot be followed, is too large or too slow, or too many others wait.
     pub async fn compile(
         &self,
+        who: u64,
         constraint: &Arc<Constraint>,
     ) -> Result<Arc<Grammar>, GrammarError> {
-        let compiled = match self.find(constraint) {
+        let compiled = match self.find(who, constraint) {
             Found::Now(compiled) => compiled,
             Found::Later(answer) => answer.await.unwrap_or_else(no_answer),
         };
         self.counted(compiled)
     }
 
-    /// The same for threads that may wait.
+    /// The same for nobody in particular, on threads that may wait.
     ///
     /// # Errors
     /// As those of [`compile`](Self::compile).
@@ -145,7 +150,7 @@ impl Grammars {
         &self,
         constraint: &Arc<Constraint>,
     ) -> Result<Arc<Grammar>, GrammarError> {
-        let compiled = match self.find(constraint) {
+        let compiled = match self.find(NOBODY, constraint) {
             Found::Now(compiled) => compiled,
             Found::Later(answer) => answer.blocking_recv().unwrap_or_else(no_answer),
         };
@@ -159,15 +164,16 @@ impl Grammars {
     /// As those of [`compile`](Self::compile), and when the tokens are not allowed.
     pub async fn matcher(
         &self,
+        who: u64,
         constraint: &Arc<Constraint>,
         resumed: &[TokenId],
     ) -> Result<Matcher, GrammarError> {
-        let grammar = self.compile(constraint).await?;
-        let answer = self.counted(self.ask_matcher(grammar, resumed.to_vec()))?;
+        let grammar = self.compile(who, constraint).await?;
+        let answer = self.counted(self.ask_matcher(who, grammar, resumed.to_vec()))?;
         self.counted(answer.await.unwrap_or_else(no_answer))
     }
 
-    /// The same for threads that may wait.
+    /// The same for nobody in particular, on threads that may wait.
     ///
     /// # Errors
     /// As those of [`matcher`](Self::matcher).
@@ -177,7 +183,7 @@ impl Grammars {
         resumed: &[TokenId],
     ) -> Result<Matcher, GrammarError> {
         let grammar = self.blocking_compile(constraint)?;
-        let answer = self.counted(self.ask_matcher(grammar, resumed.to_vec()))?;
+        let answer = self.counted(self.ask_matcher(NOBODY, grammar, resumed.to_vec()))?;
         self.counted(answer.blocking_recv().unwrap_or_else(no_answer))
     }
 
@@ -202,7 +208,7 @@ impl Grammars {
         result
     }
 
-    fn find(&self, constraint: &Arc<Constraint>) -> Found {
+    fn find(&self, who: u64, constraint: &Arc<Constraint>) -> Found {
         if let Err(error) = compile::precheck(constraint) {
             return Found::Now(Err(error));
         }
@@ -210,7 +216,7 @@ impl Grammars {
             self.compiler.cache_hits.fetch_add(1, Ordering::Relaxed);
             return Found::Now(known);
         }
-        match self.ask(constraint) {
+        match self.ask(who, constraint) {
             Ok(answer) => Found::Later(answer),
             Err(error) => Found::Now(Err(error)),
         }
@@ -229,6 +235,7 @@ impl Grammars {
     /// Queues a constraint, unless somebody has already.
     fn ask(
         &self,
+        who: u64,
         constraint: &Arc<Constraint>,
     ) -> Result<oneshot::Receiver<Compiled>, GrammarError> {
         let pools = self.pools()?;
@@ -250,13 +257,14 @@ impl Grammars {
             }
             None => {}
         }
-        pools.compile.submit(self.compiler.job(constraint))?;
+        pools.compile.submit(who, self.compiler.job(constraint))?;
         pending.insert(Arc::clone(constraint), Pending::Asked(vec![answer]));
         Ok(answered)
     }
 
     fn ask_matcher(
         &self,
+        who: u64,
         grammar: Arc<Grammar>,
         resumed: Vec<TokenId>,
     ) -> Result<oneshot::Receiver<Result<Matcher, GrammarError>>, GrammarError> {
@@ -283,7 +291,7 @@ impl Grammars {
             work: Box::new(work),
             missed: Box::new(missed),
         };
-        self.pools()?.matchers.submit(job)?;
+        self.pools()?.matchers.submit(who, job)?;
         Ok(answered)
     }
 }

@@ -46,7 +46,7 @@ pub struct Matcher {
 }
 
 /// What is known of the next token.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Place {
     /// Nothing yet.
     Unknown,
@@ -180,39 +180,6 @@ impl Matcher {
         }
     }
 
-    /// What may come here and behind each token of `draft`, as far as that is allowed: for drafted tokens that are all
-    /// checked in one step. `None` behind a token that makes the text whole. The place stays where it is.
-    ///
-    /// # Errors
-    /// As those of [`allowed`](Self::allowed).
-    pub fn masks_along(&mut self, draft: &[TokenId]) -> Result<Vec<Option<TokenMask>>, MatchError> {
-        let here = match self.allowed()? {
-            Next::OneOf(mask) => mask.clone(),
-            Next::Ended => return Ok(vec![None]),
-        };
-        let (place, num_items) = (self.place.clone(), self.num_items);
-        let mut masks = vec![Some(here)];
-        let mut num_taken = 0;
-        for &id in draft {
-            if !masks.last().is_some_and(|mask| allows(mask.as_ref(), id)) {
-                break;
-            }
-            self.accept(id)?;
-            num_taken += 1;
-            let mask = match self.allowed()? {
-                Next::OneOf(mask) => Some(mask.clone()),
-                Next::Ended => None,
-            };
-            masks.push(mask);
-        }
-        let parser = &mut self.parser;
-        if let Err(text) = guarded(|| parser.rollback(num_taken)) {
-            return self.breaks(MatchError::NoMask(shortened(&text)));
-        }
-        (self.place, self.num_items) = (place, num_items);
-        Ok(masks)
-    }
-
     /// Whether the text is whole, and nothing may follow.
     #[must_use]
     pub const fn has_ended(&self) -> bool {
@@ -301,10 +268,6 @@ impl Canceller {
     pub fn cancel(&self) {
         self.0.cancel();
     }
-}
-
-fn allows(mask: Option<&TokenMask>, id: TokenId) -> bool {
-    mask.is_some_and(|mask| mask.allows(id))
 }
 
 fn lexer_bytes(parser: &TokenParser) -> usize {

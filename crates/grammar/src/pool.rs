@@ -1,7 +1,8 @@
-//! Threads that do jobs in turn. A job that takes too long loses its thread, not the others theirs: the thread is replaced,
+//! Threads that do jobs, of their owners in turn. A job that takes too long loses its thread, not the others theirs: the thread is replaced,
 //! a few times. Knows nothing of grammars; whoever waits for a job hears from it or from [`Missed`].
 
-use std::collections::VecDeque;
+mod queue;
+
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::GrammarError;
+use queue::Queue;
 
 /// What a pool may use, and how long.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +54,9 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<(Instant, Job)>,
+    queue: Queue,
+    /// Of jobs that gave way to those of others.
+    turned_out: Vec<Missed>,
     running: Vec<Running>,
     /// Threads that take jobs.
     num_threads: usize,
@@ -90,17 +94,16 @@ impl Pool {
         }
     }
 
-    /// Queues a job. Never waits.
-    pub(crate) fn submit(&self, job: Job) -> Result<(), GrammarError> {
+    /// Queues a job of an owner. Never waits.
+    pub(crate) fn submit(&self, owner: u64, job: Job) -> Result<(), GrammarError> {
         let Rules { queue, strays, .. } = self.shared.rules;
         let mut state = self.shared.state.lock();
         if state.num_threads == 0 {
             return Err(GrammarError::Stuck { limit: strays });
         }
-        if state.queue.len() >= queue {
-            return Err(GrammarError::Busy { limit: queue });
-        }
-        state.queue.push_back((Instant::now(), job));
+        let pushed = state.queue.push(owner, (Instant::now(), job), queue);
+        let gone = pushed.map_err(|()| GrammarError::Busy { limit: queue })?;
+        state.turned_out.extend(gone.map(|job| job.missed));
         drop(state);
         self.shared.changed.notify_one();
         self.shared.watch.notify_one();
@@ -138,7 +141,7 @@ impl Shared {
 fn work(shared: &Shared) {
     let mut state = shared.state.lock();
     while !state.is_closed {
-        let Some((_, job)) = state.queue.pop_front() else {
+        let Some(job) = state.queue.pop() else {
             shared.changed.wait(&mut state);
             continue;
         };
@@ -219,17 +222,18 @@ impl State {
                 "a job takes too long; its thread is left alone"
             );
         }
-        while let Some((since, _)) = self.queue.front() {
-            let error = if self.num_threads + num_new == 0 {
-                let limit = rules.strays;
-                GrammarError::Stuck { limit }
-            } else if *since + rules.wait <= now {
-                let limit = rules.wait;
-                GrammarError::Waited { limit }
-            } else {
-                break;
-            };
-            all.extend(self.queue.pop_front().map(|(_, job)| (job.missed, error)));
+        let limit = rules.queue;
+        let turned_out = self.turned_out.drain(..);
+        all.extend(turned_out.map(|missed| (missed, GrammarError::Busy { limit })));
+        if self.num_threads + num_new == 0 {
+            let limit = rules.strays;
+            let queued = std::iter::from_fn(|| self.queue.pop());
+            all.extend(queued.map(|job| (job.missed, GrammarError::Stuck { limit })));
+        }
+        if let Some(long_ago) = now.checked_sub(rules.wait) {
+            let limit = rules.wait;
+            let old = std::iter::from_fn(|| self.queue.pop_older(long_ago));
+            all.extend(old.map(|job| (job.missed, GrammarError::Waited { limit })));
         }
         (all, num_new)
     }
@@ -239,7 +243,7 @@ impl State {
             .running
             .iter()
             .filter(|running| running.missed.is_some());
-        let queued = self.queue.front().map(|(since, _)| *since + wait);
+        let queued = self.queue.next_time(wait);
         running.map(|running| running.until).chain(queued).min()
     }
 }
@@ -289,7 +293,7 @@ mod tests {
     fn endless(pool: &Pool) -> (Sender<()>, Heard) {
         let (end, may_end) = channel();
         let (job, heard) = job(may_end);
-        pool.submit(job).unwrap();
+        pool.submit(7, job).unwrap();
         (end, heard)
     }
 
@@ -325,14 +329,14 @@ mod tests {
         let stuck = GrammarError::Stuck { limit: 1 };
         assert_eq!(third.recv().unwrap(), Err(stuck.clone()));
         let (another, _heard) = job(channel().1);
-        assert_eq!(pool.submit(another), Err(stuck));
+        assert_eq!(pool.submit(7, another), Err(stuck));
         drop(end);
         assert_eq!(first.recv().unwrap(), Ok(()));
         // It takes jobs again just after it has said so.
         let mut refused = true;
         while refused {
             let (job, heard) = job(channel().1);
-            refused = pool.submit(job).is_err();
+            refused = pool.submit(7, job).is_err();
             assert!(refused || heard.recv().unwrap().is_ok());
             thread::yield_now();
         }
@@ -365,12 +369,62 @@ mod tests {
         let mut ends = Vec::new();
         let error = loop {
             let (end, may_end) = channel();
-            match pool.submit(job(may_end).0) {
+            match pool.submit(7, job(may_end).0) {
                 Ok(()) => ends.push(end),
                 Err(error) => break error,
             }
         };
         assert_eq!(error, GrammarError::Busy { limit: rules.queue });
         assert!((2..=3).contains(&ends.len()), "with the one that runs");
+    }
+
+    /// Jobs that say whose they are when they are done, behind one that has the only thread until `end` is dropped.
+    fn behind_one(pool: &Pool, owners: &[u64]) -> (Sender<()>, Receiver<u64>) {
+        let (end, may_end) = channel();
+        let (began, has_begun) = channel();
+        let first = Job {
+            work: Box::new(move || {
+                began.send(()).unwrap();
+                let _dropped_is_as_good = may_end.recv();
+            }),
+            missed: Box::new(drop),
+        };
+        pool.submit(1, first).unwrap();
+        has_begun.recv().unwrap();
+        let (done, order) = channel();
+        for &owner in owners {
+            let done = done.clone();
+            let job = Job {
+                work: Box::new(move || done.send(owner).unwrap()),
+                missed: Box::new(drop),
+            };
+            pool.submit(owner, job).unwrap();
+        }
+        (end, order)
+    }
+
+    #[test]
+    fn owners_take_turns() {
+        let pool = Pool::start(RULES).unwrap();
+        let (end, order) = behind_one(&pool, &[1, 1, 1, 2, 3, 2]);
+        drop(end);
+        assert_eq!(order.iter().collect::<Vec<_>>(), [2, 3, 1, 2, 1, 1]);
+    }
+
+    #[test]
+    fn who_has_most_waiting_gives_way_where_there_is_no_room() {
+        let rules = Rules {
+            queue: 3,
+            run: Duration::from_secs(600),
+            ..RULES
+        };
+        let pool = Pool::start(rules).unwrap();
+        // Two of the first owner's three stay: the second's first turns out the last of them, its second would not.
+        let (end, order) = behind_one(&pool, &[1, 1, 1, 2]);
+        let (more, _heard) = job(channel().1);
+        let busy = GrammarError::Busy { limit: 3 };
+        assert_eq!(pool.submit(2, more), Err(busy));
+        drop(end);
+        assert_eq!(order.iter().collect::<Vec<_>>(), [2, 1, 1]);
     }
 }

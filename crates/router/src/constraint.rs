@@ -9,6 +9,8 @@ use tramontane_types::Constraint;
 
 use crate::error::{ApiError, ErrorKind};
 use crate::request::PreparedRequest;
+use crate::run::App;
+use crate::tenants::TenantName;
 
 /// What the tokens of a tokenizer stand for.
 ///
@@ -26,20 +28,27 @@ pub fn vocabulary(tokenizer: &Tokenizer) -> Result<Vocabulary, InvalidVocabulary
     Vocabulary::new(tokens, tokenizer.eos_ids())
 }
 
-/// Compiles the constraint of a request, and keeps it for the next one. Waits for a bounded time.
-pub(crate) async fn check(grammars: &Grammars, request: &PreparedRequest) -> Result<(), ApiError> {
-    match &request.sampling.constraint {
-        Some(constraint) => compile(grammars, constraint, request.constraint_name).await,
-        None => Ok(()),
-    }
+/// Compiles the constraint of a tenant's request, and keeps it for the next one. Waits for a bounded time.
+pub(crate) async fn check(
+    app: &App,
+    tenant: &TenantName,
+    request: &PreparedRequest,
+) -> Result<(), ApiError> {
+    let Some(constraint) = &request.sampling.constraint else {
+        return Ok(());
+    };
+    // Each tenant has a salt of its own.
+    let who = app.dispatcher.tenants.salt(tenant);
+    compile(&app.grammars, who, constraint, request.constraint_name).await
 }
 
 async fn compile(
     grammars: &Grammars,
+    who: u64,
     constraint: &Arc<Constraint>,
     param: &str,
 ) -> Result<(), ApiError> {
-    let compiled = grammars.compile(constraint).await;
+    let compiled = grammars.compile(who, constraint).await;
     compiled.map(drop).map_err(|error| refused(&error, param))
 }
 
@@ -72,13 +81,15 @@ mod tests {
         let grammars = Grammars::new(Vocabulary::new(tokens, &[2]).unwrap());
         let regex = |text: &str| Arc::new(Constraint::Regex(text.into()));
         let param = "structured_outputs.regex";
-        assert_eq!(compile(&grammars, &regex("a+b"), param).await, Ok(()));
-        let error = compile(&grammars, &regex("a{2"), param).await.unwrap_err();
+        assert_eq!(compile(&grammars, 1, &regex("a+b"), param).await, Ok(()));
+        let error = compile(&grammars, 1, &regex("a{2"), param)
+            .await
+            .unwrap_err();
         assert_eq!(error.kind, ErrorKind::Invalid);
         assert_eq!(error.param.as_deref(), Some(param));
         let begin = "structured_outputs.regex cannot be followed: ";
         assert!(error.message.starts_with(begin), "{}", error.message);
-        let error = compile(&grammars, &regex(""), param).await.unwrap_err();
+        let error = compile(&grammars, 1, &regex(""), param).await.unwrap_err();
         assert_eq!(error.message, "structured_outputs.regex must not be empty");
     }
 

@@ -312,7 +312,7 @@ async fn read(
         })
     });
     let read: Read = prepared.await?;
-    constraint::check(&app.grammars, &read.request).await?;
+    constraint::check(app, &name.caller.tenant, &read.request).await?;
     Ok(read)
 }
 

@@ -85,7 +85,9 @@ impl GenerateService {
             return Err(GenerateError::NoVocabulary { worker });
         };
         let num_prompt = new.prompt.len().saturating_sub(new.num_resumed);
-        let matcher = grammars.matcher(&constraint, &new.prompt[num_prompt..]);
+        // Each tenant has a salt of its own.
+        let (who, resumed) = (new.cache_salt, &new.prompt[num_prompt..]);
+        let matcher = grammars.matcher(who, &constraint, resumed);
         Ok(Some(matcher.await?))
     }
 

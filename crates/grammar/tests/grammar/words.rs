@@ -159,34 +159,6 @@ fn what_may_come_next_depends_on_the_tokens_alone() {
 }
 
 #[test]
-fn masks_along_a_draft_are_those_of_its_tokens_and_change_nothing() {
-    let grammar = grammars().blocking_compile(&regex("a(b|cd)e")).unwrap();
-    let mut matcher = grammar.matcher(&[u32::from(b'a')]).unwrap();
-    let draft = b"cdef".map(u32::from);
-    let masks = matcher.masks_along(&draft).unwrap();
-    // Before c, d and e; behind e nothing follows, and so f is not looked at.
-    assert_eq!(masks.len(), 4);
-    for (i, id) in draft.iter().take(3).enumerate() {
-        assert!(
-            masks[i].as_ref().is_some_and(|mask| mask.allows(*id)),
-            "{i}"
-        );
-        let mut fresh = grammar
-            .matcher(&[&[u32::from(b'a')], &draft[..i]].concat())
-            .unwrap();
-        assert!(
-            matches!(fresh.allowed().unwrap(), Next::OneOf(mask) if Some(mask) == masks[i].as_ref())
-        );
-    }
-    assert!(masks[3].is_none());
-    let wrong = matcher.masks_along(&[u32::from(b'x')]).unwrap();
-    assert_eq!(wrong.len(), 1);
-    matcher.accept(u32::from(b'b')).unwrap();
-    matcher.accept(u32::from(b'e')).unwrap();
-    assert!(matcher.has_ended());
-}
-
-#[test]
 fn a_token_that_is_not_allowed_is_an_error_then_and_later() {
     let grammar = grammars().blocking_compile(&regex("ab+")).unwrap();
     let mut matcher = grammar.matcher(&[]).unwrap();

@@ -82,7 +82,10 @@ impl Inference for InferenceService {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = Deadline::of(request.metadata());
+        let options = request.get_ref().options.as_ref();
+        let reports_prompt = options.is_some_and(|asked| asked.prompt_logprobs.is_some());
         let started = match deadline {
+            Ok(_) if reports_prompt => Err(only_once()),
             Ok(deadline) => deadline
                 .meet(self.start(request))
                 .await
@@ -162,6 +165,11 @@ impl Inference for InferenceService {
     }
 }
 
+fn only_once() -> ApiError {
+    let message = "prompt_logprobs are only given by GenerateOnce";
+    ApiError::invalid("prompt_logprobs", message).below("options")
+}
+
 /// Ends with an error at the caller's deadline.
 fn responses(
     answer: Answer,
@@ -207,6 +215,11 @@ async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult
             finish_reason: finish_reason_to_wire(choice.finish.unwrap_or(FinishReason::Length))
                 as i32,
             tool_calls: calls(choice.calls),
+            prompt_tokens: choice
+                .prompt_tokens
+                .iter()
+                .map(v1::SampledToken::from)
+                .collect(),
         });
     }
     Ok(v1::GenerateResult {
@@ -272,6 +285,7 @@ fn options(wire: v1::GenerateOptions) -> Result<Options, ApiError> {
         ignore_eos: wire.ignore_eos,
         logprobs: wire.logprobs,
         logprobs_name: Some("logprobs"),
+        prompt_logprobs: wire.prompt_logprobs,
         n: wire.n,
         bad_words: wire.bad_words,
         priority: wire.priority,

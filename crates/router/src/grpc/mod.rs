@@ -22,6 +22,7 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
+use tonic_reflection::server::{v1, v1alpha};
 use tramontane_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
@@ -74,14 +75,7 @@ pub(crate) fn serve(
     let open_inference = open_inference::OpenInferenceService::new(Arc::clone(app));
     let open_inference = GrpcInferenceServiceServer::new(open_inference)
         .max_decoding_message_size(message_bytes_max);
-    let reflection_v1 = reflection(CLIENTS)
-        .build_v1()
-        .map_err(Error::Reflection)?
-        .max_decoding_message_size(REFLECTION_BYTES_MAX);
-    let reflection_v1alpha = reflection(CLIENTS)
-        .build_v1alpha()
-        .map_err(Error::Reflection)?
-        .max_decoding_message_size(REFLECTION_BYTES_MAX);
+    let (reflection_v1, reflection_v1alpha) = reflection(CLIENTS).map_err(Error::Reflection)?;
     let routes = Routes::new(inference)
         .add_service(open_inference)
         .add_service(health.serve(CLIENTS))
@@ -105,14 +99,7 @@ pub(crate) fn serve_admin(
 ) -> Result<impl Future<Output = ()> + use<>, Error> {
     let admin = AdminServer::new(admin::AdminService::new(Arc::clone(app)))
         .max_decoding_message_size(app.config.body_bytes_max);
-    let reflection_v1 = reflection(OPERATORS)
-        .build_v1()
-        .map_err(Error::Reflection)?
-        .max_decoding_message_size(REFLECTION_BYTES_MAX);
-    let reflection_v1alpha = reflection(OPERATORS)
-        .build_v1alpha()
-        .map_err(Error::Reflection)?
-        .max_decoding_message_size(REFLECTION_BYTES_MAX);
+    let (reflection_v1, reflection_v1alpha) = reflection(OPERATORS).map_err(Error::Reflection)?;
     let health = health.serve(OPERATORS);
     let routes = match roles {
         Some(roles) => {
@@ -196,7 +183,7 @@ async fn start(
         read(answer)
     });
     let prepared = prepared.await?;
-    let checked = constraint::check(&app.grammars, &prepared).await;
+    let checked = constraint::check(app, &arrived.caller.tenant, &prepared).await;
     checked.map_err(in_constraint)?;
     let name = Name {
         request: format!("{prefix}{answer}"),
@@ -208,15 +195,31 @@ async fn start(
     app.dispatcher.start(prepared, name).await
 }
 
-fn reflection(services: &[&str]) -> tonic_reflection::server::Builder<'static> {
-    let mut builder = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(tramontane_proto::DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .with_service_name(HEALTH);
-    for service in services {
-        builder = builder.with_service_name(*service);
-    }
-    builder
+/// Both versions of the reflection service of a door.
+fn reflection(
+    services: &[&str],
+) -> Result<
+    (
+        v1::ServerReflectionServer<impl v1::ServerReflection>,
+        v1alpha::ServerReflectionServer<impl v1alpha::ServerReflection>,
+    ),
+    tonic_reflection::server::Error,
+> {
+    let names = || {
+        let mut builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(tramontane_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(HEALTH);
+        for service in services {
+            builder = builder.with_service_name(*service);
+        }
+        builder
+    };
+    let (current, alpha) = (names().build_v1()?, names().build_v1alpha()?);
+    Ok((
+        current.max_decoding_message_size(REFLECTION_BYTES_MAX),
+        alpha.max_decoding_message_size(REFLECTION_BYTES_MAX),
+    ))
 }
 
 impl<'a> Health<'a> {
