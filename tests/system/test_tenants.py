@@ -239,7 +239,8 @@ def cpu_seconds(process):
 
 
 def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
-    """F18 in one run: an answer costs the server no more under ten times the load, refusals come at once, probes answer.
+    """F18 in one run: an answer costs the server no more under ten times the load, refusals come at once, probes and operators
+    are answered, memory stays.
 
     Goodput is counted per second of the server's own computing: the clients of this test take from the same cores, and so
     does whatever else runs here."""
@@ -264,9 +265,10 @@ def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
 
         with concurrent.futures.ThreadPoolExecutor(clients) as pool:
             workers = [pool.submit(work) for _ in range(clients)]
+            run("status", "--router", guarded.admin, "--api-key", guarded.operator)
             while time.monotonic() < end:
                 began = time.monotonic()
-                assert ask(guarded.url, "/health/live")[0] == 200
+                assert ask(guarded.url, "/health/live")[0] == ask(guarded.url, "/health/ready")[0] == 200
                 probes.append(time.monotonic() - began)
                 time.sleep(0.1)
             for worker in workers:
@@ -274,18 +276,23 @@ def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
         return len(done) / (cpu_seconds(guarded) - computed), refused, probes
 
     capacity, goodput, refused, probes = [], [], [], []
+    measure(40, 1)
+    before = guarded.resident()
     for _ in range(3):
         capacity.append(measure(4, 5)[0])
         rate, late, seen = measure(40, 5)
         goodput.append(rate)
         refused, probes = sorted(refused + late), sorted(probes + seen)
+    grown = guarded.resident() - before
     share, middle = sorted(goodput)[1] / sorted(capacity)[1], refused[len(refused) // 2]
-    print(f"goodput {share:.3f} of capacity, {len(refused)} refused, median {middle * 1000:.0f} ms, probes {probes[-1]:.2f} s")
+    print(f"goodput {share:.3f} of capacity, {len(refused)} refused, median {middle * 1000:.0f} ms, probes {probes[-1]:.2f} s, "
+          f"memory {grown >> 20} MiB more")
     assert len(refused) > 50, "hardly anybody was refused at ten times the load"
     # 0.95 is wanted; two runs on a machine that others use differ by as much as 0.07, so less is asserted than is printed.
     assert share >= 0.85
     assert middle < 0.05, f"half of the refusals took more than {middle * 1000:.0f} ms"
     assert probes[-1] < 5
+    assert grown < 64 << 20
 
 
 def test_a_request_waits_for_the_first_worker(etcd):
