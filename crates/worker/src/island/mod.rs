@@ -16,6 +16,7 @@ mod service;
 mod wire;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
@@ -36,6 +37,10 @@ const SILENCE_MAX: Duration = Duration::from_secs(3);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long ranks may take to come together: weights are loaded before, this is connecting.
 const FORM_MAX: Duration = Duration::from_secs(60);
+/// Threads that may be in a meeting at once: those that wait inside a library for a rank that died end only with it.
+const MEETINGS_MAX: usize = 16;
+/// Threads that are.
+static MEETINGS: AtomicUsize = AtomicUsize::new(0);
 /// How long a rank may take to load a slice: the largest from a slow disk.
 const LOAD_MAX: Duration = Duration::from_secs(120);
 /// How long a rank may take for its part of a call.
@@ -57,6 +62,25 @@ fn message_bytes_max(geometry: &ModelGeometry) -> usize {
     PAIRS_MAX * (NODES_MAX + 1) * row_bytes + MESSAGE_OVERHEAD_BYTES
 }
 
+/// A thread that connects to the other ranks.
+struct Meeting;
+
+impl Meeting {
+    fn begin() -> Result<Self, String> {
+        let more = |num: usize| (num < MEETINGS_MAX).then_some(num + 1);
+        let begun = MEETINGS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        begun.map(|_| Self).map_err(|num| {
+            format!("{num} earlier meetings still wait for ranks that did not come: start this process again")
+        })
+    }
+}
+
+impl Drop for Meeting {
+    fn drop(&mut self) {
+        MEETINGS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Connects to the other ranks on a thread of its own: one that waits inside a library for a rank that died keeps nobody.
 fn meet(
     device: &Arc<dyn Device>,
@@ -65,9 +89,11 @@ fn meet(
 ) -> Result<Arc<dyn Collective>, String> {
     let (met, answer) = sync_channel(1);
     let device = Arc::clone(device);
+    let counted = Meeting::begin()?;
     let started = std::thread::Builder::new()
         .name("meet".to_owned())
         .spawn(move || {
+            let _counted = counted;
             // One that comes too late is dropped, and so ended.
             let _late = met.try_send(device.meet(&meeting, rank, num_ranks));
         });
@@ -116,5 +142,21 @@ fn keep_only(
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meetings_that_wait_are_limited() {
+        let mut waiting: Vec<Meeting> = (0..MEETINGS_MAX)
+            .map(|_| Meeting::begin().unwrap())
+            .collect();
+        let refused = Meeting::begin().err().unwrap();
+        assert!(refused.starts_with("16 earlier meetings"), "{refused}");
+        waiting.pop();
+        Meeting::begin().unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! Does what the leader orders: steps one after the other on a thread of their own, loads and calls beside them. What could
 //! not be done is said, never hidden.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -28,6 +29,8 @@ pub(super) struct Orders {
     shared: Arc<Shared>,
     steps: SyncSender<Order>,
     tasks: TaskTracker,
+    /// Loads that were ordered.
+    loads: AtomicU64,
     /// Unloads that were ordered.
     unloads: AtomicU64,
 }
@@ -39,8 +42,32 @@ struct Shared {
     experts: Arc<dyn Experts>,
     checkpoint: Arc<Checkpoint>,
     now: Mutex<Now>,
+    /// Loads under way, by number: unloads that were ordered later wait for them.
+    loading: watch::Sender<BTreeSet<u64>>,
     /// Unloads that are done: loads that were ordered later wait for them.
     unloaded: watch::Sender<u64>,
+}
+
+/// A load under way.
+struct Loading {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Loading {
+    fn begin(shared: &Arc<Shared>, number: u64) -> Self {
+        let shared = Arc::clone(shared);
+        let begun = |open: &mut BTreeSet<u64>| open.insert(number);
+        shared.loading.send_if_modified(begun);
+        Self { shared, number }
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        let done = |open: &mut BTreeSet<u64>| open.remove(&self.number);
+        self.shared.loading.send_if_modified(done);
+    }
 }
 
 /// The island that the rank is in.
@@ -70,6 +97,7 @@ impl Orders {
             device,
             checkpoint,
             now: Mutex::default(),
+            loading: watch::Sender::default(),
             unloaded: watch::Sender::default(),
         });
         // The leader begins one step at a time.
@@ -84,6 +112,7 @@ impl Orders {
             shared,
             steps,
             tasks: TaskTracker::new(),
+            loads: AtomicU64::new(0),
             unloads: AtomicU64::new(0),
         })
     }
@@ -146,11 +175,14 @@ impl Orders {
             Arc::clone(&self.shared),
             self.unloads.load(Ordering::Acquire),
         );
+        let number = self.loads.fetch_add(1, Ordering::AcqRel);
+        let loading = Loading::begin(&shared, number);
         self.tasks.spawn(async move {
             let mut unloaded = shared.unloaded.subscribe();
             // An error would say that the sender is gone, which lives in `shared`.
             drop(unloaded.wait_for(|done| *done >= before).await);
             let loaded = tokio::task::spawn_blocking(move || {
+                let _until_done = loading;
                 let ExpertSlice {
                     layer,
                     expert,
@@ -176,9 +208,13 @@ impl Orders {
             Arc::clone(&self.shared),
             self.unloads.fetch_add(1, Ordering::AcqRel),
         );
+        let num_loads = self.loads.load(Ordering::Acquire);
         self.tasks.spawn(async move {
-            let mut unloaded = shared.unloaded.subscribe();
-            // An error would say that the sender is gone, which lives in `shared`.
+            let (mut loading, mut unloaded) =
+                (shared.loading.subscribe(), shared.unloaded.subscribe());
+            // Errors would say that the senders are gone, which live in `shared`.
+            let are_done = |open: &BTreeSet<u64>| open.range(..num_loads).next().is_none();
+            drop(loading.wait_for(are_done).await);
             drop(unloaded.wait_for(|done| *done >= before).await);
             let of_task = Arc::clone(&shared);
             let ended = tokio::task::spawn_blocking(move || of_task.experts.unload(slice)).await;
