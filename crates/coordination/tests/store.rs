@@ -346,6 +346,7 @@ async fn register(store: &EtcdStore, id: &str, ttl: Duration) {
         version: "1".to_owned(),
         load: WorkerLoad::default(),
         measured: Measured::default(),
+        sequences_max: 0,
     };
     let lease = store.grant_lease(ttl).await.unwrap();
     let value = serde_json::to_vec(&record).unwrap();

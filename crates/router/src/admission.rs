@@ -17,6 +17,8 @@ use crate::tenants::{Ask, Entered, FairQueue, Granted, Limits, QueueMax, TenantN
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AdmissionLimits {
     pub(crate) sequences_max: usize,
+    /// Whether there are several tenants: then none of them gets all places.
+    pub(crate) is_shared: bool,
     pub(crate) queue: QueueMax,
     pub(crate) queue_wait: Duration,
     /// A request that waits so long counts as one class higher.
@@ -58,7 +60,7 @@ impl Places {
         let unneeded = self.num.saturating_sub(num_sequences);
         if unneeded > 0 {
             self.num -= unneeded;
-            self.door.0.lock().give_back(unneeded);
+            self.door.0.lock().give_back(&self.tenant, unneeded);
             Door::let_in(&self.door);
         }
     }
@@ -73,7 +75,7 @@ impl Places {
 impl Drop for Places {
     fn drop(&mut self) {
         let mut queue = self.door.0.lock();
-        queue.give_back(self.num);
+        queue.give_back(&self.tenant, self.num);
         queue.finish(&self.tenant);
         drop(queue);
         Door::let_in(&self.door);
@@ -163,13 +165,23 @@ impl Drop for Queued<'_> {
 impl Admission {
     /// `stopping` refuses whoever still waits.
     pub(crate) fn new(limits: AdmissionLimits, stopping: CancellationToken) -> Self {
-        let queue = FairQueue::new(limits.sequences_max, limits.queue, limits.age);
+        let (places, is_shared) = (limits.sequences_max, limits.is_shared);
+        let queue = FairQueue::new(places, is_shared, limits.queue, limits.age);
         Self {
             limits,
             door: Arc::new(Door(Mutex::new(queue))),
             running: Arc::default(),
             stopping,
         }
+    }
+
+    /// What all workers run at once, if that is known: so many places there are, but no more than configured.
+    pub(crate) fn set_capacity(&self, sequences: Option<usize>) {
+        let places = sequences
+            .unwrap_or(usize::MAX)
+            .min(self.limits.sequences_max);
+        self.door.0.lock().set_places(places);
+        Door::let_in(&self.door);
     }
 
     /// Counts a request as running whose answer another one may already make.
@@ -284,6 +296,7 @@ mod tests {
         let stop = CancellationToken::new();
         let limits = AdmissionLimits {
             sequences_max: sequences,
+            is_shared: false,
             queue: QueueMax {
                 requests: queue,
                 bytes: 1 << 20,
@@ -360,6 +373,22 @@ mod tests {
             "this router is stopping"
         );
         drop(all);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_are_as_many_places_as_workers_have_and_no_more_than_configured() {
+        let (door, _stop) = door(3, 4);
+        door.set_capacity(Some(1));
+        let first = door.admit(ask(1)).await.unwrap();
+        let mut second = queued!(door.admit(ask(1)));
+        assert!(futures::poll!(&mut second).is_pending());
+        door.set_capacity(Some(9));
+        let second = second.await.unwrap();
+        let third = door.admit(ask(1)).await.unwrap();
+        let mut fourth = queued!(door.admit(ask(1)));
+        door.set_capacity(None);
+        assert!(futures::poll!(&mut fourth).is_pending());
+        drop((first, second, third));
     }
 
     #[tokio::test(start_paused = true)]

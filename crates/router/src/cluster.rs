@@ -52,6 +52,17 @@ impl ClusterView {
         check(&self.members(), &self.placements(), &self.intent())
     }
 
+    /// Sequences that those workers run at once which new requests go to; `None` where there are none, or one does not say.
+    pub(crate) fn capacity(&self) -> Option<usize> {
+        let (members, seen, version) = (self.members(), self.intent(), self.serving()?);
+        let workers = attention_workers(&members, &version, &seen.intent);
+        let sizes = workers.map(|(_, record)| match record.sequences_max {
+            0 => None,
+            sequences => Some(sequences as usize),
+        });
+        sizes.sum::<Option<usize>>().filter(|sum| *sum > 0)
+    }
+
     /// How far the cluster is on its way to serving.
     pub(crate) fn progress(&self) -> String {
         match self.check() {

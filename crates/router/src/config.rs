@@ -235,6 +235,7 @@ impl RouterConfig {
     pub(crate) const fn admission(&self) -> AdmissionLimits {
         AdmissionLimits {
             sequences_max: self.sequences_max,
+            is_shared: self.auth.is_on(),
             queue: self.queue(),
             queue_wait: self.queue_wait,
             age: self.priority_age,

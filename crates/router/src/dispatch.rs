@@ -221,7 +221,13 @@ impl Dispatcher {
             Some(version) => cluster
                 .check_version(version)
                 .map_err(ApiError::unavailable),
-            None => self.hold.until_ready(cluster, request.size()).await,
+            None if cluster.check().is_ok() => Ok(()),
+            None => {
+                self.hold.until_ready(cluster, request.size()).await?;
+                // All that were held come at once, and before the next look at the workers.
+                self.admission.set_capacity(cluster.capacity());
+                Ok(())
+            }
         }
     }
 

@@ -208,6 +208,7 @@ pub async fn run(
         (routes::routes(&app), Versions::All),
         doors.clone(),
     );
+    background.keep_places(&app);
     let serve = async { tokio::join!(grpc, admin, http) };
     tokio::pin!(serve);
     tracing::info!(model = app.model.id, "router serves");
@@ -417,6 +418,22 @@ impl Background {
             planning,
             roster,
         }
+    }
+
+    /// Keeps the places at the door true to what the workers run at once: what they would have to let wait, they do not
+    /// sort by tenant.
+    fn keep_places(&self, app: &Arc<App>) {
+        let (app, stop) = (Arc::clone(app), self.stop.clone());
+        let mut cluster = app.cluster.clone();
+        self.tasks.spawn(async move {
+            loop {
+                app.dispatcher.admission.set_capacity(cluster.capacity());
+                tokio::select! {
+                    () = cluster.changed() => {}
+                    () = stop.cancelled() => return,
+                }
+            }
+        });
     }
 
     fn plan(

@@ -185,6 +185,7 @@ impl SimWorker {
             started_ms: u64::from(self.life.number),
             version: "sim".to_owned(),
             measured: tramontane_coordination::Measured::default(),
+            sequences_max: 0,
             load: WorkerLoad::default(),
         }
     }

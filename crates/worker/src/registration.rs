@@ -56,6 +56,7 @@ pub(crate) fn record(
         version: tramontane_runtime::build_info::VERSION.to_owned(),
         load: WorkerLoad::default(),
         measured: Measured::default(),
+        sequences_max: u32::try_from(config.max_running).unwrap_or(u32::MAX),
     }
 }
 

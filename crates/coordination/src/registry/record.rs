@@ -59,6 +59,9 @@ pub struct WorkerRecord {
     /// What it has measured of itself.
     #[serde(default)]
     pub measured: Measured,
+    /// Sequences that it runs at once; 0 where it does not say.
+    #[serde(default)]
+    pub sequences_max: u32,
 }
 
 /// A Unix socket for expert calls.
@@ -273,6 +276,7 @@ pub(crate) mod tests {
             version: "0.1.0".to_owned(),
             load: WorkerLoad::default(),
             measured: Measured::default(),
+            sequences_max: 0,
         }
     }
 

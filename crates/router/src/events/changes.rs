@@ -369,6 +369,7 @@ pub(crate) mod tests {
             version: "0".to_owned(),
             load: WorkerLoad::default(),
             measured: Measured::default(),
+            sequences_max: 0,
         }
     }
 

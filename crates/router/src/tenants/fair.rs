@@ -1,8 +1,11 @@
 //! Whose request is next: fair queueing between tenants by the tokens that they use, after Sheng et al., "Fairness
 //! in Serving Large Language Models" (<https://arxiv.org/abs/2401.00588>). Each tenant has a counter of what it was
 //! served, prompt tokens when a request begins and generated ones as they come, divided by its weight; the tenant
-//! with the lowest goes next. Within a tenant and class it is first come, first served. Pure: it never waits, and
+//! with the lowest goes next. Within a tenant and class it is first come, first served. Running requests keep their places,
+//! so no tenant gets all of them. Pure: it never waits, and
 //! time is an argument.
+
+mod held;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -11,6 +14,7 @@ use tokio::time::Instant;
 
 use super::TenantName;
 use super::config::{CLASSES, Class, Limits};
+use held::Held;
 
 /// What a prompt token counts.
 pub(crate) const PROMPT_COST: u64 = 1;
@@ -20,6 +24,10 @@ pub(crate) const GENERATED_COST: u64 = 2;
 const SCALE: u64 = 1 << 12;
 /// Tenants that are remembered. Those with nothing to do are forgotten beyond it, their use with them.
 const ACCOUNTS_MAX: usize = 16_384;
+
+/// One of so many places is for tenants that have not got all the others: where there are several, none of them gets
+/// more.
+const OTHERS_SHARE: usize = 8;
 
 /// How much may wait, of all tenants together. Who has more waiting than others gives way to them.
 #[derive(Clone, Copy, Debug)]
@@ -72,7 +80,9 @@ pub(crate) struct FairQueue<W> {
     /// A request that waits so long counts as one class higher.
     age: Duration,
     places: usize,
-    places_free: usize,
+    places_used: usize,
+    /// Whether there are several tenants.
+    is_shared: bool,
     num_waiting: usize,
     num_arrived: usize,
     bytes: usize,
@@ -88,6 +98,8 @@ struct Account<W> {
     served: u64,
     /// Requests that run.
     running: usize,
+    /// Places that these have.
+    places: usize,
     /// Requests that came and do not wait yet.
     arrived: usize,
     waiting: [VecDeque<Waiter<W>>; CLASSES],
@@ -105,34 +117,42 @@ struct Waiter<W> {
     what: W,
 }
 
-/// What one tenant has waiting while it is found out who gives way.
-struct Held<'a, W> {
-    tenant: &'a TenantName,
-    account: &'a Account<W>,
-    /// Requests that were taken from it.
-    num_gone: usize,
-    bytes_gone: usize,
-    /// The sizes of the others, who goes first first.
-    sizes: Box<dyn Iterator<Item = usize> + 'a>,
-}
-
 /// Where the next request is: class as it counts after its wait, use of its tenant, order of arrival.
 type Turn = (usize, u64, Ticket);
 
 impl<W> FairQueue<W> {
-    pub(crate) fn new(places: usize, max: QueueMax, age: Duration) -> Self {
+    /// With `is_shared` no tenant gets all places.
+    pub(crate) fn new(places: usize, is_shared: bool, max: QueueMax, age: Duration) -> Self {
         Self {
             accounts: BTreeMap::new(),
             max,
             age,
             places,
-            places_free: places,
+            places_used: 0,
+            is_shared,
             num_waiting: 0,
             num_arrived: 0,
             bytes: 0,
             next_ticket: 0,
             last_left: None,
         }
+    }
+
+    /// How many places there are from now on. What runs keeps those that it has.
+    pub(crate) const fn set_places(&mut self, places: usize) {
+        self.places = places;
+    }
+
+    const fn places_free(&self) -> usize {
+        self.places.saturating_sub(self.places_used)
+    }
+
+    /// Places that one tenant may have.
+    const fn places_of_one(&self) -> usize {
+        if self.is_shared {
+            return self.places - self.places / OTHERS_SHARE;
+        }
+        self.places
     }
 
     /// Requests that wait.
@@ -148,7 +168,7 @@ impl<W> FairQueue<W> {
     /// Whether a request that comes can have a place, or wait for one. Only who has as many here as any other tenant
     /// cannot.
     pub(crate) fn has_room(&self, tenant: &TenantName) -> bool {
-        let room = self.places_free.saturating_add(self.max.requests);
+        let room = self.places_free().saturating_add(self.max.requests);
         if self.num_arrived + self.num_waiting < room {
             return true;
         }
@@ -176,17 +196,18 @@ impl<W> FairQueue<W> {
     }
 
     /// A request comes: it runs, it waits, or there is no room.
-    pub(crate) fn enter(&mut self, mut ask: Ask, what: W, now: Instant) -> Entered<W> {
-        ask.places = ask.places.min(self.places);
+    pub(crate) fn enter(&mut self, ask: Ask, what: W, now: Instant) -> Entered<W> {
+        let places_max = self.places_of_one();
+        let places = ask.places.min(places_max);
         let floor = self.floor();
         let account = self.account(&ask.tenant, ask.limits);
         // Who had nothing to do does not save up for later.
         if account.num_waiting == 0 {
             account.served = account.served.max(floor);
         }
-        let may_run = account.running < account.limits.concurrent;
-        if may_run && ask.places <= self.places_free && self.next(now).is_none() {
-            return Entered::Now(self.grant(&ask.tenant, ask.places, ask.prompt_tokens, what));
+        let may_run = account.may_have(places, places_max);
+        if may_run && places <= self.places_free() && self.next(now).is_none() {
+            return Entered::Now(self.grant(ask.tenant, places, ask.prompt_tokens, what));
         }
         let Some(gone) = self.make_room(&ask) else {
             return Entered::Full(what);
@@ -212,11 +233,12 @@ impl<W> FairQueue<W> {
     /// The next request that may run.
     pub(crate) fn pop(&mut self, now: Instant) -> Option<Granted<W>> {
         let (tenant, class) = self.next(now)?;
+        let (places_max, places_free) = (self.places_of_one(), self.places_free());
         let account = self.accounts.get_mut(&tenant)?;
         let queue = &mut account.waiting[class];
         let fits = queue
             .front()
-            .is_some_and(|head| head.places <= self.places_free);
+            .is_some_and(|head| head.places.min(places_max) <= places_free);
         // A large request is not passed by smaller ones: they would keep it from ever running.
         let head = fits.then(|| queue.pop_front())??;
         account.num_waiting -= 1;
@@ -226,7 +248,8 @@ impl<W> FairQueue<W> {
         if account.num_waiting == 0 {
             self.last_left = Some(tenant.clone());
         }
-        Some(self.grant(&tenant, head.places, head.prompt_tokens, head.what))
+        let places = head.places.min(places_max);
+        Some(self.grant(tenant, places, head.prompt_tokens, head.what))
     }
 
     /// Takes a request out that waits no longer. Whether it was there.
@@ -255,9 +278,12 @@ impl<W> FairQueue<W> {
         }
     }
 
-    /// Takes places back, of a request that goes on with fewer.
-    pub(crate) fn give_back(&mut self, places: usize) {
-        self.places_free = (self.places_free + places).min(self.places);
+    /// Takes places back, of a request of `tenant` that ends or goes on with fewer.
+    pub(crate) fn give_back(&mut self, tenant: &TenantName, places: usize) {
+        self.places_used = self.places_used.saturating_sub(places);
+        if let Some(account) = self.accounts.get_mut(tenant) {
+            account.places = account.places.saturating_sub(places);
+        }
     }
 
     /// A request of `tenant` has ended.
@@ -290,12 +316,16 @@ impl<W> FairQueue<W> {
     /// The tenant and class of whoever is next, whether there are places or not.
     fn next(&self, now: Instant) -> Option<(TenantName, usize)> {
         let mut best: Option<(Turn, &TenantName, usize)> = None;
+        let places_max = self.places_of_one();
         for (tenant, account) in &self.accounts {
-            if account.num_waiting == 0 || account.running >= account.limits.concurrent {
+            if account.num_waiting == 0 {
                 continue;
             }
             for (class, queue) in account.waiting.iter().enumerate() {
                 let Some(head) = queue.front() else { continue };
+                if !account.may_have(head.places.min(places_max), places_max) {
+                    continue;
+                }
                 let turn = (
                     self.aged(class, head.since, now),
                     account.served,
@@ -317,18 +347,19 @@ impl<W> FairQueue<W> {
 
     fn grant(
         &mut self,
-        tenant: &TenantName,
+        tenant: TenantName,
         places: usize,
         prompt_tokens: u64,
         waiter: W,
     ) -> Granted<W> {
-        self.places_free -= places;
-        if let Some(account) = self.accounts.get_mut(tenant) {
+        self.places_used += places;
+        if let Some(account) = self.accounts.get_mut(&tenant) {
             account.running += 1;
+            account.places += places;
             account.charge(prompt_tokens.saturating_mul(PROMPT_COST));
         }
         Granted {
-            tenant: tenant.clone(),
+            tenant,
             places,
             waiter,
         }
@@ -392,41 +423,13 @@ impl<W> FairQueue<W> {
     }
 }
 
-impl<'a, W> Held<'a, W> {
-    fn of((tenant, account): (&'a TenantName, &'a Account<W>)) -> Self {
-        Self {
-            tenant,
-            account,
-            num_gone: 0,
-            bytes_gone: 0,
-            sizes: Box::new(account.last_first().map(|waiter| waiter.bytes)),
-        }
-    }
-
-    /// Requests, or bytes of them.
-    const fn amount(&self, of_requests: bool) -> usize {
-        if of_requests {
-            self.account.num_waiting - self.num_gone
-        } else {
-            self.account.bytes - self.bytes_gone
-        }
-    }
-
-    /// The size of the next one to go.
-    fn turn_out(&mut self) -> Option<usize> {
-        let bytes = self.sizes.next()?;
-        self.num_gone += 1;
-        self.bytes_gone += bytes;
-        Some(bytes)
-    }
-}
-
 impl<W> Account<W> {
     fn new(limits: Limits) -> Self {
         Self {
             limits,
             served: 0,
             running: 0,
+            places: 0,
             arrived: 0,
             waiting: std::array::from_fn(|_| VecDeque::new()),
             num_waiting: 0,
@@ -440,6 +443,11 @@ impl<W> Account<W> {
             .iter()
             .rev()
             .flat_map(|queue| queue.iter().rev())
+    }
+
+    /// Whether it may have so many places more, of at most `max`.
+    const fn may_have(&self, places: usize, max: usize) -> bool {
+        self.running < self.limits.concurrent && self.places + places <= max
     }
 
     const fn num_here(&self) -> usize {

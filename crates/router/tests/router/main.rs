@@ -294,6 +294,7 @@ fn record(id: &str, address: String) -> WorkerRecord {
         version: "0".to_owned(),
         load: WorkerLoad::default(),
         measured: Measured::default(),
+        sequences_max: 0,
     }
 }
 

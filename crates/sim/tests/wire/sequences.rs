@@ -225,6 +225,7 @@ impl World {
             started_ms: 1,
             version: "sim".to_owned(),
             measured: tramontane_coordination::Measured::default(),
+            sequences_max: 0,
             load: WorkerLoad::default(),
         };
         let records = self.plan.servers.iter().map(record);

@@ -237,6 +237,7 @@ mod tests {
             version: "0".to_owned(),
             load: WorkerLoad::default(),
             measured: Measured::default(),
+            sequences_max: 0,
         }
     }
 

@@ -251,6 +251,7 @@ pub(super) fn record(id: &str, address: &str, model: &str) -> WorkerRecord {
         version: "0".to_owned(),
         load: WorkerLoad::default(),
         measured: Measured::default(),
+        sequences_max: 0,
     }
 }
 

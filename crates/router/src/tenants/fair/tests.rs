@@ -25,7 +25,7 @@ fn ask(tenant: &str, prompt_tokens: u64) -> Ask {
 
 fn queue(places: usize, requests: usize) -> FairQueue<&'static str> {
     let bytes = 1000;
-    FairQueue::new(places, QueueMax { requests, bytes }, AGE)
+    FairQueue::new(places, false, QueueMax { requests, bytes }, AGE)
 }
 
 fn waits<W>(entered: Entered<W>) -> Vec<W> {
@@ -45,7 +45,7 @@ fn runs<W>(entered: Entered<W>) -> Granted<W> {
 
 /// Ends one request with one place and says who is next.
 fn next(queue: &mut FairQueue<&'static str>, ended: &str, now: Instant) -> Option<&'static str> {
-    queue.give_back(1);
+    queue.give_back(&name(ended), 1);
     queue.finish(&name(ended));
     queue.pop(now).map(|granted| granted.waiter)
 }
@@ -135,12 +135,60 @@ fn a_large_request_waits_for_all_its_places_and_is_not_passed() {
     waits(queue.enter(ask("c", 1), "c0", now));
     assert!(queue.pop(now).is_none());
     queue.finish(&name("a"));
-    queue.give_back(1);
+    queue.give_back(&name("a"), 1);
     let large = queue.pop(now).unwrap();
     assert_eq!((large.waiter, large.places), ("large", 3));
     assert!(queue.pop(now).is_none());
-    queue.give_back(2);
+    queue.give_back(&name("b"), 2);
     assert_eq!(queue.pop(now).unwrap().waiter, "c0");
+}
+
+#[test]
+fn one_tenant_does_not_get_the_places_of_all() {
+    let (max, now) = (
+        QueueMax {
+            requests: 10,
+            bytes: 1000,
+        },
+        Instant::now(),
+    );
+    let mut queue = FairQueue::new(16, true, max, AGE);
+    let of = |tenant: &str, places| Ask {
+        places,
+        ..ask(tenant, 1)
+    };
+    assert_eq!(runs(queue.enter(of("a", 99), "a0", now)).places, 14);
+    waits(queue.enter(of("a", 1), "a1", now));
+    // Though a has waited for longer.
+    runs(queue.enter(of("b", 1), "b0", now));
+    runs(queue.enter(of("c", 1), "c0", now));
+    waits(queue.enter(of("b", 1), "b1", now));
+    queue.give_back(&name("a"), 1);
+    assert_eq!(queue.pop(now).unwrap().waiter, "a1");
+    queue.give_back(&name("c"), 1);
+    assert_eq!(queue.pop(now).unwrap().waiter, "b1");
+}
+
+#[test]
+fn what_runs_keeps_its_places_where_there_are_fewer_now() {
+    let (mut queue, now) = (queue(4, 10), Instant::now());
+    for what in ["0", "1", "2", "3"] {
+        runs(queue.enter(ask("a", 1), what, now));
+    }
+    queue.set_places(2);
+    let large = Ask {
+        places: 4,
+        ..ask("a", 1)
+    };
+    waits(queue.enter(large, "large", now));
+    for _ in 0..3 {
+        queue.give_back(&name("a"), 1);
+        assert!(queue.pop(now).is_none());
+    }
+    queue.give_back(&name("a"), 1);
+    assert_eq!(queue.pop(now).unwrap().places, 2);
+    queue.set_places(3);
+    runs(queue.enter(ask("a", 1), "last", now));
 }
 
 #[test]
@@ -290,7 +338,7 @@ proptest! {
     fn tenants_that_wait_get_their_shares_and_no_place_stays_free(load in load()) {
         let now = Instant::now();
         let max = QueueMax { requests: 1000, bytes: usize::MAX };
-        let mut queue = FairQueue::new(load.places, max, AGE);
+        let mut queue = FairQueue::new(load.places, false, max, AGE);
         let mut running: Vec<Runs> = Vec::new();
         let mut left = vec![0_usize; load.weights.len()];
         let asked = |&(tenant, prompt, _): &(usize, u64, u64)| {
@@ -321,7 +369,7 @@ proptest! {
             let ended: Vec<usize> = running.iter().filter(|r| r.1 == 0).map(|r| r.0).collect();
             running.retain(|r| r.1 > 0);
             for tenant in ended {
-                queue.give_back(1);
+                queue.give_back(&name(&format!("t{tenant}")), 1);
                 queue.finish(&name(&format!("t{tenant}")));
             }
             while let Some(granted) = queue.pop(now) {
