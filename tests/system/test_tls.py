@@ -131,11 +131,13 @@ class Secured:
     def common(self, role):
         cert, key = pair(self.live, role)
         settings = self.tmp / f"{role}.toml"
-        settings.write_text(
-            tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
-            f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
-            'user = "tramontane"\n'
-        )
+        # Once: a process that starts may be reading it.
+        if not settings.exists():
+            settings.write_text(
+                tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
+                f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
+                'user = "tramontane"\n'
+            )
         return ["--config", settings]
 
     def start_worker(self, name, *flags):
