@@ -148,5 +148,9 @@ def proto(tmp_path_factory):
         admin = importlib.import_module("tramontane.v1.admin_pb2")
         admin_grpc = importlib.import_module("tramontane.v1.admin_pb2_grpc")
         worker = importlib.import_module("tramontane.v1.worker_pb2")
+        expert = importlib.import_module("tramontane.v1.expert_pb2")
+        expert_grpc = importlib.import_module("tramontane.v1.expert_pb2_grpc")
+        weights = importlib.import_module("tramontane.v1.weights_pb2")
+        weights_grpc = importlib.import_module("tramontane.v1.weights_pb2_grpc")
 
     return Modules

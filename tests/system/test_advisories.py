@@ -1,18 +1,22 @@
 """What went wrong in other servers of language models, tried on ours. Each class of advisory is a test of its name; those
 that a faster test covers are listed in docs/security.md."""
 
+import concurrent.futures
 import json
 import pathlib
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 
 import pytest
 
-from conftest import Server, wait_until
+from conftest import ROOT, Server, run, wait_until
 from test_cluster import Cluster
 from test_resume import etcd  # noqa: F401, a fixture
 
@@ -105,25 +109,91 @@ def test_a_template_of_a_request_is_refused(server):
         assert status == 400 and answer["error"]["param"] == name
 
 
-def test_a_template_of_a_model_has_a_limit(tmp_path):
-    """CVE-2026-115911, CVE-2024-34359: a template that never ends, or wants more than text."""
-    import shutil
+# By what a message says: ways to never end, to take all memory, and out of the template; they end with nothing or a refusal.
+TEMPLATES = {
+    "loop": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    "recursion": "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "range": "{{ range(99999999999) | list }}",
+    "repeat": "{{ ('x' * 99999) * 99999 }}",
+    "double": "{% set n = namespace(s='xxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "class": "{{ ''.__class__ }}",
+    "attr": "{{ ''|attr('__class__') }}",
+    "mro": "{{ messages.__class__.__mro__ }}",
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__ }}",
+    "popen": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "self": "{{ self._TemplateReference__context }}",
+    "open": "{{ open('/etc/passwd').read() }}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import '/etc/passwd' as p %}{{ p }}",
+    "from": "{% from '/etc/passwd' import p %}{{ p }}",
+}
+ENDLESS = ("loop", "recursion", "range", "repeat", "double")
+# A fifth of a second by itself; the rest is for a machine that is busy.
+TEMPLATE_SECONDS = 10
 
-    root = pathlib.Path(__file__).resolve().parents[2]
-    model = tmp_path / "m"
-    shutil.copytree(root / "models" / "demo", model)
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A model whose template is each of them, by what the first message says."""
+    model = tmp_path_factory.mktemp("hostile") / "m"
+    shutil.copytree(ROOT / "models" / "demo", model)
     config = json.loads((model / "tokenizer_config.json").read_text())
-    hostile = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
-    config["chat_template"] = hostile
+    branches = "".join("{% if said == '" + name + "' %}" + text + "{% endif %}" for name, text in TEMPLATES.items())
+    config["chat_template"] = "{% set said = messages[0]['content'] %}" + branches + "{% if said == 'hi' %}hello{% endif %}"
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    for file in model.glob("chat_template*"):
-        file.unlink()
     server = Server("--model", model)
-    status, answer = chat(server, "hi")
-    assert status in (400, 500) and "error" in answer
-    status, _ = post(server, "/v1/completions", {"prompt": "The", "max_tokens": 2})
-    assert status == 200, "what needs no template is served"
+    yield server
     assert server.stop() == 0
+
+
+def rendered(server, said):
+    """Status of the conversation's ids, and their text or the error."""
+    status, answer = post(server, "/tokenize", {"messages": [{"role": "user", "content": said}]})
+    if status != 200:
+        return status, answer["error"]
+    return status, post(server, "/detokenize", {"tokens": answer["tokens"]})[1]["prompt"]
+
+
+def test_a_template_of_a_model_reaches_nothing_but_its_text(hostile):
+    """CVE-2024-34359: out of the template over attributes, or into files."""
+    assert rendered(hostile, "hi")[1].strip() == "hello"
+    for name in TEMPLATES.keys() - set(ENDLESS):
+        status, said = rendered(hostile, name)
+        if status == 200:
+            assert said.strip() == "", (name, said)
+            continue
+        assert status == 400 and said["param"] == "messages" and "chat template" in said["message"], (name, said)
+        assert "root:" not in said["message"]
+
+
+def test_a_template_of_a_model_has_a_limit(hostile):
+    """CVE-2026-115911: a template that never ends. It ends soon, costs little memory, and others are served meanwhile."""
+    before, stopping = hostile.resident(), threading.Event()
+
+    def render(said):
+        began = time.monotonic()
+        status, answer = chat(hostile, said)
+        return said, status, answer, time.monotonic() - began
+
+    def others():
+        slowest = 0
+        while not stopping.is_set():
+            began = time.monotonic()
+            status, answer = post(hostile, "/v1/completions", {"prompt": "The", "max_tokens": 2})
+            assert status == 200 and answer["usage"]["completion_tokens"], "what needs no template is served"
+            slowest = max(slowest, time.monotonic() - began)
+        return slowest
+
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        served = pool.submit(others)
+        renders = list(pool.map(render, ENDLESS * 3))
+        stopping.set()
+        assert 0 < served.result() < TEMPLATE_SECONDS
+    for said, status, answer, took in renders:
+        assert status == 400 and "chat template" in answer["error"]["message"], (said, answer)
+        assert took < TEMPLATE_SECONDS, said
+    assert hostile.resident() - before < 256 << 20
 
 
 def test_nothing_a_client_names_is_fetched(server):
@@ -154,14 +224,41 @@ def test_nothing_a_client_names_is_fetched(server):
 
 def test_internal_ids_are_no_clients(server):
     """CVE-2026-105755, CVE-2026-105754, CVE-2026-94627: a client's request id or hash is a key inside."""
-    headers = {"x-request-id": "same", "x-tramontane-answer": "same"}
-    answers = [
-        post(server, "/v1/completions", {"prompt": prompt, "max_tokens": 6, "temperature": 0}, headers)
-        for prompt in ["The capital of Poland", "La capitale"]
-    ]
-    assert [status for status, _ in answers] == [200, 200]
-    (_, one), (_, other) = answers
-    assert one["id"] != other["id"] and "same" not in one["id"] + other["id"]
+    names = {"x-request-id": "same", "x-tramontane-answer": "same"}
+    bodies = [{"prompt": p, "max_tokens": 12, "temperature": 0} for p in ("The capital of Poland", "La capitale de la France")]
+    alone = [post(server, "/v1/completions", body)[1]["choices"] for body in bodies]
+    assert alone[0] != alone[1]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        named = [body | {"request_id": "same", "cache_salt": "same"} for body in bodies] * 4
+        answers = list(pool.map(lambda body: post(server, "/v1/completions", body, names), named))
+    assert [status for status, _ in answers] == [200] * 8
+    assert [answer["choices"] for _, answer in answers] == alone * 4
+    ids = {answer["id"] for _, answer in answers}
+    assert len(ids) == 8 and not any("same" in id for id in ids)
+
+
+def test_a_tenant_has_nothing_of_anothers(tmp_path):
+    """The same advisories: a prompt, a request id and an idempotency key of one are no keys to what the other has."""
+    keys, config = tmp_path / "keys", tmp_path / "config.toml"
+    config.write_text(f'[auth]\nkeys_file = "{keys}"\n')
+    tenants = [run("keys", "add", "--tenant", name, "--file", keys).stdout.strip() for name in ("one", "other")]
+    server = Server("--workers", "1", "--config", config)
+
+    def asked(key, retry, tokens):
+        names = {"authorization": f"Bearer {key}", "x-request-id": "same", "idempotency-key": retry}
+        body = {"prompt": "The capital of Poland and " * 30, "max_tokens": tokens, "temperature": 0}
+        return post(server, "/v1/completions", body, names)
+
+    for tokens, key in zip((6, 7), tenants):
+        status, answer = asked(key, "same", tokens)
+        assert status == 200 and answer["usage"]["completion_tokens"] == tokens, answer
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "it was told that somebody asked this"
+        assert asked(key, "same", tokens) == (200, answer), "a retry is the same request"
+        assert asked(key, "same", 8)[0] == 422, "the key is in use, by its own tenant"
+        again = asked(key, "new", tokens)[1]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64, "one's own prompts are cached"
+        assert again["id"] != answer["id"] and again["choices"] == answer["choices"]
+    assert server.stop() == 0
 
 
 def test_labels_of_metrics_are_a_closed_set(server):
@@ -206,14 +303,32 @@ def test_the_health_of_a_worker_that_stands_still_is_no_good(etcd):  # noqa: F81
         cluster.kill()
 
 
-def test_a_log_line_is_one_line(tmp_path):
-    """RUSTSEC-2025-0055: control sequences of a client in a terminal's log."""
-    server = Server("--log", "debug")
-    path = "/v1/%1b%5b31m%0aFORGED"
-    subprocess.run(["curl", "-sS", "-o", "/dev/null", "-H", "x-evil: \x1b[31mFORGED", f"{server.url}{path}"], timeout=10)
-    chat(server, "\x1b[31m\nFORGED")
-    wait_until(lambda: "/v1/" in server.output(), 10, "the request is in the log")
-    lines = server.output().splitlines()
-    assert not any(line.startswith("FORGED") for line in lines)
-    assert "\x1b[31mFORGED" not in server.output()
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_log_line_is_one_line(tmp_path, log_format):
+    """RUSTSEC-2025-0055: control sequences of a client in a terminal's log. Refusals that quote a client are in it at `debug`."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[telemetry]\nlog = "debug"\nlog_format = "{log_format}"\n')
+    server = Server("--workers", "1", "--config", config)
+    host, port = server.url.removeprefix("http://").split(":")
+    forged = "\x1b[31m\r\n2026-11-26T00:00:00.000000Z FORGED \x9b\u2028\x00"
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(b"GET /v1/%1b%5b31m%0aFORGED HTTP/1.1\r\nhost: x\r\nx-evil: \x9b31mFORGED\r\nconnection: close\r\n\r\n")
+        assert b"404" in client.recv(65536)
+    quoted = [
+        {"guided_json": {"type": forged}}, {"guided_json": {"$ref": forged}}, {"guided_regex": "(" + forged},
+        {"guided_grammar": forged}, {"guided_json": {"pattern": "(" + forged}},
+    ]
+    for options in quoted:
+        status, answer = chat(server, forged, **options)
+        assert status == 400 and "FORGED" in answer["error"]["message"], answer
+    wait_until(lambda: server.output().count("request refused") >= len(quoted), 10, "refusals are in the log")
     assert server.stop() == 0
+    log = pathlib.Path(server.log.name).read_bytes()
+    assert not set(log) & {0x00, 0x0D, 0x1B} and b"\xc2\x9b" not in log and "\u2028".encode() not in log
+    lines = [line for line in log.decode().splitlines() if "FORGED" in line]
+    assert len(lines) >= len(quoted)
+    for line in lines:
+        if log_format == "json":
+            assert json.loads(line)["message"], line
+        else:
+            assert re.match(r"\d{4}-\d\d-\d\dT\S+Z +DEBUG ", line), line

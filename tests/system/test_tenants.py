@@ -8,11 +8,13 @@ import pathlib
 import resource
 import socket
 import ssl
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 
+import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -50,7 +52,7 @@ class Issuer:
             "ES256": ec.generate_private_key(ec.SECP256R1()),
             "EdDSA": ed25519.Ed25519PrivateKey.generate(),
         }
-        self.jwks = folder / "jwks.json"
+        self.jwks, self.made = folder / "jwks.json", []
         self.write(self.keys)
 
     def write(self, keys):
@@ -66,7 +68,8 @@ class Issuer:
         claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 300, "tenant": "acme", **claims}
         claims = {name: value for name, value in claims.items() if value is not None}
         key = self.keys[algorithm] if key is None else key
-        return jwt.encode(claims, key, algorithm, {"kid": kid or algorithm})
+        self.made.append(jwt.encode(claims, key, algorithm, {"kid": kid or algorithm}))
+        return self.made[-1]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,8 @@ def guarded(tmp_path_factory):
     log = server.output()
     assert server.stop() == 0, log[-4000:]
     assert client not in log and operator not in log, "a key is in the log"
+    # Claims are not secret by themselves, but nobody has asked for them to be written down.
+    assert not any(part in log for token in issuer.made for part in token.split(".")[1:] if part), "a token is in the log"
 
 
 def test_tokens_of_all_kinds_get_in(guarded):
@@ -178,6 +183,66 @@ def test_operators_need_a_key_of_theirs(guarded):
         assert status(key).returncode == 1
     elsewhere = run("status", "--router", guarded.grpc, "--api-key", guarded.operator, check=False)
     assert elsewhere.returncode == 1 and "no admin API at this port" in elsewhere.stderr
+
+
+def test_what_proves_who_one_is_is_kept_nowhere(etcd, tmp_path, proto):
+    """Keys and tokens, good ones and others, at both doors; then all logs at `trace`, all metrics and all of etcd are read."""
+    issuer, keys, config = Issuer(tmp_path), tmp_path / "keys", tmp_path / "config.toml"
+    config.write_text(
+        f'[auth]\nkeys_file = "{keys}"\n[auth.jwt]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\njwks_file = "{issuer.jwks}"\n'
+        '[telemetry]\nlog = "trace"\n'
+    )
+    client = run("keys", "add", "--tenant", "globex", "--file", keys).stdout.strip()
+    operator = run("keys", "add", "--tenant", "ops", "--operator", "--file", keys).stdout.strip()
+    http_port, grpc_port, admin, ops = (free_port() for _ in range(4))
+    common = ["--etcd", etcd, "--cluster", "secrets", "--config", config]
+    router = Process("router", [
+        BINARY, "router", *common, "--http-port", http_port, "--grpc-port", grpc_port, "--admin-port", admin,
+    ])
+    worker = Process("worker", [BINARY, "worker", *common, "--id", "w-0", "--grpc-port", free_port(), "--ops-port", ops])
+    url, door = f"http://127.0.0.1:{http_port}", f"127.0.0.1:{admin}"
+    router.wait_for("router serves")
+    wait_until(lambda: ask(url, "/health/ready")[0] == 200, 120, "the cluster is ready")
+    tokens = [issuer.token(), issuer.token("RS256")]
+    strangers = ["trm_" + "x" * 43, issuer.token(exp=1), issuer.token(aud="other"), issuer.token(tenant=None)]
+    stub = proto.inference_grpc.InferenceStub(grpc.insecure_channel(f"127.0.0.1:{grpc_port}"))
+    asked = proto.inference.GenerateRequest(prompt="A secret: xyzzy", options=proto.inference.GenerateOptions(max_tokens=2))
+    for proof in [client, *tokens, *strangers]:
+        is_known = proof not in strangers
+        for header, value in [("authorization", f"Bearer {proof}"), ("api-key", proof), ("x-api-key", proof)]:
+            body = json.dumps(completion(2, prompt="A secret: xyzzy")).encode()
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json", header: value})
+            status = 200
+            try:
+                urllib.request.urlopen(request, timeout=60).read()
+            except urllib.error.HTTPError as error:
+                status = error.code
+            assert (status == 200) == is_known, (header, status)
+            try:
+                stub.GenerateOnce(asked, timeout=60, metadata=[(header, value)])
+                assert is_known
+            except grpc.RpcError as error:
+                assert not is_known and proof not in str(error)
+    assert run("status", "--router", door, "--api-key", operator).returncode == 0
+    assert run("status", "--router", door, "--api-key", client, check=False).returncode == 1
+
+    page = lambda port: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    etcdctl = ["etcdctl", "--endpoints", etcd, "get", "--prefix", "/tramontane/secrets/"]
+    kept = subprocess.run(etcdctl, capture_output=True, timeout=60, check=True, env={**os.environ, "ETCDCTL_API": "3"}).stdout
+    assert b"/tramontane/secrets/workers/w-0" in kept and b"/tramontane/secrets/placement/" in kept
+    places = {"metrics of the router": page(http_port), "metrics of the worker": page(ops), "etcd": kept.decode(errors="replace")}
+    assert all("tramontane_" in places[name] for name in places if "metrics" in name)
+    for process in (worker, router):
+        assert process.stop() == 0, process.output()[-4000:]
+        places[f"log of the {process.name}"] = process.output()
+        assert "TRACE" in process.output()
+    secrets = [client, operator, *strangers[:1], "xyzzy"]
+    for token in tokens + strangers[1:]:
+        # Neither the whole nor its parts: the header says nothing, claims and signature do.
+        secrets += token.split(".")[1:]
+    for place, text in places.items():
+        for secret in secrets:
+            assert secret not in text, f"{secret} is in the {place}: {text[max(0, text.index(secret) - 300):][:400]}"
 
 
 def test_a_quota_is_told_in_headers(guarded):
@@ -295,27 +360,49 @@ def test_overload_costs_no_goodput_and_refusals_come_at_once(guarded):
     assert grown < 64 << 20
 
 
-def test_a_request_waits_for_the_first_worker(etcd):
-    """A router alone; a stream and a whole answer ask; a worker comes; both are answered."""
+def test_a_request_waits_for_the_first_workers(etcd):
+    """A router alone; a stream and a whole answer ask; workers come; the stream is told how far they are, both are answered."""
     http, grpc = free_port(), free_port()
     common = ["--etcd", etcd, "--cluster", "held"]
-    router = Process("router", [BINARY, "router", *common, "--http-port", http, "--grpc-port", grpc])
+    router = Process("router", [
+        BINARY, "router", *common, "--http-port", http, "--grpc-port", grpc, "--admin-port", free_port(), "--min-workers", "2",
+    ])
     url = f"http://127.0.0.1:{http}"
     router.wait_for("router serves")
+
+    def start(name):
+        ports = ["--grpc-port", free_port(), "--ops-port", free_port()]
+        return Process(name, [BINARY, "worker", *common, "--threads", "1", "--id", name, *ports])
+
+    def next_comment(told):
+        """The next one that says something else."""
+        while line := stream.readline():
+            if line.startswith(b": waiting: ") and line.decode().strip() != told:
+                return line.decode().strip()
+            assert not line.strip() or line.startswith(b": waiting: "), line
+        raise AssertionError("the stream has ended")
+
     body = json.dumps(completion(4, stream=True)).encode()
     request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
     with concurrent.futures.ThreadPoolExecutor(1) as pool, urllib.request.urlopen(request, timeout=120) as stream:
         assert stream.status == 200
-        assert stream.readline().startswith(b": waiting: ")
+        told = next_comment(None)
+        while "has not been read" in told:
+            told = next_comment(told)
+        assert told == ": waiting: no worker has registered"
         assert ask(url, "/health/ready")[0] == 503
         whole = pool.submit(ask, url, "/v1/completions", completion(4), None, 120)
-        worker = Process("worker", [BINARY, "worker", *common, "--grpc-port", free_port(), "--ops-port", free_port(),
-                                    "--id", "w-0"])
-        assert stream.read().endswith(b"data: [DONE]\n\n")
+        workers = [start("w-0")]
+        # One is not enough for a placement, so this stands until another one comes.
+        assert next_comment(told) == ": waiting: no placement of experts is published"
+        assert num_held(url) == 2 and not whole.done()
+        workers.append(start("w-1"))
+        rest = stream.read().decode()
+        assert rest.endswith("data: [DONE]\n\n") and '"text":' in rest
         status, _, answer = whole.result()
         assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
-    assert worker.stop() == 0, worker.output()[-4000:]
-    assert router.stop() == 0, router.output()[-4000:]
+    for process in [*workers, router]:
+        assert process.stop() == 0, process.output()[-4000:]
 
 
 def test_a_thousand_idle_streams_are_cheap(etcd):

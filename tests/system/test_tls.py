@@ -64,7 +64,7 @@ def expired(directory, role):
 
 
 class Secured:
-    """An etcd that asks for certificates and a password, a router and two workers; everything over TLS."""
+    """An etcd that asks for certificates and a password, a router and three workers; everything over TLS."""
 
     def __init__(self, tmp):
         self.tmp, self.certs, self.foreign = tmp, tmp / "certs", tmp / "foreign"
@@ -72,7 +72,7 @@ class Secured:
         certs(self.certs, "issue", "--role", "etcd")
         certs(self.foreign, "init")
         certs(self.certs, "issue", "--role", "router", "--name", "other-cluster", cluster="other")
-        expired(self.certs, "router")
+        expired(self.certs, "worker")
         # As a mounted secret is: what processes read is behind a link.
         self.live = tmp / "live"
         self.live.symlink_to(self.certs)
@@ -80,11 +80,13 @@ class Secured:
         self.start_etcd()
         self.router = Process("router", [
             BINARY, "router", *self.common("router"), "--host", "0.0.0.0", "--http-port", self.http,
-            "--grpc-port", self.grpc, "--admin-host", "0.0.0.0", "--admin-port", self.admin, "--min-workers", "2",
+            "--grpc-port", self.grpc, "--admin-host", "0.0.0.0", "--admin-port", self.admin, "--min-workers", "3",
         ], self.env())
         self.workers, self.ops, self.doors = {}, {}, {}
         for name in ("w-0", "w-1"):
             self.start_worker(name)
+        # One tells all that it does.
+        self.start_worker("w-2", "--log", "trace")
 
     def start_etcd(self):
         cert, key = pair(self.certs, "etcd")
@@ -106,18 +108,22 @@ class Secured:
                 return False
 
         wait_until(healthy, 60, "etcd is healthy")
-        etcdctl = ["etcdctl", "--endpoints", url, "--cacert", self.certs / "ca.pem", "--cert", cert, "--key", key]
         for command in [
             ["user", "add", f"root:{PASSWORD}"], ["user", "grant-role", "root", "root"],
             ["user", "add", f"tramontane:{PASSWORD}"], ["role", "add", "tramontane"],
             ["role", "grant-permission", "tramontane", "--prefix=true", "readwrite", "/tramontane/"],
             ["user", "grant-role", "tramontane", "tramontane"], ["auth", "enable"],
         ]:
-            done = subprocess.run(
-                [str(c) for c in etcdctl + command], capture_output=True, text=True, timeout=60,
-                env={**os.environ, "ETCDCTL_API": "3"},
-            )
+            done = self.etcdctl(*command)
             assert done.returncode == 0 or "already exists" in done.stderr, (command, done.stderr)
+
+    def etcdctl(self, *command):
+        cert, key = pair(self.certs, "etcd")
+        flags = ["--endpoints", f"https://127.0.0.1:{self.etcd_port}", "--cacert", self.certs / "ca.pem", "--cert", cert, "--key", key]
+        return subprocess.run(
+            ["etcdctl", *map(str, flags), *command], capture_output=True, text=True, errors="replace", timeout=60,
+            env={**os.environ, "ETCDCTL_API": "3"},
+        )
 
     def env(self):
         return {"TRAMONTANE_ETCD__PASSWORD": PASSWORD}
@@ -125,19 +131,21 @@ class Secured:
     def common(self, role):
         cert, key = pair(self.live, role)
         settings = self.tmp / f"{role}.toml"
-        settings.write_text(
-            tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
-            f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
-            'user = "tramontane"\n'
-        )
+        # Once: a process that starts may be reading it.
+        if not settings.exists():
+            settings.write_text(
+                tls_section(self.live, role) + f'[auth]\nanonymous = true\n[etcd]\nendpoints = ["https://127.0.0.1:{self.etcd_port}"]\n'
+                f'cluster = "{CLUSTER}"\ntls_ca = "{self.live / "ca.pem"}"\ntls_cert = "{cert}"\ntls_key = "{key}"\n'
+                'user = "tramontane"\n'
+            )
         return ["--config", settings]
 
-    def start_worker(self, name):
+    def start_worker(self, name, *flags):
         self.ops[name], self.doors[name] = free_port(), free_port()
         self.workers[name] = Process(name, [
             BINARY, "worker", *self.common("worker"), "--id", name, "--threads", "1", "--host", "0.0.0.0",
             "--grpc-port", self.doors[name], "--ops-port", self.ops[name],
-            "--advertise", f"127.0.0.1:{self.doors[name]}",
+            "--advertise", f"127.0.0.1:{self.doors[name]}", *flags,
         ], self.env())
 
     def operator(self, *args, role="operator", **options):
@@ -205,7 +213,7 @@ def openssl(port, *flags, said=""):
 def test_router_workers_and_etcd_answer_over_tls(secured):
     assert tell(secured.client()).choices[0].message.content
     workers = json.loads(secured.operator("workers", "list", "--output", "json").stdout)
-    assert all(w["state"] == "ready" and w["segments"] > 0 for w in workers) and len(workers) == 2
+    assert all(w["state"] == "ready" and w["segments"] > 0 for w in workers) and len(workers) == 3
     for process in secured.processes():
         assert PASSWORD not in process.output()
     checked = run("config", "check", "--config", secured.common("router")[1], env={**os.environ, **secured.env()})
@@ -266,6 +274,60 @@ def test_a_wrong_role_or_cluster_is_told_what_was_expected(secured, proto):
     refused = secured.operator("status", role="router", check=False)
     assert refused.returncode == 2 and "expected the role operator" in refused.stderr, refused.stderr
     assert secured.ready()
+
+
+def test_peers_let_in_workers_only(secured, proto):
+    """Rows and weights: the doors that only workers have a reason to go through."""
+    port = secured.doors["w-0"]
+    seen = json.loads(secured.operator("workers", "list", "--output", "json").stdout)[0]
+    expert, weights = proto.expert, proto.weights
+    hello = expert.ExpertFrame(hello=expert.Hello(
+        worker_id="w-9", cluster=CLUSTER, numeric_class=seen["numeric_class"], model=seen["weights"], credits=1,
+    ))
+    asker = weights.WeightsAsker(worker_id="w-9", cluster=CLUSTER, model=seen["weights"])
+
+    def exchange(name):
+        stub = proto.expert_grpc.ExpertExchangeStub(secured.channel(port, name))
+        return next(stub.Exchange(iter([hello]), timeout=10))
+
+    def describe(name):
+        stub = proto.weights_grpc.WeightsStub(secured.channel(port, name))
+        return stub.DescribeCheckpoint(weights.DescribeCheckpointRequest(asker=asker), timeout=10)
+
+    assert exchange("worker").hello.worker_id == "w-0"
+    assert describe("worker").fingerprint == seen["weights"]
+    for call, path in [(exchange, "ExpertExchange/Exchange"), (describe, "Weights/DescribeCheckpoint")]:
+        for name, got in [
+            ("router", f"spiffe://{CLUSTER}/router"), ("operator", f"spiffe://{CLUSTER}/operator"),
+            ("other-cluster", "spiffe://other/router"),
+        ]:
+            error = refusal(lambda: call(name))
+            assert error.code() == grpc.StatusCode.PERMISSION_DENIED, error
+            assert f"v1.{path} is for spiffe://{CLUSTER}/worker, got {got}" in error.details(), error
+        before = len(secured.workers["w-0"].output())
+        error = refusal(lambda: call("expired"))
+        assert error.code() == grpc.StatusCode.UNAVAILABLE, error
+        said = lambda: re.search("connection refused.*[Ee]xpired", secured.workers["w-0"].output()[before:])
+        wait_until(said, 15, "the worker's log says why")
+    assert secured.ready()
+
+
+def test_secrets_are_nowhere_but_in_their_files(secured):
+    """The password of etcd and every private key: in no log, one of them at `trace`, in no metric and nowhere in etcd."""
+    secrets = {PASSWORD}
+    for file in secured.certs.glob("*-key.pem"):
+        secrets |= {line for line in file.read_text().splitlines() if line and not line.startswith("-----")}
+    assert len(secrets) > 10
+    trust = ssl.create_default_context(cafile=secured.certs / "ca.pem")
+    page = lambda port: urllib.request.urlopen(f"https://localhost:{port}/metrics", timeout=10, context=trust).read().decode()
+    everything = secured.etcdctl("--user", f"root:{PASSWORD}", "get", "--prefix", "/")
+    assert all(f"/tramontane/{CLUSTER}/workers/{name}" in everything.stdout for name in secured.workers), everything.stderr
+    places = {"etcd": everything.stdout, "the router's metrics": page(secured.http)}
+    places |= {f"the metrics of {name}": page(port) for name, port in secured.ops.items()}
+    places |= {f"the log of {process.name}": process.output() for process in secured.processes()}
+    assert "TRACE" in places["the log of w-2"]
+    for place, text in places.items():
+        assert text and not [secret for secret in secrets if secret in text], place
 
 
 def test_a_certificate_of_another_authority_or_time_is_no_certificate(secured, proto):
@@ -397,7 +459,7 @@ def switch(secured, directory):
 
 
 def test_new_certificates_are_taken_while_a_stream_runs(secured):
-    before = {port: certificate(port) for port in (secured.http, secured.ops["w-0"], secured.ops["w-1"])}
+    before = {port: certificate(port) for port in (secured.http, *secured.ops.values())}
     whole = tell(secured.client()).choices[0].message.content
     stream = tell(secured.client(), stream=True)
     first = next(stream).choices[0].delta.content or ""
@@ -430,7 +492,7 @@ def test_new_certificates_are_taken_while_a_stream_runs(secured):
     secured.workers["w-1"].stop(signal.SIGTERM, seconds=90)
     secured.start_worker("w-1")
     wait_until(
-        lambda: json.loads(secured.operator("status", "--output", "json", check=False).stdout or "{}").get("workers_ready") == 2,
+        lambda: json.loads(secured.operator("status", "--output", "json", check=False).stdout or "{}").get("workers_ready") == 3,
         60, "w-1 is back",
     )
     assert tell(secured.client()).choices[0].message.content == whole
