@@ -3,6 +3,7 @@ that a faster test covers are listed in docs/security.md."""
 
 import concurrent.futures
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -332,3 +333,23 @@ def test_a_log_line_is_one_line(tmp_path, log_format):
             assert json.loads(line)["message"], line
         else:
             assert re.match(r"\d{4}-\d\d-\d\dT\S+Z +DEBUG ", line), line
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_value_of_etcd_is_one_line_in_a_log(etcd, tmp_path, log_format):  # noqa: F811
+    """RUSTSEC-2025-0055 again: what cannot be read is quoted, with its line feeds and escapes."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[telemetry]\nlog_format = "{log_format}"\n')
+    cluster = Cluster(etcd, "--config", config, name=f"log-{log_format}", min_workers=1)
+    try:
+        cluster.router.wait_for("router serves")
+        forged = "\x1b[31m\r\n2026-11-26T00:00:00.000000Z FORGED"
+        put = ["etcdctl", "--endpoints", etcd, "put", f"/tramontane/log-{log_format}/workers/w-7", "--"]
+        subprocess.run([*put, json.dumps({"id": forged, "state": forged})], check=True, env={**os.environ, "ETCDCTL_API": "3"})
+        cluster.router.wait_for("FORGED")
+        log = pathlib.Path(cluster.router.log.name).read_bytes()
+        assert not set(log) & {0x0D, 0x1B}, log
+        (line,) = [line for line in log.decode().splitlines() if "FORGED" in line]
+        assert json.loads(line)["message"] if log_format == "json" else re.match(r"\d{4}-\S+Z +WARN ", line), line
+    finally:
+        cluster.kill()

@@ -328,7 +328,7 @@ SETTINGS = [
     (b"#" * (1 << 20) + b"\n", {}, ["configuration file", "settings.toml", "1048577 bytes, expected at most 1048576"]),
     (b"", {"ROUTER__HOLD_WAIT": "2d"}, ["router.hold_wait must be between 0s and 1day, got 2days"]),
     (b"", {"ROUTER__ID": ""}, ["router.id must be 1 to 128 bytes"]),
-    (b"", {"ETCD__CLUSTER": ""}, ['cluster name ""', "1 to 63 letters"]),
+    (b"", {"ETCD__CLUSTER": ""}, ['etcd.cluster ""', "1 to 63 letters"]),
     (b"", {"LISTEN__HTTP": ""}, ["listen.http must be host:port", 'got ""']),
     (b"", {"LISTEN__HTTP": "localhost:99999"}, ["listen.http must be host:port", 'got "localhost:99999"']),
     (b"", {"TELEMETRY__LOG": "[[["}, ["telemetry.log", '"[[["']),
@@ -353,7 +353,7 @@ def test_a_bad_flag_is_named_before_anything_starts(tmp_path):
         (["router", "--config", tmp_path / "missing.toml"], ["missing.toml", "No such file"]),
         (["router", "--config", ""], ["--config"]),
         (["router", "--etcd", ""], ["etcd.endpoints must be", 'got ""']),
-        (["router", "--cluster", ""], ["cluster name", "1 to 63 letters"]),
+        (["router", "--cluster", ""], ["etcd.cluster", "1 to 63 letters"]),
         (["router", "--http-port", "65536"], ["--http-port", "65536"]),
         (["serve", "--model", ""], ["--model"]),
         (["serve", "--host", ""], ["--host"]),
@@ -433,3 +433,42 @@ def test_a_shifted_bit_is_refused(checkpoint):
     done = run("model", "verify", checkpoint, check=False)
     assert done.returncode == 1 and "model.safetensors" in done.stderr, done.stderr
     assert "model.safetensors" in refused_to_load(checkpoint)
+
+
+@pytest.mark.parametrize("text,env,flags,key,got", [
+    ('[router]\nhold_wait = "5 parsecs"\n', {}, ["router"], "router.hold_wait", "5 parsecs"),
+    ("[router]\nhold_wait = 5\n", {}, ["router"], "router.hold_wait", "5"),
+    ("[router]\nqueue_max = -1\n", {}, ["router"], "router.queue_max", "-1"),
+    ("[router]\nreplicas = 0\n", {}, ["router"], "router.replicas", "0"),
+    ('[router]\npolicy = ""\n', {}, ["router"], "router.policy", "``"),
+    ('[worker]\nexpert_memory = "5 GiB"\n', {}, ["worker", "--id", "w"], "worker.expert_memory", "5 GiB"),
+    ("", {"TRAMONTANE_ROUTER__HOLD_WAIT": "5x"}, ["router"], "router.hold_wait", "5x"),
+    ("", {"TRAMONTANE_ROUTER__HOLD_WAIT": ""}, ["router"], "router.hold_wait", '""'),
+    ("", {"TRAMONTANE_ROUTER__QUEUE_MAX": ""}, ["router"], "router.queue_max", '""'),
+    ("", {"TRAMONTANE_ETCD__ENDPOINTS": ""}, ["router"], "etcd.endpoints", '""'),
+    ("", {"TRAMONTANE_TELEMETRY__LOG_FORMAT": ""}, ["router"], "telemetry.log_format", "``"),
+    ("", {"TRAMONTANE_ROUTER__NOPE": "1"}, ["router"], "router.nope", "unknown"),
+    ("", {}, ["worker", "--id", "w", "--weights", ""], "worker.weights", "``"),
+])
+def test_a_setting_of_the_wrong_type_or_unit_is_named(tmp_path, text, env, flags, key, got):
+    """docs/configuration.md: "a message that names the key, the rule and the value"."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text(text)
+    refused = run(*flags, "--config", settings, check=False, env={**os.environ, **env})
+    assert refused.returncode == 2 and got in refused.stderr, refused.stderr
+    assert key in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize("env", [{"TRAMONTANE_ETCD__CLUSTER": ""}, {"TRAMONTANE_LISTEN__HTTP": ""}, {"TRAMONTANE_TELEMETRY__LOG": "[[["}])
+def test_a_check_of_settings_refuses_what_a_start_refuses(env):
+    env = {**os.environ, **env}
+    assert run("router", check=False, env=env).returncode == 2
+    assert run("config", "check", check=False, env=env).returncode == 2
+
+
+def test_a_missing_keys_file_is_a_wrong_setting(tmp_path):
+    """As a missing file of `[tls]` is."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'[auth]\nkeys_file = "{tmp_path}/missing"\n')
+    refused = run("router", "--config", settings, check=False)
+    assert "auth.keys_file" in refused.stderr and refused.returncode == 2, refused.stderr

@@ -20,6 +20,8 @@ pub(crate) fn run(command: ConfigCommand) -> anyhow::Result<()> {
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
     loaded.value.etcd.validate()?;
+    loaded.value.listen.validate()?;
+    loaded.value.telemetry.validate().map_err(misuse)?;
     loaded.value.router().validate().map_err(misuse)?;
     let tree = serde_json::to_value(&loaded.value)?;
     let mut values = Map::new();

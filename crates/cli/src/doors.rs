@@ -1,6 +1,6 @@
 //! Which ports a process may open: beyond this machine only with TLS, or on the operator's explicit word.
 
-use std::net::ToSocketAddrs as _;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -96,12 +96,19 @@ pub(crate) fn check_callers(
 
 /// Whether only this machine reaches a port.
 fn stays_here(port: &Port<'_>) -> anyhow::Result<bool> {
-    let (key, address) = (port.key, port.address);
+    let found = resolved(port.key, port.address)?;
+    Ok(!found.is_empty() && found.iter().all(is_here))
+}
+
+/// What `host:port` stands for.
+///
+/// # Errors
+/// [`Misuse`](crate::settings::Misuse) that names the key, when it is no such thing or nobody knows the host.
+pub(crate) fn resolved(key: &str, address: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let found = address
         .to_socket_addrs()
         .map_err(|error| misuse(format!("{key} must be host:port, got {address:?}: {error}")))?;
-    let found: Vec<_> = found.collect();
-    Ok(!found.is_empty() && found.iter().all(is_here))
+    Ok(found.collect())
 }
 
 /// Listens on `host:port`.

@@ -65,7 +65,10 @@ pub(crate) fn of(error: &anyhow::Error) -> Exit {
     if let Some(refusal) = error.downcast_ref::<Refusal>() {
         return refusal.exit;
     }
-    if error.is::<Misuse>() {
+    let is_setting = error
+        .downcast_ref::<tramontane_router::Error>()
+        .is_some_and(tramontane_router::Error::is_setting);
+    if is_setting || error.is::<Misuse>() {
         return Exit::Misused;
     }
     Exit::Failed

@@ -99,6 +99,25 @@ pub(crate) struct ListenSettings {
     pub(crate) ops: String,
 }
 
+impl ListenSettings {
+    /// Checks that each is an address.
+    ///
+    /// # Errors
+    /// [`Misuse`] that names the setting.
+    pub(crate) fn validate(&self) -> anyhow::Result<()> {
+        for (key, address) in [
+            ("listen.http", &self.http),
+            ("listen.grpc", &self.grpc),
+            ("listen.admin", &self.admin),
+            ("listen.worker", &self.worker),
+            ("listen.ops", &self.ops),
+        ] {
+            crate::doors::resolved(key, address)?;
+        }
+        Ok(())
+    }
+}
+
 impl Default for ListenSettings {
     fn default() -> Self {
         let at = |port: u16| format!("{LOOPBACK}:{port}");

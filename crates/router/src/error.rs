@@ -49,6 +49,14 @@ pub enum Error {
     Reflection(#[source] tonic_reflection::server::Error),
 }
 
+impl Error {
+    /// Whether a setting is outside its rule: the operator's to mend.
+    #[must_use]
+    pub const fn is_setting(&self) -> bool {
+        matches!(self, Self::Config { .. } | Self::Setting { .. })
+    }
+}
+
 /// What kind of refusal, the same for HTTP and gRPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ErrorKind {

@@ -138,7 +138,10 @@ where
     }
     mark(&layers.flags, "", &Source::Flag, &mut sources);
     merge(&mut merged, layers.flags.clone());
-    let value = T::deserialize(Value::Table(merged)).map_err(|e| value_error(e.message()))?;
+    let value = serde_path_to_error::deserialize(Value::Table(merged)).map_err(|error| {
+        let key = error.path().to_string();
+        value_error(&format!("{key}: {}", error.inner().message()))
+    })?;
     Ok(Loaded { value, sources })
 }
 

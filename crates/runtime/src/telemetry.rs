@@ -1,5 +1,6 @@
 //! Logs and traces. Prompt and output text never go through here.
 
+use std::fmt::{self, Write as _};
 use std::io::IsTerminal as _;
 
 use opentelemetry::trace::TracerProvider as _;
@@ -7,6 +8,9 @@ use opentelemetry_otlp::WithExportConfig as _;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::{Deserialize, Serialize};
+use tracing::field::Field;
+use tracing_subscriber::field::MakeExt as _;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -87,16 +91,31 @@ impl Drop for Telemetry {
     }
 }
 
+impl TelemetryConfig {
+    /// Checks the filter.
+    ///
+    /// # Errors
+    /// When it does not parse.
+    pub fn validate(&self) -> Result<(), TelemetryError> {
+        self.filter().map(drop)
+    }
+
+    fn filter(&self) -> Result<EnvFilter, TelemetryError> {
+        EnvFilter::try_new(&self.log).map_err(|source| TelemetryError::Filter {
+            filter: self.log.clone(),
+            source,
+        })
+    }
+}
+
 /// Starts logs and, when an endpoint is given, traces. Call once, inside the tokio runtime.
 ///
 /// # Errors
 /// When the filter or the endpoint cannot be used, or telemetry runs already.
 pub fn start(config: &TelemetryConfig, service: &'static str) -> Result<Telemetry, TelemetryError> {
-    let filter = EnvFilter::try_new(&config.log).map_err(|source| TelemetryError::Filter {
-        filter: config.log.clone(),
-        source,
-    })?;
+    let filter = config.filter()?;
     let text = tracing_subscriber::fmt::layer()
+        .fmt_fields(debug_fn(one_line).delimited(" "))
         .with_writer(std::io::stderr)
         .with_target(false)
         // A log file wants no colours.
@@ -120,6 +139,29 @@ pub fn start(config: &TelemetryConfig, service: &'static str) -> Result<Telemetr
         .try_init()?;
     opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     Ok(Telemetry { provider })
+}
+
+/// Writes a field so that nothing in it ends the line or speaks to a terminal: much of what is logged comes from elsewhere.
+fn one_line(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    if field.name() != "message" {
+        write!(writer, "{}=", field.name())?;
+    }
+    write!(OneLine(writer), "{value:?}")
+}
+
+struct OneLine<'a, 'w>(&'a mut Writer<'w>);
+
+impl fmt::Write for OneLine<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for char in text.chars() {
+            if char.is_control() {
+                write!(self.0, "{}", char.escape_default())?;
+            } else {
+                self.0.write_char(char)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn otlp(endpoint: &str, service: &'static str) -> Result<SdkTracerProvider, TelemetryError> {

@@ -113,8 +113,8 @@ enum State {
     Name(String),
     /// Behind `[CALL_ID]`.
     Id { name: String, id: String },
-    /// Behind `[ARGS]`.
-    Arguments,
+    /// Behind `[ARGS]`, and behind the white space before them: clients parse every piece that they get.
+    Arguments { has_begun: bool },
 }
 
 impl ToolCallParser {
@@ -163,7 +163,7 @@ impl ToolCallParser {
     fn end_stretch(&mut self, out: &mut Vec<CallPiece>) {
         self.end_text(out);
         match std::mem::replace(&mut self.state, State::Text) {
-            State::Text | State::Arguments => {}
+            State::Text | State::Arguments { .. } => {}
             State::List(list) => push_text(out, &list.rest()),
             State::Name(name) => push_text(out, &name),
             State::Id { name, id } => push_text(out, &(name + &id)),
@@ -190,7 +190,7 @@ impl ToolCallParser {
             name: name.trim().to_owned(),
         });
         self.num_calls += 1;
-        self.state = State::Arguments;
+        self.state = State::Arguments { has_begun: false };
     }
 
     fn begin_id(&mut self, out: &mut Vec<CallPiece>) {
@@ -231,7 +231,11 @@ impl ToolCallParser {
                     self.state = State::Text;
                 }
             }
-            State::Arguments => push_arguments(out, self.num_calls - 1, text),
+            State::Arguments { has_begun } => {
+                let text = if *has_begun { text } else { text.trim_start() };
+                *has_begun |= !text.is_empty();
+                push_arguments(out, self.num_calls - 1, text);
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tramontane_coordination::EtcdConfig;
 use tramontane_runtime::tls::{self, Trust};
 
 use super::secret::Secret;
@@ -65,6 +66,9 @@ impl EtcdSettings {
     /// # Errors
     /// [`Misuse`](super::Misuse) that names the setting.
     pub(crate) fn validate(&self) -> anyhow::Result<()> {
+        EtcdConfig::new(self.endpoints.clone(), &self.cluster)
+            .validate()
+            .map_err(misuse)?;
         if let Some(url) = self.endpoints.iter().find(|url| !is_endpoint(url)) {
             return Err(misuse(format!(
                 "etcd.endpoints must be host:port or http(s)://host:port, got {url:?}"

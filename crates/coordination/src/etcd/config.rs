@@ -60,14 +60,18 @@ impl EtcdConfig {
         }
     }
 
-    pub(super) fn validate(&self) -> Result<(), Error> {
+    /// Checks the endpoints' number and the cluster's name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that says which, and the rule.
+    pub fn validate(&self) -> Result<(), Error> {
         if self.endpoints.is_empty() {
-            return Err(Error::invalid("etcd endpoints", "none given"));
+            return Err(Error::invalid("etcd.endpoints", "none given"));
         }
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         let named = (1..=CLUSTER_NAME_BYTES_MAX).contains(&self.cluster.len());
         if !named || !self.cluster.bytes().all(plain) {
-            let what = format!("cluster name {:?}", self.cluster);
+            let what = format!("etcd.cluster {:?}", self.cluster);
             return Err(Error::invalid(
                 what,
                 "1 to 63 letters, digits and ._- expected",
