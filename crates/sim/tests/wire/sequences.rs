@@ -264,7 +264,7 @@ impl World {
             groups: [(version.key(), group)].into(),
             serving: Some(Arc::new(version)),
             synced: true,
-            stale: false,
+            ..Placements::default()
         }
     }
 
