@@ -4,7 +4,6 @@ use std::io::IsTerminal as _;
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig as _;
-use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -118,7 +117,6 @@ pub fn start(config: &TelemetryConfig, service: &'static str) -> Result<Telemetr
         .with(logs)
         .with(traces)
         .try_init()?;
-    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     Ok(Telemetry { provider })
 }
 
