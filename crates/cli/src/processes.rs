@@ -238,7 +238,11 @@ fn worker_doors(settings: &Settings, config: &WorkerConfig) -> anyhow::Result<Tl
         port("listen.ops", &listen.ops),
         port("listen.worker", &listen.worker),
     ];
-    let opened = if config.island_rank > 0 { 1 } else { ports.len() };
+    let opened = if config.island_rank > 0 {
+        1
+    } else {
+        ports.len()
+    };
     doors::check(&ports[..opened], &tls, settings.tls.insecure)?;
     doors::check_island(config, settings.tls.insecure)?;
     Ok(tls)
