@@ -1,6 +1,7 @@
 //! Rules of the repository that a machine can check. Each returns its findings as `file: what`.
 
 mod links;
+mod lock;
 mod pages;
 mod ports;
 
@@ -68,6 +69,7 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<Vec<String>> {
     findings.extend(pages::check(root)?);
     findings.extend(ports::check(root)?);
     findings.extend(links::check(root)?);
+    findings.extend(lock::check(root)?);
     Ok(findings)
 }
 

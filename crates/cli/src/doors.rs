@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use tokio::net::TcpListener;
 use tramontane_router::AuthConfig;
 use tramontane_runtime::tls::{Expected, PeerName, Role, Tls, TlsSettings, is_here};
+use tramontane_worker::WorkerConfig;
 
 use crate::settings::{chain, misuse};
 
@@ -94,6 +95,31 @@ pub(crate) fn check_callers(
     Ok(())
 }
 
+/// Refuses a rank whose leader is on another machine, unless the operator wants it so: NCCL, by which ranks exchange partial
+/// sums, does not encrypt.
+///
+/// # Errors
+/// [`Misuse`](crate::settings::Misuse) that names the leader and the ways out.
+pub(crate) fn check_island(worker: &WorkerConfig, insecure: bool) -> anyhow::Result<()> {
+    if worker.island_rank == 0 || worker.island_network_trusted || insecure {
+        return Ok(());
+    }
+    let Some(leader) = &worker.island_leader else {
+        return Ok(());
+    };
+    // A name that nobody knows yet may be that of another machine.
+    let found: Vec<_> = leader.to_socket_addrs().into_iter().flatten().collect();
+    if !found.is_empty() && found.iter().all(is_here) {
+        return Ok(());
+    }
+    let rank = worker.island_rank;
+    Err(misuse(format!(
+        "worker.island_leader of rank {rank} is {leader}, beyond this machine, and NCCL exchanges partial sums in the clear: \
+         expected a loopback address, worker.island_network_trusted = true \
+         (TRAMONTANE_WORKER__ISLAND_NETWORK_TRUSTED=true) where nobody else reaches the island's network, or --insecure"
+    )))
+}
+
 /// Whether only this machine reaches a port.
 fn stays_here(port: &Port<'_>) -> anyhow::Result<bool> {
     let found = resolved(port.key, port.address)?;
@@ -166,6 +192,46 @@ mod tests {
                 .unwrap_err()
                 .is::<Misuse>()
         );
+    }
+
+    /// What NCCL carries is in the clear: the class "NCCL / tensor RPC" of docs/security.md.
+    #[test]
+    fn an_island_spans_machines_only_where_somebody_says_that_its_network_is_trusted() {
+        let follower = |leader: &str| WorkerConfig {
+            island_ranks: 2,
+            island_rank: 1,
+            island_leader: Some(leader.to_owned()),
+            ..WorkerConfig::default()
+        };
+        for here in ["127.0.0.1:8100", "[::1]:8100", "localhost:8100"] {
+            check_island(&follower(here), false).unwrap();
+        }
+        for beyond in ["10.0.0.7:8100", "[2001:db8::7]:8100", "0.0.0.0:8100"] {
+            let error = check_island(&follower(beyond), false).unwrap_err();
+            let text = error.to_string();
+            assert!(error.is::<Misuse>(), "{text}");
+            for word in [
+                beyond,
+                "rank 1",
+                "NCCL",
+                "worker.island_network_trusted = true",
+                "--insecure",
+            ] {
+                assert!(text.contains(word), "{text}");
+            }
+            check_island(&follower(beyond), true).unwrap();
+            let trusted = WorkerConfig {
+                island_network_trusted: true,
+                ..follower(beyond)
+            };
+            check_island(&trusted, false).unwrap();
+        }
+        // The leader calls nobody: each rank that follows is asked for its own.
+        let leader = WorkerConfig {
+            island_rank: 0,
+            ..follower("10.0.0.7:8100")
+        };
+        check_island(&leader, false).unwrap();
     }
 
     #[test]

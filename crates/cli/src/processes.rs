@@ -77,7 +77,7 @@ pub(crate) async fn worker(args: WorkerArgs) -> anyhow::Result<()> {
     config
         .validate()
         .map_err(|e| misuse(format!("worker.{e}")))?;
-    let tls = worker_doors(&settings, config.island_rank)?;
+    let tls = worker_doors(&settings, &config)?;
     let _telemetry = telemetry::start(&settings.telemetry, "tramontane-worker").map_err(misuse)?;
     let shutdown = Shutdown::new();
     follow(&tls, &settings.tls, &shutdown);
@@ -226,7 +226,7 @@ pub(crate) fn router_doors(settings: &Settings, cluster: &str) -> anyhow::Result
 }
 
 /// Those of a worker. A rank that follows has no port but that for health checks.
-fn worker_doors(settings: &Settings, island_rank: u32) -> anyhow::Result<Tls> {
+fn worker_doors(settings: &Settings, config: &WorkerConfig) -> anyhow::Result<Tls> {
     let tls = doors::identities(&settings.tls, &settings.etcd.cluster, Role::Worker)?;
     let (listen, shows) = (&settings.listen, Shows::Cluster);
     let port = |key, address| Port {
@@ -238,8 +238,13 @@ fn worker_doors(settings: &Settings, island_rank: u32) -> anyhow::Result<Tls> {
         port("listen.ops", &listen.ops),
         port("listen.worker", &listen.worker),
     ];
-    let opened = if island_rank > 0 { 1 } else { ports.len() };
+    let opened = if config.island_rank > 0 {
+        1
+    } else {
+        ports.len()
+    };
     doors::check(&ports[..opened], &tls, settings.tls.insecure)?;
+    doors::check_island(config, settings.tls.insecure)?;
     Ok(tls)
 }
 

@@ -18,6 +18,8 @@ pub struct SeenIntent {
     pub intent: Intent,
     /// Whether the store has been read at all.
     pub synced: bool,
+    /// Values that could not be read: 1 while a wish stands that is not the one in the store.
+    pub skipped: usize,
 }
 
 /// Watches the intent until `stop`, through any outage of the store.
@@ -43,8 +45,14 @@ struct IntentView {
 impl IntentView {
     fn take(&mut self, entry: Option<Entry>) {
         match read_intent(entry) {
-            Ok(intent) => self.seen.intent = intent,
-            Err(error) => tracing::warn!(%error, "intent ignored, keeping the last one"),
+            Ok(intent) => {
+                self.seen.intent = intent;
+                self.seen.skipped = 0;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "intent ignored, keeping the last one");
+                self.seen.skipped = 1;
+            }
         }
     }
 }
@@ -118,6 +126,7 @@ mod tests {
             .put(keys::INTENT, Bytes::from_static(b"{"), None)
             .await
             .unwrap();
+        until(&mut seen, |seen| seen.skipped == 1).await;
         memory
             .put("intent-of-a-neighbour", Bytes::from_static(b"{}"), None)
             .await
@@ -129,7 +138,7 @@ mod tests {
             .await
             .unwrap();
         let now = until(&mut seen, |seen| seen.intent.slices_per_expert.is_some()).await;
-        assert_eq!(now.intent, intent);
+        assert_eq!((now.intent, now.skipped), (intent.clone(), 0));
 
         store.set_up(false);
         intent.replicas = NonZeroUsize::new(3);

@@ -22,6 +22,7 @@ pub mod placements;
 pub mod planner;
 pub mod registry;
 pub mod remember;
+mod skipped;
 pub mod slices;
 pub mod store;
 pub mod version;

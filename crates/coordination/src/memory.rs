@@ -18,8 +18,8 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::Error;
 use crate::store::{
-    CasOutcome, Entry, LIST_ENTRIES_MAX, LeaseId, Listing, Revision, Store, Watch, WatchEvent,
-    check_key, check_prefix, check_value,
+    CasOutcome, Entry, LIST_BYTES_MAX, LIST_ENTRIES_MAX, LeaseId, Listing, Revision, Store, Watch,
+    WatchEvent, check_key, check_prefix, check_value,
 };
 
 /// Events kept for watches; a watch that lags further behind must list again.
@@ -229,7 +229,7 @@ impl Store for MemoryStore {
             let from = state.entries.range(prefix.to_owned()..);
             let below = from.take_while(|(key, _)| key.starts_with(prefix));
             let entries: Vec<Entry> = below.map(|(key, s)| s.entry(key)).collect();
-            check_list(prefix, entries.len())?;
+            check_list(prefix, &entries)?;
             let revision = state.revision;
             Ok(Listing { entries, revision })
         })
@@ -326,14 +326,17 @@ impl Store for MemoryStore {
     }
 }
 
-/// Refuses a listing above [`LIST_ENTRIES_MAX`].
-pub(crate) fn check_list(prefix: &str, size: usize) -> Result<(), Error> {
-    if size > LIST_ENTRIES_MAX {
-        return Err(Error::TooLarge {
-            what: format!("listing of {prefix:?}"),
-            size,
-            max: LIST_ENTRIES_MAX,
-        });
+/// Refuses a listing above [`LIST_ENTRIES_MAX`] or [`LIST_BYTES_MAX`].
+pub(crate) fn check_list(prefix: &str, entries: &[Entry]) -> Result<(), Error> {
+    let bytes = entries.iter().map(|entry| entry.value.len()).sum();
+    for (of, size, max) in [
+        ("listing", entries.len(), LIST_ENTRIES_MAX),
+        ("bytes of the listing", bytes, LIST_BYTES_MAX),
+    ] {
+        if size > max {
+            let what = format!("{of} of {prefix:?}");
+            return Err(Error::TooLarge { what, size, max });
+        }
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use tramontane_types::{Epoch, Placement};
 use crate::mirror::{View, mirror};
 use crate::mutation::{Mutation, is_on};
 use crate::placement_store::{decode, decode_serving};
+use crate::skipped::Skipped;
 use crate::store::{Entry, Store, WatchEvent, keys};
 use crate::version::{GroupKey, PlacementKey, Version};
 
@@ -53,6 +54,8 @@ pub struct Placements {
     pub synced: bool,
     /// Whether the store is out of sight: this is the last that was known.
     pub stale: bool,
+    /// Values that could not be read, or for which there is no room, and are left out.
+    pub skipped: usize,
 }
 
 impl Placements {
@@ -108,6 +111,7 @@ pub fn watch_placements(
     let view = PlacementsView {
         placements: Placements::default(),
         gone: BTreeSet::new(),
+        skipped: Skipped::default(),
         sender,
     };
     let prefix = match scope {
@@ -122,6 +126,7 @@ struct PlacementsView {
     placements: Placements,
     /// Groups whose published placement the store does not have any more.
     gone: BTreeSet<GroupKey>,
+    skipped: Skipped,
     sender: watch::Sender<Arc<Placements>>,
 }
 
@@ -133,6 +138,7 @@ impl PlacementsView {
             Some(PlacementKey::Serving) => return self.put_serving(entry),
             None => {
                 tracing::warn!(key = entry.key, "key skipped, it is not ours");
+                self.skipped.insert(&entry.key);
                 return;
             }
         };
@@ -140,14 +146,17 @@ impl PlacementsView {
             Ok(placement) => Arc::new(placement),
             Err(error) => {
                 tracing::warn!(key = entry.key, %error, "placement skipped");
+                self.skipped.insert(&entry.key);
                 return;
             }
         };
         if !self.has_room_for(group) {
             let max = GROUPS_MAX;
             tracing::warn!(key = entry.key, max, "placement skipped, too many groups");
+            self.skipped.insert(&entry.key);
             return;
         }
+        self.skipped.remove(&entry.key);
         let known = self.placements.groups.entry(group).or_default();
         let seen = known.published_epoch();
         if is_pending {
@@ -162,9 +171,13 @@ impl PlacementsView {
 
     fn put_serving(&mut self, entry: &Entry) {
         match decode_serving(entry) {
-            Ok(version) => self.placements.serving = Some(Arc::new(version)),
+            Ok(version) => {
+                self.placements.serving = Some(Arc::new(version));
+                self.skipped.remove(&entry.key);
+            }
             Err(error) => {
                 tracing::warn!(key = entry.key, %error, "version skipped, keeping the last one");
+                self.skipped.insert(&entry.key);
             }
         }
     }
@@ -205,6 +218,7 @@ impl View for PlacementsView {
                 self.gone.insert(*group);
             }
         }
+        self.skipped.clear();
         for entry in &entries {
             self.put(entry);
         }
@@ -218,6 +232,7 @@ impl View for PlacementsView {
             }
             return;
         };
+        self.skipped.remove(&key);
         match PlacementKey::parse(&key) {
             Some(PlacementKey::Pending(group)) => self.drop_pending(group),
             Some(PlacementKey::Published(group)) => {
@@ -239,6 +254,7 @@ impl View for PlacementsView {
         self.placements
             .groups
             .retain(|_, known| known.published.is_some() || known.pending.is_some());
+        self.placements.skipped = self.skipped.len();
         let mut shown = self.placements.clone();
         for known in shown.groups.values_mut() {
             let published = known.published_epoch();
@@ -374,6 +390,12 @@ mod tests {
         let seen = all.wait_for(has_pending).await.unwrap().clone();
         assert_eq!(seen.groups[&of_b.group()].published_epoch(), Epoch(2));
         assert_eq!(seen.published_epoch(), Epoch(7), "the last version stays");
+        assert_eq!(seen.skipped, 3);
+        scene.memory.delete("placement/x/published").await.unwrap();
+        scene.memory.delete(keys::SERVING).await.unwrap();
+        let own = serde_json::to_vec(&placement_of("b", 4)).unwrap();
+        scene.memory.put(&key, own.into(), None).await.unwrap();
+        all.wait_for(|p| p.skipped == 0).await.unwrap();
         assert_eq!(seen.groups.len(), 2);
         scene.end().await;
     }
@@ -396,6 +418,7 @@ mod tests {
         );
         let (first, last) = (scene.store(&first).group(), scene.store(&last).group());
         assert!(!shown.groups.contains_key(&last));
+        seen.wait_for(|p| p.skipped == 1).await.unwrap();
         scene.memory.delete(&first.published()).await.unwrap();
         let late = placement_of(&format!("f{GROUPS_MAX}"), 2);
         let known = scene.store(&late).published().await.unwrap();

@@ -16,6 +16,8 @@ pub const KEY_BYTES_MAX: usize = 256;
 pub const VALUE_BYTES_MAX: usize = 1 << 20;
 /// Most entries of one listing: far above any cluster, so that junk below a prefix cannot eat memory.
 pub const LIST_ENTRIES_MAX: usize = 16_384;
+/// Most bytes of their values together: placements of all groups and then some.
+pub const LIST_BYTES_MAX: usize = 256 << 20;
 /// Shortest lease; etcd raises shorter ones to this by itself.
 pub const LEASE_TTL_MIN: Duration = Duration::from_secs(2);
 

@@ -5,14 +5,28 @@ use tramontane_proto::v1::{ExpertFrame, expert_frame::Kind};
 use tramontane_types::ModelGeometry;
 
 use crate::CallLimits;
-use crate::grpc::codec;
+use crate::grpc::{Group, codec};
+use crate::host::fuzzing::frames;
 use crate::validate::check_call;
 
 /// One frame, up to the queue of the server or to whoever waits for the reply.
 pub fn frame(bytes: &[u8], geometry: &ModelGeometry, limits: &CallLimits) {
-    let Ok(frame) = ExpertFrame::decode(bytes) else {
-        return;
+    if let Ok(frame) = ExpertFrame::decode(bytes) {
+        take(frame, geometry, limits);
+    }
+}
+
+/// What comes on a Unix socket of the host: a greeting, and frames behind it.
+pub fn socket(bytes: &[u8], geometry: &ModelGeometry, limits: &CallLimits) {
+    let group = Group {
+        cluster: "c",
+        numeric_class: "n",
+        model: "m",
     };
+    frames(bytes, &group, limits, |frame| take(frame, geometry, limits));
+}
+
+fn take(frame: ExpertFrame, geometry: &ModelGeometry, limits: &CallLimits) {
     match frame.kind {
         Some(Kind::Call(call)) => {
             if let Ok(call) = codec::call_from_wire(call) {

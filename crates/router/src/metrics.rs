@@ -67,6 +67,7 @@ struct Gauges {
     epoch: Gauge,
     ready: Gauge,
     store_available: Gauge,
+    store_values_skipped: Gauge,
     survives_one_loss: Gauge,
     weights: Family<WeightsLabels, Gauge>,
     versions: Gauge,
@@ -89,6 +90,8 @@ pub(crate) struct Reading {
     pub(crate) epoch: u64,
     pub(crate) ready: bool,
     pub(crate) store_available: bool,
+    /// Values of the store that cannot be read.
+    pub(crate) store_values_skipped: usize,
     pub(crate) survives_one_loss: bool,
     /// The version that takes new requests.
     pub(crate) serving: Option<Arc<Version>>,
@@ -157,6 +160,21 @@ impl Gauges {
             "Versions of the weights that workers have",
             self.versions.clone(),
         );
+        own.register("ready", "1 when requests can be served", self.ready.clone());
+        own.register(
+            "store_available",
+            "1 when the store answers",
+            self.store_available.clone(),
+        );
+        own.register(
+            "store_values_skipped",
+            "Values of the store that cannot be read and are left out",
+            self.store_values_skipped.clone(),
+        );
+        self.register_grammars(own);
+    }
+
+    fn register_grammars(&self, own: &mut Registry) {
         let grammars = &self.grammars;
         own.register(
             "grammars_compiled",
@@ -182,12 +200,6 @@ impl Gauges {
             "grammar_cache_bytes",
             "Bytes of compiled constraints that are kept",
             grammars.cache_bytes.clone(),
-        );
-        own.register("ready", "1 when requests can be served", self.ready.clone());
-        own.register(
-            "store_available",
-            "1 when the store answers",
-            self.store_available.clone(),
         );
     }
 }
@@ -353,6 +365,8 @@ impl Metrics {
         gauges
             .store_available
             .set(i64::from(reading.store_available));
+        let skipped = count(reading.store_values_skipped);
+        gauges.store_values_skipped.set(skipped);
         gauges
             .survives_one_loss
             .set(i64::from(reading.survives_one_loss));

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument as _;
 use tramontane_coordination::{GroupPlacements, Version};
-use tramontane_runtime::{build_info, metrics as shared_metrics};
+use tramontane_runtime::{build_info, metrics as shared_metrics, trace_context};
 
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
@@ -96,6 +96,7 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     let value = HeaderValue::from_str(&id.to_string());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let span = tracing::info_span!("http", request_id = %id, %method, path);
+    trace_context::join(&span, request.headers());
     request.extensions_mut().insert(id);
     let mut response = next.run(request).instrument(span).await;
     if let Ok(value) = value {

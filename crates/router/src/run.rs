@@ -150,6 +150,7 @@ impl App {
             epoch: placements.published_epoch().0,
             ready: self.ready.check().is_ok(),
             store_available: !members.stale && !placements.stale,
+            store_values_skipped: members.skipped + placements.skipped + seen.skipped,
             survives_one_loss: placements
                 .published()
                 .is_some_and(|p| survives_one_loss(&members, p)),

@@ -8,12 +8,13 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Status, async_trait};
+use tonic::{Request, Status, async_trait};
 use tramontane_proto::v1::worker_client::WorkerClient;
 use tramontane_proto::v1::{
     GenerateSequenceRequest, SequenceEvent, WorkerStatus, WorkerStatusRequest,
 };
 use tramontane_runtime::tls::Link;
+use tramontane_runtime::trace_context;
 
 /// Longest wait for a connection to a worker.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -75,6 +76,8 @@ pub struct GrpcLink(pub WorkerClient<Channel>);
 #[async_trait]
 impl WorkerLink for GrpcLink {
     async fn generate(&self, request: GenerateSequenceRequest) -> Result<SequenceEvents, Status> {
+        let mut request = Request::new(request);
+        trace_context::tell(request.metadata_mut().as_mut());
         let answer = self.0.clone().generate(request).await?;
         Ok(answer.into_inner().boxed())
     }

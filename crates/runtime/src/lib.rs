@@ -10,6 +10,7 @@ pub mod readiness;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
+pub mod trace_context;
 
 pub use accepted::{Accepted, HELLO_TIMEOUT, WRITE_STALL_MAX};
 pub use readiness::{Readiness, ReadinessSetter};

@@ -5,7 +5,6 @@ use std::io::IsTerminal as _;
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::WithExportConfig as _;
-use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::{Deserialize, Serialize};
 use tracing::field::Field;
@@ -137,7 +136,6 @@ pub fn start(config: &TelemetryConfig, service: &'static str) -> Result<Telemetr
         .with(logs)
         .with(traces)
         .try_init()?;
-    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     Ok(Telemetry { provider })
 }
 

@@ -761,6 +761,186 @@ fn hostile_tokenizer_json_is_refused_at_load() {
     assert!(from_dir(&[("tokenizer.json", demo_json().to_string().as_bytes())]).is_ok());
 }
 
+/// Every id that comes out is in the vocabulary, and none of `controls`.
+fn check_encodes(tokenizer: &Tokenizer, text: &str, controls: &[u32]) -> Vec<u32> {
+    let ids = tokenizer.encode(text).unwrap();
+    let size = tokenizer.vocab_size();
+    assert!(ids.iter().all(|id| (*id as usize) < size), "{ids:?}");
+    assert!(ids.iter().all(|id| !controls.contains(id)), "{ids:?}");
+    ids
+}
+
+#[test]
+fn sparse_ids_are_a_vocabulary_with_holes() {
+    let mut file = demo_json();
+    let far = 900_000;
+    let added = file["added_tokens"].as_array_mut().unwrap();
+    added.push(json!({"id": far, "content": "<far>", "special": true}));
+    added.push(json!({"id": far - 7, "content": "kilowatt", "special": false}));
+    let load = |file: &Value| from_dir(&[("tokenizer.json", file.to_string().as_bytes())]);
+    let tokenizer = load(&file).unwrap();
+    assert_eq!(tokenizer.vocab_size(), far as usize + 1);
+    let ids = check_encodes(&tokenizer, "a <far> kilowatt \u{0}🦀", &[far]);
+    assert_eq!(tokenizer.decode(&ids, false), "a <far> kilowatt \u{0}🦀");
+    // A hole stands for nothing.
+    let hole = far - 1;
+    assert!(tokenizer.token_bytes(hole).is_none_or(<[u8]>::is_empty));
+    assert_eq!(tokenizer.decode(&[hole], false), "");
+    assert_eq!(tokenizer.token_bytes(far + 1), None);
+}
+
+#[test]
+fn added_tokens_that_shadow_bytes_are_refused_or_stay_text() {
+    let byte = |file: &Value, byte: &str| file["model"]["vocab"][byte].as_u64().unwrap();
+    let load = |file: &Value| from_dir(&[("tokenizer.json", file.to_string().as_bytes())]);
+    for (content, special) in [
+        ("A", true),
+        ("A", false),
+        ("<0x41>", true),
+        ("<0x41>", false),
+        ("\u{0}", true),
+        ("▁", false),
+    ] {
+        for id in [byte(&demo_json(), "<0x41>"), byte(&demo_json(), "<0x00>")] {
+            let mut file = demo_json();
+            let added = file["added_tokens"].as_array_mut().unwrap();
+            added.push(json!({"id": id, "content": content, "special": special}));
+            match load(&file) {
+                // What a client writes is no control token, whatever its bytes are called.
+                Ok(tokenizer) => {
+                    let controls: Vec<u32> = (0..tokenizer.vocab_size() as u32)
+                        .filter(|id| tokenizer.is_control(*id))
+                        .collect();
+                    assert_eq!(controls.contains(&(id as u32)), special, "{content}");
+                    for text in ["A", "<0x41>", "\u{0}", "\u{1}A ▁"] {
+                        match tokenizer.encode(text) {
+                            Ok(_) => drop(check_encodes(&tokenizer, text, &controls)),
+                            Err(error) => assert!(error.is_invalid_request(), "{error}"),
+                        }
+                    }
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(text.contains("tokenizer.json"), "{content}: {text}");
+                }
+            }
+        }
+    }
+}
+
+/// `tokenizer.model`, written here: protobuf is small.
+mod pieces {
+    pub(crate) const NORMAL: u8 = 1;
+    pub(crate) const UNKNOWN: u8 = 2;
+    pub(crate) const CONTROL: u8 = 3;
+    pub(crate) const BYTE: u8 = 6;
+
+    fn varint(mut number: u64) -> Vec<u8> {
+        let mut out = Vec::new();
+        while number >= 128 {
+            out.push(number as u8 | 128);
+            number >>= 7;
+        }
+        out.push(number as u8);
+        out
+    }
+
+    fn number(field: u64, value: u64) -> Vec<u8> {
+        [varint(field << 3), varint(value)].concat()
+    }
+
+    pub(crate) fn bytes(field: u64, value: &[u8]) -> Vec<u8> {
+        [
+            varint(field << 3 | 2),
+            varint(value.len() as u64),
+            value.to_vec(),
+        ]
+        .concat()
+    }
+
+    pub(crate) fn piece(text: &str, kind: u8) -> Vec<u8> {
+        bytes(
+            1,
+            &[bytes(1, text.as_bytes()), number(3, kind.into())].concat(),
+        )
+    }
+
+    /// The specifications behind the pieces: of byte pairs, with ids of bos and eos.
+    pub(crate) fn specs(bos: u64, eos: u64) -> Vec<u8> {
+        let trainer = [
+            number(3, 2),
+            number(35, 1),
+            number(40, 0),
+            number(41, bos),
+            number(42, eos),
+        ];
+        let normalizer = [bytes(1, b"identity"), number(3, 1), number(4, 0)];
+        [bytes(2, &trainer.concat()), bytes(3, &normalizer.concat())].concat()
+    }
+
+    /// The pieces that every model has: control tokens and bytes.
+    pub(crate) fn base() -> Vec<u8> {
+        let mut all = [
+            piece("<unk>", UNKNOWN),
+            piece("<s>", CONTROL),
+            piece("</s>", CONTROL),
+        ]
+        .concat();
+        for byte in 0..=255 {
+            all.extend(piece(&format!("<0x{byte:02X}>"), BYTE));
+        }
+        for text in ["▁", "a", "b", "ab"] {
+            all.extend(piece(text, NORMAL));
+        }
+        all
+    }
+}
+
+#[test]
+fn hostile_sentencepiece_files_are_refused_or_harmless() {
+    use pieces::{BYTE, CONTROL, NORMAL, base, bytes, piece, specs};
+    let load = |file: &[u8]| from_dir(&[("tokenizer.model", file)]);
+    let with = |more: &[Vec<u8>]| [base(), more.concat(), specs(1, 2)].concat();
+    let tokenizer = load(&with(&[])).unwrap();
+    assert_eq!(
+        tokenizer.decode(&tokenizer.encode("abc").unwrap(), false),
+        "abc"
+    );
+    let refused = |file: &[u8], what: &str| {
+        let text = load(file).unwrap_err().to_string();
+        assert!(text.contains("tokenizer.model"), "{what}: {text}");
+    };
+    refused(&with(&[piece("</s>", CONTROL)]), "a control token twice");
+    refused(&with(&[piece("<0x1>", BYTE)]), "a byte that is none");
+    refused(&[base(), specs(1 << 40, 2)].concat(), "a bos far off");
+    refused(&[base(), specs(1, 99_999)].concat(), "an eos far off");
+    // A length of 2^62 before three bytes; a varint that never ends.
+    let huge = [&[0x0a][..], &[0xff; 8], &[0x3f], b"abc"].concat();
+    refused(&huge, "a piece of 2^62 bytes");
+    refused(&[0xff; 64], "a field without an end");
+    let many = piece("x", NORMAL).repeat((1 << 20) + 1);
+    refused(
+        &[many, specs(1, 2)].concat(),
+        "more pieces than a vocabulary may have",
+    );
+    // Of two equal pieces one is never encoded; both stand for their text.
+    for twice in [
+        piece("ab", NORMAL),
+        piece("<0x41>", BYTE),
+        piece(&"a".repeat(1 << 20), NORMAL),
+        piece("", NORMAL),
+        bytes(1, &[0xff; 3]),
+    ] {
+        match load(&with(&[twice])) {
+            Ok(tokenizer) => {
+                let ids = check_encodes(&tokenizer, "ab A <0x41>", &[0, 1, 2]);
+                assert_eq!(tokenizer.decode(&ids, false), "ab A <0x41>");
+            }
+            Err(error) => assert!(error.to_string().contains("tokenizer.model"), "{error}"),
+        }
+    }
+}
+
 #[test]
 fn hostile_tekken_files_are_refused_at_load() {
     // All 256 bytes, twenty control tokens.
@@ -785,6 +965,7 @@ fn hostile_tekken_files_are_refused_at_load() {
     let load = |file: &Value| from_dir(&[("tekken.json", file.to_string().as_bytes())]);
     let tokenizer = load(&good).unwrap();
     assert_eq!(tokenizer.encode("<s>é").unwrap(), [80, 135, 82, 215, 189]);
+    check_newer_format(&good);
 
     let set = |pointer: &str, value: Value| {
         let mut file = good.clone();
@@ -822,6 +1003,30 @@ fn hostile_tekken_files_are_refused_at_load() {
             text.contains(field) && text.contains("tekken.json"),
             "{pointer} {value}: {text}"
         );
+    }
+}
+
+/// A format of after v13 is not guessed: texts are encoded, conversations only by a template.
+fn check_newer_format(good: &Value) {
+    for version in ["v15", "v99", "", "V3"] {
+        let mut file = good.clone();
+        file["config"]["version"] = version.into();
+        let file = file.to_string();
+        let tokenizer = from_dir(&[("tekken.json", file.as_bytes())]).unwrap();
+        assert_eq!(tokenizer.chat_format(), ChatFormat::None);
+        assert!(!tokenizer.supports_tools());
+        assert_eq!(tokenizer.encode_with_bos("é").unwrap(), [1, 215, 189]);
+        let conversation = say(&[(Role::User, "hi")]);
+        let error = tokenizer.encode_chat(&conversation).unwrap_err();
+        assert!(matches!(error, Error::NoChatFormat), "{error}");
+        assert!(error.is_invalid_request());
+        let with_template = from_dir(&[
+            ("tekken.json", file.as_bytes()),
+            ("chat_template.jinja", b"{{ messages[0].content }}"),
+        ]);
+        let with_template = with_template.unwrap();
+        assert_eq!(with_template.chat_format(), ChatFormat::Template);
+        with_template.encode_chat(&conversation).unwrap();
     }
 }
 

@@ -71,6 +71,8 @@ pub struct WorkerConfig {
     pub island_rank: u32,
     /// `host:port` of the leader's gRPC API, for a rank that follows.
     pub island_leader: Option<String>,
+    /// Whether an island may span machines: what NCCL carries between them is not encrypted.
+    pub island_network_trusted: bool,
     /// How long the leader waits for all ranks before it begins with those that are there.
     #[serde(with = "duration_text")]
     pub island_form_wait: Duration,
@@ -134,6 +136,7 @@ impl Default for WorkerConfig {
             island_ranks: 1,
             island_rank: 0,
             island_leader: None,
+            island_network_trusted: false,
             island_form_wait: ISLAND_FORM_WAIT,
             island_step_deadline: ISLAND_STEP_DEADLINE,
             weights: WeightFormat::Bf16,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use futures::{Stream, stream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+use tracing::{Instrument as _, Span};
 use tramontane_coordination::WorkerState;
 use tramontane_engine::NewSequence;
 use tramontane_grammar::Matcher;
@@ -14,6 +15,7 @@ use tramontane_proto::v1::{
     self, sequence_event::Kind, worker_server::Worker, worker_server::WorkerServer,
 };
 use tramontane_proto::{InvalidWire, finish_reason_to_wire};
+use tramontane_runtime::trace_context;
 use tramontane_types::constraint::CONSTRAINT_BYTES_MAX;
 use tramontane_types::{RequestId, SamplingParams};
 
@@ -142,14 +144,17 @@ impl Worker for GenerateService {
         &self,
         request: Request<v1::GenerateSequenceRequest>,
     ) -> Result<Response<EventStream>, Status> {
-        let request = request.into_inner();
-        let (worker, request_id) = (&self.node.id, request.request_id.clone());
-        match self.start(request).await {
+        let (worker, request_id) = (&self.node.id, request.get_ref().request_id.clone());
+        let span = tracing::info_span!("sequence", %worker, request_id);
+        trace_context::join(&span, request.metadata().as_ref());
+        let started = self.start(request.into_inner()).instrument(span.clone());
+        match started.await {
             Ok(generation) => {
                 tracing::debug!(%worker, request_id, "sequence taken");
                 let reader = Reader {
                     generation,
                     held: None,
+                    _span: span,
                 };
                 Ok(Response::new(Box::pin(stream::unfold(
                     reader,
@@ -194,6 +199,8 @@ struct Reader {
     generation: Generation,
     /// An event that came behind the tokens of the last message.
     held: Option<GenerationEvent>,
+    /// Lasts as long as its answer is read.
+    _span: Span,
 }
 
 impl Reader {

@@ -40,7 +40,14 @@ pub const TARGETS: &[Target] = &[
     target("proofs", proofs),
     target("constraint", constraint),
     target("sequence", worker::sequence),
-    target("expert_frame", expert_frame),
+    target("expert_frame", |bytes| {
+        exchange::frame(bytes, &GEOMETRY, &LIMITS);
+    }),
+    target("host_socket", |bytes| {
+        exchange::socket(bytes, &GEOMETRY, &LIMITS);
+    }),
+    target("island", |bytes| worker::island(bytes, &GEOMETRY)),
+    target("weights", worker::weights),
     target("store_value", coordination::values),
     target("safetensors", model::safetensors),
     target("gguf", model::gguf),
@@ -71,6 +78,29 @@ static FRONT: LazyLock<Front> = LazyLock::new(|| Front::new(TOKENIZER.clone()));
 static GRAMMARS: LazyLock<Grammars> = LazyLock::new(|| {
     Grammars::new(tramontane_router::vocabulary(&TOKENIZER).expect("the demo's vocabulary"))
 });
+
+/// The small model that other workers send frames, steps and calls for.
+const GEOMETRY: ModelGeometry = ModelGeometry {
+    hidden: 8,
+    num_layers: 2,
+    num_heads: 1,
+    num_kv_heads: 1,
+    head_dim: 8,
+    ff: 256,
+    num_experts: 4,
+    top_k: 2,
+    vocab: 16,
+    max_positions: 64,
+    rope_theta: 1e4,
+    rms_eps: 1e-5,
+    sliding_window: None,
+};
+const LIMITS: CallLimits = CallLimits {
+    rows_max: 16,
+    vectors_max: 64,
+    row_bytes: 16,
+    vector_bytes: 32,
+};
 
 /// Tokens that an answer in a constraint goes on by.
 const TOKENS: usize = 16;
@@ -134,30 +164,4 @@ fn walk(matcher: &mut Matcher, bytes: &[u8]) -> Vec<TokenId> {
         tokens.push(id);
     }
     tokens
-}
-
-/// A frame of another worker, for a small model.
-fn expert_frame(bytes: &[u8]) {
-    let geometry = ModelGeometry {
-        hidden: 8,
-        num_layers: 2,
-        num_heads: 1,
-        num_kv_heads: 1,
-        head_dim: 8,
-        ff: 256,
-        num_experts: 4,
-        top_k: 2,
-        vocab: 16,
-        max_positions: 64,
-        rope_theta: 1e4,
-        rms_eps: 1e-5,
-        sliding_window: None,
-    };
-    let limits = CallLimits {
-        rows_max: 16,
-        vectors_max: 64,
-        row_bytes: 16,
-        vector_bytes: 32,
-    };
-    exchange::frame(bytes, &geometry, &limits);
 }

@@ -6,12 +6,13 @@
 
 mod config;
 mod status;
+mod version;
 pub mod watch;
 
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -73,6 +74,8 @@ struct Shared {
 struct Member {
     url: String,
     client: OnceCell<Client>,
+    /// Whether it was asked which version it is.
+    has_been_asked: AtomicBool,
 }
 
 impl fmt::Debug for Shared {
@@ -118,6 +121,26 @@ impl Shared {
         client.cloned().map_err(|e| error_of(operation, &e))
     }
 
+    /// Warns of an etcd with known holes, once per endpoint that has answered. One that does not say which version it is, or not
+    /// to our user, is not asked again.
+    async fn look_at_version(&self, endpoint: &Member) {
+        let Some(client) = endpoint.client.get() else {
+            return;
+        };
+        if endpoint.has_been_asked.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let mut client = client.clone();
+        let Ok(Ok(status)) = timeout(self.config.attempt_timeout, client.status()).await else {
+            return;
+        };
+        let version = status.version();
+        if version::is_unsafe(version) {
+            let (endpoint, expected) = (&endpoint.url, version::SAFE);
+            tracing::warn!(endpoint, version, expected, "etcd has known holes");
+        }
+    }
+
     fn absolute(&self, key: &str) -> String {
         format!("{}{key}", self.root)
     }
@@ -148,6 +171,7 @@ impl EtcdStore {
         let endpoints = config.endpoints.iter().map(|url| Member {
             url: url.clone(),
             client: OnceCell::new(),
+            has_been_asked: AtomicBool::new(false),
         });
         let shared = Shared {
             root: format!("/tramontane/{}/", config.cluster),
@@ -182,7 +206,10 @@ impl EtcdStore {
             let left = ends.saturating_duration_since(Instant::now());
             let limit = left.min(config.attempt_timeout);
             let error = match timeout(limit, one).await {
-                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Ok(answer)) => {
+                    self.shared.look_at_version(endpoint).await;
+                    return Ok(answer);
+                }
                 Ok(Err(error)) if !error.is_retryable() => return Err(error),
                 Ok(Err(error)) => error,
                 Err(_elapsed) => Error::Timeout {
@@ -258,7 +285,7 @@ impl Store for EtcdStore {
                 at = answer.header().map_or(0, |header| header.revision());
             }
             entries.extend(answer.kvs().iter().filter_map(|kv| self.shared.entry(kv)));
-            check_list(prefix, entries.len())?;
+            check_list(prefix, &entries)?;
             let last = answer.kvs().last().filter(|_| answer.more());
             let Some(last) = last else {
                 let revision = Revision(at);

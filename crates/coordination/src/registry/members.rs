@@ -13,6 +13,7 @@ use tramontane_types::WorkerId;
 
 use super::record::WorkerRecord;
 use crate::mirror::{View, mirror};
+use crate::skipped::Skipped;
 use crate::store::{Entry, Store, WatchEvent, keys};
 use crate::version::Version;
 
@@ -61,7 +62,7 @@ pub fn watch_members(
     let (sender, receiver) = watch::channel(Arc::default());
     let view = MembersView {
         members: Members::default(),
-        skipped: BTreeSet::new(),
+        skipped: Skipped::default(),
         gone_at: BTreeMap::new(),
         sender,
     };
@@ -71,7 +72,7 @@ pub fn watch_members(
 
 struct MembersView {
     members: Members,
-    skipped: BTreeSet<String>,
+    skipped: Skipped,
     /// When each unconfirmed member stops being one.
     gone_at: BTreeMap<WorkerId, Instant>,
     sender: watch::Sender<Arc<Members>>,
@@ -88,7 +89,7 @@ impl MembersView {
             }
             Err(error) => {
                 tracing::warn!(key = entry.key, %error, "worker record skipped");
-                self.skipped.insert(entry.key.clone());
+                self.skipped.insert(&entry.key);
                 self.members.workers.remove(&id);
             }
         }
@@ -176,6 +177,7 @@ mod tests {
     use super::super::record::tests::record;
     use super::super::{Registration, WorkerState};
     use super::*;
+    use crate::store::LIST_ENTRIES_MAX;
     use crate::{FaultStore, MemoryStore};
 
     const TTL: Duration = Duration::from_secs(6);
@@ -312,6 +314,62 @@ mod tests {
         scene.memory.put("workers/junk", junk, None).await.unwrap();
         let members = scene.until("junk counted", |m| m.skipped == 1).await;
         assert_eq!(members.workers.len(), 1);
+        scene.end().await;
+    }
+
+    /// More than a listing or the history of a watch may have: what is known stays, and costs no more.
+    #[tokio::test(start_paused = true)]
+    async fn a_hundred_thousand_keys_of_junk_are_survived() {
+        let mut scene = Scene::new();
+        let stop = scene.stop.child_token();
+        scene.register(record("a"), &stop);
+        scene.until("a", |m| m.workers.len() == 1).await;
+        let key = |i: usize| format!("workers/junk-{i}");
+        for i in 0..100_000 {
+            let junk = Bytes::from_static(b"\xff");
+            scene.memory.put(&key(i), junk, None).await.unwrap();
+        }
+        let members = scene.until("out of sight", |m| m.stale).await;
+        assert!(members.skipped <= LIST_ENTRIES_MAX, "{}", members.skipped);
+        assert_eq!(members.workers.len(), 1);
+        for i in 0..100_000 {
+            scene.memory.delete(&key(i)).await.unwrap();
+        }
+        let members = scene.until("seen again", |m| !m.stale).await;
+        assert_eq!((members.workers.len(), members.skipped), (1, 0));
+        scene.end().await;
+    }
+
+    /// Clocks of other machines: times of records order processes of one id and are shown, nothing else.
+    #[tokio::test(start_paused = true)]
+    async fn times_far_off_are_taken_as_they_are() {
+        let mut scene = Scene::new();
+        for (id, started_ms) in [("past", 0), ("future", u64::MAX)] {
+            let record = WorkerRecord {
+                started_ms,
+                ..record(id)
+            };
+            let stored = record.encode().unwrap();
+            scene.memory.put(&record.key(), stored, None).await.unwrap();
+        }
+        let members = scene.until("both", |m| m.workers.len() == 2).await;
+        assert_eq!(members.skipped, 0);
+        // A process that begins now is younger than one of the past, and leaves the id to one of the future.
+        let stop = scene.stop.child_token();
+        let now = |id| WorkerRecord {
+            started_ms: 1_800_000_000_000,
+            incarnation: 2,
+            ..record(id)
+        };
+        let mut taken = scene.register(now("past"), &stop).registered();
+        taken.wait_for(|&registered| registered).await.unwrap();
+        let mut waits = scene.register(now("future"), &stop).registered();
+        let registered = timeout(TTL * 10, waits.wait_for(|&registered| registered));
+        assert!(
+            registered.await.is_err(),
+            "the id of a younger process was taken"
+        );
+        stop.cancel();
         scene.end().await;
     }
 

@@ -303,6 +303,20 @@ pub(crate) mod tests {
         assert_eq!(WorkerRecord::decode(&older).unwrap(), record);
     }
 
+    /// What is meddled with in `tests/fuzz` is a good record to begin with.
+    #[test]
+    fn the_record_of_the_corpus_is_a_record() {
+        let stored = Entry {
+            key: "workers/w".to_owned(),
+            value: Bytes::from_static(include_bytes!(
+                "../../../../tests/fuzz/corpus/store_value/worker"
+            )),
+            revision: Revision(1),
+        };
+        let record = WorkerRecord::decode(&stored).unwrap();
+        assert!(record.measured.expert_load.is_some() && record.socket.is_some());
+    }
+
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);

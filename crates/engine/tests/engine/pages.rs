@@ -41,6 +41,7 @@ fn nobody_notices_preemption() {
     }
 }
 
+/// CVE-2025-46570: the prefixes of other tenants are found by how fast an answer begins.
 #[test]
 fn a_prompt_is_found_again_but_for_its_last_token_and_not_under_another_salt() {
     let mut bench = Bench::new(

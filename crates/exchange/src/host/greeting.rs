@@ -9,7 +9,7 @@ use super::frame::{Frame, Reader};
 use crate::grpc::codec;
 
 /// Most bytes of a hello: five short texts and numbers.
-const HELLO_BYTES_MAX: usize = 16 * 1024;
+pub(super) const HELLO_BYTES_MAX: usize = 16 * 1024;
 
 /// Sends a hello.
 pub(super) async fn say_hello(socket: &UnixStream, hello: v1::Hello) -> io::Result<()> {
@@ -38,13 +38,16 @@ pub(super) async fn hear_hello(socket: &UnixStream) -> io::Result<v1::Hello> {
         match reader.read(&mut Ready(socket)) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
-            Ok(frame) => {
-                let Some(Kind::Hello(hello)) = frame.kind else {
-                    let what = "the first frame is not a hello";
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-                };
-                return Ok(hello);
-            }
+            Ok(frame) => return hello_of(frame),
         }
     }
+}
+
+/// The hello that a first frame must be.
+pub(super) fn hello_of(frame: v1::ExpertFrame) -> io::Result<v1::Hello> {
+    let Some(Kind::Hello(hello)) = frame.kind else {
+        let what = "the first frame is not a hello";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    };
+    Ok(hello)
 }

@@ -6,6 +6,7 @@
 //! the other worker's [`Desk`](crate::Desk). The gRPC connection stays the way when there is no socket.
 
 mod frame;
+pub(crate) mod fuzzing;
 mod greeting;
 mod link;
 mod listener;

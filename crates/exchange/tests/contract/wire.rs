@@ -386,6 +386,8 @@ fn a_connection_is_told_how_many_streams_it_may_open() {
     assert_eq!(told, Some(CONNECTION_STREAMS_MAX));
 }
 
+/// The class "memory of tensors over the wire" of docs/security.md, CVE-2024-42479, CVE-2026-34159: sizes, places and operations
+/// that the caller names.
 #[test]
 fn every_kind_of_bad_frame_is_refused_and_the_stream_serves_on() {
     type Change = fn(&mut v1::ExpertCall);

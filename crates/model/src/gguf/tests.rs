@@ -101,6 +101,7 @@ fn parse(bytes: &[u8]) -> Result<(), crate::Error> {
     Ok(())
 }
 
+/// The class "files of models" of docs/security.md, CVE-2024-23605, CVE-2026-7482: counts and lengths that the file does not have.
 #[test]
 fn every_truncation_is_refused() {
     let (place, bytes) = (Place::new(), tiny().bytes());
@@ -193,6 +194,7 @@ fn models_that_are_not_computed_here_are_refused_by_key() {
     ]);
 }
 
+/// CVE-2025-53630, CVE-2026-27940, CVE-2026-33298: products and sums of sizes that overflow.
 #[test]
 fn tensors_that_do_not_fit_are_refused_by_name() {
     let tensor = |name: &str, shape: &[usize], kind| {

@@ -50,6 +50,7 @@ pub(crate) enum Kind {
     PlacementPublished,
     StoreAway,
     StoreBack,
+    StoreValuesSkipped,
     IntentChanged,
     WeightsServing,
     WeightsWanted,
@@ -77,6 +78,7 @@ impl Kind {
             Self::PlacementPublished => "placement_published",
             Self::StoreAway => "store_away",
             Self::StoreBack => "store_back",
+            Self::StoreValuesSkipped => "store_values_skipped",
             Self::IntentChanged => "intent_changed",
             Self::WeightsServing => "weights_serving",
             Self::WeightsWanted => "weights_wanted",
@@ -97,9 +99,11 @@ pub(crate) fn changes(before: &Snapshot, after: &Snapshot) -> Vec<Change> {
         let workers = after.members.workers.len();
         let text = format!("the router sees the cluster: {workers} workers");
         found.push(Kind::RouterStarted, None, text);
+        found.skipped(0, after.num_skipped());
         return found.list;
     }
     found.store(before, after);
+    found.skipped(before.num_skipped(), after.num_skipped());
     found.workers(&before.members, &after.members);
     for (id, moved) in &after.moved {
         let text = format!("{moved} sequences lost their worker and go on elsewhere");
@@ -117,6 +121,10 @@ impl Snapshot {
 
     fn is_stale(&self) -> bool {
         self.members.stale || self.placements.stale
+    }
+
+    fn num_skipped(&self) -> usize {
+        self.members.skipped + self.placements.skipped + self.intent.skipped
     }
 }
 
@@ -145,6 +153,15 @@ impl Changes {
                 self.push(Kind::StoreBack, None, "the coordination store answers");
             }
             (false, false) | (true, true) => {}
+        }
+    }
+
+    fn skipped(&mut self, before: usize, after: usize) {
+        if before != after {
+            let text = format!(
+                "{after} values of the store cannot be read and are left out (before: {before})"
+            );
+            self.push(Kind::StoreValuesSkipped, None, text);
         }
     }
 
@@ -585,6 +602,21 @@ pub(crate) mod tests {
             &back,
             &["store_back - 0", "worker_unconfirmed a 0"],
         );
+    }
+
+    #[test]
+    fn values_that_cannot_be_read_are_told_when_their_number_changes() {
+        let good = snapshot(&[]);
+        let mut bad = good.clone();
+        Arc::make_mut(&mut bad.members).skipped = 2;
+        Arc::make_mut(&mut bad.placements).skipped = 1;
+        Arc::make_mut(&mut bad.intent).skipped = 1;
+        check(&good, &bad, &["store_values_skipped - 0"]);
+        let text = &changes(&good, &bad)[0].text;
+        assert!(text.starts_with("4 values of the store"), "{text}");
+        check(&bad, &good, &["store_values_skipped - 0"]);
+        let first = ["router_started - 0", "store_values_skipped - 0"];
+        check(&Snapshot::default(), &bad, &first);
     }
 
     #[test]

@@ -14,7 +14,9 @@ use std::future::Future;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::middleware::from_fn_with_state;
+use axum::extract::Request as HttpRequest;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::Response;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Request;
@@ -23,11 +25,12 @@ use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
 use tonic_reflection::server::{v1, v1alpha};
+use tracing::Instrument as _;
 use tramontane_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
-use tramontane_runtime::Readiness;
 use tramontane_runtime::tls::{Guard as RoleGuard, Incoming};
+use tramontane_runtime::{Readiness, trace_context};
 
 use messages::{HEALTH_BYTES_MAX, REFLECTION_BYTES_MAX, Reader, Room};
 use parts::Shapes;
@@ -81,7 +84,7 @@ pub(crate) fn serve(
         .add_service(health.serve(CLIENTS))
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha);
-    let routes = proven(read_first(routes, app)?, app);
+    let routes = proven(read_first(routes, app)?, app).layer(from_fn(traced));
     Ok(http_server::serve(
         incoming,
         (routes, Versions::Http2),
@@ -139,6 +142,13 @@ fn read_first(routes: Routes, app: &Arc<App>) -> Result<Router, Error> {
 fn proven(routes: Router, app: &App) -> Router {
     let guarded = from_fn_with_state(Guard::new(Door::Grpc, app), guard);
     routes.layer(guarded)
+}
+
+/// A call, as part of its caller's trace.
+async fn traced(request: HttpRequest, next: Next) -> Response {
+    let span = tracing::info_span!("grpc", path = request.uri().path());
+    trace_context::join(&span, request.headers());
+    next.run(request).instrument(span).await
 }
 
 /// Who calls: of the layer around all methods, without which nobody has asked.

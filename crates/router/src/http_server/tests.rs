@@ -62,12 +62,11 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// CVE-2023-44487: requests that are reset as soon as they are sent.
+/// CVE-2023-44487, RUSTSEC-2024-0003: requests that are reset as soon as they are sent.
 #[tokio::test]
 async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
-    let (address, doors, serving) = served(Router::new()).await;
     let (headers, reset, settings) = (1, 3, 4);
-    let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    let mut flood = PREFACE.to_vec();
     flood.extend(frame(settings, 0, 0, &[]));
     for stream in (1..20_000).step_by(2) {
         // GET http://x/, whole.
@@ -79,6 +78,12 @@ async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
         ));
         flood.extend(frame(reset, 0, stream, &[0, 0, 0, 8]));
     }
+    ends_by_a_flood(Router::new(), flood).await;
+}
+
+/// A flood over one connection, which must end while nobody waits longer than for a busy machine.
+async fn ends_by_a_flood(routes: Router, flood: Vec<u8>) {
+    let (address, doors, serving) = served(routes).await;
     let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
     let writing = TaskTracker::new().spawn(async move {
         let _cut_off = writer.write_all(&flood).await;
@@ -90,6 +95,36 @@ async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
     drop(writing.await.unwrap());
     doors.refuse.cancel();
     serving.await.unwrap();
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// RUSTSEC-2024-0332: a head that goes on in CONTINUATION frames and never ends.
+#[tokio::test]
+async fn a_head_of_endless_frames_ends_its_connection() {
+    let (headers, settings, continuation) = (1, 4, 9);
+    let mut flood = PREFACE.to_vec();
+    flood.extend(frame(settings, 0, 0, &[]));
+    flood.extend(frame(headers, 0, 1, &[0x82, 0x86, 0x84, 0x41, 1, b'x']));
+    // Literal fields that are not indexed, of 1 KiB each, 64 MiB of them.
+    let mut field = vec![0, 1, b'a', 0x7f, 0x80, 0x07];
+    field.resize(field.len() + 1023, b'b');
+    let one = frame(continuation, 0, 1, &field);
+    flood.extend(one.repeat(64 * 1024));
+    ends_by_a_flood(Router::new(), flood).await;
+}
+
+/// RUSTSEC-2026-0258: a body of empty frames that nobody reads.
+#[tokio::test]
+async fn a_body_of_empty_frames_ends_its_connection() {
+    let (data, headers, settings) = (0, 1, 4);
+    let mut flood = PREFACE.to_vec();
+    flood.extend(frame(settings, 0, 0, &[]));
+    // POST http://x/, without an end.
+    flood.extend(frame(headers, 0b100, 1, &[0x83, 0x86, 0x84, 0x41, 1, b'x']));
+    flood.extend(frame(data, 0, 1, &[]).repeat(1_000_000));
+    let never = Router::new().fallback(std::future::pending::<()>);
+    ends_by_a_flood(never, flood).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -206,6 +241,7 @@ async fn an_answer_that_takes_long_keeps_its_connection() {
     serving.await.unwrap();
 }
 
+/// CVE-2019-9511, CVE-2019-9517: an answer is asked for and never taken.
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_nobody_takes_does_not_keep_its_connection() {
     let large = get(|| async { vec![b'x'; 1 << 20] });

@@ -67,6 +67,7 @@ fn routes_in_the_source() -> BTreeSet<String> {
     paths.map(|path| path.replace("{*id}", "demo")).collect()
 }
 
+/// The class "ways around authentication" of docs/security.md: CVE-2026-48746, CVE-2026-24206, CVE-2026-24207.
 #[tokio::test]
 async fn every_http_route_is_closed_save_those_that_are_listed() {
     let (scene, _dir) = guarded_scene().await;
@@ -99,6 +100,21 @@ async fn every_http_route_is_closed_save_those_that_are_listed() {
             let body: Value = response.json().await.unwrap();
             assert_eq!(body["error"]["type"], "authentication_error");
             assert_eq!(body["error"]["code"], "invalid_api_key");
+        }
+    }
+    for path in routes_in_the_source()
+        .iter()
+        .filter(|path| !public.contains(&path.as_str()))
+    {
+        for method in [
+            "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "MADEUP",
+        ] {
+            let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
+            let url = format!("{}{path}", scene.http);
+            let request = scene.client.request(method.clone(), url);
+            let response = tokio::time::timeout(PATIENCE, request.send()).await;
+            let status = response.unwrap().unwrap().status();
+            assert_eq!(status, 401, "{method} {path}");
         }
     }
     let known = chat_as(&scene, ACME, &[]).await;
@@ -201,6 +217,7 @@ async fn a_grpc_caller_is_known_by_its_metadata() {
     scene.end().await;
 }
 
+/// CVE-2025-46570, CVE-2026-105755: what one tenant has cached is told to another, by its time or by an id.
 #[tokio::test]
 async fn tenants_share_neither_cached_prompts_nor_kept_answers() {
     let (scene, _dir) = guarded_scene().await;

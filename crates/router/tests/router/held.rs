@@ -22,6 +22,7 @@ impl Scene {
         let worker = FakeWorker {
             script: storyteller(),
             seen: Arc::default(),
+            parents: Arc::default(),
             open: Arc::default(),
             drains: Arc::default(),
             is_dead: Arc::default(),

@@ -24,6 +24,7 @@ mod stopping;
 mod tenants;
 mod texts;
 mod tools;
+mod traces;
 mod versions;
 
 use std::collections::VecDeque;
@@ -94,6 +95,8 @@ type Script = Arc<dyn Fn(&v1::GenerateSequenceRequest) -> Result<Vec<Step>, Stat
 struct FakeWorker {
     script: Script,
     seen: Arc<Mutex<Vec<v1::GenerateSequenceRequest>>>,
+    /// The span that each of them was said to be part of.
+    parents: Arc<Mutex<Vec<String>>>,
     open: Arc<AtomicUsize>,
     drains: Arc<AtomicUsize>,
     /// Whether it gives no sign of life.
@@ -138,6 +141,11 @@ impl Worker for FakeWorker {
         &self,
         request: Request<v1::GenerateSequenceRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        if let Some(parent) = request.metadata().get("traceparent") {
+            self.parents
+                .lock()
+                .push(parent.to_str().unwrap().to_owned());
+        }
         let request = request.into_inner();
         let steps = (self.script)(&request);
         let index = request.num_resumed;
@@ -366,6 +374,7 @@ impl Scene {
             let worker = FakeWorker {
                 script,
                 seen: Arc::default(),
+                parents: Arc::default(),
                 open: Arc::default(),
                 drains: Arc::default(),
                 is_dead: Arc::default(),

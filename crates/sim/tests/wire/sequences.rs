@@ -265,7 +265,7 @@ impl World {
             groups: [(version.key(), group)].into(),
             serving: Some(Arc::new(version)),
             synced: true,
-            stale: false,
+            ..Placements::default()
         }
     }
 

@@ -289,20 +289,9 @@ impl Hub {
         rank.heard = Instant::now();
         match kind {
             Said::Formed(formed) if formed.epoch != epoch => return,
-            Said::Formed(formed)
-                if formed.held.len() == num_experts || !formed.error.is_empty() =>
-            {
-                let error = formed.error;
-                let result = if error.is_empty() { Ok(()) } else { Err(error) };
-                if result.is_ok() {
-                    rank.held = formed.held;
-                }
-                rank.formed = Some((formed.epoch, result));
-            }
             Said::Formed(formed) => {
-                let got = formed.held.len();
-                let error = format!("{got} experts held, expected {num_experts}");
-                rank.formed = Some((formed.epoch, Err(error)));
+                let held = wire::held(formed, num_experts);
+                rank.formed = Some((epoch, held.map(|held| rank.held = held)));
             }
             Said::Parted(parted) if parted.epoch == epoch => {
                 broken.get_or_insert_with(|| format!("a rank has parted: {}", parted.error));

@@ -10,6 +10,7 @@
 
 mod experts;
 mod form;
+pub(crate) mod fuzzing;
 mod hub;
 pub(crate) mod rank;
 mod service;

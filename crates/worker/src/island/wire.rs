@@ -67,6 +67,29 @@ pub(super) fn slice(
     })
 }
 
+/// The layer and slices of a call's jobs, or what about one of them is wrong.
+pub(super) fn slices(call: &v1::ExpertCall) -> Result<(LayerId, Vec<ExpertSlice>), String> {
+    let layer = slice(call.layer, 0, (0, 8))?.layer;
+    let mut slices = Vec::with_capacity(call.jobs.len());
+    for job in &call.jobs {
+        let segments = (job.segment_begin, job.segment_end);
+        slices.push(slice(call.layer, job.expert, segments)?);
+    }
+    Ok((layer, slices))
+}
+
+/// The segments of each expert that a rank has loaded, or why it has not come.
+pub(super) fn held(formed: v1::RankFormed, num_experts: usize) -> Result<Vec<u8>, String> {
+    if !formed.error.is_empty() {
+        return Err(formed.error);
+    }
+    let got = formed.held.len();
+    if got != num_experts {
+        return Err(format!("{got} experts held, expected {num_experts}"));
+    }
+    Ok(formed.held)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,5 +116,38 @@ mod tests {
         assert_eq!(step_from_wire(wire), (batch, pages.to_vec()));
         assert!(slice(1, 2, (3, 3)).is_err() && slice(70_000, 0, (0, 8)).is_err());
         assert_eq!(slice(1, 2, (3, 5)).unwrap().range.len(), 2);
+    }
+
+    #[test]
+    fn what_others_say_is_checked_for_form() {
+        let job = |expert, segment_end| v1::ExpertJob {
+            expert,
+            segment_begin: 0,
+            segment_end,
+            row_ids: vec![u32::MAX],
+        };
+        let call = |layer, jobs| v1::ExpertCall {
+            layer,
+            jobs,
+            ..v1::ExpertCall::default()
+        };
+        let (layer, found) = slices(&call(1, vec![job(2, 8), job(3, 1)])).unwrap();
+        assert_eq!((layer, found.len()), (LayerId(1), 2));
+        for wrong in [
+            call(70_000, vec![]),
+            call(1, vec![job(70_000, 8)]),
+            call(1, vec![job(2, 9)]),
+        ] {
+            slices(&wrong).unwrap_err();
+        }
+        let formed = |held: Vec<u8>, error: &str| v1::RankFormed {
+            epoch: 1,
+            held,
+            error: error.to_owned(),
+        };
+        assert_eq!(held(formed(vec![1, 2], ""), 2), Ok(vec![1, 2]));
+        assert_eq!(held(formed(vec![], "no GPU"), 2), Err("no GPU".to_owned()));
+        let short = held(formed(vec![1], ""), 2).unwrap_err();
+        assert_eq!(short, "1 experts held, expected 2");
     }
 }

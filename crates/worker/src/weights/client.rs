@@ -67,9 +67,52 @@ struct Peer {
     address: String,
 }
 
+/// A range that is filled with what one peer sends. Takes no more than it has room for.
+#[derive(Debug)]
+pub(super) struct Filling<'a> {
+    out: &'a mut [u8],
+    got: usize,
+    hash: Sha256,
+}
+
+impl<'a> Filling<'a> {
+    pub(super) fn new(out: &'a mut [u8]) -> Self {
+        Self {
+            out,
+            got: 0,
+            hash: Sha256::new(),
+        }
+    }
+
+    /// Takes the next message; there is none at the end. Whether the range is whole.
+    pub(super) fn take(&mut self, chunk: Option<v1::WeightsChunk>) -> Result<bool, Failure> {
+        let (expected, got) = (self.out.len(), self.got);
+        match chunk.and_then(|chunk| chunk.kind) {
+            Some(Kind::Data(data)) => {
+                let place = self.out.get_mut(got..got + data.len());
+                place
+                    .ok_or(Failure::Long { expected })?
+                    .copy_from_slice(&data);
+                self.hash.update(&data);
+                self.got += data.len();
+                Ok(false)
+            }
+            Some(Kind::Sha256(theirs)) if got == expected => {
+                let ours = self.hash.finalize_reset();
+                if ours[..] == theirs[..] {
+                    return Ok(true);
+                }
+                let (expected, got) = (hex(&theirs), hex(&ours));
+                Err(Failure::Digest { expected, got })
+            }
+            Some(Kind::Sha256(_)) | None => Err(Failure::Short { expected, got }),
+        }
+    }
+}
+
 /// Why one peer did not give what was asked for.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error("{address:?} is no address")]
     Address { address: String },
     #[error("{code:?}: {message}")]
@@ -307,27 +350,12 @@ impl PeerWeights {
         let mut client = self.client(peer)?;
         let answer = timeout(SILENCE_MAX, client.read_weights(request)).await;
         let mut stream = answer.map_err(|_elapsed| Failure::Silent)??.into_inner();
-        let (mut hash, mut got, expected) = (Sha256::new(), 0, out.len());
+        let mut filling = Filling::new(out);
         loop {
             let message = timeout(SILENCE_MAX, stream.message()).await;
             let chunk = message.map_err(|_elapsed| Failure::Silent)??;
-            match chunk.and_then(|chunk| chunk.kind) {
-                Some(Kind::Data(data)) => {
-                    let place = out.get_mut(got..got + data.len());
-                    let place = place.ok_or(Failure::Long { expected })?;
-                    place.copy_from_slice(&data);
-                    hash.update(&data);
-                    got += data.len();
-                }
-                Some(Kind::Sha256(theirs)) if got == expected => {
-                    let ours = hash.finalize();
-                    if ours[..] == theirs[..] {
-                        return Ok(());
-                    }
-                    let (expected, got) = (hex(&theirs), hex(&ours));
-                    return Err(Failure::Digest { expected, got });
-                }
-                Some(Kind::Sha256(_)) | None => return Err(Failure::Short { expected, got }),
+            if filling.take(chunk)? {
+                return Ok(());
             }
         }
     }

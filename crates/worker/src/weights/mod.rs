@@ -4,6 +4,7 @@
 //! bytes come from. The service gives only what its own files have: nobody asks on behalf of somebody else.
 
 mod client;
+pub(crate) mod fuzzing;
 mod open;
 mod pace;
 mod service;

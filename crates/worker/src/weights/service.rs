@@ -211,7 +211,7 @@ impl Weights for WeightsService {
 
 /// What is asked for, within the limits of one request.
 #[derive(Clone, Debug)]
-struct Range {
+pub(super) struct Range {
     file: Arc<str>,
     tensor: Arc<str>,
     whole: Piece,
@@ -238,7 +238,7 @@ impl From<Part<'_>> for Piece {
 }
 
 impl Range {
-    fn new(request: v1::ReadWeightsRequest) -> Result<Self, Status> {
+    pub(super) fn new(request: v1::ReadWeightsRequest) -> Result<Self, Status> {
         let bytes = request.piece_bytes.checked_mul(u64::from(request.pieces));
         let in_range = bytes.filter(|n| (1..=RANGE_BYTES_MAX as u64).contains(n));
         let is_cut_up = request.pieces as usize > RANGE_PIECES_MAX;
@@ -255,7 +255,7 @@ impl Range {
                 "file has a name of {name_len} bytes, expected at most {FILE_NAME_BYTES_MAX}"
             )));
         }
-        Ok(Self {
+        let range = Self {
             whole: Piece {
                 begin: request.begin,
                 // In range: at most `RANGE_BYTES_MAX`.
@@ -265,10 +265,17 @@ impl Range {
             },
             file: request.file.into(),
             tensor: clip(&request.tensor).into(),
-        })
+        };
+        if range.part().end().is_none() {
+            let (begin, stride) = (request.begin, request.stride);
+            return Err(Status::invalid_argument(format!(
+                "pieces from byte {begin} on, {stride} apart: expected an end that can be counted in 64 bits"
+            )));
+        }
+        Ok(range)
     }
 
-    fn part(&self) -> Part<'_> {
+    pub(super) fn part(&self) -> Part<'_> {
         self.part_of(self.whole)
     }
 

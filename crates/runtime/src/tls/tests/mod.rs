@@ -182,6 +182,8 @@ async fn processes_of_one_cluster_talk_in_the_roles_that_were_meant() {
     assert!(error.contains("expected spiffe://test/worker"), "{error}");
 }
 
+/// The class "open inner ports" of docs/security.md, CVE-2025-32444, CVE-2025-29783, CVE-2025-47277, CVE-2025-30165: whoever reaches
+/// one is believed.
 #[tokio::test]
 async fn strangers_are_refused_by_both_ends() {
     let (made, foreign) = (Made::new(), Made::new());

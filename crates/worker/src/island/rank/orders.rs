@@ -343,12 +343,7 @@ impl Shared {
 
     /// The part of a call that is this rank's.
     fn call(&self, call: &v1::ExpertCall) -> Result<Bytes, String> {
-        let layer = wire::slice(call.layer, 0, (0, 8))?.layer;
-        let mut slices = Vec::with_capacity(call.jobs.len());
-        for job in &call.jobs {
-            let segments = (job.segment_begin, job.segment_end);
-            slices.push(wire::slice(call.layer, job.expert, segments)?);
-        }
+        let (layer, slices) = wire::slices(call)?;
         let jobs: Vec<ExpertJob<'_>> = slices
             .iter()
             .zip(&call.jobs)
