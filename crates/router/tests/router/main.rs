@@ -17,6 +17,7 @@ mod held;
 mod idempotency;
 mod limits;
 mod losses;
+mod messages;
 mod operators;
 mod responses;
 mod resume;
