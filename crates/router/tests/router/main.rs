@@ -13,6 +13,7 @@ mod constraints;
 mod disconnect;
 mod doors;
 mod failover;
+mod health;
 mod held;
 mod idempotency;
 mod limits;
