@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{StreamExt as _, poll};
-use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{HeaderName, StatusCode};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -352,7 +352,15 @@ async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Respon
     Ok(Json(render.whole(&choices, answer.spent())).into_response())
 }
 
+/// A body is JSON as it is: nothing is decompressed, so that what is small on the wire is small in memory.
 pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    for value in headers.get_all(CONTENT_ENCODING) {
+        if !value.as_bytes().eq_ignore_ascii_case(b"identity") {
+            let message =
+                "content-encoding must be identity or absent: bodies are not decompressed";
+            return Err(ApiError::new(ErrorKind::MediaType, message).at("content-encoding"));
+        }
+    }
     let Some(value) = headers.get(CONTENT_TYPE) else {
         return Ok(());
     };
