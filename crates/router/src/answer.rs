@@ -34,6 +34,8 @@ pub(crate) struct Spent {
     pub(crate) queued: Duration,
     /// From its arrival to the first token of any answer.
     pub(crate) first_token: Option<Duration>,
+    /// Mean time from a token of an answer to its next one.
+    pub(crate) next_token: Option<Duration>,
     /// Since its arrival.
     pub(crate) total: Duration,
 }

@@ -30,6 +30,7 @@ mod policy;
 mod pulse;
 mod random;
 mod request;
+mod request_id;
 mod roster;
 mod routes;
 mod run;

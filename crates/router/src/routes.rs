@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{StreamExt as _, poll};
-use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{HeaderName, StatusCode};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -24,7 +24,6 @@ use tramontane_coordination::{GroupPlacements, Version};
 use tramontane_runtime::{build_info, metrics as shared_metrics, trace_context};
 
 use crate::answer::Answer;
-use crate::answer_id::AnswerId;
 use crate::asked::{Asked, EventId, Position, Tag, mismatch};
 use crate::auth::{Door, Guard, guard};
 use crate::body::{read_body, throw_away};
@@ -39,22 +38,12 @@ use crate::openai::{
     held_stream, last_event, response_error,
 };
 use crate::request::{PreparedRequest, prepare};
-use crate::run::{App, ServedModel, unix_seconds};
+use crate::request_id::{REQUEST_ID, RequestId};
+use crate::run::{App, ServedModel};
 use crate::tenants::Caller;
 use crate::token_routes;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
-/// Name of one HTTP request in logs and answers; never a client's own. Its answer has the same one unless the
-/// client asks for an answer that has a name already.
-#[derive(Clone, Copy, Debug)]
-struct HttpRequestId(AnswerId);
-
-impl std::fmt::Display for HttpRequestId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "req_{}", self.0)
-    }
-}
 
 /// All routes.
 pub(crate) fn routes(app: &Arc<App>) -> Router {
@@ -92,16 +81,16 @@ pub(crate) fn routes(app: &Arc<App>) -> Router {
 
 async fn name_request(mut request: Request, next: Next) -> Response {
     let began = Instant::now();
-    let id = HttpRequestId(AnswerId::unique(unix_seconds()));
-    let value = HeaderValue::from_str(&id.to_string());
+    let id = RequestId::unique();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let span = tracing::info_span!("http", request_id = %id, %method, path);
     trace_context::join(&span, request.headers());
     request.extensions_mut().insert(id);
     let mut response = next.run(request).instrument(span).await;
-    if let Ok(value) = value {
-        response.headers_mut().insert(REQUEST_ID, value);
-    }
+    let value = id.header();
+    response
+        .headers_mut()
+        .extend(value.map(|value| (REQUEST_ID, value)));
     let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     response.headers_mut().insert(PROCESSING_MS, took.into());
     response
@@ -114,7 +103,7 @@ fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
 
 async fn chat(
     State(app): State<Arc<App>>,
-    Extension(id): Extension<HttpRequestId>,
+    Extension(id): Extension<RequestId>,
     request: Request,
 ) -> Response {
     answer(&app, id, Route::ChatCompletions, request).await
@@ -122,7 +111,7 @@ async fn chat(
 
 async fn completions(
     State(app): State<Arc<App>>,
-    Extension(id): Extension<HttpRequestId>,
+    Extension(id): Extension<RequestId>,
     request: Request,
 ) -> Response {
     answer(&app, id, Route::Completions, request).await
@@ -130,13 +119,13 @@ async fn completions(
 
 async fn responses(
     State(app): State<Arc<App>>,
-    Extension(id): Extension<HttpRequestId>,
+    Extension(id): Extension<RequestId>,
     request: Request,
 ) -> Response {
     answer(&app, id, Route::Responses, request).await
 }
 
-async fn answer(app: &Arc<App>, id: HttpRequestId, route: Route, request: Request) -> Response {
+async fn answer(app: &Arc<App>, id: RequestId, route: Route, request: Request) -> Response {
     let response = match generate(app, id, route, request).await {
         Ok(response) => response,
         Err(error) => {
@@ -150,7 +139,7 @@ async fn answer(app: &Arc<App>, id: HttpRequestId, route: Route, request: Reques
 
 async fn generate(
     app: &Arc<App>,
-    id: HttpRequestId,
+    id: RequestId,
     route: Route,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -158,14 +147,14 @@ async fn generate(
     // Of the layer around all routes; without it nobody has asked.
     let caller = request.extensions().get::<Caller>().cloned();
     let caller = caller.ok_or_else(ApiError::internal)?;
-    let asked = Asked::read(request.headers(), &caller.tenant, id.0.created())?;
+    let asked = Asked::read(request.headers(), &caller.tenant, id.answer().created())?;
     if let Err(error) = app.dispatcher.knock(&caller) {
         throw_away(app, request.into_body());
         return Err(error);
     }
     let mut name = Name {
         request: id.to_string(),
-        answer: asked.answer().unwrap_or(id.0),
+        answer: asked.answer().unwrap_or(id.answer()),
         version: None,
         caller,
         arrival: None,
@@ -364,7 +353,15 @@ async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Respon
     Ok(Json(render.whole(&choices, answer.spent())).into_response())
 }
 
+/// A body is JSON as it is: nothing is decompressed, so that what is small on the wire is small in memory.
 pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    for value in headers.get_all(CONTENT_ENCODING) {
+        if !value.as_bytes().eq_ignore_ascii_case(b"identity") {
+            let message =
+                "content-encoding must be identity or absent: bodies are not decompressed";
+            return Err(ApiError::new(ErrorKind::MediaType, message).at("content-encoding"));
+        }
+    }
     let Some(value) = headers.get(CONTENT_TYPE) else {
         return Ok(());
     };

@@ -110,8 +110,21 @@ impl Running {
             usage: self.usage,
             queued: self.queued,
             first_token: first.map(|first| first - self.arrived),
+            next_token: self.next_token(),
             total: self.arrived.elapsed(),
         }
+    }
+
+    /// Mean time from a token to the next one of the same answer.
+    fn next_token(&self) -> Option<Duration> {
+        let (mut time, mut num_next) = (Duration::ZERO, 0_u32);
+        for progress in &self.progress {
+            if let (Some(first), Some(last)) = (progress.first_token, progress.last_token) {
+                time += last - first;
+                num_next = num_next.saturating_add(progress.num_tokens.saturating_sub(1));
+            }
+        }
+        time.checked_div(num_next)
     }
 
     fn note(&mut self, delta: &Delta) {

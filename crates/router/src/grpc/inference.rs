@@ -22,7 +22,7 @@ use crate::openai::fingerprint;
 use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel};
 
-/// What names of requests begin with.
+/// What names of answers begin with.
 const NAME_PREFIX: &str = "gen-";
 
 /// The service over what both doors share.
@@ -44,7 +44,7 @@ impl InferenceService {
             let request = generation_request(request, &model)?;
             prepare(request, answer, &tokenizer, &model).map_err(in_message)
         };
-        start(&self.app, NAME_PREFIX, arrived, read, |error| error).await
+        start(&self.app, arrived, read, |error| error).await
     }
 
     /// Has `work` done for a call that no worker is needed for. It counts like any other request of its caller.
@@ -199,7 +199,7 @@ fn responses(
     })
 }
 
-/// The name of a request in logs and answers.
+/// The name of an answer.
 fn answer_name(id: AnswerId) -> String {
     format!("{NAME_PREFIX}{id}")
 }

@@ -1,6 +1,7 @@
 //! What comes before every method of both gRPC doors: the message of a call is read whole, within the limits on the
 //! size, the time and the memory of HTTP bodies, and the caller's deadline runs. tonic has limits on the size alone:
-//! calls whose message never ends would hold memory for ever. Never looks into a message.
+//! calls whose message never ends would hold memory for ever, and it takes messages that cannot be decoded for a fault
+//! of the server.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -2,6 +2,7 @@
 //! and errors as over HTTP, and `Admin` for operators at a port of its own. Health and reflection at both.
 
 mod admin;
+mod call_name;
 mod conversation;
 mod deadline;
 mod inference;
@@ -14,9 +15,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::Request as HttpRequest;
-use axum::middleware::{Next, from_fn, from_fn_with_state};
-use axum::response::Response;
+use axum::middleware::{from_fn, from_fn_with_state};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Request;
@@ -25,12 +24,11 @@ use tonic_health::ServingStatus;
 use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::HealthReporter;
 use tonic_reflection::server::{v1, v1alpha};
-use tracing::Instrument as _;
 use tramontane_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use tramontane_proto::v1::admin_server::AdminServer;
 use tramontane_proto::v1::inference_server::InferenceServer;
+use tramontane_runtime::Readiness;
 use tramontane_runtime::tls::{Guard as RoleGuard, Incoming};
-use tramontane_runtime::{Readiness, trace_context};
 
 use messages::{HEALTH_BYTES_MAX, REFLECTION_BYTES_MAX, Reader, Room};
 use parts::Shapes;
@@ -49,7 +47,8 @@ use crate::dispatch::Name;
 use crate::error::ApiError;
 use crate::http_server::{self, Versions};
 use crate::request::PreparedRequest;
-use crate::run::{App, Doors, unix_seconds};
+use crate::request_id::RequestId;
+use crate::run::{App, Doors};
 use crate::tenants::Caller;
 
 /// Services that health and reflection name at each door.
@@ -84,7 +83,7 @@ pub(crate) fn serve(
         .add_service(health.serve(CLIENTS))
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha);
-    let routes = proven(read_first(routes, app)?, app).layer(from_fn(traced));
+    let routes = named(proven(read_first(routes, app)?, app));
     Ok(http_server::serve(
         incoming,
         (routes, Versions::Http2),
@@ -120,6 +119,7 @@ pub(crate) fn serve_admin(
             proven(read_first(routes, app)?, app)
         }
     };
+    let routes = named(routes);
     Ok(http_server::serve(
         incoming,
         (routes, Versions::Http2),
@@ -129,7 +129,11 @@ pub(crate) fn serve_admin(
 
 /// The same services behind the layer that reads a call's message within its limits.
 fn read_first(routes: Routes, app: &Arc<App>) -> Result<Router, Error> {
-    let shapes = Shapes::new(tramontane_proto::DESCRIPTORS).map_err(Error::Descriptors)?;
+    let descriptors = [
+        tramontane_proto::DESCRIPTORS,
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+    ];
+    let shapes = Shapes::new(&descriptors).map_err(Error::Descriptors)?;
     let reader = Reader {
         app: Arc::clone(app),
         shapes: Arc::new(shapes),
@@ -144,11 +148,9 @@ fn proven(routes: Router, app: &App) -> Router {
     routes.layer(guarded)
 }
 
-/// A call, as part of its caller's trace.
-async fn traced(request: HttpRequest, next: Next) -> Response {
-    let span = tracing::info_span!("grpc", path = request.uri().path());
-    trace_context::join(&span, request.headers());
-    next.run(request).instrument(span).await
+/// The same services behind the layer that gives every call a name.
+fn named(routes: Router) -> Router {
+    routes.layer(from_fn(call_name::name_call))
 }
 
 /// Who calls: of the layer around all methods, without which nobody has asked.
@@ -159,6 +161,7 @@ fn caller<T>(request: &Request<T>) -> Result<Caller, ApiError> {
 
 /// A call that is not understood yet.
 struct Arrived {
+    id: RequestId,
     caller: Caller,
     arrival: Arrival,
     room: Option<Room>,
@@ -167,9 +170,12 @@ struct Arrived {
 /// Who calls, the place of its request among those that are not understood yet, and the memory of its message.
 fn arrived<T>(app: &App, request: &Request<T>) -> Result<Arrived, ApiError> {
     let caller = caller(request)?;
+    let id = request.extensions().get::<RequestId>().copied();
+    let id = id.ok_or_else(ApiError::internal)?;
     app.dispatcher.knock(&caller)?;
     let arrival = app.dispatcher.arrive(&caller)?;
     Ok(Arrived {
+        id,
         caller,
         arrival,
         room: Room::of(request),
@@ -180,12 +186,11 @@ fn arrived<T>(app: &App, request: &Request<T>) -> Result<Arrived, ApiError> {
 /// `in_constraint` says in which field of the message a constraint is that nobody can follow.
 async fn start(
     app: &App,
-    prefix: &str,
     arrived: Arrived,
     read: impl FnOnce(AnswerId) -> Result<PreparedRequest, ApiError> + Send + 'static,
     in_constraint: fn(ApiError) -> ApiError,
 ) -> Result<Answer, ApiError> {
-    let answer = AnswerId::unique(unix_seconds());
+    let answer = arrived.id.answer();
     let room = arrived.room;
     let prepared = app.dispatcher.prepare(move || {
         // Until the message has become token ids.
@@ -196,7 +201,7 @@ async fn start(
     let checked = constraint::check(app, &arrived.caller.tenant, &prepared).await;
     checked.map_err(in_constraint)?;
     let name = Name {
-        request: format!("{prefix}{answer}"),
+        request: arrived.id.to_string(),
         answer,
         version: None,
         caller: arrived.caller,

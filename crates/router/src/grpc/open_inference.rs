@@ -90,7 +90,7 @@ impl OpenInferenceService {
             let parsed = parse_completion(&body, &model).map_err(in_tensors)?;
             prepare(parsed.request, answer, &tokenizer, &model).map_err(in_tensors)
         };
-        let mut answer = start(&self.app, "infer-", arrived, read, in_tensors).await?;
+        let mut answer = start(&self.app, arrived, read, in_tensors).await?;
         let choices = answer.collect().await?;
         let mut response = response(&choices, &answer, &outputs, is_raw);
         (response.model_name, response.id) = (name, id);

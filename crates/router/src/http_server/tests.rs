@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use axum::routing::get;
+use axum::routing::{get, post};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -62,69 +62,89 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// CVE-2023-44487, RUSTSEC-2024-0003: requests that are reset as soon as they are sent.
-#[tokio::test]
-async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
-    let (headers, reset, settings) = (1, 3, 4);
-    let mut flood = PREFACE.to_vec();
-    flood.extend(frame(settings, 0, 0, &[]));
-    for stream in (1..20_000).step_by(2) {
-        // GET http://x/, whole.
-        flood.extend(frame(
-            headers,
-            0b101,
-            stream,
-            &[0x82, 0x86, 0x84, 0x41, 1, b'x'],
-        ));
-        flood.extend(frame(reset, 0, stream, &[0, 0, 0, 8]));
-    }
-    ends_by_a_flood(Router::new(), flood).await;
-}
+const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// A flood over one connection, which must end while nobody waits longer than for a busy machine.
-async fn ends_by_a_flood(routes: Router, flood: Vec<u8>) {
+/// Sends `flood` over HTTP/2; whoever serves ends the connection, and serves the next one.
+async fn ends_its_connection(routes: Router, flood: &[u8]) {
     let (address, doors, serving) = served(routes).await;
+    let sent = [HELLO, &frame(SETTINGS, 0, 0, &[]), flood].concat();
     let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
     let writing = TaskTracker::new().spawn(async move {
-        let _cut_off = writer.write_all(&flood).await;
+        let _cut_off = writer.write_all(&sent).await;
         writer
     });
     let mut got = Vec::new();
     let reading = timeout(Duration::from_secs(20), reader.read_to_end(&mut got));
     assert!(reading.await.is_ok(), "the flood keeps its connection");
     drop(writing.await.unwrap());
+    let mut next = Pinged::connect(address, &[]).await;
+    next.ask().await;
+    let answered = timeout(Duration::from_secs(20), next.listen_for(Some(HEADERS)));
+    answered.await.unwrap().unwrap();
+    drop(next);
     doors.refuse.cancel();
     serving.await.unwrap();
 }
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-/// RUSTSEC-2024-0332: a head that goes on in CONTINUATION frames and never ends.
+/// CVE-2023-44487, RUSTSEC-2024-0003: requests that are reset as soon as they are sent.
 #[tokio::test]
-async fn a_head_of_endless_frames_ends_its_connection() {
-    let (headers, settings, continuation) = (1, 4, 9);
-    let mut flood = PREFACE.to_vec();
-    flood.extend(frame(settings, 0, 0, &[]));
-    flood.extend(frame(headers, 0, 1, &[0x82, 0x86, 0x84, 0x41, 1, b'x']));
-    // Literal fields that are not indexed, of 1 KiB each, 64 MiB of them.
-    let mut field = vec![0, 1, b'a', 0x7f, 0x80, 0x07];
-    field.resize(field.len() + 1023, b'b');
-    let one = frame(continuation, 0, 1, &field);
-    flood.extend(one.repeat(64 * 1024));
-    ends_by_a_flood(Router::new(), flood).await;
+async fn a_flood_of_requests_that_are_reset_ends_its_connection() {
+    let mut flood = Vec::new();
+    for stream in (1..20_000).step_by(2) {
+        flood.extend(frame(HEADERS, END_STREAM | END_HEADERS, stream, &GET));
+        flood.extend(frame(RESET, 0, stream, &[0, 0, 0, 8]));
+    }
+    ends_its_connection(Router::new(), &flood).await;
 }
 
-/// RUSTSEC-2026-0258: a body of empty frames that nobody reads.
+/// CVE-2024-27316, RUSTSEC-2024-0332: a head that goes on in frame after frame.
 #[tokio::test]
-async fn a_body_of_empty_frames_ends_its_connection() {
-    let (data, headers, settings) = (0, 1, 4);
-    let mut flood = PREFACE.to_vec();
-    flood.extend(frame(settings, 0, 0, &[]));
-    // POST http://x/, without an end.
-    flood.extend(frame(headers, 0b100, 1, &[0x83, 0x86, 0x84, 0x41, 1, b'x']));
-    flood.extend(frame(data, 0, 1, &[]).repeat(1_000_000));
-    let never = Router::new().fallback(std::future::pending::<()>);
-    ends_by_a_flood(never, flood).await;
+async fn a_flood_of_continuations_ends_its_connection() {
+    // A literal header without indexing, `x: y`.
+    let more = [0, 1, b'x', 1, b'y'];
+    for payload in [&more[..], &more.repeat(1000), &[]] {
+        let mut flood = frame(HEADERS, END_STREAM, 1, &GET);
+        for _ in 0..2_000 {
+            flood.extend(frame(CONTINUATION, 0, 1, payload));
+        }
+        ends_its_connection(Router::new(), &flood).await;
+    }
+}
+
+/// CVE-2019-9518, RUSTSEC-2026-0258: a body of frames without data, which no window holds back.
+#[tokio::test]
+async fn a_flood_of_empty_data_ends_its_connection() {
+    // POST http://x/.
+    let head = [0x83, 0x86, 0x84, 0x41, 1, b'x'];
+    let mut flood = frame(HEADERS, END_HEADERS, 1, &head);
+    for _ in 0..200_000 {
+        flood.extend(frame(DATA, 0, 1, &[]));
+    }
+    let reads = post(|body: axum::body::Bytes| async move { format!("{}", body.len()) });
+    ends_its_connection(Router::new().route("/", reads), &flood).await;
+    let waits = post(|| async { sleep(Duration::from_secs(3600)).await });
+    ends_its_connection(Router::new().route("/", waits), &flood).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_one_behind_the_other_are_answered_in_their_order() {
+    let slow = get(|| async {
+        sleep(Duration::from_secs(5)).await;
+        "the first"
+    });
+    let routes = Router::new().route("/slow", slow);
+    let routes = routes.route("/fast", get(|| async { "the second" }));
+    let (address, doors, serving) = served(routes).await;
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let asked = "GET /slow HTTP/1.1\r\nhost: x\r\n\r\n\
+                 GET /fast HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    client.write_all(asked.as_bytes()).await.unwrap();
+    let mut got = String::new();
+    client.read_to_string(&mut got).await.unwrap();
+    assert_eq!(got.matches("HTTP/1.1 200").count(), 2, "{got}");
+    assert!(got.find("the first") < got.find("the second"), "{got}");
+    doors.refuse.cancel();
+    serving.await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -147,10 +167,14 @@ async fn a_client_that_never_asks_does_not_keep_its_place() {
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RESET: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
 /// GET http://x/, whole.
 const GET: [u8; 6] = [0x82, 0x86, 0x84, 0x41, 1, b'x'];
 
@@ -164,7 +188,7 @@ struct Pinged {
 impl Pinged {
     async fn connect(address: SocketAddr, settings: &[u8]) -> Self {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let mut hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        let mut hello = HELLO.to_vec();
         hello.extend(frame(SETTINGS, 0, 0, settings));
         stream.write_all(&hello).await.unwrap();
         let got = Vec::new();
@@ -172,8 +196,7 @@ impl Pinged {
     }
 
     async fn ask(&mut self) {
-        let whole = 0b101;
-        let asked = frame(HEADERS, whole, 1, &GET);
+        let asked = frame(HEADERS, END_STREAM | END_HEADERS, 1, &GET);
         self.stream.write_all(&asked).await.unwrap();
     }
 

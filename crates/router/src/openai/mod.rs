@@ -141,6 +141,13 @@ fn usage_object(spent: Spent, with_metrics: bool) -> Value {
         "completion_tokens": usage.completion_tokens,
         "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
         "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
+        // Nothing is thought in secret, predicted by clients or spoken.
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     });
     if with_metrics {
         object["metrics"] = metrics_object(spent);
@@ -156,6 +163,7 @@ fn metrics_object(spent: Spent) -> Value {
     serde_json::json!({
         "queue_time": spent.queued.as_secs_f64(),
         "time_to_first_token": spent.first_token.map(|time| time.as_secs_f64()),
+        "mean_inter_token_time": spent.next_token.map(|time| time.as_secs_f64()),
         "total_time": spent.total.as_secs_f64(),
         "tokens_per_second": decoding.map(|time| f64::from(num_next) / time),
     })

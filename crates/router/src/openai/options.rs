@@ -18,7 +18,7 @@ const METADATA_KEY_MAX: usize = 64;
 const METADATA_VALUE_MAX: usize = 512;
 
 /// Fields that are refused when they ask for something.
-const REFUSED: [(&str, Asks); 30] = [
+pub(crate) const REFUSED: [(&str, Asks); 34] = [
     ("functions", not_empty),
     ("function_call", not_none_or_auto),
     ("audio", anything),
@@ -49,6 +49,10 @@ const REFUSED: [(&str, Asks); 30] = [
     ("lora_request", anything),
     ("add_generation_prompt", is_false),
     ("prompt_embeds", anything),
+    ("cache_salt", not_empty),
+    ("return_token_ids", is_true),
+    ("return_tokens_as_token_ids", is_true),
+    ("spaces_between_special_tokens", is_false),
 ];
 
 /// What a chat refuses beside them.

@@ -179,3 +179,19 @@ async fn a_client_that_leaves_aborts_its_sequence() {
     scene.until_idle(0).await;
     scene.end().await;
 }
+
+#[tokio::test]
+async fn the_usage_says_how_long_the_request_took() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let whole = scene.chat(json!({ "include_metrics": true, "n": 2 })).await;
+    let whole: Value = whole.json().await.unwrap();
+    let usage = &whole["usage"];
+    assert_eq!(usage["completion_tokens_details"]["reasoning_tokens"], 0);
+    let seconds = |name: &str| usage["metrics"][name].as_f64().unwrap();
+    let since_the_first = seconds("total_time") - seconds("time_to_first_token");
+    // From the first token to the last one of each of both answers.
+    let num_next = usage["completion_tokens"].as_f64().unwrap() - 2.0;
+    let between = seconds("mean_inter_token_time") * num_next;
+    assert!(between > 0.0 && between <= 2.0 * since_the_first, "{usage}");
+    scene.end().await;
+}

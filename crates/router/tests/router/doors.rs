@@ -213,3 +213,89 @@ async fn a_stream_of_questions_gets_its_answers_as_they_come() {
     drop(ask);
     scene.end().await;
 }
+
+#[tokio::test]
+async fn what_is_compressed_is_refused_by_name() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
+    let paths = [
+        ("/v1/chat/completions", &chat),
+        ("/tokenize", &json!({ "prompt": "hi" })),
+    ];
+    for (path, body) in paths {
+        for encoding in ["gzip", "br", "identity, deflate", "x"] {
+            let headers = [("content-encoding", encoding)];
+            let refused = scene.post_with(path, body, &headers).await;
+            assert_eq!(refused.status(), 415, "{path} {encoding}");
+            let error: Value = refused.json().await.unwrap();
+            assert_eq!(error["error"]["param"], "content-encoding");
+            assert_eq!(error["error"]["code"], "unsupported_media_type");
+        }
+        let plain = scene.post_with(path, body, &[("content-encoding", "Identity")]);
+        assert_eq!(plain.await.status(), 200, "{path}");
+    }
+    scene.end().await;
+}
+
+/// What the router says to these bytes until it closes the connection; nothing where it only does that.
+async fn last_words(stream: TcpStream, more: Vec<u8>) -> String {
+    let (mut reader, mut writer) = stream.into_split();
+    let mut got = Vec::new();
+    let talking = async {
+        let writing = async {
+            let _cut_off = writer.write_all(&more).await;
+            pending::<()>().await;
+        };
+        tokio::select! {
+            _closed_or_reset = reader.read_to_end(&mut got) => {}
+            () = writing => {}
+        }
+    };
+    let closed = tokio::time::timeout(PATIENCE, talking).await;
+    assert!(closed.is_ok(), "the connection is kept");
+    String::from_utf8(got).unwrap()
+}
+
+#[tokio::test]
+async fn a_head_without_end_closes_its_connection_and_holds_up_nobody() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let begin = "GET /version HTTP/1.1\r\nhost: x\r\n";
+    let large = format!("x-large: {}\r\n\r\n", "x".repeat(1 << 20));
+    let mut many = String::new();
+    for i in 0..10_000 {
+        many.push_str(&format!("x-{i}: 1\r\n"));
+    }
+    many.push_str("\r\n");
+    for rest in [large, many] {
+        let (half, rest) = rest.split_at(20 << 10);
+        let stream = mute_client(&scene, &format!("{begin}{half}")).await;
+        assert_eq!(scene.chat(json!({})).await.status(), 200);
+        let said = last_words(stream, rest.as_bytes().to_vec()).await;
+        let refused = said.is_empty() || said.starts_with("HTTP/1.1 431");
+        assert!(refused, "{said}");
+        assert_eq!(scene.chat(json!({})).await.status(), 200);
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn chunks_of_sizes_that_are_none_are_refused() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\
+                content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+    for chunk in [
+        "zz\r\n",
+        "-1\r\n",
+        "\r\n",
+        "fffffffffffffffff\r\n",
+        "2\r\n{}x\r\n0\r\n\r\n",
+        "0x2\r\n{}\r\n0\r\n\r\n",
+    ] {
+        let stream = mute_client(&scene, head).await;
+        let said = last_words(stream, chunk.as_bytes().to_vec()).await;
+        assert!(said.starts_with("HTTP/1.1 400"), "{chunk:?}: {said}");
+    }
+    assert!(scene.workers[0].seen.lock().is_empty());
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    scene.end().await;
+}

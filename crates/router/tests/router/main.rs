@@ -13,10 +13,12 @@ mod constraints;
 mod disconnect;
 mod doors;
 mod failover;
+mod health;
 mod held;
 mod idempotency;
 mod limits;
 mod losses;
+mod messages;
 mod operators;
 mod responses;
 mod resume;
@@ -81,6 +83,8 @@ enum Step {
     Token(u32),
     /// In one message.
     Tokens(Vec<u32>),
+    /// What was asked for about these tokens of the prompt, whose first has this position.
+    PromptTokens(u32, Vec<u32>),
     Finish(v1::FinishReason),
     /// Goes on when the test gives a permit.
     Gate(Arc<Semaphore>),
@@ -111,8 +115,8 @@ impl Drop for OpenStream {
     }
 }
 
-/// A message of tokens with log probabilities of their own, as many as asked for.
-fn sampled(index: &mut u32, ids: &[u32], top: Option<u32>) -> Kind {
+/// Tokens with log probabilities of their own, as many as asked for.
+fn sampled(index: &mut u32, ids: &[u32], top: Option<u32>) -> v1::SampledTokens {
     let mut tokens = Vec::new();
     for &id in ids {
         let logprob = -0.5 - *index as f32 / 8.0;
@@ -130,7 +134,7 @@ fn sampled(index: &mut u32, ids: &[u32], top: Option<u32>) -> Kind {
         });
         *index += 1;
     }
-    Kind::Tokens(v1::SampledTokens { tokens })
+    v1::SampledTokens { tokens }
 }
 
 #[tonic::async_trait]
@@ -149,7 +153,9 @@ impl Worker for FakeWorker {
         let request = request.into_inner();
         let steps = (self.script)(&request);
         let index = request.num_resumed;
-        let top = request.sampling.as_ref().and_then(|s| s.logprobs);
+        let sampling = request.sampling.as_ref();
+        let top = sampling.and_then(|s| s.logprobs);
+        let prompt_top = sampling.and_then(|s| s.prompt_logprobs);
         self.seen.lock().push(request);
         self.open.fetch_add(1, Ordering::SeqCst);
         let open = OpenStream(Arc::clone(&self.open));
@@ -161,8 +167,11 @@ impl Worker for FakeWorker {
                         Step::Started(cached_tokens) => {
                             Ok(Kind::Started(v1::SequenceStarted { cached_tokens }))
                         }
-                        Step::Token(id) => Ok(sampled(&mut index, &[id], top)),
-                        Step::Tokens(ids) => Ok(sampled(&mut index, &ids, top)),
+                        Step::Token(id) => Ok(Kind::Tokens(sampled(&mut index, &[id], top))),
+                        Step::Tokens(ids) => Ok(Kind::Tokens(sampled(&mut index, &ids, top))),
+                        Step::PromptTokens(mut at, ids) => {
+                            Ok(Kind::PromptTokens(sampled(&mut at, &ids, prompt_top)))
+                        }
                         Step::Finish(reason) => {
                             let finished = v1::SequenceFinished {
                                 reason: reason as i32,

@@ -5,7 +5,7 @@ use super::*;
 /// The first id behind the demo model's vocabulary.
 const FIRST_ADDED: u32 = 4096;
 /// Its id is [`FIRST_ADDED`].
-const TOOL_CALLS: &str = "[TOOL_CALLS]";
+pub(super) const TOOL_CALLS: &str = "[TOOL_CALLS]";
 const LIST_TOKENS: [&str; 8] = [
     TOOL_CALLS,
     "[AVAILABLE_TOOLS]",

@@ -30,6 +30,7 @@ fn chat_chunks_have_the_documented_form() {
         },
         queued: Duration::from_millis(250),
         first_token: Some(Duration::from_secs(1)),
+        next_token: Some(Duration::from_millis(500)),
         total: Duration::from_secs(2),
     };
     let usage = &render.end(spent)[0];
@@ -37,6 +38,9 @@ fn chat_chunks_have_the_documented_form() {
     assert_eq!(usage["choices"], json!([]));
     assert_eq!(usage["usage"]["total_tokens"], 6);
     assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
+    let details = usage["usage"]["completion_tokens_details"].as_object();
+    let details = details.unwrap();
+    assert!(details.len() == 4 && details.values().all(|tokens| tokens == 0));
     let mut with_metrics = head(false, true);
     with_metrics.include_metrics = true;
     let mut render = ChatRender::new(with_metrics);
@@ -46,9 +50,16 @@ fn chat_chunks_have_the_documented_form() {
         (&json!(0.25), &json!(2.0))
     );
     assert_eq!(metrics["tokens_per_second"], 2.0);
-    spent.first_token = None;
+    assert_eq!(metrics["mean_inter_token_time"], 0.5);
+    (spent.first_token, spent.next_token) = (None, None);
     let metrics = &render.end(spent)[0]["usage"]["metrics"];
-    assert!(metrics["time_to_first_token"].is_null() && metrics["tokens_per_second"].is_null());
+    for name in [
+        "time_to_first_token",
+        "mean_inter_token_time",
+        "tokens_per_second",
+    ] {
+        assert!(metrics[name].is_null(), "{metrics}");
+    }
     let mut plain = ChatRender::new(head(false, false));
     assert!(plain.open(0, None)[0].get("usage").is_none());
     assert!(plain.end(Spent::default()).is_empty());

@@ -313,38 +313,81 @@ fn the_prompt_is_reported_only_as_a_whole_and_within_a_limit() {
     assert_eq!(asked.sampling.prompt_logprobs, Some(3));
 }
 
+/// For each refused field a value that asks for something, and one that asks for nothing if there is any.
+fn asking_and_harmless(name: &str) -> (Value, Option<Value>) {
+    let some = |value| (value, None);
+    let or = |asking, harmless| (asking, Some(harmless));
+    match name {
+        "functions" | "documents" | "context_management" => or(json!([{}]), json!([])),
+        "logits_processors" | "stop" => or(json!(["x"]), json!([])),
+        "tools" => or(json!([{ "type": "function" }]), json!([])),
+        "function_call" => or(json!({ "name": "f" }), json!("auto")),
+        "tool_choice" => or(json!("required"), json!("none")),
+        "modalities" => or(json!(["text", "audio"]), json!(["text"])),
+        "reasoning_effort" => or(json!("low"), json!("none")),
+        "service_tier" => or(json!("priority"), json!("default")),
+        "verbosity" => or(json!("high"), json!("medium")),
+        "truncation" => or(json!("auto"), json!("disabled")),
+        "reasoning" => or(json!({ "effort": "low" }), json!({ "effort": "none" })),
+        "chat_template_kwargs" => or(json!({ "a": 1 }), json!({})),
+        "store"
+        | "background"
+        | "continue_final_message"
+        | "use_beam_search"
+        | "early_stopping"
+        | "include_stop_str_in_output"
+        | "echo"
+        | "logprobs"
+        | "return_token_ids"
+        | "return_tokens_as_token_ids" => or(json!(true), json!(false)),
+        "skip_special_tokens" | "add_generation_prompt" | "spaces_between_special_tokens" => {
+            or(json!(false), json!(true))
+        }
+        "length_penalty" => or(json!(0.5), json!(1)),
+        "best_of" | "n" => or(json!(3), json!(1)),
+        "suffix" | "cache_salt" => or(json!("x"), json!("")),
+        "truncate_prompt_tokens"
+        | "max_tool_calls"
+        | "top_logprobs"
+        | "prompt_logprobs"
+        | "max_tokens"
+        | "max_completion_tokens" => some(json!(1)),
+        "allowed_token_ids" | "messages" => some(json!([1])),
+        "audio" | "prediction" | "web_search_options" | "moderation" | "lora_request" => {
+            some(json!({ "voice": "x" }))
+        }
+        "conversation" | "prompt" | "background_options" | "access_programs" | "image"
+        | "multi_agent" => some(json!({ "id": "x" })),
+        "guided_decoding_backend"
+        | "guided_whitespace_pattern"
+        | "chat_template"
+        | "prompt_embeds"
+        | "previous_response_id" => some(json!("x")),
+        _ => panic!("{name} is refused and not tried"),
+    }
+}
+
 #[test]
 fn what_has_an_effect_and_is_not_offered_is_refused_by_name() {
-    let table = [
-        ("functions", json!([{}])),
-        ("audio", json!({ "voice": "x" })),
-        ("modalities", json!(["text", "audio"])),
-        ("prediction", json!({})),
-        ("web_search_options", json!({})),
-        ("store", json!(true)),
-        ("service_tier", json!("priority")),
-        ("verbosity", json!("high")),
-        ("use_beam_search", json!(true)),
-        ("length_penalty", json!(0.5)),
-        ("guided_decoding_backend", json!("outlines")),
+    use super::options::{CHAT_REFUSED, COMPLETION_REFUSED, REFUSED, RESPONSE_REFUSED};
+    let doors: [(Door, &[_]); 3] = [
+        (chat_with, &CHAT_REFUSED),
+        (completion_with, &COMPLETION_REFUSED),
+        (responses::response_with, &RESPONSE_REFUSED),
     ];
-    for (key, value) in table {
-        refused(chat_with, key, value.clone(), ErrorKind::Unsupported, key);
-        refused(completion_with, key, value, ErrorKind::Unsupported, key);
+    for (door, own) in doors {
+        for (name, _) in REFUSED.iter().chain(own) {
+            let (asking, harmless) = asking_and_harmless(name);
+            refused(door, name, asking, ErrorKind::Unsupported, name);
+            door(name, Value::Null).unwrap();
+            if let Some(value) = harmless {
+                door(name, value).unwrap();
+            }
+        }
     }
-    refused(
-        chat_with,
-        "echo",
-        json!(true),
-        ErrorKind::Unsupported,
-        "echo",
-    );
-    for (key, value) in [("suffix", json!("end")), ("best_of", json!(3))] {
-        refused(chat_with, key, value, ErrorKind::Unsupported, key);
-    }
-    let tools = json!([{ "type": "function" }]);
-    for (key, value) in [("tools", tools), ("tool_choice", json!("required"))] {
-        refused(completion_with, key, value, ErrorKind::Unsupported, key);
+    let docs = include_str!("../../../../../docs/api.md");
+    for (name, _) in REFUSED {
+        assert!(docs.contains(&format!("`{name}`")), "docs/api.md: {name}");
     }
     for made in [json!(0), json!(21), json!(1_000_000)] {
         refused(

@@ -113,7 +113,7 @@ fn a_whole_response_is_what_its_events_add_up_to() {
     }
 }
 
-fn response_with(key: &str, value: Value) -> Result<Parsed, ApiError> {
+pub(super) fn response_with(key: &str, value: Value) -> Result<Parsed, ApiError> {
     let mut body = json!({ "model": "demo", "input": "hi" });
     body[key] = value;
     parse_response(&body, &served())
