@@ -1,5 +1,6 @@
 """Bad input: a clear 4xx that names the parameter, over HTTP and gRPC alike; the next request is answered."""
 
+import gzip
 import json
 import math
 import os
@@ -472,3 +473,13 @@ def test_a_missing_keys_file_is_a_wrong_setting(tmp_path):
     settings.write_text(f'[auth]\nkeys_file = "{tmp_path}/missing"\n')
     refused = run("router", "--config", settings, check=False)
     assert "auth.keys_file" in refused.stderr and refused.returncode == 2, refused.stderr
+
+
+def test_an_encoding_that_is_not_read_is_refused_by_name(server):
+    body = json.dumps({"prompt": "Hello", "max_tokens": 2}).encode()
+    for sent in (gzip.compress(body), body):
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/completions", sent, headers), timeout=30)
+        error = json.load(refused.value)["error"]
+        assert refused.value.code == 415 and "encoding" in error["message"], error
