@@ -64,6 +64,7 @@ impl Case {
 /// One request for every feature that a move between workers, or a resumed stream, could break.
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = sampling_cases();
+    cases.extend(bounded_cases());
     cases.extend(form_cases());
     cases.extend(tool_cases());
     cases
@@ -133,6 +134,12 @@ fn sampling_cases() -> Vec<Case> {
             COMPLETION,
             &json!({ "prompt": [[5, 6], [7]], "n": 2, "seed": 15 }),
         ),
+    ]
+}
+
+/// What may not be said, or alone may.
+fn bounded_cases() -> Vec<Case> {
+    vec![
         case(
             "bad words",
             CHAT,
