@@ -770,13 +770,20 @@ fn check_encodes(tokenizer: &Tokenizer, text: &str, controls: &[u32]) -> Vec<u32
     ids
 }
 
+fn added_token(id: u32, content: &str, special: bool) -> Value {
+    json!({
+        "id": id, "content": content, "special": special,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+    })
+}
+
 #[test]
 fn sparse_ids_are_a_vocabulary_with_holes() {
     let mut file = demo_json();
     let far = 900_000;
     let added = file["added_tokens"].as_array_mut().unwrap();
-    added.push(json!({"id": far, "content": "<far>", "special": true}));
-    added.push(json!({"id": far - 7, "content": "kilowatt", "special": false}));
+    added.push(added_token(far, "<far>", true));
+    added.push(added_token(far - 7, "kilowatt", false));
     let load = |file: &Value| from_dir(&[("tokenizer.json", file.to_string().as_bytes())]);
     let tokenizer = load(&file).unwrap();
     assert_eq!(tokenizer.vocab_size(), far as usize + 1);
@@ -804,7 +811,7 @@ fn added_tokens_that_shadow_bytes_are_refused_or_stay_text() {
         for id in [byte(&demo_json(), "<0x41>"), byte(&demo_json(), "<0x00>")] {
             let mut file = demo_json();
             let added = file["added_tokens"].as_array_mut().unwrap();
-            added.push(json!({"id": id, "content": content, "special": special}));
+            added.push(added_token(id as u32, content, special));
             match load(&file) {
                 // What a client writes is no control token, whatever its bytes are called.
                 Ok(tokenizer) => {
@@ -912,7 +919,7 @@ fn hostile_sentencepiece_files_are_refused_or_harmless() {
     };
     refused(&with(&[piece("</s>", CONTROL)]), "a control token twice");
     refused(&with(&[piece("<0x1>", BYTE)]), "a byte that is none");
-    refused(&[base(), specs(1 << 40, 2)].concat(), "a bos far off");
+    refused(&[base(), specs(99_999, 2)].concat(), "a bos far off");
     refused(&[base(), specs(1, 99_999)].concat(), "an eos far off");
     // A length of 2^62 before three bytes; a varint that never ends.
     let huge = [&[0x0a][..], &[0xff; 8], &[0x3f], b"abc"].concat();

@@ -268,7 +268,7 @@ impl Range {
         };
         if range.part().end().is_none() {
             let (begin, stride) = (request.begin, request.stride);
-            return Err(Status::invalid_argument(format!(
+            return Err(Status::out_of_range(format!(
                 "pieces from byte {begin} on, {stride} apart: expected an end that can be counted in 64 bits"
             )));
         }
