@@ -192,22 +192,22 @@ impl Dispatcher {
         name: &Name,
     ) -> Result<(Admitted, Reserved), ApiError> {
         let tenant = &name.caller.tenant;
-        let prompt_tokens = request.prompt_tokens() as u64;
-        let ready = self.ready(request, name).await;
+        let ask = Ask {
+            tenant: tenant.clone(),
+            class: self.tenants.class(tenant, request.priority),
+            limits: self.tenants.limits(tenant),
+            places: request.num_sequences(),
+            prompt_tokens: request.prompt_tokens() as u64,
+            bytes: request.size(),
+        };
+        let prompt_tokens = ask.prompt_tokens;
+        let ready = self.ready(&ask, name).await;
         let allowed = ready.and_then(|()| self.quotas.prompt(tenant, prompt_tokens));
         // From here on it counts as one that waits or runs.
         if let Some(arrival) = &name.arrival {
             arrival.settle();
         }
         let reserved = allowed.inspect_err(|error| self.note_refusal(tenant, error))?;
-        let ask = Ask {
-            tenant: tenant.clone(),
-            class: self.tenants.class(tenant, request.priority),
-            limits: self.tenants.limits(tenant),
-            places: request.num_sequences(),
-            prompt_tokens,
-            bytes: request.size(),
-        };
         let admitted = self.admission.admit(ask).await;
         let admitted = admitted.inspect_err(|error| self.note_refusal(tenant, error))?;
         self.metrics.tenants.admitted(tenant, prompt_tokens);
@@ -215,13 +215,13 @@ impl Dispatcher {
     }
 
     /// Returns once workers can serve the request. One that goes on with weights that nobody has is not held.
-    async fn ready(&self, request: &PreparedRequest, name: &Name) -> Result<(), ApiError> {
+    async fn ready(&self, ask: &Ask, name: &Name) -> Result<(), ApiError> {
         let cluster = self.pool.cluster();
         match &name.version {
             Some(version) => cluster
                 .check_version(version)
                 .map_err(ApiError::unavailable),
-            None => self.hold.until_ready(cluster, request.size()).await,
+            None => self.hold.until_ready(cluster, ask).await,
         }
     }
 
