@@ -41,6 +41,7 @@ mod served;
 pub mod simulation;
 pub mod tenants;
 mod text;
+mod text_limits;
 mod token_routes;
 mod tools;
 mod worker_link;
