@@ -192,6 +192,7 @@ async fn generate(
         return held(app, asking, (read.request, name, key)).await;
     }
     let answer = start(app, (read.request, name, key)).await?;
+    answer.check_seen(asking.seen.as_ref())?;
     if !asking.form.stream {
         let render = render(app, route, asking.form, &answer);
         return whole(answer, render).await;
