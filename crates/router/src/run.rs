@@ -21,6 +21,7 @@ use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
 use crate::auth::{Auth, Known};
+use crate::body::ARRIVING_BYTES;
 use crate::body_room::BodyRoom;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
@@ -314,7 +315,9 @@ fn app(
         doors,
     ));
     Arc::new(App {
-        body_room: Arc::new(BodyRoom::new(BODIES_MAX * config.body_bytes_max)),
+        body_room: Arc::new(BodyRoom::new(
+            BODIES_MAX * (config.body_bytes_max + ARRIVING_BYTES),
+        )),
         config,
         dispatcher,
         auth,
