@@ -27,6 +27,7 @@ mod kept;
 mod metrics;
 mod openai;
 mod policy;
+mod preparing;
 mod pulse;
 mod random;
 mod request;

@@ -298,7 +298,8 @@ async fn read(
     name.arrival = Some(app.dispatcher.arrive(&name.caller)?);
     let answer = name.answer;
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
-    let prepared = app.dispatcher.prepare(move || {
+    let tenant = &name.caller.tenant;
+    let prepared = app.dispatcher.prepare(tenant, move || {
         let digest = BodyDigest::of(route.name(), &body);
         let Parsed { request, form } = parse(route, &body, &model)?;
         drop(body);

@@ -70,7 +70,7 @@ async fn answer(
             let _counted = (room, arrival);
             work(&openai::parse_json(&body)?)
         };
-        app.dispatcher.prepare(work).await
+        app.dispatcher.prepare(&caller.tenant, work).await
     };
     let response = match answered.await {
         Ok(answer) => Json(answer).into_response(),

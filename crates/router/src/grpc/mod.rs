@@ -177,7 +177,8 @@ async fn start(
 ) -> Result<Answer, ApiError> {
     let answer = AnswerId::unique(unix_seconds());
     let room = arrived.room;
-    let prepared = app.dispatcher.prepare(move || {
+    let tenant = &arrived.caller.tenant;
+    let prepared = app.dispatcher.prepare(tenant, move || {
         // Until the message has become token ids.
         let _room = room;
         read(answer)
