@@ -12,6 +12,7 @@ use tramontane_types::{FinishReason, TokenId, TokenLogprob, TokenOutput, Usage};
 
 use crate::admission::Counted;
 use crate::answer_id::AnswerId;
+use crate::asked::{Position, beyond_the_end, unit_of_finish};
 use crate::error::ApiError;
 use crate::kept::Reader;
 use crate::request::{PreparedPrompt, PreparedRequest};
@@ -187,6 +188,22 @@ impl Answer {
             Err(_) => self.failed = true,
         }
         Some(next)
+    }
+
+    /// Refuses a client that says it has seen more than there is of an answer that has ended. How long one will be that
+    /// is still made shows later.
+    pub(crate) fn check_seen(&self, seen: Option<&Position>) -> Result<(), ApiError> {
+        let (Source::Kept(reader), Some(Position::Units(units))) = (&self.source, seen) else {
+            return Ok(());
+        };
+        let num_tokens = reader.num_tokens(self.num_choices()).unwrap_or_default();
+        for (choice, (&seen, num_tokens)) in units.iter().zip(num_tokens).enumerate() {
+            let end = unit_of_finish(num_tokens);
+            if seen > end {
+                return Err(beyond_the_end(choice, end, seen));
+            }
+        }
+        Ok(())
     }
 
     /// All answers, whole.

@@ -188,6 +188,11 @@ pub(crate) fn mismatch(message: &str) -> ApiError {
     ApiError::new(ErrorKind::ResumeMismatch, message).at(LAST_EVENT_ID.as_str())
 }
 
+/// The last unit of a choice of so many tokens, after its opening, its tokens and the text that was held back.
+pub(crate) const fn unit_of_finish(num_tokens: u32) -> u32 {
+    num_tokens.saturating_add(3)
+}
+
 /// Why an answer that was asked for from a position cannot go on there.
 pub(crate) fn beyond_the_end(choice: usize, num_units: u32, got: u32) -> ApiError {
     let message = format!(

@@ -1,14 +1,17 @@
 //! Bodies of requests, read within limits on their size, their time and the memory of all of them together: JSON of
 //! HTTP, and messages of gRPC calls that have one.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::extract::Request;
 use bytes::{Bytes, BytesMut};
+use http::Uri;
 use http::header::{CONTENT_LENGTH, HeaderMap};
 use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::body_room::{ArrivingBody, Share};
+use crate::body_room::{ArrivingBody, Newcomer, Share};
 use crate::error::{ApiError, ErrorKind};
 use crate::json_marks::{BODY_MARKS_MAX, JsonMarks};
 use crate::run::App;
@@ -16,6 +19,26 @@ use crate::run::App;
 /// A body that is too large is refused at once, but read and thrown away up to this many times the limit,
 /// so that a client that sends first and reads later sees the refusal instead of a broken connection.
 const DISCARD_FACTOR: usize = 4;
+/// Memory of a body of which nothing has come yet, beside its head: its stream, its task and the buffers of both.
+pub(crate) const ARRIVING_BYTES: usize = 16 << 10;
+/// Memory of one header beside its bytes: its entries in the map, which holds room for more.
+const HEADER_BYTES: usize = 256;
+
+/// What one body may take.
+struct BodyLimits {
+    bytes_max: usize,
+    marks: Option<JsonMarks>,
+    timeout: Duration,
+}
+
+/// The body of a request with this head.
+pub(crate) fn newcomer((uri, headers): (&Uri, &HeaderMap), is_known: bool) -> Newcomer {
+    let mut bytes = ARRIVING_BYTES + uri.path().len() + uri.query().map_or(0, str::len);
+    for (name, value) in headers {
+        bytes += HEADER_BYTES + name.as_str().len() + value.len();
+    }
+    Newcomer { bytes, is_known }
+}
 
 fn declared_size(headers: &HeaderMap) -> Option<usize> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
@@ -28,12 +51,17 @@ pub(crate) async fn read_body(
 ) -> Result<(Bytes, Option<Share>), ApiError> {
     let max = app.config.body_bytes_max;
     let declared = declared_size(request.headers()).unwrap_or_default();
+    let newcomer = newcomer((request.uri(), request.headers()), true);
     let mut body = request.into_body();
     let read = if declared > max {
         Err(too_large(max))
     } else {
-        let marks = JsonMarks::at_most(BODY_MARKS_MAX);
-        let read = read_whole(app, &mut body, (max, Some(marks)));
+        let limits = BodyLimits {
+            bytes_max: max,
+            marks: Some(JsonMarks::at_most(BODY_MARKS_MAX)),
+            timeout: app.config.body_timeout,
+        };
+        let read = read_whole(app, (newcomer, &mut body), limits);
         read.await
             .map(|(bytes, arriving)| (bytes, arriving.arrived()))
     };
@@ -45,33 +73,43 @@ pub(crate) async fn read_body(
     read
 }
 
-/// The whole message of a call, of at most `max` bytes with its frame, and the memory that it takes. `values_bytes`
-/// says how much that is once it is decoded.
+/// The whole message of a call, of at most so many bytes with its frame, which comes within this time, and the memory
+/// that it takes. `values_bytes` says how much that is once it is decoded.
 pub(crate) async fn read_message(
     app: &App,
-    mut body: Body,
-    max: usize,
+    (newcomer, mut body): (Newcomer, Body),
+    (bytes_max, timeout): (usize, Duration),
     values_bytes: impl FnOnce(&[u8]) -> Result<usize, ApiError>,
 ) -> Result<(Bytes, Option<Share>), ApiError> {
-    let (bytes, mut arriving) = read_whole(app, &mut body, (max, None)).await?;
+    let limits = BodyLimits {
+        bytes_max,
+        marks: None,
+        timeout,
+    };
+    let (bytes, mut arriving) = read_whole(app, (newcomer, &mut body), limits).await?;
     let size = bytes.len() + values_bytes(&bytes)?;
     let deadline = Instant::now() + app.config.body_timeout;
     arriving.grow(size, deadline).await?;
     Ok((bytes, arriving.arrived()))
 }
 
-/// Memory is taken as data arrives: who only announces a body holds up nobody.
+/// Memory is taken as data arrives: who only announces a body holds little, and that no longer than others let it.
 async fn read_whole(
     app: &App,
-    body: &mut Body,
-    (max, mut marks): (usize, Option<JsonMarks>),
+    (newcomer, body): (Newcomer, &mut Body),
+    limits: BodyLimits,
 ) -> Result<(Bytes, ArrivingBody), ApiError> {
-    let deadline = Instant::now() + app.config.body_timeout;
+    let BodyLimits {
+        bytes_max: max,
+        mut marks,
+        timeout: limit,
+    } = limits;
+    let deadline = Instant::now() + limit;
     let mut bytes = BytesMut::new();
-    let mut arriving = app.body_room.arrive();
+    let mut arriving = app.body_room.arrive(newcomer, deadline).await?;
     loop {
         let frame = tokio::select! {
-            frame = timeout_at(deadline, body.frame()) => frame.map_err(|_elapsed| late(app))?,
+            frame = timeout_at(deadline, body.frame()) => frame.map_err(|_elapsed| late(limit))?,
             error = arriving.gives_up() => return Err(error),
         };
         let Some(frame) = frame else {
@@ -101,8 +139,8 @@ fn too_large(max: usize) -> ApiError {
     ApiError::new(ErrorKind::TooLarge, message)
 }
 
-fn late(app: &App) -> ApiError {
-    let limit = humantime::format_duration(app.config.body_timeout);
+fn late(limit: Duration) -> ApiError {
+    let limit = humantime::format_duration(limit);
     let message = format!("the body did not arrive within {limit}");
     ApiError::new(ErrorKind::BodyTimeout, message)
 }

@@ -1,6 +1,7 @@
-//! The memory that request bodies of both doors may take together. A body gets its share as it arrives; when there is
-//! none left, the one that has been arriving for the longest makes way, those first that wait for their client and not
-//! for memory. Never lets who sends slowly hold up the others.
+//! The memory that request bodies of both doors may take together. A body gets its share as it arrives, the first part
+//! before anything of it is here; when there is none left, the one that has been arriving for the longest makes way,
+//! those first that nobody is known to send, then those that wait for their client and not for memory. Never lets who
+//! sends slowly hold up the others.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +31,15 @@ pub(crate) struct BodyRoom {
     arriving: Mutex<Arriving>,
 }
 
+/// A body that is to arrive.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Newcomer {
+    /// Memory that it takes before anything of it is here, until it is here.
+    pub(crate) bytes: usize,
+    /// Whether it is known who sends it.
+    pub(crate) is_known: bool,
+}
+
 #[derive(Debug, Default)]
 struct Arriving {
     next_number: u64,
@@ -45,6 +55,7 @@ struct Arriving {
 struct Holder {
     since: Instant,
     held: u32,
+    is_known: bool,
     /// Whether it waits for memory: its client has sent something.
     waits: bool,
     give_up: CancellationToken,
@@ -55,14 +66,21 @@ struct Holder {
 pub(crate) struct ArrivingBody {
     room: Arc<BodyRoom>,
     number: u64,
+    /// Memory that it takes until it is here.
+    base_bytes: usize,
+    /// Memory that is needed for longer.
+    bytes: usize,
     share: Option<Share>,
     give_up: CancellationToken,
 }
 
+fn kib(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
+}
+
 impl BodyRoom {
     pub(crate) fn new(bytes: usize) -> Self {
-        let total = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        let total = total.min(u32::try_from(Semaphore::MAX_PERMITS).unwrap_or(u32::MAX));
+        let total = kib(bytes).min(u32::try_from(Semaphore::MAX_PERMITS).unwrap_or(u32::MAX));
         Self {
             left: Arc::new(Semaphore::new(total as usize)),
             total,
@@ -70,22 +88,36 @@ impl BodyRoom {
         }
     }
 
-    /// Takes in a body of which nothing has come yet.
-    pub(crate) fn arrive(self: &Arc<Self>) -> ArrivingBody {
+    /// Takes in a body of which nothing has come yet. Waits until `deadline` for what it takes all the same.
+    pub(crate) async fn arrive(
+        self: &Arc<Self>,
+        newcomer: Newcomer,
+        deadline: Instant,
+    ) -> Result<ArrivingBody, ApiError> {
+        let mut body = self.enter(newcomer);
+        body.grow(0, deadline).await?;
+        Ok(body)
+    }
+
+    fn enter(self: &Arc<Self>, newcomer: Newcomer) -> ArrivingBody {
         let give_up = CancellationToken::new();
+        let mut arriving = self.arriving.lock();
+        // Under the lock, so that those with higher numbers are not older.
         let holder = Holder {
             since: Instant::now(),
             held: 0,
+            is_known: newcomer.is_known,
             waits: false,
             give_up: give_up.clone(),
         };
-        let mut arriving = self.arriving.lock();
         let number = arriving.next_number;
         arriving.next_number += 1;
         arriving.bodies.insert(number, holder);
         ArrivingBody {
             room: Arc::clone(self),
             number,
+            base_bytes: newcomer.bytes,
+            bytes: 0,
             share: None,
             give_up,
         }
@@ -98,11 +130,7 @@ impl BodyRoom {
         let mut arriving = self.arriving.lock();
         // Who has to go itself asks for nothing.
         while arriving.leaving < arriving.wanted && arriving.bodies.contains_key(&asker) {
-            let others = arriving.bodies.iter();
-            let others = others.filter(|(number, holder)| **number != asker && holder.held > 0);
-            let slow = others.filter(|(_, holder)| holder.since + SLOW_AFTER <= now);
-            let first = slow.min_by_key(|(number, holder)| (holder.waits, **number));
-            let Some(number) = first.map(|(number, _)| *number) else {
+            let Some(number) = arriving.first_to_go(asker, now) else {
                 break;
             };
             if let Some(slow) = arriving.bodies.remove(&number) {
@@ -110,8 +138,11 @@ impl BodyRoom {
                 slow.give_up.cancel();
             }
         }
-        let times = arriving.bodies.values().map(|h| h.since + SLOW_AFTER);
-        let next = times.filter(|at| *at > now).min();
+        if arriving.leaving >= arriving.wanted {
+            return now + SLOW_AFTER;
+        }
+        let mut times = arriving.bodies.values().map(|h| h.since + SLOW_AFTER);
+        let next = times.find(|at| *at > now);
         next.unwrap_or(now + SLOW_AFTER)
     }
 
@@ -125,6 +156,21 @@ impl BodyRoom {
         if let Some(holder) = arriving.bodies.get_mut(&number) {
             holder.waits = waits;
         }
+    }
+}
+
+impl Arriving {
+    /// Of those that are slow and hold some memory. Stops at the first that is not slow: there may be tens of thousands.
+    fn first_to_go(&self, asker: u64, now: Instant) -> Option<u64> {
+        let slow = || {
+            let old = self.bodies.iter();
+            let old = old.take_while(|(_, holder)| holder.since + SLOW_AFTER <= now);
+            old.filter(|(number, holder)| **number != asker && holder.held > 0)
+        };
+        let unknown = slow().find(|(_, holder)| !holder.is_known && !holder.waits);
+        let stands = || slow().find(|(_, holder)| !holder.waits);
+        let first = unknown.or_else(stands).or_else(|| slow().next());
+        first.map(|(number, _)| *number)
     }
 }
 
@@ -159,10 +205,11 @@ impl ArrivingBody {
 
     /// Waits until `deadline` for memory, so that this body's share covers `bytes`.
     pub(crate) async fn grow(&mut self, bytes: usize, deadline: Instant) -> Result<(), ApiError> {
+        self.bytes = self.bytes.max(bytes);
         let held = self.held();
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        let needed = kib(bytes.saturating_add(self.base_bytes));
         // In a room that is smaller than what may be made of its largest body, that one is alone.
-        let missing = kib.min(self.room.total).saturating_sub(held);
+        let missing = needed.min(self.room.total).saturating_sub(held);
         if missing == 0 {
             return Ok(());
         }
@@ -208,10 +255,13 @@ impl ArrivingBody {
 
     /// The body is there: its share is kept for as long as what was made of it needs, and makes way for nobody.
     pub(crate) fn arrived(mut self) -> Option<Share> {
-        let share = self.share.take();
+        let mut share = self.share.take();
         let held = share.as_ref().map_or(0, Share::num_permits);
+        let needed = held.min(kib(self.bytes) as usize);
+        let kept = share.as_mut().and_then(|share| share.split(needed));
+        drop(share);
         self.leave(held);
-        share
+        kept
     }
 
     /// Nobody waits for `held` any more.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use futures::future::try_join_all;
 use futures::stream::unfold;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
@@ -25,6 +25,7 @@ use crate::hold::Hold;
 use crate::journal::Journal;
 use crate::kept::{BodyDigest, Found, KeptAnswers, KeyDigest, Recorder};
 use crate::metrics::Metrics;
+use crate::preparing::Preparing;
 use crate::random::choice_seed;
 use crate::request::{PreparedPrompt, PreparedRequest};
 use crate::running::{Progress, Running};
@@ -53,8 +54,7 @@ pub(crate) struct Dispatcher {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) patience: Patience,
     /// Bodies that are parsed and tokenized at once: CPU and memory of hostile prompts are bounded by it.
-    pub(crate) preparing: Arc<Semaphore>,
-    pub(crate) prepare_wait: Duration,
+    pub(crate) preparing: Preparing,
     /// A client that reads nothing for this long is cut off.
     pub(crate) client_stall_max: Duration,
     /// What goes on beside the futures of requests.
@@ -64,14 +64,14 @@ pub(crate) struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// Runs long CPU work of one request where it holds up nobody. Dropping the future does not stop the
+    /// Runs long CPU work of one request of `tenant` where it holds up nobody. Dropping the future does not stop the
     /// work: what bounds its memory must be moved into it.
-    pub(crate) async fn prepare<T, F>(&self, work: F) -> Result<T, ApiError>
+    pub(crate) async fn prepare<T, F>(&self, tenant: &TenantName, work: F) -> Result<T, ApiError>
     where
         F: FnOnce() -> Result<T, ApiError> + Send + 'static,
         T: Send + 'static,
     {
-        prepare(Arc::clone(&self.preparing), self.prepare_wait, work).await
+        self.preparing.run(tenant, work).await
     }
 
     /// Counts a request before it is read: whoever has used up a quota or meets a full queue is told at once. Holds
@@ -192,22 +192,22 @@ impl Dispatcher {
         name: &Name,
     ) -> Result<(Admitted, Reserved), ApiError> {
         let tenant = &name.caller.tenant;
-        let prompt_tokens = request.prompt_tokens() as u64;
-        let ready = self.ready(request, name).await;
+        let ask = Ask {
+            tenant: tenant.clone(),
+            class: self.tenants.class(tenant, request.priority),
+            limits: self.tenants.limits(tenant),
+            places: request.num_sequences(),
+            prompt_tokens: request.prompt_tokens() as u64,
+            bytes: request.size(),
+        };
+        let prompt_tokens = ask.prompt_tokens;
+        let ready = self.ready(&ask, name).await;
         let allowed = ready.and_then(|()| self.quotas.prompt(tenant, prompt_tokens));
         // From here on it counts as one that waits or runs.
         if let Some(arrival) = &name.arrival {
             arrival.settle();
         }
         let reserved = allowed.inspect_err(|error| self.note_refusal(tenant, error))?;
-        let ask = Ask {
-            tenant: tenant.clone(),
-            class: self.tenants.class(tenant, request.priority),
-            limits: self.tenants.limits(tenant),
-            places: request.num_sequences(),
-            prompt_tokens,
-            bytes: request.size(),
-        };
         let admitted = self.admission.admit(ask).await;
         let admitted = admitted.inspect_err(|error| self.note_refusal(tenant, error))?;
         self.metrics.tenants.admitted(tenant, prompt_tokens);
@@ -215,7 +215,7 @@ impl Dispatcher {
     }
 
     /// Returns once workers can serve the request. One that goes on with weights that nobody has is not held.
-    async fn ready(&self, request: &PreparedRequest, name: &Name) -> Result<(), ApiError> {
+    async fn ready(&self, ask: &Ask, name: &Name) -> Result<(), ApiError> {
         let cluster = self.pool.cluster();
         match &name.version {
             Some(version) => cluster
@@ -223,7 +223,7 @@ impl Dispatcher {
                 .map_err(ApiError::unavailable),
             None if cluster.check().is_ok() => Ok(()),
             None => {
-                self.hold.until_ready(cluster, request.size()).await?;
+                self.hold.until_ready(cluster, ask).await?;
                 // All that were held come at once, and before the next look at the workers.
                 self.admission.set_capacity(cluster.capacity());
                 Ok(())
@@ -378,28 +378,6 @@ impl Name {
     }
 }
 
-/// [`Dispatcher::prepare`]; the permit stays with the work until the work ends.
-async fn prepare<T, F>(places: Arc<Semaphore>, wait: Duration, work: F) -> Result<T, ApiError>
-where
-    F: FnOnce() -> Result<T, ApiError> + Send + 'static,
-    T: Send + 'static,
-{
-    let Ok(Ok(permit)) = timeout(wait, places.acquire_owned()).await else {
-        return Err(ApiError::unavailable("too many requests are being read"));
-    };
-    let work = move || {
-        let _permit = permit;
-        work()
-    };
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => {
-            tracing::error!(%error, "preparing a request did not end");
-            Err(ApiError::internal())
-        }
-    }
-}
-
 type BoxStart = futures::future::BoxFuture<'static, Result<Sequence, ApiError>>;
 
 /// Everything that a sequence says, up to its end or an error.
@@ -412,31 +390,4 @@ fn deltas(sequence: Sequence) -> impl futures::Stream<Item = Result<Delta, ApiEr
             Err(error) => Some((Err(error), None)),
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn work_that_nobody_waits_for_keeps_its_permit_until_it_ends() {
-        let places = Arc::new(Semaphore::new(1));
-        let (end, ended) = std::sync::mpsc::channel::<()>();
-        let (say, mut started) = mpsc::channel(1);
-        let work = move || {
-            say.blocking_send(()).unwrap();
-            ended.recv().unwrap();
-            Ok(())
-        };
-        let mut preparing = Box::pin(prepare(Arc::clone(&places), Duration::from_secs(10), work));
-        tokio::select! {
-            _ = &mut preparing => unreachable!("the work waits for the test"),
-            started = started.recv() => started.unwrap(),
-        }
-        drop(preparing);
-        assert_eq!(places.available_permits(), 0);
-        end.send(()).unwrap();
-        let permit = timeout(Duration::from_secs(10), places.acquire()).await;
-        drop(permit.unwrap().unwrap());
-    }
 }

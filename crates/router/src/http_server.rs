@@ -24,8 +24,10 @@ use crate::run::Doors;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
 /// A connection without a request is closed after this time, whatever it says to pings.
 const IDLE_MAX: Duration = HEADER_TIMEOUT;
-/// Largest request head.
+/// Largest request head over HTTP/1, of which a connection has one at a time.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
+/// Largest request head over HTTP/2, of which a connection has as many as streams.
+const STREAM_HEADER_BYTES_MAX: u32 = 16 * 1024;
 /// Most headers of a request.
 const HEADERS_MAX: usize = 100;
 /// Requests at once on one HTTP/2 connection.
@@ -84,7 +86,7 @@ fn builder(versions: Versions) -> Builder<TokioExecutor> {
         .keep_alive_timeout(KEEPALIVE)
         .max_concurrent_streams(STREAMS_MAX)
         .max_pending_accept_reset_streams(RESET_STREAMS_MAX)
-        .max_header_list_size(HEADER_BYTES_MAX as u32);
+        .max_header_list_size(STREAM_HEADER_BYTES_MAX);
     builder
 }
 

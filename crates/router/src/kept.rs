@@ -252,6 +252,24 @@ impl Tape {
         (told.is_some() || is_over).then_some(told)
     }
 
+    /// How many tokens each of `num_choices` answers has, once all have ended.
+    fn num_tokens(&self, num_choices: usize) -> Option<Vec<u32>> {
+        let state = self.state.lock();
+        let (mut num_tokens, mut num_ended) = (vec![0; num_choices], 0);
+        for delta in state
+            .told
+            .iter()
+            .filter_map(|told| told.delta.as_ref().ok())
+        {
+            let num = num_tokens.get_mut(delta.choice);
+            if let (Some(num), Some(last)) = (num, delta.tokens.last()) {
+                *num = last.index.saturating_add(1);
+            }
+            num_ended += usize::from(delta.finish.is_some());
+        }
+        (num_ended == num_choices).then_some(num_tokens)
+    }
+
     fn close(&self) {
         self.state.lock().closed = true;
         self.changed.send_replace(());
@@ -430,6 +448,11 @@ impl Reader {
     /// The name of the answer.
     pub(crate) fn id(&self) -> AnswerId {
         self.tape.id
+    }
+
+    /// How many tokens each of `num_choices` answers has; `None` until all have ended.
+    pub(crate) fn num_tokens(&self, num_choices: usize) -> Option<Vec<u32>> {
+        self.tape.num_tokens(num_choices)
     }
 
     /// Waits until the answer begins, and says with what; an error when there is none.

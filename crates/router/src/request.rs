@@ -5,12 +5,13 @@
 use std::sync::Arc;
 
 use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
-use tramontane_types::sampling::BAD_WORDS_MAX;
+use tramontane_types::sampling::{BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX};
 use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::run::ServedModel;
+use crate::text_limits::{check_prompts, check_words};
 use crate::tools::{self, ToolUse};
 
 /// Most answers of one prompt, as in the OpenAI API.
@@ -208,6 +209,7 @@ impl GenerationRequest {
             let message = format!("bad_words must have at most {WORDS_MAX} entries, got {got}");
             return Err(ApiError::invalid("bad_words", message));
         }
+        check_words(&options.bad_words)?;
         for prompt in &prompts {
             if let Prompt::Chat(chat) = prompt {
                 tools::check(&chat.tools, &options.tool_use)?;
@@ -299,19 +301,14 @@ pub(crate) fn prepare(
     tokenizer: &Tokenizer,
     model: &ServedModel,
 ) -> Result<PreparedRequest, ApiError> {
-    let num_prompts = request.prompts.len();
     let mut sampling = SamplingParams {
         seed: request.seed.map_or(id.seed(), i64::cast_unsigned),
-        bad_words: bad_words(&request.bad_words, tokenizer)?,
         ..request.sampling.clone()
     };
-    let mut prompts = Vec::with_capacity(num_prompts);
+    check_prompts(&request.prompts, tokenizer, model)?;
+    let mut prompts = Vec::with_capacity(request.prompts.len());
     for (i, prompt) in request.prompts.iter().enumerate() {
-        let param = match prompt {
-            Prompt::Chat(_) => "messages".to_owned(),
-            _ if num_prompts == 1 => "prompt".to_owned(),
-            _ => format!("prompt[{i}]"),
-        };
+        let param = prompt_name(&request.prompts, i);
         let ids = tokenize(prompt, &param, tokenizer, model)?;
         let max_tokens = fit(&request, prompt, ids.len(), &param, model)?;
         if sampling.min_tokens > max_tokens {
@@ -332,6 +329,7 @@ pub(crate) fn prepare(
             max_tokens,
         });
     }
+    sampling.bad_words = bad_words(&request.bad_words, tokenizer)?;
     let mut reads_calls = false;
     if let Some(Prompt::Chat(chat)) = request.prompts.first() {
         let constraint = sampling.constraint.take();
@@ -362,8 +360,17 @@ pub(crate) fn prepare(
     })
 }
 
+/// What clients call the prompt at `index`.
+pub(crate) fn prompt_name(prompts: &[Prompt], index: usize) -> String {
+    match prompts.get(index) {
+        Some(Prompt::Chat(_)) => "messages".to_owned(),
+        _ if prompts.len() == 1 => "prompt".to_owned(),
+        _ => format!("prompt[{index}]"),
+    }
+}
+
 /// The tokens of words that may not appear, as vLLM makes them: each as it begins a text, and as it follows a space
-/// where that is a word of another first token and the same length.
+/// where that is a word of another first token and the same length. Those of too many tokens are not made twice.
 fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<TokenId>>, ApiError> {
     let mut found: Vec<Vec<TokenId>> = Vec::with_capacity(words.len());
     for (i, word) in words.iter().enumerate() {
@@ -374,13 +381,17 @@ fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<TokenId>
             ids.map_err(|error| ApiError::from(error).at(&path))
         };
         let plain = encode(word)?;
-        let spaced = encode(&format!(" {word}"))?;
         if plain.is_empty() {
             return Err(ApiError::invalid(
                 &path,
                 format!("{path} must have at least one token"),
             ));
         }
+        if plain.len() > BAD_WORD_TOKENS_MAX {
+            // Whoever validates it says so.
+            return Ok(vec![plain]);
+        }
+        let spaced = encode(&format!(" {word}"))?;
         let is_another = spaced.first() != plain.first() && spaced.len() == plain.len();
         found.push(plain);
         if is_another {

@@ -182,6 +182,7 @@ async fn generate(
         return held(app, asking, (read.request, name, key)).await;
     }
     let answer = start(app, (read.request, name, key)).await?;
+    answer.check_seen(asking.seen.as_ref())?;
     if !asking.form.stream {
         let render = render(app, route, asking.form, &answer);
         return whole(answer, render).await;
@@ -287,7 +288,8 @@ async fn read(
     name.arrival = Some(app.dispatcher.arrive(&name.caller)?);
     let answer = name.answer;
     let (model, tokenizer) = (Arc::clone(&app.model), Arc::clone(&app.tokenizer));
-    let prepared = app.dispatcher.prepare(move || {
+    let tenant = &name.caller.tenant;
+    let prepared = app.dispatcher.prepare(tenant, move || {
         let digest = BodyDigest::of(route.name(), &body);
         let Parsed { request, form } = parse(route, &body, &model)?;
         drop(body);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,6 +21,7 @@ use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
 use crate::auth::{Auth, Known};
+use crate::body::ARRIVING_BYTES;
 use crate::body_room::BodyRoom;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
@@ -30,6 +31,7 @@ use crate::http_server::Versions;
 use crate::journal::Journal;
 use crate::kept::KeptAnswers;
 use crate::metrics::{Metrics, Reading};
+use crate::preparing::{PREPARE_WAITING_MAX, Preparing};
 use crate::roster::{PulseTasks, Roster};
 use crate::scaler::Scaler;
 use crate::sequence::Patience;
@@ -316,7 +318,9 @@ fn app(
         doors,
     ));
     Arc::new(App {
-        body_room: Arc::new(BodyRoom::new(BODIES_MAX * config.body_bytes_max)),
+        body_room: Arc::new(BodyRoom::new(
+            BODIES_MAX * (config.body_bytes_max + ARRIVING_BYTES),
+        )),
         config,
         dispatcher,
         auth,
@@ -365,8 +369,11 @@ pub(crate) fn dispatcher(
             failover_wait: config.failover_wait,
             silence_max: config.stream_silence_max,
         },
-        preparing: Arc::new(Semaphore::new(cores * PREPARING_PER_CORE)),
-        prepare_wait: config.queue_wait,
+        preparing: Preparing::new(
+            cores * PREPARING_PER_CORE,
+            PREPARE_WAITING_MAX,
+            config.queue_wait,
+        ),
         client_stall_max: config.client_stall_max,
         tasks: TaskTracker::new(),
         abort: doors.abort.clone(),

@@ -70,7 +70,7 @@ async fn answer(
             let _counted = (room, arrival);
             work(&openai::parse_json(&body)?)
         };
-        app.dispatcher.prepare(work).await
+        app.dispatcher.prepare(&caller.tenant, work).await
     };
     let response = match answered.await {
         Ok(answer) => Json(answer).into_response(),
@@ -157,6 +157,8 @@ mod tests {
         assert_eq!(chat["tools"]["maxItems"], crate::tools::TOOLS_MAX);
         assert_eq!(chat["n"]["maximum"], crate::request::N_MAX);
         assert_eq!(chat["bad_words"]["maxItems"], crate::request::WORDS_MAX);
+        let word = &chat["bad_words"]["items"];
+        assert_eq!(word["maxLength"], crate::text_limits::WORD_BYTES_MAX);
         let sampling = tramontane_types::sampling::TEMPERATURE_MAX;
         assert_eq!(chat["temperature"]["maximum"], f64::from(sampling));
         let completion = &schemas["CompletionRequest"]["properties"];

@@ -35,6 +35,7 @@ struct Inner {
     unk: Option<TokenId>,
     adds_bos: bool,
     drops_leading_space: bool,
+    token_bytes_max: usize,
     chat: Chat,
 }
 
@@ -164,6 +165,7 @@ impl Tokenizer {
         Ok(Self {
             inner: Arc::new(Inner {
                 adds_bos: companions.adds_bos.unwrap_or(parts.adds_bos),
+                token_bytes_max: parts.vocabulary.text_bytes_max(),
                 vocabulary: parts.vocabulary,
                 encoder: parts.encoder,
                 bos,
@@ -260,6 +262,12 @@ impl Tokenizer {
             .vocabulary
             .get(id)
             .map(|token| token.bytes.as_ref())
+    }
+
+    /// Bytes of the longest token of running text, control tokens apart. A text of more bytes has more than one token, save
+    /// where it becomes shorter before it is cut.
+    pub fn token_bytes_max(&self) -> usize {
+        self.inner.token_bytes_max
     }
 
     /// True for tokens that are not text: bos, eos, unk, `[INST]` and their like.

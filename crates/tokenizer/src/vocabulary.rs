@@ -81,6 +81,12 @@ impl Vocabulary {
         self.tokens.len()
     }
 
+    /// Bytes of the longest token that is text.
+    pub(crate) fn text_bytes_max(&self) -> usize {
+        let texts = self.tokens.iter().filter(|token| !token.is_control);
+        texts.map(|token| token.bytes.len()).max().unwrap_or(0)
+    }
+
     pub(crate) fn get(&self, id: TokenId) -> Option<&Token> {
         self.tokens.get(id as usize)
     }

@@ -15,9 +15,21 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
+/// A body of which nothing has come, and that takes nothing before.
+fn newcomer(room: &Arc<BodyRoom>) -> ArrivingBody {
+    room.enter(known(0))
+}
+
+fn known(kib: usize) -> Newcomer {
+    Newcomer {
+        bytes: kib * KIB,
+        is_known: true,
+    }
+}
+
 /// A body that has come so far.
 async fn body(room: &Arc<BodyRoom>, kib: usize) -> ArrivingBody {
-    let mut body = room.arrive();
+    let mut body = newcomer(room);
     body.grow(kib * KIB, soon()).await.unwrap();
     body
 }
@@ -33,7 +45,7 @@ async fn a_full_room_is_waited_for_a_second_and_then_the_oldest_makes_way() {
     advance(Duration::from_millis(500)).await;
     let younger = body(&room, 2).await;
     let began = Instant::now();
-    let mut last = room.arrive();
+    let mut last = newcomer(&room);
     let growing = last.grow(KIB, soon());
     let leaving = async {
         let error = oldest.gives_up().await;
@@ -56,7 +68,7 @@ async fn only_as_many_make_way_as_it_takes() {
         slow.push(body(&room, 2).await);
     }
     advance(SLOW_AFTER).await;
-    let (mut a, mut b, mut c) = (room.arrive(), room.arrive(), room.arrive());
+    let (mut a, mut b, mut c) = (newcomer(&room), newcomer(&room), newcomer(&room));
     let three = async {
         tokio::try_join!(
             a.grow(KIB, soon()),
@@ -95,7 +107,7 @@ async fn who_waits_for_its_client_goes_before_who_waits_for_memory() {
     let mut moves = body(&room, 2).await;
     let (stands, other) = (body(&room, 2).await, body(&room, 2).await);
     advance(SLOW_AFTER).await;
-    let mut asks = room.arrive();
+    let mut asks = newcomer(&room);
     let leaving = async {
         stands.gives_up().await;
         drop(stands);
@@ -111,7 +123,7 @@ async fn who_waits_for_its_client_goes_before_who_waits_for_memory() {
 async fn a_body_that_is_there_makes_way_for_nobody_and_gives_its_share_back_at_the_end() {
     let room = room(2);
     let share = body(&room, 2).await.arrived();
-    let mut waits = room.arrive();
+    let mut waits = newcomer(&room);
     let late = waits
         .grow(KIB, Instant::now() + SLOW_AFTER * 3)
         .await
@@ -131,7 +143,7 @@ async fn what_is_larger_than_the_room_has_it_alone() {
     let room = room(2);
     let large = body(&room, 100).await;
     assert_eq!(room.left.available_permits(), 0);
-    let mut other = room.arrive();
+    let mut other = newcomer(&room);
     let waiting = timeout(SLOW_AFTER / 2, other.grow(KIB, soon()));
     assert!(waiting.await.is_err());
     drop(large.arrived());
@@ -144,7 +156,7 @@ async fn who_has_to_go_and_took_memory_meanwhile_leaves_with_all_of_it() {
     let mut slow = body(&room, 2).await;
     let holds = body(&room, 1).await;
     advance(SLOW_AFTER).await;
-    let mut asks = room.arrive();
+    let mut asks = newcomer(&room);
     let asking = timeout(Duration::from_millis(1), asks.grow(2 * KIB, soon()));
     assert!(asking.await.is_err());
     assert!(has_to_go(&slow) && !has_to_go(&holds));
@@ -153,4 +165,57 @@ async fn who_has_to_go_and_took_memory_meanwhile_leaves_with_all_of_it() {
     drop(slow);
     assert_eq!(room.arriving.lock().leaving, 0);
     asks.grow(2 * KIB, soon()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn bodies_of_which_nothing_comes_make_way_for_who_asks_now() {
+    let room = room(8);
+    let mut mute = Vec::new();
+    for _ in 0..4 {
+        mute.push(room.arrive(known(2), soon()).await.unwrap());
+    }
+    assert_eq!(room.left.available_permits(), 0);
+    let began = Instant::now();
+    let asks = async {
+        let mut body = room.arrive(known(2), soon()).await?;
+        body.grow(KIB, soon()).await?;
+        Ok::<_, ApiError>(body)
+    };
+    let leaving = async {
+        for _ in 0..2 {
+            let oldest = mute.remove(0);
+            oldest.gives_up().await;
+        }
+    };
+    let (grown, ()) = tokio::join!(asks, leaving);
+    assert_eq!(began.elapsed(), SLOW_AFTER);
+    // What it took before it was here is others' now.
+    let share = grown.unwrap().arrived().unwrap();
+    assert_eq!(share.num_permits(), 1);
+    assert_eq!(room.left.available_permits(), 3);
+    assert_eq!(mute.iter().filter(|body| has_to_go(body)).count(), 0);
+    drop((share, mute));
+    assert_eq!(room.left.available_permits(), 8);
+    let arriving = room.arriving.lock();
+    assert_eq!((arriving.wanted, arriving.leaving), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whom_nobody_knows_goes_before_who_is_known() {
+    let room = room(4);
+    let known_one = room.arrive(known(2), soon()).await.unwrap();
+    let unknown = Newcomer {
+        is_known: false,
+        ..known(2)
+    };
+    let unknown = room.arrive(unknown, soon()).await.unwrap();
+    advance(SLOW_AFTER).await;
+    let asks = room.arrive(known(1), soon());
+    let leaving = async {
+        unknown.gives_up().await;
+        drop(unknown);
+    };
+    let (asked, ()) = tokio::join!(asks, leaving);
+    asked.unwrap();
+    assert!(!has_to_go(&known_one));
 }

@@ -58,12 +58,13 @@ impl InferenceService {
         T: Send + 'static,
     {
         let arrived = arrived(&self.app, &request)?;
+        let tenant = arrived.caller.tenant.clone();
         let message = request.into_inner();
         let work = move || {
             let _counted = arrived;
             work(message)
         };
-        self.app.dispatcher.prepare(work).await
+        self.app.dispatcher.prepare(&tenant, work).await
     }
 
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {

@@ -20,13 +20,16 @@ use super::HEALTH;
 use super::deadline::Deadline;
 use super::parts::{FRAME_BYTES, Shapes};
 use super::status::{refusal, status};
-use crate::body::read_message;
+use crate::auth::{PUBLIC, is_listed};
+use crate::body::{newcomer, read_message};
 use crate::body_room::{ArrivingBody, Share};
 use crate::error::{ApiError, ErrorKind};
 use crate::run::App;
 
 /// Largest message of a health check: the name of a service.
 pub(super) const HEALTH_BYTES_MAX: usize = 4 << 10;
+/// Longest time for a message of those that nobody has to be known for: one packet, which probes send with the head.
+pub(super) const PUBLIC_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest question of reflection: a name, or that of a file.
 pub(super) const REFLECTION_BYTES_MAX: usize = 64 << 10;
 /// Reflection is a stream of questions, the only one that clients may send. One that asks nothing for so long ends:
@@ -79,9 +82,12 @@ impl Reader {
         let app = &self.app;
         let (mut parts, body) = request.into_parts();
         let service = parts.uri.path().split('/').nth(1).unwrap_or_default();
+        let is_public = is_listed(&PUBLIC, parts.uri.path());
+        // The head is kept, for the method: it counts.
+        let newcomer = newcomer((&parts.uri, &parts.headers), !is_public);
         if STREAMS.contains(&service) {
-            let mut place = app.body_room.arrive();
             let by = Instant::now() + app.config.body_timeout;
+            let mut place = app.body_room.arrive(newcomer, by).await?;
             place.grow(REFLECTION_BYTES_MAX, by).await?;
             let body = Body::from_stream(questions(body, place));
             return Ok(Request::from_parts(parts, body));
@@ -90,8 +96,13 @@ impl Reader {
             HEALTH => HEALTH_BYTES_MAX,
             _ => app.config.body_bytes_max,
         };
+        let mut limit = app.config.body_timeout;
+        if is_public {
+            limit = limit.min(PUBLIC_TIMEOUT);
+        }
         let values = |body: &[u8]| self.shapes.values_bytes(parts.uri.path(), body);
-        let read = read_message(app, body, max + FRAME_BYTES, values).await;
+        let limits = (max + FRAME_BYTES, limit);
+        let read = read_message(app, (newcomer, body), limits, values).await;
         let (message, share) = read?;
         if let Some(share) = share {
             let _share = Arc::new(share);

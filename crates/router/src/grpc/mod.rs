@@ -192,7 +192,8 @@ async fn start(
 ) -> Result<Answer, ApiError> {
     let answer = arrived.id.answer();
     let room = arrived.room;
-    let prepared = app.dispatcher.prepare(move || {
+    let tenant = &arrived.caller.tenant;
+    let prepared = app.dispatcher.prepare(tenant, move || {
         // Until the message has become token ids.
         let _room = room;
         read(answer)

@@ -299,3 +299,59 @@ async fn chunks_of_sizes_that_are_none_are_refused() {
     assert_eq!(scene.chat(json!({})).await.status(), 200);
     scene.end().await;
 }
+
+/// What becomes of a call of whose message nothing comes but its size.
+async fn mute_call(channel: Channel, path: &str) -> Code {
+    half_call(channel, path, 8, 0).await
+}
+
+#[tokio::test]
+async fn calls_of_which_no_message_comes_make_way() {
+    let small = RouterConfig {
+        body_bytes_max: 1024,
+        body_timeout: PATIENCE * 3,
+        ..config()
+    };
+    let scene = Scene::start(small, vec![storyteller()]).await;
+    let grpc = channel(&scene.grpc).await;
+    let tasks = TaskTracker::new();
+    // More than there is room for, though next to nothing is sent.
+    let mut calls: Vec<_> = (0..80)
+        .map(|_| tasks.spawn(mute_call(grpc.clone(), GENERATE)))
+        .collect();
+    let first = calls.remove(0).await.unwrap();
+    assert_eq!(first, Code::Unavailable);
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    for call in calls {
+        call.abort();
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn who_need_not_be_known_has_less_time() {
+    let slow = RouterConfig {
+        body_timeout: PATIENCE * 3,
+        ..config()
+    };
+    let scene = Scene::start(slow, vec![storyteller()]).await;
+    let begin = std::time::Instant::now();
+    let code = mute_call(channel(&scene.grpc).await, CHECK).await;
+    assert_eq!(code, Code::DeadlineExceeded);
+    assert!(begin.elapsed() < PATIENCE / 2);
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn heads_of_streams_have_a_limit() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::new(channel(&scene.grpc).await);
+    for (size, is_taken) in [(10_000, true), (20_000, false)] {
+        let mut request = Request::new(v1::ListModelsRequest {});
+        let long = "w".repeat(size).parse().unwrap();
+        request.metadata_mut().insert("x-long", long);
+        let listed = client.list_models(request).await;
+        assert_eq!(listed.is_ok(), is_taken, "{size} bytes");
+    }
+    scene.end().await;
+}

@@ -83,6 +83,15 @@ async fn a_client_that_left_finds_its_answer_and_goes_on_where_it_was() {
     assert_eq!(all.pop().unwrap(), "[DONE]");
     assert_eq!(content(&parse(&all)), TEXT);
     assert_eq!(seen(&scene), 1);
+    // Now that it is whole, it is known how far it goes.
+    let (answer, _position) = id.rsplit_once('/').unwrap();
+    let num_tokens = story(&scene.tokenizer).len();
+    for (position, status) in [(num_tokens + 3, 200), (num_tokens + 4, 400)] {
+        let id = format!("{answer}/{position}");
+        let headers = [("idempotency-key", "k-1"), ("last-event-id", &id)];
+        let response = scene.post_with(PATH, &body, &headers).await;
+        assert_eq!(response.status(), status, "{id}");
+    }
     // A whole answer is another body and another key.
     let mut whole = body.clone();
     whole["stream"] = json!(false);
