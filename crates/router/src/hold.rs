@@ -42,7 +42,7 @@ impl Hold {
         Self {
             wait,
             max,
-            held: Mutex::new(FairQueue::new(0, max, Duration::MAX)),
+            held: Mutex::new(FairQueue::new(0, false, max, Duration::MAX)),
             stopping,
         }
     }

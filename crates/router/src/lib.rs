@@ -16,6 +16,7 @@ mod delta;
 mod dispatch;
 mod error;
 mod events;
+mod follow;
 #[doc(hidden)]
 pub mod fuzzing;
 mod grpc;

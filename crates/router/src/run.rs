@@ -16,7 +16,7 @@ use tramontane_coordination::{
 };
 use tramontane_grammar::Grammars;
 use tramontane_runtime::tls::{Incoming, Link, Tls};
-use tramontane_runtime::{Readiness, ReadinessSetter, Shutdown};
+use tramontane_runtime::{Readiness, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
@@ -26,6 +26,7 @@ use crate::body_room::BodyRoom;
 use crate::cluster::{ClusterView, attention_workers};
 use crate::dispatch::Dispatcher;
 use crate::events::{self, EventLog};
+use crate::follow::{keep_places, keep_ready};
 use crate::hold::Hold;
 use crate::http_server::Versions;
 use crate::journal::Journal;
@@ -211,7 +212,8 @@ pub async fn run(
         (routes::routes(&app), Versions::All),
         doors.clone(),
     );
-    background.keep_places(&app);
+    let places = keep_places(Arc::clone(&app.dispatcher), background.stop.clone());
+    background.tasks.spawn(places);
     let serve = async { tokio::join!(grpc, admin, http) };
     tokio::pin!(serve);
     tracing::info!(model = app.model.id, "router serves");
@@ -428,22 +430,6 @@ impl Background {
         }
     }
 
-    /// Keeps the places at the door true to what the workers run at once: what they would have to let wait, they do not
-    /// sort by tenant.
-    fn keep_places(&self, app: &Arc<App>) {
-        let (app, stop) = (Arc::clone(app), self.stop.clone());
-        let mut cluster = app.cluster.clone();
-        self.tasks.spawn(async move {
-            loop {
-                app.dispatcher.admission.set_capacity(cluster.capacity());
-                tokio::select! {
-                    () = cluster.changed() => {}
-                    () = stop.cancelled() => return,
-                }
-            }
-        });
-    }
-
     fn plan(
         &self,
         config: &RouterConfig,
@@ -474,32 +460,5 @@ impl Background {
             .await;
         });
         planning
-    }
-}
-
-/// Keeps readiness true to the cluster until `stop`; never ready once `stopping`.
-async fn keep_ready(
-    mut cluster: ClusterView,
-    ready: ReadinessSetter,
-    stopping: CancellationToken,
-    stop: CancellationToken,
-) {
-    loop {
-        if stopping.is_cancelled() {
-            ready.set(Err("this router is stopping".to_owned()));
-            // Health endpoints go on answering from this until the end.
-            stop.cancelled().await;
-            return;
-        }
-        let state = cluster.check();
-        if let Err(reason) = &state {
-            tracing::debug!(reason, "not ready");
-        }
-        ready.set(state);
-        tokio::select! {
-            () = cluster.changed() => {}
-            () = stopping.cancelled() => {}
-            () = stop.cancelled() => return,
-        }
     }
 }
