@@ -63,6 +63,8 @@ mod tests {
 
     /// What is told from within a span of a process that sends traces, after a caller has said this.
     fn told_after(said: &[(&'static str, &'static [u8])]) -> HeaderMap {
+        // While there is one subscriber only, a span that a test on another thread makes first is off for all threads.
+        let _another = tracing::Dispatch::new(tracing_subscriber::registry());
         let tracer = SdkTracerProvider::builder().build().tracer("test");
         let layer = tracing_opentelemetry::layer().with_tracer(tracer);
         let subscriber = tracing_subscriber::registry().with(layer);

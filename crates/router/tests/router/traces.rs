@@ -15,6 +15,8 @@ fn parent(trace: &str) -> String {
 
 #[tokio::test]
 async fn a_clients_trace_reaches_the_worker_through_both_doors() {
+    // While there is one subscriber only, a span that a test on another thread makes first is off for all threads.
+    let _another = tracing::Dispatch::new(tracing_subscriber::registry());
     let tracer = SdkTracerProvider::builder().build().tracer("test");
     let layer = tracing_opentelemetry::layer().with_tracer(tracer);
     // Of this thread, which is all that this test has.
