@@ -5,6 +5,7 @@
 mod admission;
 mod answer;
 mod answer_id;
+mod answer_room;
 mod asked;
 pub mod auth;
 mod body;
@@ -29,6 +30,7 @@ mod openai;
 mod policy;
 mod pulse;
 mod random;
+mod reported;
 mod request;
 mod roster;
 mod routes;

@@ -25,6 +25,7 @@ use tramontane_runtime::{build_info, metrics as shared_metrics};
 
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
+use crate::answer_room::json_response;
 use crate::asked::{Asked, EventId, Position, Tag, mismatch};
 use crate::auth::{Door, Guard, guard};
 use crate::body::{read_body, throw_away};
@@ -194,7 +195,7 @@ async fn generate(
     let answer = start(app, (read.request, name, key)).await?;
     if !asking.form.stream {
         let render = render(app, route, asking.form, &answer);
-        return whole(answer, render).await;
+        return whole(app, answer, render).await;
     }
     Ok(event_response(Body::from_stream(
         asking.events(app, answer),
@@ -358,9 +359,15 @@ fn event_response(events: Body) -> Response {
     response
 }
 
-async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Response, ApiError> {
+async fn whole(
+    app: &App,
+    mut answer: Answer,
+    mut render: Box<dyn Render>,
+) -> Result<Response, ApiError> {
     let choices = answer.collect_with(|delta| render.note(delta)).await?;
-    Ok(Json(render.whole(&choices, answer.spent())).into_response())
+    let spent = answer.spent();
+    let written = app.answer_room.write(move || render.whole(&choices, spent));
+    Ok(json_response(app.answer_room.hold(written.await?).await?))
 }
 
 pub(crate) fn check_media_type(headers: &HeaderMap) -> Result<(), ApiError> {

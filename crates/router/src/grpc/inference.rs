@@ -310,7 +310,9 @@ fn in_message(error: ApiError) -> ApiError {
         return error;
     }
     match error.param.as_deref() {
-        Some("max_tokens" | "min_tokens") => error.below("options"),
+        Some("max_tokens" | "min_tokens" | "logprobs" | "prompt_logprobs") => {
+            error.below("options")
+        }
         Some(param) if param.starts_with("bad_words") => error.below("options"),
         Some(param) if param.starts_with("messages") || param.starts_with("tool") => {
             error.below("chat")

@@ -80,6 +80,8 @@ enum Step {
     Token(u32),
     /// In one message.
     Tokens(Vec<u32>),
+    /// What is told of the prompt, from its second token on.
+    Prompt(Vec<u32>),
     Finish(v1::FinishReason),
     /// Goes on when the test gives a permit.
     Gate(Arc<Semaphore>),
@@ -155,6 +157,10 @@ impl Worker for FakeWorker {
                         }
                         Step::Token(id) => Ok(sampled(&mut index, &[id], top)),
                         Step::Tokens(ids) => Ok(sampled(&mut index, &ids, top)),
+                        Step::Prompt(ids) => Ok(match sampled(&mut 1, &ids, Some(1)) {
+                            Kind::Tokens(tokens) => Kind::PromptTokens(tokens),
+                            other => other,
+                        }),
                         Step::Finish(reason) => {
                             let finished = v1::SequenceFinished {
                                 reason: reason as i32,
