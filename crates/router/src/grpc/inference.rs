@@ -18,7 +18,7 @@ use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
-use crate::openai::fingerprint;
+use crate::openai::{check_num_tokens, fingerprint};
 use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel};
 
@@ -141,7 +141,9 @@ impl Inference for InferenceService {
             } else {
                 tokenizer.encode(&request.text)
             };
-            ids.map_err(|error| ApiError::from(error).at("text"))
+            let ids = ids.map_err(|error| ApiError::from(error).at("text"))?;
+            check_num_tokens(ids.len(), "text")?;
+            Ok(ids)
         });
         let ids = self.answered(Route::GrpcTokenize, ids.await)?;
         Ok(Response::new(v1::TokenizeResponse { ids }))
@@ -154,6 +156,7 @@ impl Inference for InferenceService {
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let text = self.prepared(request, move |request| {
             let ids = request.ids;
+            check_num_tokens(ids.len(), "ids")?;
             if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
                 let message = format!("ids must be token ids below {}, got {id}", model.vocab);
                 return Err(ApiError::invalid("ids", message));

@@ -29,7 +29,7 @@ pub(crate) use held::{EventBytes, Failed, held_stream};
 pub(crate) use models::{model, models};
 pub(crate) use responses::{ResponseRender, parse_response, response_error};
 pub(crate) use stream::{StreamOptions, error_event, event_stream, last_event};
-pub(crate) use tokens::{parse_detokenize, parse_tokenize};
+pub(crate) use tokens::{check_num_tokens, parse_detokenize, parse_tokenize};
 pub(crate) use tools::check_name;
 
 use crate::answer::{Choice, Spent};

@@ -270,3 +270,33 @@ async fn more_log_probabilities_than_the_limit_are_refused_by_the_name_of_their_
     assert!(scene.workers[0].seen.lock().is_empty());
     scene.end().await;
 }
+
+#[tokio::test]
+async fn ids_have_one_limit_at_both_doors() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let client = &mut client.max_decoding_message_size(8 << 20);
+    let mut ask = async |num: usize| {
+        let ids = vec![300; num];
+        client.detokenize(v1::DetokenizeRequest { ids }).await
+    };
+    let refused = ask(655_001).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(refused.message().contains("at most 655000"), "{refused}");
+    ask(655_000).await.unwrap();
+    // No token of its own: one for each of its four bytes.
+    let text = "\u{12345}".repeat(163_800);
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let asked = v1::TokenizeRequest {
+        text,
+        add_bos: false,
+    };
+    let refused = client.tokenize(asked).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(
+        refused
+            .message()
+            .starts_with("text must have at most 655000")
+    );
+    scene.end().await;
+}
