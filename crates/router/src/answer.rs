@@ -68,7 +68,7 @@ pub(crate) struct Choice {
     /// Whether `text` begins with the prompt.
     pub(crate) is_echoed: bool,
     /// What was asked for about the prompt, from its second token on.
-    pub(crate) prompt_tokens: Vec<TokenOutput>,
+    pub(crate) prompt_tokens: Arc<[TokenOutput]>,
     /// Calls of tools.
     pub(crate) calls: Vec<ToolCall>,
     pub(crate) tokens: Vec<TokenOutput>,
@@ -216,7 +216,10 @@ impl Answer {
         &mut self,
         mut see: impl FnMut(&Delta) + Send,
     ) -> Result<Vec<Choice>, ApiError> {
+        let n = self.shape.n.max(1);
         let mut choices = vec![Choice::default(); self.shape.num_choices];
+        // Kept once for all answers to a prompt.
+        let mut prompts = vec![Vec::new(); self.shape.num_choices.div_ceil(n)];
         for (index, choice) in choices.iter_mut().enumerate() {
             let echo = self.echo(index);
             choice.is_echoed = echo.is_some();
@@ -226,17 +229,27 @@ impl Answer {
         while let Some(delta) = self.next().await {
             let delta = delta?;
             see(&delta);
+            if delta.choice.is_multiple_of(n)
+                && let Some(prompt) = prompts.get_mut(delta.choice / n)
+            {
+                prompt.extend(delta.prompt_tokens);
+            }
             let Some(choice) = choices.get_mut(delta.choice) else {
                 continue;
             };
             choice.text.push_str(&delta.text);
-            choice.prompt_tokens.extend(delta.prompt_tokens);
             for call in &delta.calls {
                 call.add_to(&mut choice.calls);
             }
             choice.tokens.extend(delta.tokens);
             choice.has_end_token |= delta.has_end_token;
             choice.finish = delta.finish.or(choice.finish);
+        }
+        for (choices, prompt) in choices.chunks_mut(n).zip(prompts) {
+            let prompt: Arc<[TokenOutput]> = prompt.into();
+            for choice in choices {
+                choice.prompt_tokens = Arc::clone(&prompt);
+            }
         }
         Ok(choices)
     }

@@ -323,7 +323,11 @@ impl Dispatcher {
         };
         let mut starting: Vec<BoxStart> = Vec::with_capacity(request.n as usize);
         for i in 0..request.n {
-            let params = request.params(prompt, choice_seed(request.sampling.seed, i));
+            let mut params = request.params(prompt, choice_seed(request.sampling.seed, i));
+            if i > 0 {
+                // The first answer to a prompt tells of it for all.
+                params.prompt_logprobs = None;
+            }
             let choice = prompt_index * request.n as usize + i as usize;
             let mut text = AnswerText::new(
                 &self.tokenizer,

@@ -5,6 +5,7 @@
 mod admission;
 mod answer;
 mod answer_id;
+mod answer_room;
 mod asked;
 pub mod auth;
 mod body;
@@ -31,6 +32,7 @@ mod policy;
 mod preparing;
 mod pulse;
 mod random;
+mod reported;
 mod request;
 mod request_id;
 mod roster;

@@ -10,6 +10,7 @@ use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
+use crate::reported::{ReportNames, Reported};
 use crate::run::ServedModel;
 use crate::text_limits::{check_prompts, check_words};
 use crate::tools::{self, ToolUse};
@@ -93,6 +94,7 @@ pub(crate) struct GenerationRequest {
     pub(crate) max_tokens: Option<u32>,
     pub(crate) max_tokens_name: &'static str,
     pub(crate) constraint_name: &'static str,
+    pub(crate) report_names: ReportNames,
     pub(crate) stop: StopDecoder,
     /// Answers to make of each prompt.
     pub(crate) n: u32,
@@ -232,6 +234,7 @@ impl GenerationRequest {
             max_tokens: options.max_tokens,
             max_tokens_name,
             constraint_name: options.constraint_name.unwrap_or(CONSTRAINT_NAME),
+            report_names: report_names(options),
             stop,
             n,
             echo: options.echo,
@@ -239,6 +242,20 @@ impl GenerationRequest {
             bad_words: options.bad_words.clone(),
             tool_use: options.tool_use.clone(),
         })
+    }
+}
+
+/// What the client has asked for log probabilities with.
+fn report_names(options: &Options) -> ReportNames {
+    let logprobs = options.logprobs_name.unwrap_or("top_logprobs");
+    let is_echo = options.echo && options.prompt_logprobs == options.logprobs;
+    ReportNames {
+        // The best answers are found by them, whoever else asks for them.
+        sampled: match options.best_of {
+            Some(_) => "best_of",
+            None => logprobs,
+        },
+        prompt: if is_echo { logprobs } else { "prompt_logprobs" },
     }
 }
 
@@ -330,6 +347,7 @@ pub(crate) fn prepare(
         });
     }
     sampling.bad_words = bad_words(&request.bad_words, tokenizer)?;
+    Reported::of(&sampling, request.n).check(&prompts, request.report_names)?;
     let mut reads_calls = false;
     if let Some(Prompt::Chat(chat)) = request.prompts.first() {
         let constraint = sampling.constraint.take();
@@ -469,7 +487,10 @@ fn fit(
             too_long(message, name)
         }
         Some(asked) => Ok(asked),
-        None if matches!(prompt, Prompt::Chat(_)) => Ok(room),
+        None if matches!(prompt, Prompt::Chat(_)) => {
+            let reported = Reported::of(&request.sampling, request.n);
+            Ok(room.min(reported.tokens_max(prompt_tokens)))
+        }
         None => Ok(room.min(COMPLETION_TOKENS_DEFAULT.max(request.sampling.min_tokens))),
     }
 }

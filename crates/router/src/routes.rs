@@ -24,6 +24,7 @@ use tramontane_coordination::{GroupPlacements, Version};
 use tramontane_runtime::{build_info, metrics as shared_metrics, trace_context};
 
 use crate::answer::Answer;
+use crate::answer_room::json_response;
 use crate::asked::{Asked, EventId, Position, Tag, mismatch};
 use crate::auth::{Door, Guard, guard};
 use crate::body::{read_body, throw_away};
@@ -185,7 +186,7 @@ async fn generate(
     answer.check_seen(asking.seen.as_ref())?;
     if !asking.form.stream {
         let render = render(app, route, asking.form, &answer);
-        return whole(answer, render).await;
+        return whole(app, answer, render).await;
     }
     Ok(event_response(Body::from_stream(
         asking.events(app, answer),
@@ -350,9 +351,15 @@ fn event_response(events: Body) -> Response {
     response
 }
 
-async fn whole(mut answer: Answer, mut render: Box<dyn Render>) -> Result<Response, ApiError> {
+async fn whole(
+    app: &App,
+    mut answer: Answer,
+    mut render: Box<dyn Render>,
+) -> Result<Response, ApiError> {
     let choices = answer.collect_with(|delta| render.note(delta)).await?;
-    Ok(Json(render.whole(&choices, answer.spent())).into_response())
+    let spent = answer.spent();
+    let written = app.answer_room.write(move || render.whole(&choices, spent));
+    Ok(json_response(app.answer_room.hold(written.await?).await?))
 }
 
 /// A body is JSON as it is: nothing is decompressed, so that what is small on the wire is small in memory.

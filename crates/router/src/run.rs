@@ -20,6 +20,7 @@ use tramontane_runtime::{Readiness, Shutdown};
 use tramontane_tokenizer::Tokenizer;
 
 use crate::admission::Admission;
+use crate::answer_room::AnswerRoom;
 use crate::auth::{Auth, Known};
 use crate::body::ARRIVING_BYTES;
 use crate::body_room::BodyRoom;
@@ -47,6 +48,8 @@ const PREPARING_PER_CORE: usize = 2;
 /// Largest bodies that are held at once, with what their JSON becomes: memory of requests that are read is bounded by
 /// it, at both doors together.
 const BODIES_MAX: usize = 64;
+/// Whole answers that wait for their clients take so many of the largest bodies together.
+const ANSWERS_MAX: usize = 32;
 /// Connections get this long to close once nothing runs, or when everything was aborted.
 const CONNECTIONS_CLOSE_MAX: Duration = Duration::from_secs(2);
 /// While draining, running requests are counted this often.
@@ -94,6 +97,7 @@ pub(crate) struct App {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: Readiness,
     pub(crate) body_room: Arc<BodyRoom>,
+    pub(crate) answer_room: AnswerRoom,
     /// Unix time of the start in seconds.
     pub(crate) started: u64,
 }
@@ -323,6 +327,11 @@ fn app(
         body_room: Arc::new(BodyRoom::new(
             BODIES_MAX * (config.body_bytes_max + ARRIVING_BYTES),
         )),
+        answer_room: AnswerRoom::new(
+            ANSWERS_MAX * config.body_bytes_max,
+            cores(),
+            config.body_timeout,
+        ),
         config,
         dispatcher,
         auth,
@@ -341,6 +350,10 @@ fn app(
     })
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Unix time in seconds.
 pub(crate) fn unix_seconds() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -355,7 +368,6 @@ pub(crate) fn dispatcher(
     metrics: Arc<Metrics>,
     doors: &Doors,
 ) -> Dispatcher {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Dispatcher {
         pool: Arc::new(pool),
         admission: Admission::new(config.admission(), doors.refuse.clone()),
@@ -372,7 +384,7 @@ pub(crate) fn dispatcher(
             silence_max: config.stream_silence_max,
         },
         preparing: Preparing::new(
-            cores * PREPARING_PER_CORE,
+            cores() * PREPARING_PER_CORE,
             PREPARE_WAITING_MAX,
             config.queue_wait,
         ),

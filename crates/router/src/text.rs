@@ -1,5 +1,5 @@
 //! The text and the calls of one answer as its tokens come. Never lets out half a character, the text of an end
-//! token, or anything from a stop string on. Stop strings are looked for in text, not in calls.
+//! token, or anything from a stop string on. Stop strings are looked for in text, not in calls, cut off or whole.
 
 use tramontane_tokenizer::{
     CallPiece, DecodeStart, DecodeStream, StopDecoder, Tokenizer, ToolCall, ToolCallParser,
@@ -144,13 +144,15 @@ impl AnswerText {
             };
         }
         let pieces = self.reader.push(id);
-        self.add(pieces)
+        self.add(pieces, true)
     }
 
     /// What was held back when the answer ends, and whether a stop string was completed in it.
     pub(crate) fn finish(&mut self) -> Added {
+        // What is left of a call that was cut off comes out as text, and is none in which the client wants to stop.
+        let has_stops = !self.reader.is_in_call();
         let pieces = self.reader.finish();
-        let mut added = self.add(pieces);
+        let mut added = self.add(pieces, has_stops);
         if added.end.is_none() {
             added.text.push_str(&self.stop.finish());
         }
@@ -162,10 +164,14 @@ impl AnswerText {
         self.end_ids.contains(&id)
     }
 
-    fn add(&mut self, pieces: Vec<CallPiece>) -> Added {
+    fn add(&mut self, pieces: Vec<CallPiece>, has_stops: bool) -> Added {
         let mut added = Added::default();
         for piece in pieces {
             match piece {
+                CallPiece::Text(text) if !has_stops => {
+                    added.text.push_str(&self.stop.finish());
+                    added.text.push_str(&text);
+                }
                 CallPiece::Text(text) => {
                     let outcome = self.stop.push(&text);
                     added.text.push_str(&outcome.emit);
@@ -210,6 +216,13 @@ impl Reader {
         match self {
             Self::Text(decoder) => decoder.finish().map(CallPiece::Text).into_iter().collect(),
             Self::Calls(calls) => calls.parser.finish(),
+        }
+    }
+
+    fn is_in_call(&self) -> bool {
+        match self {
+            Self::Text(_) => false,
+            Self::Calls(calls) => calls.parser.is_in_call(),
         }
     }
 

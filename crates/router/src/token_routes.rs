@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use tramontane_types::TokenId;
 
+use crate::answer_room::json_response;
 use crate::body::{read_body, throw_away};
 use crate::error::ApiError;
 use crate::metrics::Route;
@@ -45,17 +46,17 @@ pub(crate) async fn detokenize(
     let tokenizer = Arc::clone(&app.tokenizer);
     let work = move |body: &Value| {
         let asked = openai::parse_detokenize(body, &model)?;
-        Ok(asked.answer(&tokenizer))
+        asked.answer(&tokenizer)
     };
     answer(&app, &caller, (Route::Detokenize, request), work).await
 }
 
-/// Reads the body and has `work` done where it holds up nobody.
+/// Reads the body and has `work` done where it holds up nobody. Its answer takes the place of the body in memory.
 async fn answer(
     app: &Arc<App>,
     caller: &Caller,
     (route, request): (Route, Request),
-    work: impl FnOnce(&Value) -> Result<Value, ApiError> + Send + 'static,
+    work: impl FnOnce(&Value) -> Result<Vec<u8>, ApiError> + Send + 'static,
 ) -> Response {
     let answered = async {
         check_media_type(request.headers())?;
@@ -67,13 +68,16 @@ async fn answer(
         let arrival = app.dispatcher.arrive(caller)?;
         let work = move || {
             // Until the body has become an answer.
-            let _counted = (room, arrival);
-            work(&openai::parse_json(&body)?)
+            let _arrival = arrival;
+            let answer = work(&openai::parse_json(&body)?)?;
+            Ok((answer, room))
         };
-        app.dispatcher.prepare(&caller.tenant, work).await
+        // Until the answer has room of its own.
+        let (answer, _room) = app.dispatcher.prepare(&caller.tenant, work).await?;
+        app.answer_room.hold(answer).await
     };
     let response = match answered.await {
-        Ok(answer) => Json(answer).into_response(),
+        Ok(answer) => json_response(answer),
         Err(error) => error_response(&error),
     };
     app.metrics.answered(route, response.status());

@@ -152,6 +152,15 @@ impl ToolCallParser {
         out
     }
 
+    /// Whether what comes next belongs to a call, or to what may become one.
+    pub fn is_in_call(&self) -> bool {
+        match &self.state {
+            State::Text => false,
+            State::List(list) => !list.is_text(),
+            State::Name(_) | State::Id { .. } | State::Arguments { .. } => true,
+        }
+    }
+
     /// The end of the answer: what was held back.
     pub fn finish(&mut self) -> Vec<CallPiece> {
         let mut out = Vec::new();

@@ -18,7 +18,7 @@ use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
-use crate::openai::fingerprint;
+use crate::openai::{check_num_tokens, fingerprint};
 use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
 use crate::run::{App, ServedModel};
 
@@ -142,7 +142,9 @@ impl Inference for InferenceService {
             } else {
                 tokenizer.encode(&request.text)
             };
-            ids.map_err(|error| ApiError::from(error).at("text"))
+            let ids = ids.map_err(|error| ApiError::from(error).at("text"))?;
+            check_num_tokens(ids.len(), "text")?;
+            Ok(ids)
         });
         let ids = self.answered(Route::GrpcTokenize, ids.await)?;
         Ok(Response::new(v1::TokenizeResponse { ids }))
@@ -155,6 +157,7 @@ impl Inference for InferenceService {
         let (model, tokenizer) = (Arc::clone(&self.app.model), Arc::clone(&self.app.tokenizer));
         let text = self.prepared(request, move |request| {
             let ids = request.ids;
+            check_num_tokens(ids.len(), "ids")?;
             if let Some(id) = ids.iter().find(|&&id| id as usize >= model.vocab) {
                 let message = format!("ids must be token ids below {}, got {id}", model.vocab);
                 return Err(ApiError::invalid("ids", message));
@@ -311,7 +314,9 @@ fn in_message(error: ApiError) -> ApiError {
         return error;
     }
     match error.param.as_deref() {
-        Some("max_tokens" | "min_tokens") => error.below("options"),
+        Some("max_tokens" | "min_tokens" | "logprobs" | "prompt_logprobs") => {
+            error.below("options")
+        }
         Some(param) if param.starts_with("bad_words") => error.below("options"),
         Some(param) if param.starts_with("messages") || param.starts_with("tool") => {
             error.below("chat")

@@ -2,17 +2,23 @@
 
 use std::collections::BTreeSet;
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tramontane_tokenizer::{ChatMessage, ChatRequest, Role, ToolCall};
+use tramontane_types::TokenOutput;
 
 use super::fields::{self, Fields, wrong};
-use super::logprobs::{chat_logprobs, prompt_logprobs};
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::options::{
     CHAT_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
 };
 use super::tools::{chat_tools, tool_calls, tool_use};
-use super::{Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use super::{
+    Chunk, Form, Head, Parsed, Render, Whole, chunk, few_values, finish_reason, object,
+    usage_object,
+};
 use crate::answer::{Choice, Spent};
+use crate::answer_room::json_bytes;
 use crate::error::{ApiError, ErrorKind};
 use crate::request::{GenerationRequest, Prompt};
 use crate::run::ServedModel;
@@ -206,33 +212,49 @@ impl ChatRender {
         }
     }
 
-    fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish: Value) -> Value {
+    fn chunk(&self, index: usize, delta: Value, logprobs: Value, finish: Value) -> Chunk {
         let mut choice = json!({ "index": index });
         choice["delta"] = delta;
         choice["logprobs"] = logprobs;
         choice["finish_reason"] = finish;
-        chunk(&self.head, CHUNK, vec![choice])
+        chunk(&self.head, CHUNK, vec![choice]).into()
+    }
+
+    fn logprobs<'a>(
+        &'a self,
+        tokens: &'a [TokenOutput],
+        has_end_token: bool,
+    ) -> Option<ChatLogprobs<'a>> {
+        let wanted = self.head.logprobs;
+        wanted.then(|| ChatLogprobs::of(tokens, has_end_token, &self.head.tokenizer))
     }
 }
 
+/// One of the answers, whole.
+#[derive(Serialize)]
+struct WholeChoice<'a> {
+    index: usize,
+    message: Value,
+    logprobs: Option<ChatLogprobs<'a>>,
+    finish_reason: Value,
+}
+
 impl Render for ChatRender {
-    fn open(&mut self, choice: usize, _echo: Option<&str>) -> Vec<Value> {
+    fn open(&mut self, choice: usize, _echo: Option<&str>) -> Vec<Chunk> {
         let delta = json!({ "role": "assistant", "content": "" });
         vec![self.chunk(choice, delta, Value::Null, Value::Null)]
     }
 
-    fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
+    fn chunks(&mut self, delta: &Delta) -> Vec<Chunk> {
         let mut chunks = Vec::with_capacity(2);
-        let logprobs = if self.head.logprobs {
-            chat_logprobs(&delta.tokens, delta.has_end_token, &self.head.tokenizer)
-        } else {
-            Value::Null
-        };
+        let logprobs = self.logprobs(&delta.tokens, delta.has_end_token);
+        let has_logprobs = logprobs.is_some_and(|logprobs| !logprobs.is_empty());
+        let logprobs = few_values(logprobs);
         let calls = calls_of(&delta.calls);
         if !calls.is_empty() {
             self.called.insert(delta.choice);
         }
-        if !delta.text.is_empty() || !calls.is_empty() || logprobs_have_content(&logprobs) {
+        if !delta.text.is_empty() || !calls.is_empty() || has_logprobs {
             let mut content = json!({});
             if !delta.text.is_empty() || calls.is_empty() {
                 content["content"] = delta.text.as_str().into();
@@ -249,37 +271,33 @@ impl Render for ChatRender {
         chunks
     }
 
-    fn end(&mut self, spent: Spent) -> Vec<Value> {
+    fn end(&mut self, spent: Spent) -> Vec<Chunk> {
         if !self.head.include_usage {
             return Vec::new();
         }
         let mut last = object(&self.head, CHUNK, Vec::new());
         last["usage"] = usage_object(spent, self.head.include_metrics);
-        vec![last]
+        vec![last.into()]
     }
 
-    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Result<Vec<u8>, ApiError> {
         let mut list = Vec::with_capacity(choices.len());
         for (index, choice) in choices.iter().enumerate() {
-            let logprobs = if self.head.logprobs {
-                chat_logprobs(&choice.tokens, choice.has_end_token, &self.head.tokenizer)
-            } else {
-                Value::Null
-            };
-            list.push(json!({
-                "index": index,
-                "message": message_of(choice),
-                "logprobs": logprobs,
-                "finish_reason": finish_reason(choice.finish, !choice.calls.is_empty()),
-            }));
+            list.push(WholeChoice {
+                index,
+                message: message_of(choice),
+                logprobs: self.logprobs(&choice.tokens, choice.has_end_token),
+                finish_reason: finish_reason(choice.finish, !choice.calls.is_empty()),
+            });
         }
-        let mut whole = object(&self.head, "chat.completion", list);
-        whole["usage"] = usage_object(spent, self.head.include_metrics);
+        let mut whole = Whole::new(&self.head, "chat.completion", list, spent);
         // All answers have the same prompt.
-        if let Some(first) = choices.first().filter(|c| c.prompt_begin.is_some()) {
-            whole["prompt_logprobs"] = prompt_logprobs(&first.prompt_tokens, &self.head.tokenizer);
-        }
-        whole
+        let first = choices.first().filter(|c| c.prompt_begin.is_some());
+        whole.prompt_logprobs = first.map(|first| PromptLogprobs {
+            prompt: &first.prompt_tokens,
+            tokenizer: &self.head.tokenizer,
+        });
+        json_bytes(&whole)
     }
 }
 
@@ -328,10 +346,4 @@ fn calls_of(deltas: &[CallDelta]) -> Vec<Value> {
         calls.push(call.into());
     }
     calls
-}
-
-fn logprobs_have_content(logprobs: &Value) -> bool {
-    logprobs["content"]
-        .as_array()
-        .is_some_and(|content| !content.is_empty())
 }

@@ -1,14 +1,19 @@
 //! `POST /v1/completions`: prompts in, their continuations out.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::fields::{self, Fields, wrong};
-use super::logprobs::{LegacyLogprobs, prompt_logprobs};
+use super::logprobs::{LegacyLogprobs, PromptLogprobs};
 use super::options::{
     COMPLETION_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
 };
-use super::{BestOf, Form, Head, Parsed, Render, chunk, finish_reason, object, usage_object};
+use super::{
+    BestOf, Chunk, Form, Head, Parsed, Render, Whole, chunk, few_values, finish_reason, object,
+    usage_object,
+};
 use crate::answer::{Choice, Spent};
+use crate::answer_room::json_bytes;
 use crate::error::ApiError;
 use crate::request::{CHOICES_MAX, GenerationRequest, Prompt};
 use crate::run::ServedModel;
@@ -151,19 +156,19 @@ impl CompletionRender {
 }
 
 impl Render for CompletionRender {
-    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Value> {
+    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Chunk> {
         let Some(echo) = echo else {
             return Vec::new();
         };
         let opened = Self::choice(choice, echo, Value::Null, Value::Null);
-        vec![chunk(&self.head, OBJECT, vec![opened])]
+        vec![chunk(&self.head, OBJECT, vec![opened]).into()]
     }
 
-    fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
-        let mut logprobs =
-            LegacyLogprobs::starting_at(self.offsets.get(delta.choice).copied().unwrap_or(0));
+    fn chunks(&mut self, delta: &Delta) -> Vec<Chunk> {
+        let offset = self.offsets.get(delta.choice).copied().unwrap_or(0);
+        let mut logprobs = LegacyLogprobs::starting_at(offset, &self.head.tokenizer);
         if self.head.logprobs {
-            logprobs.add(&delta.tokens, delta.has_end_token, &self.head.tokenizer);
+            logprobs.add(&delta.tokens, delta.has_end_token);
             if let Some(offset) = self.offsets.get_mut(delta.choice) {
                 *offset = logprobs.offset();
             }
@@ -171,53 +176,59 @@ impl Render for CompletionRender {
         if delta.text.is_empty() && logprobs.is_empty() && delta.finish.is_none() {
             return Vec::new();
         }
-        let logprobs = if logprobs.is_empty() {
-            Value::Null
-        } else {
-            logprobs.into_value()
-        };
+        let logprobs = few_values((!logprobs.is_empty()).then_some(logprobs));
         let choice = Self::choice(
             delta.choice,
             &delta.text,
             logprobs,
             finish_reason(delta.finish, false),
         );
-        vec![chunk(&self.head, OBJECT, vec![choice])]
+        vec![chunk(&self.head, OBJECT, vec![choice]).into()]
     }
 
-    fn end(&mut self, spent: Spent) -> Vec<Value> {
+    fn end(&mut self, spent: Spent) -> Vec<Chunk> {
         if !self.head.include_usage {
             return Vec::new();
         }
         let mut last = object(&self.head, OBJECT, Vec::new());
         last["usage"] = usage_object(spent, self.head.include_metrics);
-        vec![last]
+        vec![last.into()]
     }
 
-    fn whole(&self, choices: &[Choice], spent: Spent) -> Value {
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Result<Vec<u8>, ApiError> {
+        let tokenizer = &self.head.tokenizer;
         let mut list = Vec::with_capacity(choices.len());
         for (index, choice) in chosen(choices, self.best_of).into_iter().enumerate() {
-            let mut logprobs = Value::Null;
-            if self.head.logprobs {
-                let mut legacy = LegacyLogprobs::starting_at(0);
-                if let Some(first) = choice.prompt_begin.filter(|_| choice.is_echoed) {
-                    legacy.add_prompt(first, &choice.prompt_tokens, &self.head.tokenizer);
-                }
-                legacy.add(&choice.tokens, choice.has_end_token, &self.head.tokenizer);
-                logprobs = legacy.into_value();
+            let mut legacy = LegacyLogprobs::starting_at(0, tokenizer);
+            if let Some(first) = choice.prompt_begin.filter(|_| choice.is_echoed) {
+                legacy.add_prompt(first, &choice.prompt_tokens);
             }
-            let finish = finish_reason(choice.finish, false);
-            let mut object = Self::choice(index, &choice.text, logprobs, finish);
-            if choice.prompt_begin.is_some() && !choice.is_echoed {
-                let reported = prompt_logprobs(&choice.prompt_tokens, &self.head.tokenizer);
-                object["prompt_logprobs"] = reported;
-            }
-            list.push(object);
+            legacy.add(&choice.tokens, choice.has_end_token);
+            let shows_prompt = choice.prompt_begin.is_some() && !choice.is_echoed;
+            list.push(WholeChoice {
+                index,
+                text: &choice.text,
+                logprobs: self.head.logprobs.then_some(legacy),
+                finish_reason: finish_reason(choice.finish, false),
+                prompt_logprobs: shows_prompt.then_some(PromptLogprobs {
+                    prompt: &choice.prompt_tokens,
+                    tokenizer,
+                }),
+            });
         }
-        let mut whole = object(&self.head, OBJECT, list);
-        whole["usage"] = usage_object(spent, self.head.include_metrics);
-        whole
+        json_bytes(&Whole::new(&self.head, OBJECT, list, spent))
     }
+}
+
+/// One of the answers, whole.
+#[derive(Serialize)]
+struct WholeChoice<'a> {
+    index: usize,
+    text: &'a str,
+    logprobs: Option<LegacyLogprobs<'a>>,
+    finish_reason: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs<'a>>,
 }
 
 /// Of the answers of each prompt the best ones, best first: by the mean log probability of their tokens.

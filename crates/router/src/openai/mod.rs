@@ -16,6 +16,7 @@ mod tests;
 mod tokens;
 mod tools;
 
+use serde::Serialize;
 use serde_json::Value;
 use tramontane_coordination::Version;
 use tramontane_tokenizer::Tokenizer;
@@ -28,13 +29,14 @@ pub(crate) use held::{EventBytes, Failed, held_stream};
 pub(crate) use models::{model, models};
 pub(crate) use responses::{ResponseRender, parse_response, response_error};
 pub(crate) use stream::{StreamOptions, error_event, event_stream, last_event};
-pub(crate) use tokens::{parse_detokenize, parse_tokenize};
+pub(crate) use tokens::{check_num_tokens, parse_detokenize, parse_tokenize};
 pub(crate) use tools::check_name;
 
 use crate::answer::{Choice, Spent};
 use crate::error::ApiError;
 use crate::request::GenerationRequest;
 use crate::sequence::Delta;
+use logprobs::PromptLogprobs;
 
 /// A parsed body: the request, and the form that its answer is to have. What is asked for takes much more memory, and
 /// the form is all that is needed once it is tokenized.
@@ -83,26 +85,45 @@ pub(crate) struct Head {
     pub(crate) include_metrics: bool,
 }
 
+/// One event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    /// Where events have names.
+    pub(crate) name: Option<String>,
+    /// JSON text.
+    pub(crate) data: String,
+}
+
+impl From<Value> for Chunk {
+    fn from(data: Value) -> Self {
+        Self {
+            name: None,
+            data: data.to_string(),
+        }
+    }
+}
+
 /// How deltas and answers look at one route.
 pub(crate) trait Render: Send {
     /// What opens an answer that has said nothing yet.
-    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Value>;
+    fn open(&mut self, choice: usize, echo: Option<&str>) -> Vec<Chunk>;
     /// The chunks that a delta makes, if any. The last one of a delta that ends an answer says so.
-    fn chunks(&mut self, delta: &Delta) -> Vec<Value>;
+    fn chunks(&mut self, delta: &Delta) -> Vec<Chunk>;
     /// The chunks behind the last one.
-    fn end(&mut self, spent: Spent) -> Vec<Value>;
+    fn end(&mut self, spent: Spent) -> Vec<Chunk>;
     /// The last event of a stream that fails.
-    fn failed(&mut self, error: &ApiError) -> Value {
-        error_body(error)
+    fn failed(&mut self, error: &ApiError) -> Chunk {
+        error_body(error).into()
     }
-    /// Whether events have names, which are the `type` of their data, and the last one is the mark of the end.
+    /// Whether events have names, and the last one is the mark of the end.
     fn names_events(&self) -> bool {
         false
     }
     /// Takes note of a delta of an answer that is given whole.
     fn note(&mut self, _delta: &Delta) {}
-    /// The whole answer as one object, all of its deltas noted.
-    fn whole(&self, choices: &[Choice], spent: Spent) -> Value;
+    /// The whole answer as the JSON text of one object, all of its deltas noted. Long CPU work where it reports log
+    /// probabilities.
+    fn whole(&self, choices: &[Choice], spent: Spent) -> Result<Vec<u8>, ApiError>;
 }
 
 /// Parses the JSON of a body.
@@ -167,6 +188,41 @@ fn metrics_object(spent: Spent) -> Value {
         "total_time": spent.total.as_secs_f64(),
         "tokens_per_second": decoding.map(|time| f64::from(num_next) / time),
     })
+}
+
+/// A whole answer, written straight into JSON.
+#[derive(Serialize)]
+struct Whole<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: Vec<C>,
+    usage: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs<'a>>,
+}
+
+impl<'a, C> Whole<'a, C> {
+    fn new(head: &'a Head, object: &'static str, choices: Vec<C>, spent: Spent) -> Self {
+        Self {
+            id: &head.id,
+            object,
+            created: head.created,
+            model: &head.model,
+            system_fingerprint: &head.system_fingerprint,
+            choices,
+            usage: usage_object(spent, head.include_metrics),
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// Log probabilities as values; few, of one delta.
+fn few_values(logprobs: impl Serialize) -> Value {
+    // Only maps with keys that are no strings have no value.
+    serde_json::to_value(logprobs).unwrap_or_default()
 }
 
 /// A chunk or object with the fields that all of them share.

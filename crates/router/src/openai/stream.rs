@@ -8,11 +8,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::Stream;
 use futures::stream::unfold;
-use serde_json::Value;
 use tokio::time::timeout;
 
-use super::Render;
 use super::error::error_body;
+use super::{Chunk, Render};
 use crate::answer::Answer;
 use crate::asked::{EventId, Position, Tag, beyond_the_end};
 use crate::error::ApiError;
@@ -189,7 +188,7 @@ impl Events {
     }
 
     /// Events after which the client has everything up to the cursors.
-    fn push_all(&mut self, chunks: &[Value]) {
+    fn push_all(&mut self, chunks: &[Chunk]) {
         for (num_after, chunk) in (0..chunks.len()).rev().zip(chunks) {
             // Who has not seen all of them gets them again.
             let position = (num_after == 0).then(|| {
@@ -201,7 +200,7 @@ impl Events {
     }
 
     /// An event, with an id where a client may go on behind it.
-    fn push(&mut self, data: &Value, position: Option<Position>) {
+    fn push(&mut self, chunk: &Chunk, position: Option<Position>) {
         let mut event = String::new();
         if let Some(position) = position {
             let id = EventId {
@@ -211,11 +210,10 @@ impl Events {
             };
             event.push_str(&format!("id: {id}\n"));
         }
-        if self.render.names_events() {
-            let name = data["type"].as_str().unwrap_or("error");
+        if let Some(name) = &chunk.name {
             event.push_str(&format!("event: {name}\n"));
         }
-        event.push_str(&format!("data: {data}\n\n"));
+        event.push_str(&format!("data: {}\n\n", chunk.data));
         self.ready.push_back(Bytes::from(event));
     }
 }

@@ -194,3 +194,109 @@ async fn reflection_lists_the_services_in_both_versions() {
     assert_eq!(asked.unwrap_err().code(), tonic::Code::Unimplemented);
     scene.end().await;
 }
+
+#[tokio::test]
+async fn a_prompt_is_told_of_once_and_shown_in_every_answer() {
+    let tells = scripted(|request| {
+        let sampling = request.sampling.as_ref().unwrap();
+        let mut steps = vec![Step::Started(0)];
+        if sampling.prompt_logprobs.is_some() {
+            steps.push(Step::PromptTokens(1, request.prompt_ids[1..].to_vec()));
+        }
+        steps.extend([Step::Token(300), Step::Finish(v1::FinishReason::Length)]);
+        Ok(steps)
+    });
+    let scene = Scene::start(config(), vec![tells]).await;
+    let num_asked = || {
+        let mut seen = scene.workers[0].seen.lock();
+        let asked = seen.drain(..).filter(|request| {
+            let sampling = request.sampling.as_ref().unwrap();
+            sampling.prompt_logprobs.is_some()
+        });
+        asked.count()
+    };
+    let prompts = [[1, 300, 301, 302], [1, 303, 304, 305]];
+    let body = json!({ "prompt": prompts, "n": 3, "max_tokens": 1, "prompt_logprobs": 1 });
+    let response = scene.post("/v1/completions", &body).await;
+    let whole: Value = response.json().await.unwrap();
+    assert_eq!(num_asked(), 2, "once per prompt: {whole}");
+    for i in 0..6 {
+        let told = &whole["choices"][i]["prompt_logprobs"];
+        for (entry, id) in told.as_array().unwrap()[1..]
+            .iter()
+            .zip(&prompts[i / 3][1..])
+        {
+            assert_eq!(entry[id.to_string()]["rank"], 1, "{told}");
+        }
+        assert_eq!(told.as_array().unwrap().len(), 4);
+    }
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let options = v1::GenerateOptions {
+        n: Some(3),
+        max_tokens: Some(1),
+        prompt_logprobs: Some(1),
+        ..v1::GenerateOptions::default()
+    };
+    let once = client.generate_once(plain(options)).await.unwrap();
+    assert_eq!(num_asked(), 1);
+    let answers = once.into_inner().answers;
+    assert!(!answers[0].prompt_tokens.is_empty());
+    for answer in &answers {
+        assert_eq!(answer.prompt_tokens, answers[0].prompt_tokens);
+    }
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn more_log_probabilities_than_the_limit_are_refused_by_the_name_of_their_field() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let options = v1::GenerateOptions {
+        n: Some(128),
+        logprobs: Some(20),
+        max_tokens: Some(49),
+        ..v1::GenerateOptions::default()
+    };
+    let refused = client.generate_once(plain(options)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(refused.message().contains("at most 131072"), "{refused}");
+    let violations = refused.get_details_bad_request().unwrap().field_violations;
+    assert_eq!(violations[0].field, "options.logprobs");
+    let body = json!({ "logprobs": true, "top_logprobs": 20, "n": 128, "max_tokens": 49 });
+    let refused = scene.chat(body).await;
+    assert_eq!(refused.status(), 400);
+    let error: Value = refused.json().await.unwrap();
+    assert_eq!(error["error"]["param"], "top_logprobs");
+    assert!(scene.workers[0].seen.lock().is_empty());
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn ids_have_one_limit_at_both_doors() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let client = &mut client.max_decoding_message_size(8 << 20);
+    let mut ask = async |num: usize| {
+        let ids = vec![300; num];
+        client.detokenize(v1::DetokenizeRequest { ids }).await
+    };
+    let refused = ask(655_001).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(refused.message().contains("at most 655000"), "{refused}");
+    ask(655_000).await.unwrap();
+    // No token of its own: one for each of its four bytes.
+    let text = "\u{12345}".repeat(163_800);
+    let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
+    let asked = v1::TokenizeRequest {
+        text,
+        add_bos: false,
+    };
+    let refused = client.tokenize(asked).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(
+        refused
+            .message()
+            .starts_with("text must have at most 655000")
+    );
+    scene.end().await;
+}

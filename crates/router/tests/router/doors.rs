@@ -355,3 +355,39 @@ async fn heads_of_streams_have_a_limit() {
     }
     scene.end().await;
 }
+
+#[tokio::test]
+async fn answers_that_nobody_takes_are_counted_and_hold_up_no_request() {
+    let small = RouterConfig {
+        body_bytes_max: 1 << 20,
+        body_timeout: Duration::from_secs(4),
+        ..config()
+    };
+    let scene = Scene::start(small, vec![storyteller()]).await;
+    // No token of its own: one for each of its four bytes, and ten bytes of the answer for each token.
+    let prompt = "\u{12345}".repeat(163_000);
+    let body = json!({ "prompt": prompt, "return_token_strs": true });
+    let size = body.to_string().len();
+    let request = format!(
+        "POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         content-length: {size}\r\n\r\n{body}"
+    );
+    let mut mute = Vec::new();
+    for _ in 0..5 {
+        let mut stream = mute_client(&scene, &request).await;
+        assert_eq!(said(&mut stream, 12).await, "HTTP/1.1 200");
+        mute.push(stream);
+    }
+    let refused = scene.post("/tokenize", &body).await;
+    assert_eq!(refused.status(), 503);
+    let error: Value = refused.json().await.unwrap();
+    let message = error["error"]["message"].as_str().unwrap();
+    assert!(message.contains("wait for their clients"), "{message}");
+    assert_eq!(scene.chat(json!({})).await.status(), 200);
+    drop(mute);
+    until("there is room again", async || {
+        scene.post("/tokenize", &body).await.status() == 200
+    })
+    .await;
+    scene.end().await;
+}

@@ -288,6 +288,33 @@ async fn what_is_no_call_is_content_and_stop_strings_leave_calls_alone() {
     scene.end().await;
 }
 
+#[tokio::test]
+async fn stop_strings_do_not_cut_what_is_left_of_a_call() {
+    let list = [TOOL_CALLS, r#"[{"name": "get_weather", "argu"#];
+    let named = [TOOL_CALLS, "get_wea"];
+    for (by_name, said) in [(false, list), (true, named)] {
+        let tokenizer = talking(by_name);
+        let mut cut = ids(&tokenizer, &said);
+        cut.pop();
+        let worker = scripted(move |_| {
+            let end = Step::Finish(v1::FinishReason::Length);
+            Ok(vec![Step::Started(0), Step::Tokens(cut.clone()), end])
+        });
+        let scene = Scene::start_of(config(), vec![worker], None, tokenizer).await;
+        let mut body = json!({ "tools": tools(), "tool_choice": "required", "stop": ["t_w", "{"] });
+        let whole: Value = scene.chat(body.clone()).await.json().await.unwrap();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["message"]["content"], said[1], "{whole}");
+        assert_eq!(choice["finish_reason"], "length");
+        body["stream"] = true.into();
+        let (_, chunks) = streamed(scene.chat(body).await).await;
+        let (text, calls, finish) = message(&chunks);
+        assert_eq!((text.as_str(), finish), (said[1], json!("length")));
+        assert!(calls.is_empty());
+        scene.end().await;
+    }
+}
+
 /// The grammar that a worker was given last.
 fn grammar(scene: &Scene) -> Option<String> {
     let seen = scene.workers[0].seen.lock();

@@ -111,6 +111,11 @@ impl CallList {
         }
     }
 
+    /// Whether it has turned out to be text.
+    pub(super) fn is_text(&self) -> bool {
+        self.at == At::Broken
+    }
+
     /// What was read of a call that never began.
     pub(super) fn rest(&self) -> String {
         let is_between = matches!(self.at, At::AfterItem | At::End | At::Broken)

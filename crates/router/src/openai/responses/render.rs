@@ -8,8 +8,8 @@ use tramontane_types::{FinishReason, TokenOutput, Usage};
 
 use crate::answer::{Choice, Spent};
 use crate::error::ApiError;
-use crate::openai::logprobs::response_logprobs;
-use crate::openai::{Head, Render};
+use crate::openai::logprobs::{ChatLogprobs, ResponseLogprobs};
+use crate::openai::{Chunk, Head, Render};
 use crate::sequence::Delta;
 use crate::text::CallDelta;
 
@@ -22,12 +22,12 @@ pub(crate) struct ResponseRender {
     head: Head,
     /// Fields of the request, as the text of an object.
     repeats: Box<str>,
-    /// Items that are whole.
-    items: Vec<Value>,
+    /// Items that are whole, as JSON text: of log probabilities a tenth of the values.
+    items: Vec<String>,
     open: Option<Item>,
     finish: Option<FinishReason>,
-    /// Log probabilities of tokens whose text is held back.
-    logprobs: Vec<Value>,
+    /// Log probabilities of tokens whose text is held back: entries of a list as JSON text.
+    logprobs: String,
     /// Number of the next event.
     next_number: u64,
 }
@@ -35,7 +35,11 @@ pub(crate) struct ResponseRender {
 /// The item that is being said.
 #[derive(Debug)]
 enum Item {
-    Message { text: String, logprobs: Vec<Value> },
+    Message {
+        text: String,
+        /// Entries of a list, as JSON text.
+        logprobs: String,
+    },
     Call(ToolCall),
 }
 
@@ -47,19 +51,27 @@ impl ResponseRender {
             items: Vec::new(),
             open: None,
             finish: None,
-            logprobs: Vec::new(),
+            logprobs: String::new(),
             next_number: 0,
         }
     }
 
-    fn event(&mut self, kind: &str, mut event: Value) -> Value {
+    /// An event; `large` is one more field, as JSON text.
+    fn event(&mut self, kind: &str, mut event: Value, large: Option<(&str, &str)>) -> Chunk {
         event["type"] = kind.into();
         event["sequence_number"] = self.next_number.into();
         self.next_number += 1;
-        event
+        let mut data = event.to_string();
+        if let Some((name, json)) = large {
+            add_field(&mut data, name, json);
+        }
+        Chunk {
+            name: Some(kind.to_owned()),
+            data,
+        }
     }
 
-    fn response(&self, status: &str, items: &[Value], usage: Option<Usage>) -> Value {
+    fn response(&self, status: &str, items: &[String], usage: Option<Usage>) -> String {
         let is_incomplete = status == "incomplete";
         let details = is_incomplete.then(|| json!({ "reason": "max_output_tokens" }));
         let mut response = json!({
@@ -70,7 +82,6 @@ impl ResponseRender {
             "error": null,
             "incomplete_details": details,
             "model": self.head.model,
-            "output": items,
             "previous_response_id": null,
             "reasoning": { "effort": null, "summary": null },
             "store": false,
@@ -83,6 +94,8 @@ impl ResponseRender {
         for (name, value) in repeats.into_iter().flatten() {
             response[name] = value;
         }
+        let mut response = response.to_string();
+        add_field(&mut response, "output", &list(&items.join(",")));
         response
     }
 
@@ -92,27 +105,34 @@ impl ResponseRender {
     }
 
     /// The item at `index`, as far as it is said.
-    fn item(&self, item: &Item, index: usize, status: &str) -> Value {
+    fn item(&self, item: &Item, index: usize, status: &str) -> String {
         match item {
-            Item::Message { text, logprobs } => json!({
-                "id": self.item_id("msg", index),
-                "type": "message",
-                "role": "assistant",
-                "status": status,
-                "content": [text_part(text, logprobs)],
-            }),
-            Item::Call(call) => json!({
-                "id": self.item_id("fc", index),
-                "type": "function_call",
-                "status": status,
-                "call_id": call.id,
-                "name": call.name,
-                "arguments": call.arguments,
-            }),
+            Item::Message { text, logprobs } => {
+                let message = json!({
+                    "id": self.item_id("msg", index),
+                    "type": "message",
+                    "role": "assistant",
+                    "status": status,
+                });
+                let mut message = message.to_string();
+                add_field(&mut message, "content", &list(&text_part(text, logprobs)));
+                message
+            }
+            Item::Call(call) => {
+                let call = json!({
+                    "id": self.item_id("fc", index),
+                    "type": "function_call",
+                    "status": status,
+                    "call_id": call.id,
+                    "name": call.name,
+                    "arguments": call.arguments,
+                });
+                call.to_string()
+            }
         }
     }
 
-    fn say(&mut self, text: &str, events: &mut Vec<Value>) {
+    fn say(&mut self, text: &str, events: &mut Vec<Chunk>) {
         if text.is_empty() {
             return;
         }
@@ -128,39 +148,39 @@ impl ResponseRender {
         }) = &mut self.open
         {
             so_far.push_str(text);
-            logprobs.extend_from_slice(&new_logprobs);
+            add_entries(logprobs, &new_logprobs);
         }
         let delta = json!({
             "item_id": self.item_id("msg", index),
             "output_index": index,
             "content_index": 0,
             "delta": text,
-            "logprobs": new_logprobs,
         });
-        events.push(self.event("response.output_text.delta", delta));
+        let logprobs = list(&new_logprobs);
+        let large = Some(("logprobs", logprobs.as_str()));
+        events.push(self.event("response.output_text.delta", delta, large));
     }
 
-    fn open_message(&mut self) -> [Value; 2] {
+    fn open_message(&mut self) -> [Chunk; 2] {
         let index = self.items.len();
         let id = self.item_id("msg", index);
         self.open = Some(Item::Message {
             text: String::new(),
-            logprobs: Vec::new(),
+            logprobs: String::new(),
         });
         let item = json!({
             "id": id, "type": "message", "role": "assistant", "status": "in_progress", "content": [],
         });
         let added = json!({ "output_index": index, "item": item });
-        let part = json!({
-            "item_id": id, "output_index": index, "content_index": 0, "part": text_part("", &[]),
-        });
+        let place = json!({ "item_id": id, "output_index": index, "content_index": 0 });
+        let part = text_part("", "");
         [
-            self.event("response.output_item.added", added),
-            self.event("response.content_part.added", part),
+            self.event("response.output_item.added", added, None),
+            self.event("response.content_part.added", place, Some(("part", &part))),
         ]
     }
 
-    fn call(&mut self, delta: &CallDelta, events: &mut Vec<Value>) {
+    fn call(&mut self, delta: &CallDelta, events: &mut Vec<Chunk>) {
         if let Some(head) = &delta.begins {
             self.close(events);
             let call = Item::Call(ToolCall {
@@ -170,9 +190,10 @@ impl ResponseRender {
             });
             let index = self.items.len();
             let item = self.item(&call, index, "in_progress");
-            let added = json!({ "output_index": index, "item": item });
+            let added = json!({ "output_index": index });
             self.open = Some(call);
-            events.push(self.event("response.output_item.added", added));
+            let kind = "response.output_item.added";
+            events.push(self.event(kind, added, Some(("item", &item))));
         }
         // Of a token that only belongs to a call.
         self.logprobs.clear();
@@ -187,12 +208,12 @@ impl ResponseRender {
                 "output_index": index,
                 "delta": delta.arguments,
             });
-            events.push(self.event("response.function_call_arguments.delta", more));
+            events.push(self.event("response.function_call_arguments.delta", more, None));
         }
     }
 
     /// Nothing more comes of the open item.
-    fn close(&mut self, events: &mut Vec<Value>) {
+    fn close(&mut self, events: &mut Vec<Chunk>) {
         let Some(item) = self.open.take() else {
             return;
         };
@@ -205,49 +226,54 @@ impl ResponseRender {
         let done = self.item(&item, index, status);
         match &item {
             Item::Message { text, logprobs } => {
-                let mut place = json!({
-                    "item_id": done["id"], "output_index": index, "content_index": 0,
+                let place = json!({
+                    "item_id": self.item_id("msg", index), "output_index": index, "content_index": 0,
                 });
                 let mut whole = place.clone();
                 whole["text"] = text.as_str().into();
-                whole["logprobs"] = logprobs.clone().into();
-                place["part"] = text_part(text, logprobs);
-                events.push(self.event("response.output_text.done", whole));
-                events.push(self.event("response.content_part.done", place));
+                let (part, logprobs) = (text_part(text, logprobs), list(logprobs));
+                let (part, logprobs) = (("part", part.as_str()), ("logprobs", logprobs.as_str()));
+                events.push(self.event("response.output_text.done", whole, Some(logprobs)));
+                events.push(self.event("response.content_part.done", place, Some(part)));
             }
             Item::Call(call) => {
                 let whole = json!({
-                    "item_id": done["id"],
+                    "item_id": self.item_id("fc", index),
                     "output_index": index,
                     "name": call.name,
                     "arguments": call.arguments,
                 });
-                events.push(self.event("response.function_call_arguments.done", whole));
+                events.push(self.event("response.function_call_arguments.done", whole, None));
             }
         }
-        self.items.push(done.clone());
-        let item = json!({ "output_index": index, "item": done });
-        events.push(self.event("response.output_item.done", item));
+        let item = json!({ "output_index": index });
+        events.push(self.event("response.output_item.done", item, Some(("item", &done))));
+        self.items.push(done);
     }
 
     fn note_logprobs(&mut self, tokens: &[TokenOutput]) {
-        if self.head.logprobs {
-            let more = response_logprobs(tokens, &self.head.tokenizer);
-            self.logprobs.extend(more);
+        if !self.head.logprobs {
+            return;
         }
+        let entries = ChatLogprobs::of(tokens, false, &self.head.tokenizer);
+        // What is our own is JSON; of anything else there would be nothing to show.
+        let entries = serde_json::to_string(&ResponseLogprobs(entries)).unwrap_or_default();
+        let entries = entries.trim_start_matches('[').trim_end_matches(']');
+        add_entries(&mut self.logprobs, entries);
     }
 }
 
 impl Render for ResponseRender {
-    fn open(&mut self, _choice: usize, _echo: Option<&str>) -> Vec<Value> {
-        let response = json!({ "response": self.response("in_progress", &[], None) });
+    fn open(&mut self, _choice: usize, _echo: Option<&str>) -> Vec<Chunk> {
+        let response = self.response("in_progress", &[], None);
+        let response = Some(("response", response.as_str()));
         vec![
-            self.event("response.created", response.clone()),
-            self.event("response.in_progress", response),
+            self.event("response.created", json!({}), response),
+            self.event("response.in_progress", json!({}), response),
         ]
     }
 
-    fn chunks(&mut self, delta: &Delta) -> Vec<Value> {
+    fn chunks(&mut self, delta: &Delta) -> Vec<Chunk> {
         let mut events = Vec::new();
         let (mut text_at, mut call_at) = (0, 0);
         let last = delta.tokens.len().saturating_sub(1);
@@ -277,13 +303,11 @@ impl Render for ResponseRender {
         events
     }
 
-    fn end(&mut self, spent: Spent) -> Vec<Value> {
+    fn end(&mut self, spent: Spent) -> Vec<Chunk> {
         let status = status(self.finish);
         let response = self.response(status, &self.items, Some(spent.usage));
-        vec![self.event(
-            &format!("response.{status}"),
-            json!({ "response": response }),
-        )]
+        let kind = format!("response.{status}");
+        vec![self.event(&kind, json!({}), Some(("response", &response)))]
     }
 
     /// By the same code as the events, so that both say the same.
@@ -291,12 +315,13 @@ impl Render for ResponseRender {
         let _events = self.chunks(delta);
     }
 
-    fn whole(&self, _choices: &[Choice], spent: Spent) -> Value {
-        self.response(status(self.finish), &self.items, Some(spent.usage))
+    fn whole(&self, _choices: &[Choice], spent: Spent) -> Result<Vec<u8>, ApiError> {
+        let response = self.response(status(self.finish), &self.items, Some(spent.usage));
+        Ok(response.into_bytes())
     }
 
-    fn failed(&mut self, error: &ApiError) -> Value {
-        self.event(ERROR, failure(error))
+    fn failed(&mut self, error: &ApiError) -> Chunk {
+        self.event(ERROR, failure(error), None)
     }
 
     fn names_events(&self) -> bool {
@@ -327,8 +352,30 @@ fn status(finish: Option<FinishReason>) -> &'static str {
     }
 }
 
-fn text_part(text: &str, logprobs: &[Value]) -> Value {
-    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": logprobs })
+/// Adds a field to the text of an object that has some.
+fn add_field(object: &mut String, name: &str, json: &str) {
+    object.truncate(object.len().saturating_sub(1));
+    object.extend([",\"", name, "\":", json, "}"]);
+}
+
+/// Adds entries of a list to those before them.
+fn add_entries(entries: &mut String, more: &str) {
+    if !entries.is_empty() && !more.is_empty() {
+        entries.push(',');
+    }
+    entries.push_str(more);
+}
+
+/// The list with these entries.
+fn list(entries: &str) -> String {
+    ["[", entries, "]"].concat()
+}
+
+fn text_part(text: &str, logprobs: &str) -> String {
+    let part = json!({ "type": "output_text", "text": text, "annotations": [] });
+    let mut part = part.to_string();
+    add_field(&mut part, "logprobs", &list(logprobs));
+    part
 }
 
 /// Nothing is billed here for filling the cache, and nothing is thought in secret.

@@ -6,7 +6,7 @@ use super::*;
 fn chat_chunks_have_the_documented_form() {
     let mut render = ChatRender::new(head(false, true));
     assert_eq!(
-        render.open(0, None)[0].to_string(),
+        render.open(0, None)[0].data,
         r#"{"id":"x-1","object":"chat.completion.chunk","created":7,"model":"demo","system_fingerprint":"f1-cpu-q8","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#
     );
     let delta = Delta {
@@ -15,7 +15,7 @@ fn chat_chunks_have_the_documented_form() {
         finish: Some(FinishReason::Length),
         ..Delta::default()
     };
-    let chunks = render.chunks(&delta);
+    let chunks = values(&render.chunks(&delta));
     assert_eq!(chunks.len(), 2);
     assert_eq!(chunks[0]["choices"][0]["delta"], json!({ "content": "hi" }));
     assert_eq!(chunks[0]["choices"][0]["finish_reason"], Value::Null);
@@ -33,7 +33,7 @@ fn chat_chunks_have_the_documented_form() {
         next_token: Some(Duration::from_millis(500)),
         total: Duration::from_secs(2),
     };
-    let usage = &render.end(spent)[0];
+    let usage = &values(&render.end(spent))[0];
     assert!(usage["usage"]["metrics"].is_null());
     assert_eq!(usage["choices"], json!([]));
     assert_eq!(usage["usage"]["total_tokens"], 6);
@@ -44,7 +44,7 @@ fn chat_chunks_have_the_documented_form() {
     let mut with_metrics = head(false, true);
     with_metrics.include_metrics = true;
     let mut render = ChatRender::new(with_metrics);
-    let metrics = &render.end(spent)[0]["usage"]["metrics"];
+    let metrics = &values(&render.end(spent))[0]["usage"]["metrics"];
     assert_eq!(
         (&metrics["queue_time"], &metrics["total_time"]),
         (&json!(0.25), &json!(2.0))
@@ -52,7 +52,7 @@ fn chat_chunks_have_the_documented_form() {
     assert_eq!(metrics["tokens_per_second"], 2.0);
     assert_eq!(metrics["mean_inter_token_time"], 0.5);
     (spent.first_token, spent.next_token) = (None, None);
-    let metrics = &render.end(spent)[0]["usage"]["metrics"];
+    let metrics = &values(&render.end(spent))[0]["usage"]["metrics"];
     for name in [
         "time_to_first_token",
         "mean_inter_token_time",
@@ -61,7 +61,7 @@ fn chat_chunks_have_the_documented_form() {
         assert!(metrics[name].is_null(), "{metrics}");
     }
     let mut plain = ChatRender::new(head(false, false));
-    assert!(plain.open(0, None)[0].get("usage").is_none());
+    assert!(!plain.open(0, None)[0].data.contains("usage"));
     assert!(plain.end(Spent::default()).is_empty());
 }
 
@@ -81,7 +81,7 @@ fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
         has_end_token: true,
         ..Delta::default()
     };
-    let chunk = &ChatRender::new(head(true, false)).chunks(&delta)[0];
+    let chunk = &values(&ChatRender::new(head(true, false)).chunks(&delta))[0];
     let content = &chunk["choices"][0]["logprobs"]["content"];
     assert_eq!(content.as_array().unwrap().len(), 2);
     assert_eq!(content[0]["token"], text(a));
@@ -90,7 +90,7 @@ fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
     assert_eq!(content[0]["top_logprobs"][1]["token"], text(b));
     assert_eq!(content[1]["logprob"], -9999.0);
     let mut legacy = CompletionRender::new(head(true, false), 1, None);
-    let chunk = &legacy.chunks(&delta)[0]["choices"][0]["logprobs"];
+    let chunk = &values(&legacy.chunks(&delta))[0]["choices"][0]["logprobs"];
     assert_eq!(chunk["tokens"], json!([text(a), text(b)]));
     assert_eq!(chunk["token_logprobs"], json!([-0.5, -9999.0]));
     assert_eq!(chunk["text_offset"], json!([0, text(a).chars().count()]));
@@ -102,7 +102,7 @@ fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
         ..Delta::default()
     };
     let offset = text(a).chars().count() + text(b).chars().count();
-    let next = &legacy.chunks(&more)[0]["choices"][0]["logprobs"]["text_offset"];
+    let next = &values(&legacy.chunks(&more))[0]["choices"][0]["logprobs"]["text_offset"];
     assert_eq!(next, &json!([offset]));
 }
 
@@ -183,8 +183,10 @@ fn the_best_answers_are_given_best_first() {
         answer("f", &[-2.0]),
     ];
     let best_of = Some(BestOf { made: 3, kept: 2 });
-    let whole =
-        CompletionRender::new(head(false, false), 6, best_of).whole(&made, Spent::default());
+    let whole = whole_of(
+        &CompletionRender::new(head(false, false), 6, best_of),
+        &made,
+    );
     let choices = whole["choices"].as_array().unwrap();
     let texts: Vec<&str> = choices
         .iter()
@@ -206,7 +208,7 @@ fn the_best_answers_are_given_best_first() {
 
 #[test]
 fn log_probabilities_of_prompts_have_both_known_forms() {
-    use super::logprobs::{LegacyLogprobs, prompt_logprobs};
+    use super::logprobs::{LegacyLogprobs, PromptLogprobs};
     let tokenizer = tokenizer();
     let ids = tokenizer.encode_with_bos("Hello world").unwrap();
     let (a, b) = (ids[1], ids[2]);
@@ -215,16 +217,19 @@ fn log_probabilities_of_prompts_have_both_known_forms() {
         token(1, a, -0.5, &[(a, -0.5), (b, -1.5)]),
         token(2, b, -4.0, &[(a, -0.25)]),
     ];
-    let listed = prompt_logprobs(&prompt, &tokenizer);
+    let listed = few_values(PromptLogprobs {
+        prompt: &prompt,
+        tokenizer: &tokenizer,
+    });
     let answer = Choice {
         prompt_begin: Some(ids[0]),
-        prompt_tokens: prompt.to_vec(),
+        prompt_tokens: prompt.to_vec().into(),
         ..Choice::default()
     };
     let chat = ChatRender::new(head(false, false));
-    let whole = chat.whole(&[answer.clone(), answer], Spent::default());
+    let whole = whole_of(&chat, &[answer.clone(), answer]);
     assert_eq!(whole["prompt_logprobs"], listed);
-    let whole = chat.whole(&[Choice::default()], Spent::default());
+    let whole = whole_of(&chat, &[Choice::default()]);
     assert!(whole.get("prompt_logprobs").is_none(), "{whole}");
     assert_eq!(listed[0], Value::Null);
     let best = json!({ "logprob": -0.5, "rank": 1, "decoded_token": text(a) });
@@ -232,18 +237,59 @@ fn log_probabilities_of_prompts_have_both_known_forms() {
     assert_eq!(listed[1][b.to_string()]["rank"], 2);
     let own = json!({ "logprob": -4.0, "rank": null, "decoded_token": text(b) });
     assert_eq!(listed[2][b.to_string()], own);
-    let mut legacy = LegacyLogprobs::starting_at(0);
-    legacy.add_prompt(ids[0], &prompt, &tokenizer);
-    let lists = legacy.into_value();
+    let mut legacy = LegacyLogprobs::starting_at(0, &tokenizer);
+    legacy.add_prompt(ids[0], &prompt);
+    let lists = few_values(legacy);
     assert_eq!(lists["tokens"], json!([text(ids[0]), text(a), text(b)]));
     assert_eq!(lists["token_logprobs"], json!([null, -0.5, -4.0]));
     assert_eq!(
         (&lists["text_offset"][0], &lists["text_offset"][1]),
         (&json!(0), &json!(0))
     );
-    let mut legacy = LegacyLogprobs::starting_at(0);
-    legacy.add_prompt(a, &[], &tokenizer);
-    let lists = legacy.into_value();
+    let mut legacy = LegacyLogprobs::starting_at(0, &tokenizer);
+    legacy.add_prompt(a, &[]);
+    let lists = few_values(legacy);
     assert_eq!(lists["token_logprobs"], json!([null]));
     assert_eq!(lists["top_logprobs"], json!([null]));
+}
+
+#[test]
+fn a_whole_answer_reports_what_its_chunks_report() {
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode("Hello world").unwrap();
+    // 0x0a as a byte, and half a character.
+    let odd = [13, 0xe2 + 3];
+    let mut tokens = Vec::new();
+    for (index, id) in (0..).zip(ids.into_iter().chain(odd)) {
+        tokens.push(token(
+            index,
+            id,
+            -0.1 - index as f32,
+            &[(id, -0.1), (13, f32::NAN)],
+        ));
+    }
+    let delta = Delta {
+        tokens: tokens.clone(),
+        ..Delta::default()
+    };
+    let choice = Choice {
+        tokens: tokens.clone(),
+        prompt_begin: Some(1),
+        prompt_tokens: tokens.into(),
+        ..Choice::default()
+    };
+    let mut chat = ChatRender::new(head(true, false));
+    let mut completion = CompletionRender::new(head(true, false), 1, None);
+    let renders: [&mut dyn Render; 2] = [&mut chat, &mut completion];
+    for render in renders {
+        let chunk = values(&render.chunks(&delta))[0]["choices"][0]["logprobs"].clone();
+        let whole = whole_of(render, &[choice.clone(), choice.clone()]);
+        assert_eq!(whole["choices"][1]["logprobs"], chunk);
+        assert!(chunk.to_string().contains("bytes:"), "{chunk}");
+    }
+    // vLLM's form: a completion shows the prompt in every answer.
+    let whole = whole_of(&completion, &[choice.clone(), choice]);
+    let prompts = [0, 1].map(|i| whole["choices"][i]["prompt_logprobs"].clone());
+    assert_eq!(prompts[0], prompts[1]);
+    assert_eq!(prompts[0].as_array().unwrap().len(), 1 + delta.tokens.len());
 }

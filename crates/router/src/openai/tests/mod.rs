@@ -12,7 +12,7 @@ use tramontane_types::{FinishReason, TokenLogprob, TokenOutput, Usage};
 use super::*;
 use crate::answer_id::AnswerId;
 use crate::error::ErrorKind;
-use crate::request::{Prompt, prepare};
+use crate::request::{PreparedRequest, Prompt, prepare};
 use crate::run::ServedModel;
 
 fn served() -> ServedModel {
@@ -39,6 +39,18 @@ fn completion_with(key: &str, value: Value) -> Result<Parsed, ApiError> {
     let mut body = json!({ "model": "demo", "prompt": "hi" });
     body[key] = value;
     parse_completion(&body, &served())
+}
+
+/// What events say.
+fn values(chunks: &[Chunk]) -> Vec<Value> {
+    let parse = |chunk: &Chunk| serde_json::from_str(&chunk.data).unwrap();
+    chunks.iter().map(parse).collect()
+}
+
+/// What a whole answer says.
+fn whole_of(render: &dyn Render, choices: &[Choice]) -> Value {
+    let written = render.whole(choices, Spent::default()).unwrap();
+    serde_json::from_slice(&written).unwrap()
 }
 
 type Door = fn(&str, Value) -> Result<Parsed, ApiError>;
@@ -617,4 +629,68 @@ fn words_that_may_not_appear_are_banned_with_and_without_a_space_before_them() {
     ] {
         assert_eq!(prepared(words).unwrap_err().param.as_deref(), Some(param));
     }
+}
+
+type Parser = fn(&Value, &ServedModel) -> Result<Parsed, ApiError>;
+
+/// A chat and a completion of 200 ids, both with these options, made ready for a context of so many tokens.
+fn prepared(context: u32, options: &Value) -> [Result<PreparedRequest, ApiError>; 2] {
+    let model = ServedModel {
+        context_length: context,
+        ..served()
+    };
+    let tokenizer = tokenizer();
+    let messages = json!({ "messages": [{ "role": "user", "content": "hi" }] });
+    let ids = json!({ "prompt": vec![300; 200] });
+    let parsers: [Parser; 2] = [parse_chat, parse_completion];
+    let mut results = Vec::new();
+    for (mut body, parse) in [messages, ids].into_iter().zip(parsers) {
+        for (key, value) in options.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let parsed = parse(&body, &model);
+        results.push(
+            parsed.and_then(|parsed| {
+                prepare(parsed.request, AnswerId::unique(7), &tokenizer, &model)
+            }),
+        );
+    }
+    results.try_into().unwrap()
+}
+
+#[test]
+fn all_answers_together_report_no_more_than_a_limit_which_names_its_parameter() {
+    let chat = |top: u32, n: u32, max: Option<u32>| json!({ "logprobs": true, "top_logprobs": top, "n": n, "max_tokens": max });
+    let [passes, _] = prepared(2048, &chat(20, 128, Some(48)));
+    assert_eq!(passes.unwrap().prompts[0].max_tokens, 48);
+    let [refused, _] = prepared(2048, &chat(20, 128, Some(49)));
+    let error = refused.unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("top_logprobs"));
+    assert!(error.message.contains("at most 131072") && error.message.contains("got 131712"));
+    // Nobody has said how long the answers may be.
+    let [short, _] = prepared(2048, &chat(20, 128, None));
+    assert_eq!(short.unwrap().prompts[0].max_tokens, 48);
+    for top in [0, 1, 3] {
+        let [whole, _] = prepared(32_768, &chat(top, 1, None));
+        let prompt = whole.unwrap().prompts.remove(0);
+        assert_eq!(prompt.max_tokens as usize, 32_768 - prompt.ids.len());
+    }
+    for (options, param) in [
+        (json!({ "n": 128, "prompt_logprobs": 5 }), "prompt_logprobs"),
+        (json!({ "n": 128, "echo": true, "logprobs": 5 }), "logprobs"),
+        (
+            json!({ "n": 128, "logprobs": 5, "max_tokens": 200 }),
+            "logprobs",
+        ),
+        (json!({ "best_of": 20, "max_tokens": 7000 }), "best_of"),
+    ] {
+        let [_, refused] = prepared(8192, &options);
+        assert_eq!(
+            refused.unwrap_err().param.as_deref(),
+            Some(param),
+            "{options}"
+        );
+    }
+    let [_, passes] = prepared(8192, &json!({ "n": 5, "echo": true, "logprobs": 5 }));
+    passes.unwrap();
 }

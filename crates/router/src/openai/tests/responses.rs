@@ -100,13 +100,16 @@ fn a_whole_response_is_what_its_events_add_up_to() {
     for num_tokens in 1..=11 {
         let mut streamed = ResponseRender::new(head(true, true), "{}".into());
         let mut whole = ResponseRender::new(head(true, true), "{}".into());
-        let mut events = streamed.open(0, None);
+        let mut chunks = streamed.open(0, None);
         for piece in in_pieces(num_tokens) {
-            events.extend(streamed.chunks(&piece));
+            chunks.extend(streamed.chunks(&piece));
             whole.note(&piece);
         }
-        events.extend(streamed.end(Spent::default()));
-        let whole = whole.whole(&[], Spent::default());
+        chunks.extend(streamed.end(Spent::default()));
+        let (events, whole) = (values(&chunks), whole_of(&whole, &[]));
+        for (chunk, event) in chunks.iter().zip(&events) {
+            assert_eq!(chunk.name.as_deref(), event["type"].as_str());
+        }
         assert_eq!(events.last().unwrap()["response"], whole);
         assert_eq!(of_output(&whole), expected, "{num_tokens}");
         assert_eq!(added_up(&events), expected, "{num_tokens}");
@@ -147,7 +150,7 @@ fn a_response_repeats_no_more_than_its_limit_and_says_what_came() {
     let text = format(json!("x".repeat(1 << 19)));
     let parsed = response_with("text", text.clone()).unwrap();
     let mut render = ResponseRender::new(head(false, false), parsed.form.repeats);
-    for event in render.open(0, None) {
+    for event in values(&render.open(0, None)) {
         assert_eq!(event["response"]["text"], text);
         assert_eq!(event["response"]["tools"], json!([]));
     }
@@ -184,5 +187,5 @@ fn a_response_that_never_begins_fails_in_the_form_of_its_events() {
     assert_eq!(data["sequence_number"], 0);
     assert_eq!(data["message"], "nobody is there");
     let mut render = ResponseRender::new(head(false, false), "{}".into());
-    assert_eq!(render.failed(&error), data);
+    assert_eq!(values(&[render.failed(&error)]), [data]);
 }
