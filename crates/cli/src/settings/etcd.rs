@@ -172,10 +172,8 @@ mod tests {
     fn an_etcd_endpoint_is_a_host_and_a_port() {
         let check = |url: &str| {
             let endpoints = vec!["http://etcd-0:2379".to_owned(), url.to_owned()];
-            let cluster = String::new();
             let settings = EtcdSettings {
                 endpoints,
-                cluster,
                 tls_ca: Some(PathBuf::from("ca.pem")),
                 ..EtcdSettings::default()
             };

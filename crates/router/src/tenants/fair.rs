@@ -147,12 +147,13 @@ impl<W> FairQueue<W> {
         self.places.saturating_sub(self.places_used)
     }
 
-    /// Places that one tenant may have.
-    const fn places_of_one(&self) -> usize {
+    /// Places that one request may have, and all of one tenant together.
+    const fn places_max(&self) -> (usize, usize) {
         if self.is_shared {
-            return self.places - self.places / OTHERS_SHARE;
+            let of_one = self.places - self.places / OTHERS_SHARE;
+            return (of_one, of_one);
         }
-        self.places
+        (self.places, usize::MAX)
     }
 
     /// Requests that wait.
@@ -197,7 +198,7 @@ impl<W> FairQueue<W> {
 
     /// A request comes: it runs, it waits, or there is no room.
     pub(crate) fn enter(&mut self, ask: Ask, what: W, now: Instant) -> Entered<W> {
-        let places_max = self.places_of_one();
+        let (places_max, tenant_max) = self.places_max();
         let places = ask.places.min(places_max);
         let floor = self.floor();
         let account = self.account(&ask.tenant, ask.limits);
@@ -205,7 +206,8 @@ impl<W> FairQueue<W> {
         if account.num_waiting == 0 {
             account.served = account.served.max(floor);
         }
-        let may_run = account.may_have(places, places_max);
+        // Behind a larger one of its own that has to wait it waits as well.
+        let may_run = account.num_waiting == 0 && account.may_have(places, tenant_max);
         if may_run && places <= self.places_free() && self.next(now).is_none() {
             return Entered::Now(self.grant(ask.tenant, places, ask.prompt_tokens, what));
         }
@@ -233,7 +235,7 @@ impl<W> FairQueue<W> {
     /// The next request that may run.
     pub(crate) fn pop(&mut self, now: Instant) -> Option<Granted<W>> {
         let (tenant, class) = self.next(now)?;
-        let (places_max, places_free) = (self.places_of_one(), self.places_free());
+        let ((places_max, _), places_free) = (self.places_max(), self.places_free());
         let account = self.accounts.get_mut(&tenant)?;
         let queue = &mut account.waiting[class];
         let fits = queue
@@ -316,14 +318,14 @@ impl<W> FairQueue<W> {
     /// The tenant and class of whoever is next, whether there are places or not.
     fn next(&self, now: Instant) -> Option<(TenantName, usize)> {
         let mut best: Option<(Turn, &TenantName, usize)> = None;
-        let places_max = self.places_of_one();
+        let (places_max, tenant_max) = self.places_max();
         for (tenant, account) in &self.accounts {
             if account.num_waiting == 0 {
                 continue;
             }
             for (class, queue) in account.waiting.iter().enumerate() {
                 let Some(head) = queue.front() else { continue };
-                if !account.may_have(head.places.min(places_max), places_max) {
+                if !account.may_have(head.places.min(places_max), tenant_max) {
                     continue;
                 }
                 let turn = (

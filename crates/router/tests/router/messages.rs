@@ -145,7 +145,7 @@ async fn a_choice_of_tools_that_nobody_knows_is_refused_by_name() {
 async fn metadata_that_is_too_large_is_refused_and_its_connection_serves_on() {
     let scene = Scene::start(config(), vec![storyteller()]).await;
     let mut clients = channel(&scene.grpc).await;
-    let large = "x".repeat(80 << 10);
+    let large = "x".repeat(20 << 10);
     let answer = called(&mut clients, GENERATE, framed(b""), ("x-large", &large)).await;
     assert_eq!(answer.status(), 431);
     let status = refused(&mut clients, GENERATE, framed(b"")).await;

@@ -167,6 +167,14 @@ fn one_tenant_does_not_get_the_places_of_all() {
     assert_eq!(queue.pop(now).unwrap().waiter, "a1");
     queue.give_back(&name("c"), 1);
     assert_eq!(queue.pop(now).unwrap().waiter, "b1");
+    // A small one does not pass a large one of its own tenant, however many of them come.
+    waits(queue.enter(of("a", 14), "large", now));
+    waits(queue.enter(of("a", 1), "a2", now));
+    queue.give_back(&name("a"), 13);
+    assert!(queue.pop(now).is_none());
+    queue.give_back(&name("a"), 1);
+    assert_eq!(queue.pop(now).unwrap().waiter, "large");
+    assert!(queue.pop(now).is_none());
 }
 
 #[test]
