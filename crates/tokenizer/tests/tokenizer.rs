@@ -741,13 +741,6 @@ fn hostile_tokenizer_json_is_refused_at_load() {
             }),
         ),
         (
-            "id of added token",
-            Box::new(|file| {
-                let added = file["added_tokens"].as_array_mut().unwrap();
-                added.push(added_token(900_000, "kilowatt", false));
-            }),
-        ),
-        (
             "content",
             Box::new(|file| {
                 file["normalizer"] =
