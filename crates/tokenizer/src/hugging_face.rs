@@ -35,9 +35,10 @@ pub(crate) fn load(
     for token in added.values_mut() {
         token.special |= is_control(&token.content);
     }
+    check_bytes(path, &decoder, &vocab, &added)?;
     let adds_bos = adds_bos(&file["post_processor"]);
     mark_controls(&mut file, &added);
-    let encoder = build_encoder(path, &mut file)?;
+    let encoder = build_encoder(path, &mut file, &added)?;
     encoder.probe(path)?;
 
     let mut tokens = Vec::new();
@@ -190,6 +191,29 @@ fn check_merges(path: &Path, file: &Value, vocab: &HashMap<String, TokenId>) -> 
     Ok(())
 }
 
+/// Bytes are what any text can be written with: no added token may stand where one of them does.
+fn check_bytes(
+    path: &Path,
+    decoder: &Decoder,
+    vocab: &HashMap<String, TokenId>,
+    added: &AddedTokens,
+) -> Result<(), Error> {
+    for (text, id) in vocab {
+        let Some((byte, token)) = decoder.byte_of(text).zip(added.get(id)) else {
+            continue;
+        };
+        if token.special || token.content.as_bytes() != [byte] {
+            return Err(Error::invalid_file(
+                path,
+                format!("id of added token {:?}", token.content),
+                format!("another one than that of byte {byte}"),
+                id.to_string(),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Tokens whose text the template writes, or that are named in the configuration, count as `special`.
 fn mark_controls(file: &mut Value, added: &AddedTokens) {
     let Some(list) = file["added_tokens"].as_array_mut() else {
@@ -207,11 +231,14 @@ fn mark_controls(file: &mut Value, added: &AddedTokens) {
     }
 }
 
-fn build_encoder(path: &Path, file: &mut Value) -> Result<Encoder, Error> {
+fn build_encoder(path: &Path, file: &mut Value, added: &AddedTokens) -> Result<Encoder, Error> {
     for unused in ["truncation", "padding", "post_processor"] {
         file[unused] = Value::Null;
     }
+    let engine = |tokenizer| Engine::HuggingFace(Box::new(tokenizer));
     let start = build(path, file)?;
+    check_added(path, &start, added)?;
+    let start = engine(start);
     if leading_space(file) != LeadingSpace::First {
         return Ok(Encoder {
             start,
@@ -219,11 +246,11 @@ fn build_encoder(path: &Path, file: &mut Value) -> Result<Encoder, Error> {
         });
     }
     set_prepend_scheme_never(&mut file["pre_tokenizer"]);
-    let inside = Some(build(path, file)?);
+    let inside = Some(engine(build(path, file)?));
     Ok(Encoder { start, inside })
 }
 
-fn build(path: &Path, file: &Value) -> Result<Engine, Error> {
+fn build(path: &Path, file: &Value) -> Result<tokenizers::Tokenizer, Error> {
     let built = caught(AssertUnwindSafe(|| {
         let bytes = serde_json::to_vec(file).map_err(|error| error.to_string())?;
         let mut tokenizer =
@@ -232,9 +259,29 @@ fn build(path: &Path, file: &Value) -> Result<Engine, Error> {
         tokenizer.set_encode_special_tokens(true);
         Ok(tokenizer)
     }));
-    let tokenizer = built
-        .map_err(|reason| Error::invalid_file(path, "content", "a usable tokenizer", reason))?;
-    Ok(Engine::HuggingFace(Box::new(tokenizer)))
+    built.map_err(|reason| Error::invalid_file(path, "content", "a usable tokenizer", reason))
+}
+
+/// The library numbers added tokens itself, whatever the file says. Those that text becomes must be what the file says; control
+/// tokens, which no text becomes, are ours to number.
+fn check_added(
+    path: &Path,
+    tokenizer: &tokenizers::Tokenizer,
+    added: &AddedTokens,
+) -> Result<(), Error> {
+    for (id, token) in added.iter().filter(|(_, token)| !token.special) {
+        let known = tokenizer.token_to_id(&token.content);
+        if known != Some(*id) {
+            let expected = known.map_or_else(|| "no id".to_owned(), |known| known.to_string());
+            return Err(Error::invalid_file(
+                path,
+                format!("id of added token {:?}", token.content),
+                format!("{expected}, behind or in model.vocab"),
+                id.to_string(),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn set_prepend_scheme_never(step: &mut Value) {
@@ -317,6 +364,18 @@ impl Decoder {
             ));
         }
         Ok(read)
+    }
+
+    /// The byte that a token stands for, if it is one of the 256.
+    fn byte_of(&self, text: &str) -> Option<u8> {
+        match &self.byte_level {
+            Some(alphabet) => {
+                let mut chars = text.chars();
+                let byte = chars.next().and_then(|c| alphabet.get(&c).copied());
+                byte.filter(|_| chars.next().is_none())
+            }
+            None => parse_byte(text).filter(|_| self.has_byte_tokens),
+        }
     }
 
     fn bytes_of(&self, text: &str) -> Vec<u8> {

@@ -16,6 +16,8 @@ use crate::tokenizer::Parts;
 use crate::vocabulary::{Token, VOCAB_MAX, Vocabulary};
 use crate::{Error, InstructVersion};
 
+/// Longest piece: far above any real one (16 characters by default). Each is looked at in all its halves when it is read.
+const PIECE_BYTES_MAX: usize = 1024;
 /// How SentencePiece writes a space inside a piece.
 pub(crate) const SPACE: char = '▁';
 
@@ -83,6 +85,19 @@ fn check(path: &Path, model: &SentencePieceModel) -> Result<(), Error> {
             "number of pieces",
             format!("1 to {VOCAB_MAX}"),
             model.pieces.len().to_string(),
+        ));
+    }
+    let mut lens = model
+        .pieces
+        .iter()
+        .map(|piece| piece.piece().len())
+        .enumerate();
+    if let Some((id, len)) = lens.find(|(_, len)| *len > PIECE_BYTES_MAX) {
+        return Err(Error::invalid_file(
+            path,
+            format!("length of piece {id}"),
+            format!("at most {PIECE_BYTES_MAX} bytes"),
+            len.to_string(),
         ));
     }
     if let Some(trainer) = model.trainer() {
