@@ -23,7 +23,7 @@ HELLO = [{"role": "user", "content": "What is the capital of Poland?"}]
 TALK = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 24}
 # More than the buffers of a connection take: it runs until it is closed, or a minute.
 ENDLESS = {
-    **TALK, "stream": True, "n": 8, "max_tokens": 1800, "logprobs": True, "top_logprobs": 20, "extra_body": {"ignore_eos": True},
+    **TALK, "stream": True, "n": 8, "max_tokens": 1800, "logprobs": True, "top_logprobs": 8, "extra_body": {"ignore_eos": True},
 }
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
