@@ -72,7 +72,7 @@ def test_f17_clients_that_do_not_read(chaos, cluster):
 
 def test_f18_overload(chaos, cluster):
     """More than queue and places hold: what is taken is finished, the rest is refused at once, probes answer."""
-    with chaos.row("F18", "1,500 requests of 64 answers at once, for 1,024 places and a queue of 1,024", streams=4, routers=(0,)) as row:
+    with chaos.row("F18", "1,500 requests of 64 answers at once, for the workers' places and a queue of 1,024", streams=4, routers=(0,)) as row:
         body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 4, "n": 64, "temperature": 0.5})
         row.injected("1,500 requests sent")
         waiting = selectors.DefaultSelector()
