@@ -12,7 +12,9 @@ use http::header::{CONTENT_TYPE, HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use crate::body_room::kib;
 use crate::error::ApiError;
+use crate::preparing::off_the_runtime;
 
 /// Answers up to this size are not counted: connections are.
 const SMALL_BYTES: usize = 64 << 10;
@@ -62,16 +64,7 @@ impl AnswerRoom {
         let Ok(Ok(place)) = timeout(self.wait_max, place).await else {
             return Err(ApiError::unavailable("too many answers are being written"));
         };
-        let work = move || {
-            let _place = place;
-            work()
-        };
-        tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or_else(|error| {
-                tracing::error!(%error, "writing an answer did not end");
-                Err(ApiError::internal())
-            })
+        off_the_runtime("writing an answer", place, work).await
     }
 
     /// The bytes with a share of the memory, which they keep until they are sent or dropped.
@@ -90,10 +83,6 @@ impl AnswerRoom {
         let _share = share;
         Ok(Bytes::from_owner(Held { bytes, _share }))
     }
-}
-
-fn kib(bytes: usize) -> u32 {
-    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 /// The response with this JSON.

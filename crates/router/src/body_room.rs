@@ -74,7 +74,8 @@ pub(crate) struct ArrivingBody {
     give_up: CancellationToken,
 }
 
-fn kib(bytes: usize) -> u32 {
+/// In the unit of memory that is counted, rounded up.
+pub(crate) fn kib(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 

@@ -99,17 +99,7 @@ impl Preparing {
         T: Send + 'static,
     {
         let place = self.place(tenant).await?;
-        let work = move || {
-            let _place = place;
-            work()
-        };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(done) => done,
-            Err(error) => {
-                tracing::error!(%error, "preparing a request did not end");
-                Err(ApiError::internal())
-            }
-        }
+        off_the_runtime("preparing a request", place, work).await
     }
 
     async fn place(&self, tenant: &TenantName) -> Result<Place, ApiError> {
@@ -138,6 +128,28 @@ impl Preparing {
             Err(_elapsed) => Err(too_many()),
         }
     }
+}
+
+/// Does long CPU work where it holds up nobody; `place` goes along with it until it ends, also when nobody waits any more.
+pub(crate) async fn off_the_runtime<T, F>(
+    what: &'static str,
+    place: impl Send + 'static,
+    work: F,
+) -> Result<T, ApiError>
+where
+    F: FnOnce() -> Result<T, ApiError> + Send + 'static,
+    T: Send + 'static,
+{
+    let work = move || {
+        let _place = place;
+        work()
+    };
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| {
+            tracing::error!(%error, what, "long work did not end");
+            Err(ApiError::internal())
+        })
 }
 
 fn too_many() -> ApiError {
