@@ -1,16 +1,14 @@
 //! Threads that do jobs, of their owners in turn. A job that takes too long loses its thread, not the others theirs: the thread is replaced,
 //! a few times. Knows nothing of grammars; whoever waits for a job hears from it or from [`Missed`].
 
-mod queue;
-
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use tramontane_types::TurnQueue;
 
 use crate::GrammarError;
-use queue::Queue;
 
 /// What a pool may use, and how long.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +52,7 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    queue: Queue,
+    queue: TurnQueue<u64, Waiting>,
     /// Of jobs that gave way to those of others.
     turned_out: Vec<Missed>,
     running: Vec<Running>,
@@ -64,6 +62,12 @@ struct State {
     num_strays: usize,
     next_id: u64,
     is_closed: bool,
+}
+
+/// A job that waits for a thread.
+struct Waiting {
+    since: Instant,
+    job: Job,
 }
 
 struct Running {
@@ -101,9 +105,10 @@ impl Pool {
         if state.num_threads == 0 {
             return Err(GrammarError::Stuck { limit: strays });
         }
-        let pushed = state.queue.push(owner, (Instant::now(), job), queue);
-        let gone = pushed.map_err(|()| GrammarError::Busy { limit: queue })?;
-        state.turned_out.extend(gone.map(|job| job.missed));
+        let since = Instant::now();
+        let pushed = state.queue.push(owner, Waiting { since, job }, queue);
+        let gone = pushed.map_err(|_refused| GrammarError::Busy { limit: queue })?;
+        state.turned_out.extend(gone.map(|gone| gone.job.missed));
         drop(state);
         self.shared.changed.notify_one();
         self.shared.watch.notify_one();
@@ -141,7 +146,7 @@ impl Shared {
 fn work(shared: &Shared) {
     let mut state = shared.state.lock();
     while !state.is_closed {
-        let Some(job) = state.queue.pop() else {
+        let Some(Waiting { job, .. }) = state.queue.pop() else {
             shared.changed.wait(&mut state);
             continue;
         };
@@ -228,12 +233,13 @@ impl State {
         if self.num_threads + num_new == 0 {
             let limit = rules.strays;
             let queued = std::iter::from_fn(|| self.queue.pop());
-            all.extend(queued.map(|job| (job.missed, GrammarError::Stuck { limit })));
+            all.extend(queued.map(|queued| (queued.job.missed, GrammarError::Stuck { limit })));
         }
         if let Some(long_ago) = now.checked_sub(rules.wait) {
             let limit = rules.wait;
-            let old = std::iter::from_fn(|| self.queue.pop_older(long_ago));
-            all.extend(old.map(|job| (job.missed, GrammarError::Waited { limit })));
+            let is_old = |waiting: &Waiting| waiting.since <= long_ago;
+            let old = std::iter::from_fn(|| self.queue.pop_front_if(is_old));
+            all.extend(old.map(|old| (old.job.missed, GrammarError::Waited { limit })));
         }
         (all, num_new)
     }
@@ -243,7 +249,7 @@ impl State {
             .running
             .iter()
             .filter(|running| running.missed.is_some());
-        let queued = self.queue.next_time(wait);
+        let queued = self.queue.fronts().map(|waiting| waiting.since + wait);
         running.map(|running| running.until).chain(queued).min()
     }
 }

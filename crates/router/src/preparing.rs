@@ -1,14 +1,13 @@
 //! Places where requests are parsed and tokenized: long CPU work. Tenants take turns for them, so that who sends much
 //! waits for itself. Never makes anybody wait for ever, and never lets more wait than its limit.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tramontane_types::TurnQueue;
 
 use crate::error::ApiError;
 use crate::tenants::TenantName;
@@ -33,12 +32,8 @@ struct Turnstile {
 struct Queue {
     /// Places that nobody has; none while somebody waits.
     free: usize,
-    /// Never an empty one; each in the order in which they came.
-    tenants: BTreeMap<TenantName, VecDeque<Waiter>>,
-    num_waiting: usize,
+    waiting: TurnQueue<TenantName, Waiter>,
     next_number: u64,
-    /// Whose turn was the last.
-    last: Option<TenantName>,
 }
 
 #[derive(Debug)]
@@ -70,7 +65,9 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.turnstile.queue.lock().leave(self.tenant, self.number);
+        let mut queue = self.turnstile.queue.lock();
+        let is_this = |waiter: &Waiter| waiter.number == self.number;
+        let _left = queue.waiting.remove(self.tenant, is_this);
     }
 }
 
@@ -79,10 +76,8 @@ impl Preparing {
     pub(crate) fn new(places: usize, waiting_max: usize, wait: Duration) -> Self {
         let queue = Queue {
             free: places,
-            tenants: BTreeMap::new(),
-            num_waiting: 0,
+            waiting: TurnQueue::default(),
             next_number: 0,
-            last: None,
         };
         let queue = Mutex::new(queue);
         Self {
@@ -108,10 +103,16 @@ impl Preparing {
             let mut queue = self.turnstile.queue.lock();
             if queue.free > 0 {
                 queue.free -= 1;
-                queue.last = Some(tenant.clone());
+                queue.waiting.had_turn(tenant.clone());
                 return Ok(Place(Arc::clone(&self.turnstile)));
             }
-            queue.push(tenant, sender, self.turnstile.waiting_max)?
+            let number = queue.next_number;
+            queue.next_number += 1;
+            let (place, max) = (sender, self.turnstile.waiting_max);
+            let pushed = queue
+                .waiting
+                .push(tenant.clone(), Waiter { number, place }, max);
+            (number, pushed.map_err(|_refused| too_many())?)
         };
         // Whoever gives way is told so by the end of its channel.
         drop(gone);
@@ -157,71 +158,11 @@ fn too_many() -> ApiError {
 }
 
 impl Queue {
-    /// Adds a request to at most `max`, and returns its number and the one that gives way to it, if any has to: the
-    /// last of the tenant with most. An error when nobody has more than this tenant would.
-    fn push(
-        &mut self,
-        tenant: &TenantName,
-        place: oneshot::Sender<Place>,
-        max: usize,
-    ) -> Result<(u64, Option<Waiter>), ApiError> {
-        let gone = if self.num_waiting < max {
-            None
-        } else {
-            Some(self.give_way(tenant).ok_or_else(too_many)?)
-        };
-        let number = self.next_number;
-        self.next_number += 1;
-        self.num_waiting += 1;
-        let waiters = self.tenants.entry(tenant.clone()).or_default();
-        waiters.push_back(Waiter { number, place });
-        Ok((number, gone))
-    }
-
-    fn give_way(&mut self, asking: &TenantName) -> Option<Waiter> {
-        let own = self.tenants.get(asking).map_or(0, VecDeque::len);
-        let longest = self.tenants.iter().max_by_key(|(_, w)| w.len());
-        let (tenant, _) = longest.filter(|(_, waiters)| waiters.len() > own + 1)?;
-        let tenant = tenant.clone();
-        self.take(&tenant, VecDeque::pop_back)
-    }
-
     /// The first request of whoever is next. Without any the place that it would get is free.
     fn pop(&mut self) -> Option<Waiter> {
-        let behind = self.last.as_ref().and_then(|last| {
-            let behind = (Excluded(last), Unbounded);
-            self.tenants.range::<TenantName, _>(behind).next()
-        });
-        let next = behind.or_else(|| self.tenants.first_key_value());
-        let Some(tenant) = next.map(|(tenant, _)| tenant.clone()) else {
-            self.free += 1;
-            return None;
-        };
-        let first = self.take(&tenant, VecDeque::pop_front);
-        self.last = Some(tenant);
-        first
-    }
-
-    fn leave(&mut self, tenant: &TenantName, number: u64) {
-        let waiters = self.tenants.get(tenant);
-        let index = waiters.and_then(|w| w.iter().position(|waiter| waiter.number == number));
-        if let Some(index) = index {
-            let _left = self.take(tenant, |waiters| waiters.remove(index));
-        }
-    }
-
-    fn take(
-        &mut self,
-        tenant: &TenantName,
-        end: impl FnOnce(&mut VecDeque<Waiter>) -> Option<Waiter>,
-    ) -> Option<Waiter> {
-        let waiters = self.tenants.get_mut(tenant)?;
-        let taken = end(waiters)?;
-        if waiters.is_empty() {
-            self.tenants.remove(tenant);
-        }
-        self.num_waiting -= 1;
-        Some(taken)
+        let next = self.waiting.pop();
+        self.free += usize::from(next.is_none());
+        next
     }
 }
 
@@ -304,7 +245,7 @@ mod tests {
         drop(place);
         assert_eq!(free(&preparing), 1);
         let queue = preparing.turnstile.queue.lock();
-        assert!(queue.tenants.is_empty() && queue.num_waiting == 0);
+        assert!(queue.waiting.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -332,7 +273,7 @@ mod tests {
         let begin = Instant::now();
         assert_eq!(preparing.place(&a).await.unwrap_err(), too_many());
         assert_eq!(begin.elapsed(), WAIT);
-        assert_eq!(preparing.turnstile.queue.lock().num_waiting, 0);
+        assert!(preparing.turnstile.queue.lock().waiting.is_empty());
     }
 
     #[tokio::test]
