@@ -11,19 +11,23 @@ use axum::Router;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected as _;
 use tramontane_runtime::Accepted;
 use tramontane_runtime::tls::{Incoming, Socket};
 
 use self::turns::{Attended, Turns};
+use crate::random::random;
 use crate::run::Doors;
 
 /// Longest time for a request's headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
 /// A connection without a request is closed after this time, whatever it says to pings.
 const IDLE_MAX: Duration = HEADER_TIMEOUT;
+/// A connection says good-bye at this age, give or take a tenth, and answers what it has been asked: behind a balancer that
+/// spreads connections, routers that are new get their share. As gRPC's `MAX_CONNECTION_AGE`.
+const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 /// Largest request head over HTTP/1, of which a connection has one at a time.
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 /// Largest request head over HTTP/2, of which a connection has as many as streams.
@@ -108,6 +112,7 @@ async fn connection(
         ended = serving.as_mut() => Some(ended),
         () = doors.refuse.cancelled() => None,
         () = turns.quiet(IDLE_MAX) => None,
+        () = sleep(age_max()) => None,
     };
     let ended = match ended {
         Some(ended) => ended,
@@ -127,6 +132,12 @@ async fn connection(
     if let Err(error) = ended {
         tracing::debug!(error, "connection ended early");
     }
+}
+
+/// Connections that came together do not go together.
+fn age_max() -> Duration {
+    let tenths = (random() % 1000) as f64 / 1000.0;
+    AGE_MAX.mul_f64(0.9 + 0.2 * tenths)
 }
 
 #[cfg(test)]

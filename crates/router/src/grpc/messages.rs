@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures::Stream;
 use futures::stream::unfold;
 use http_body_util::BodyExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use super::HEALTH;
@@ -37,6 +38,9 @@ pub(super) const REFLECTION_BYTES_MAX: usize = 64 << 10;
 const REFLECTION_SILENCE_MAX: Duration = Duration::from_secs(75);
 /// Most bytes of all questions of one stream: no tool asks a thousand.
 const QUESTIONS_BYTES_MAX: usize = 1 << 20;
+/// Calls that follow the health of a door at once: they end when their clients want, who need not be known.
+const WATCHES_MAX: usize = 1024;
+const WATCH: &str = "/grpc.health.v1.Health/Watch";
 /// Services whose calls send more than one message.
 const STREAMS: [&str; 2] = [
     "grpc.reflection.v1.ServerReflection",
@@ -59,16 +63,29 @@ impl Room {
 /// What the layer goes by.
 #[derive(Clone, Debug)]
 pub(super) struct Reader {
-    pub(super) app: Arc<App>,
-    pub(super) shapes: Arc<Shapes>,
+    app: Arc<App>,
+    shapes: Arc<Shapes>,
+    /// Places of those that follow the health.
+    watches: Arc<Semaphore>,
 }
 
 /// Reads the message, then lets the method have it.
 pub(super) async fn read(State(reader): State<Reader>, request: Request, next: Next) -> Response {
     let deadline = Deadline::of_call(request.headers());
     let answering = async {
+        let watch = reader.watch(&request)?;
         let request = reader.with_message(request).await?;
-        Ok(next.run(request).await)
+        let response = next.run(request).await;
+        let Some(watch) = watch else {
+            return Ok(response);
+        };
+        // Its place is somebody else's when it ends.
+        Ok(response.map(|body| {
+            Body::new(body.map_frame(move |frame| {
+                let _place = &watch;
+                frame
+            }))
+        }))
     };
     let answered = deadline.meet(answering).await;
     answered.unwrap_or_else(|error| {
@@ -78,6 +95,27 @@ pub(super) async fn read(State(reader): State<Reader>, request: Request, next: N
 }
 
 impl Reader {
+    pub(super) fn new(app: Arc<App>, shapes: Shapes) -> Self {
+        Self {
+            app,
+            shapes: Arc::new(shapes),
+            watches: Arc::new(Semaphore::new(WATCHES_MAX)),
+        }
+    }
+
+    /// The place of a call that follows the health, if it is one.
+    fn watch(&self, request: &Request) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        if request.uri().path() != WATCH {
+            return Ok(None);
+        }
+        let place = Arc::clone(&self.watches).try_acquire_owned();
+        place.map(Some).map_err(|_none_left| {
+            let message =
+                format!("health is followed by {WATCHES_MAX} calls, the most there may be");
+            ApiError::new(ErrorKind::QueueFull, message)
+        })
+    }
+
     async fn with_message(&self, request: Request) -> Result<Request, ApiError> {
         let app = &self.app;
         let (mut parts, body) = request.into_parts();

@@ -134,10 +134,7 @@ fn read_first(routes: Routes, app: &Arc<App>) -> Result<Router, Error> {
         tonic_health::pb::FILE_DESCRIPTOR_SET,
     ];
     let shapes = Shapes::new(&descriptors).map_err(Error::Descriptors)?;
-    let reader = Reader {
-        app: Arc::clone(app),
-        shapes: Arc::new(shapes),
-    };
+    let reader = Reader::new(Arc::clone(app), shapes);
     let reading = from_fn_with_state(reader, messages::read);
     Ok(routes.into_axum_router().layer(reading))
 }

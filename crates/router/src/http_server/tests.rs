@@ -264,6 +264,29 @@ async fn an_answer_that_takes_long_keeps_its_connection() {
     serving.await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_connection_of_a_great_age_says_good_bye_and_answers_what_it_was_asked() {
+    let slow = get(|| async {
+        sleep(AGE_MAX * 2).await;
+        "done"
+    });
+    let (address, doors, serving) = served(Router::new().route("/", slow)).await;
+    let begin = Instant::now();
+    let mut client = Pinged::connect(address, &[]).await;
+    client.ask().await;
+    client.listen_for(Some(GOAWAY)).await.unwrap();
+    let age = begin.elapsed();
+    assert!(
+        age >= AGE_MAX.mul_f64(0.9) && age <= AGE_MAX.mul_f64(1.1) + ABORT_GRACE,
+        "{age:?}"
+    );
+    assert!(!client.got.contains(&DATA));
+    client.listen_for(Some(DATA)).await.unwrap();
+    client.until_closed().await;
+    doors.refuse.cancel();
+    serving.await.unwrap();
+}
+
 /// CVE-2019-9511, CVE-2019-9517: an answer is asked for and never taken.
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_nobody_takes_does_not_keep_its_connection() {

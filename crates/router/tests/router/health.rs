@@ -78,3 +78,31 @@ async fn health_follows_readiness_there_and_back_again() {
     drop(watches);
     scene.end().await;
 }
+
+#[tokio::test]
+async fn health_is_followed_by_so_many_and_no_more_until_one_of_them_ends() {
+    let scene = Scene::start(config(), vec![storyteller()]).await;
+    let mut watches = Vec::new();
+    // A connection has at most 256 calls.
+    for _ in 0..8 {
+        let mut client = HealthClient::new(channel(&scene.grpc).await);
+        for _ in 0..128 {
+            watches.push(client.watch(asked("")).await.unwrap().into_inner());
+        }
+    }
+    let mut client = HealthClient::new(channel(&scene.grpc).await);
+    let refused = client.watch(asked("")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("1024"), "{refused}");
+    assert_eq!(check(&mut client, "").await, ServingStatus::Serving);
+    drop(watches.pop());
+    let next = async {
+        while client.watch(asked("")).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let next = tokio::time::timeout(PATIENCE, next).await;
+    assert!(next.is_ok(), "a place that is given up is somebody else's");
+    drop(watches);
+    scene.end().await;
+}
