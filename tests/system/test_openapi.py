@@ -13,6 +13,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from test_tools import talking
 
 EXAMPLES = int(os.environ.get("TRAMONTANE_TEST_OPENAPI_EXAMPLES", "100"))
 # For all operations; each has its share, and examples beyond it as long as it has few.
@@ -21,6 +22,14 @@ EXAMPLES_MIN = min(20, EXAMPLES)
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 # What makes answers long, with what keeps them short.
 SMALL = {"max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "n": 2, "best_of": 2}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Its model has tokens for calls: requests with tools go all the way too."""
+    server = talking(tmp_path_factory.mktemp("talking"), "list")
+    yield server
+    server.stop()
 
 
 def keep_small(body):
