@@ -1,6 +1,7 @@
 """The Open Inference Protocol and deadlines, by a client that knows nothing but what reflection tells it."""
 
 import base64
+import json
 import re
 import struct
 import subprocess
@@ -107,6 +108,27 @@ def test_prompts_are_completed_as_over_http(server, client, model):
     assert reply.parameters["completion_tokens"].int64_param == expected.usage.completion_tokens
 
 
+def test_the_best_answers_are_the_same_at_every_door(server, client, model):
+    import openai
+
+    prompts = ["The capital of Poland", "La capitale"]
+    sampling = {"n": 2, "best_of": 5, "max_tokens": 12, "seed": 7}
+    http = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    expected = http.completions.create(model=model, prompt=prompts, logprobs=0, **sampling).choices
+    means = [sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in expected]
+    assert len(expected) == 4 and means[0] >= means[1] and means[2] >= means[3]
+    reply = client.call(SERVICE, "ModelInfer", {
+        "modelName": model, "inputs": [tensor("text_input", prompts), tensor("sampling_parameters", [json.dumps(sampling)])],
+    })
+    texts = [t.decode() for t in reply.outputs[0].contents.bytes_contents]
+    assert texts == [c.text for c in expected]
+    once = client.call("tramontane.v1.Inference", "GenerateOnce", {
+        "prompt": prompts[0], "options": {"n": 2, "bestOf": 5, "maxTokens": 12, "seed": 7},
+    })
+    assert [answer.text for answer in once.answers] == texts[:2]
+    assert [answer.index for answer in once.answers] == [0, 1]
+
+
 def test_raw_tensors_get_raw_answers(client, model):
     prompt = "The capital of Poland".encode()
     raw = base64.b64encode(struct.pack("<I", len(prompt)) + prompt).decode()
@@ -135,6 +157,7 @@ def test_raw_tensors_get_raw_answers(client, model):
         ({"inputs": [tensor("text_input", ["a"])], "rawInputContents": ["AA==", "AA=="]}, "raw_input_contents"),
         ({"inputs": [tensor("text_input", ["a"])], "outputs": [{"name": "x"}]}, "outputs[0].name"),
         ({"inputs": [tensor("text_input", ["a"])], "parameters": {"stream": {"boolParam": True}}}, "parameters.stream"),
+        ({"inputs": [tensor("text_input", ["a"])], "parameters": {"logprobs": {"int64Param": "1"}}}, "parameters.logprobs"),
         ({"inputs": [tensor("text_input", ["a"])], "parameters": {"n": {"int64Param": "0"}}}, "parameters.n"),
         ({"inputs": [tensor("text_input", ["a"])], "parameters": {"top_p": {"doubleParam": "NaN"}}}, "parameters.top_p"),
         ({"inputs": [tensor("text_input", ["a"])], "id": "i" * 257}, "id"),

@@ -86,6 +86,8 @@ pub(crate) struct Shape {
     begins: Vec<Option<TokenId>>,
     /// Answers per prompt.
     n: usize,
+    /// The best of them, which a whole answer has.
+    kept: usize,
     num_choices: usize,
 }
 
@@ -100,6 +102,7 @@ impl Shape {
             echoes: echoes.collect(),
             begins: request.prompts.iter().map(reported).collect(),
             n: request.n as usize,
+            kept: request.kept as usize,
             num_choices: request.num_sequences(),
         }
     }
@@ -206,12 +209,12 @@ impl Answer {
         Ok(())
     }
 
-    /// All answers, whole.
+    /// All answers that are given, whole: of each prompt's the best, best first, where more are made.
     pub(crate) async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
         self.collect_with(|_| ()).await
     }
 
-    /// All answers, whole; `see` is shown what they are put together from.
+    /// The same; `see` is shown what they are put together from.
     pub(crate) async fn collect_with(
         &mut self,
         mut see: impl FnMut(&Delta) + Send,
@@ -251,7 +254,7 @@ impl Answer {
                 choice.prompt_tokens = Arc::clone(&prompt);
             }
         }
-        Ok(choices)
+        Ok(best(choices, n, self.shape.kept))
     }
 
     /// Its name.
@@ -293,7 +296,68 @@ impl Answer {
     }
 }
 
+/// Of each prompt's `made` answers the `kept` best ones, best first: by the mean log probability of their tokens.
+fn best(choices: Vec<Choice>, made: usize, kept: usize) -> Vec<Choice> {
+    if made <= kept {
+        return choices;
+    }
+    let mut choices = choices.into_iter();
+    let mut given = Vec::new();
+    while choices.len() > 0 {
+        let mut answers: Vec<Choice> = choices.by_ref().take(made).collect();
+        // Of equals the first.
+        answers.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
+        answers.truncate(kept);
+        given.extend(answers);
+    }
+    given
+}
+
+fn mean_logprob(choice: &Choice) -> f64 {
+    let logprobs = choice.tokens.iter().filter_map(|token| token.logprob);
+    let sum: f64 = logprobs.map(f64::from).sum();
+    sum / choice.tokens.len().max(1) as f64
+}
+
 /// Why a request ends that this router has no more time for.
 pub(crate) fn stopping() -> ApiError {
     ApiError::unavailable("this router is stopping")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(text: &str, logprobs: &[f32]) -> Choice {
+        let token = |&logprob: &f32| TokenOutput {
+            index: 0,
+            id: 5,
+            logprob: Some(logprob),
+            top_logprobs: Vec::new(),
+        };
+        Choice {
+            text: text.to_owned(),
+            tokens: logprobs.iter().map(token).collect(),
+            ..Choice::default()
+        }
+    }
+
+    fn texts(choices: &[Choice]) -> String {
+        choices.iter().map(|choice| choice.text.as_str()).collect()
+    }
+
+    #[test]
+    fn the_best_answers_are_given_best_first() {
+        let made = vec![
+            answer("a", &[-1.0, -1.0]),
+            answer("b", &[-0.5, -0.75, -0.5]),
+            answer("c", &[-0.5, -2.0]),
+            answer("d", &[f32::NEG_INFINITY]),
+            answer("e", &[-3.0]),
+            answer("f", &[-2.0]),
+        ];
+        assert_eq!(texts(&best(made.clone(), 3, 2)), "bafe");
+        assert_eq!(texts(&best(made.clone(), 6, 1)), "b");
+        assert_eq!(texts(&best(made, 2, 2)), "abcdef");
+    }
 }

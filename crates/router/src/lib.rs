@@ -8,6 +8,7 @@ mod answer_id;
 mod answer_room;
 mod asked;
 pub mod auth;
+mod bad_words;
 mod body;
 mod body_room;
 mod cluster;

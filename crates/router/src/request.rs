@@ -5,10 +5,11 @@
 use std::sync::Arc;
 
 use tramontane_tokenizer::{ChatRequest, StopDecoder, Tokenizer};
-use tramontane_types::sampling::{BAD_WORD_TOKENS_MAX, BAD_WORDS_MAX};
+use tramontane_types::sampling::BAD_WORDS_MAX;
 use tramontane_types::{Constraint, InvalidSampling, SamplingParams, TokenId};
 
 use crate::answer_id::AnswerId;
+use crate::bad_words::bad_words;
 use crate::error::{ApiError, ErrorKind};
 use crate::reported::{ReportNames, Reported};
 use crate::run::ServedModel;
@@ -84,6 +85,13 @@ pub(crate) struct Options {
     pub(crate) tool_use: ToolUse,
 }
 
+impl Options {
+    /// Whether other answers are made than given: they are chosen when all have ended.
+    pub(crate) fn chooses(&self) -> bool {
+        self.best_of.is_some_and(|made| made != self.n.unwrap_or(1))
+    }
+}
+
 /// A request that breaks no rule that can be checked without the tokenizer.
 #[derive(Clone, Debug)]
 pub(crate) struct GenerationRequest {
@@ -98,6 +106,8 @@ pub(crate) struct GenerationRequest {
     pub(crate) stop: StopDecoder,
     /// Answers to make of each prompt.
     pub(crate) n: u32,
+    /// The best of them, which are given.
+    pub(crate) kept: u32,
     pub(crate) echo: bool,
     /// Classes of priority below the tenant's own.
     pub(crate) priority: u32,
@@ -130,7 +140,10 @@ pub(crate) struct PreparedRequest {
     /// What the client calls the constraint of all prompts, if they have one.
     pub(crate) constraint_name: &'static str,
     pub(crate) stop: StopDecoder,
+    /// Answers to make of each prompt.
     pub(crate) n: u32,
+    /// The best of them, which are given when all have ended.
+    pub(crate) kept: u32,
     /// Classes of priority below the tenant's own.
     pub(crate) priority: u32,
 }
@@ -181,14 +194,14 @@ impl GenerationRequest {
         options: &Options,
         model: &ServedModel,
     ) -> Result<Self, ApiError> {
-        let n = options.n.unwrap_or(1);
-        if !(1..=N_MAX).contains(&n) {
+        let kept = options.n.unwrap_or(1);
+        if !(1..=N_MAX).contains(&kept) {
             return Err(ApiError::invalid(
                 "n",
-                format!("n must be between 1 and {N_MAX}, got {n}"),
+                format!("n must be between 1 and {N_MAX}, got {kept}"),
             ));
         }
-        let n = answers_to_make(n, options.best_of)?;
+        let n = answers_to_make(kept, options.best_of)?;
         if prompts.is_empty() {
             return Err(ApiError::invalid("prompt", "prompt must not be empty"));
         }
@@ -217,7 +230,11 @@ impl GenerationRequest {
                 tools::check(&chat.tools, &options.tool_use)?;
             }
         }
-        let sampling = sampling(options);
+        let mut sampling = sampling(options);
+        if options.chooses() {
+            // The best ones are found by them.
+            sampling.logprobs = sampling.logprobs.or(Some(0));
+        }
         sampling.validate(model.vocab).map_err(|error| {
             let renamed = match error.param {
                 "max_tokens" => Some(max_tokens_name),
@@ -237,6 +254,7 @@ impl GenerationRequest {
             report_names: report_names(options),
             stop,
             n,
+            kept,
             echo: options.echo,
             priority,
             bad_words: options.bad_words.clone(),
@@ -251,9 +269,10 @@ fn report_names(options: &Options) -> ReportNames {
     let is_echo = options.echo && options.prompt_logprobs == options.logprobs;
     ReportNames {
         // The best answers are found by them, whoever else asks for them.
-        sampled: match options.best_of {
-            Some(_) => "best_of",
-            None => logprobs,
+        sampled: if options.chooses() {
+            "best_of"
+        } else {
+            logprobs
         },
         prompt: if is_echo { logprobs } else { "prompt_logprobs" },
     }
@@ -374,6 +393,7 @@ pub(crate) fn prepare(
         constraint_name,
         stop: request.stop,
         n: request.n,
+        kept: request.kept,
         priority: request.priority,
     })
 }
@@ -385,38 +405,6 @@ pub(crate) fn prompt_name(prompts: &[Prompt], index: usize) -> String {
         _ if prompts.len() == 1 => "prompt".to_owned(),
         _ => format!("prompt[{index}]"),
     }
-}
-
-/// The tokens of words that may not appear, as vLLM makes them: each as it begins a text, and as it follows a space
-/// where that is a word of another first token and the same length. Those of too many tokens are not made twice.
-fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Result<Vec<Vec<TokenId>>, ApiError> {
-    let mut found: Vec<Vec<TokenId>> = Vec::with_capacity(words.len());
-    for (i, word) in words.iter().enumerate() {
-        let path = format!("bad_words[{i}]");
-        let word = word.trim_start();
-        let encode = |text: &str| {
-            let ids = tokenizer.encode(text);
-            ids.map_err(|error| ApiError::from(error).at(&path))
-        };
-        let plain = encode(word)?;
-        if plain.is_empty() {
-            return Err(ApiError::invalid(
-                &path,
-                format!("{path} must have at least one token"),
-            ));
-        }
-        if plain.len() > BAD_WORD_TOKENS_MAX {
-            // Whoever validates it says so.
-            return Ok(vec![plain]);
-        }
-        let spaced = encode(&format!(" {word}"))?;
-        let is_another = spaced.first() != plain.first() && spaced.len() == plain.len();
-        found.push(plain);
-        if is_another {
-            found.push(spaced);
-        }
-    }
-    Ok(found)
 }
 
 fn tokenize(

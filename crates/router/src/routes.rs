@@ -327,7 +327,7 @@ fn render(app: &App, route: Route, form: Form, answer: &Answer) -> Box<dyn Rende
         _ => {
             let num_choices = answer.num_choices();
             let head = head("cmpl-");
-            Box::new(CompletionRender::new(head, num_choices, form.best_of))
+            Box::new(CompletionRender::new(head, num_choices))
         }
     }
 }

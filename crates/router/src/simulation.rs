@@ -145,6 +145,7 @@ impl RouterCore {
             repeated_bytes: 0,
             stop: StopDecoder::new(&[]).map_err(|_| ApiError::internal())?,
             n: 1,
+            kept: 1,
             priority: 0,
         };
         let name = Name {

@@ -203,6 +203,12 @@ impl SamplingParams {
                 LOGIT_BIAS_VALUE_MAX,
             )?;
         }
+        let mut biased: Vec<TokenId> = self.logit_bias.iter().map(|&(id, _)| id).collect();
+        biased.sort_unstable();
+        if let Some(twice) = biased.windows(2).find(|pair| pair[0] == pair[1]) {
+            let rule = "one value for each token id";
+            return Err(invalid("logit_bias", rule, format!("two for {}", twice[0])));
+        }
         match self.stop_ids.iter().find(|&&id| id as usize >= vocab) {
             Some(id) => Err(invalid("stop_token_ids", &rule, id)),
             None => Ok(()),
@@ -301,6 +307,10 @@ mod tests {
         assert_eq!(
             refused(|p| p.logit_bias = vec![(3, f32::INFINITY)]),
             "logit_bias must be between -100 and 100, got inf"
+        );
+        assert_eq!(
+            refused(|p| p.logit_bias = vec![(3, 1.0), (2, 1.0), (3, -1.0)]),
+            "logit_bias must be one value for each token id, got two for 3"
         );
     }
 }

@@ -84,9 +84,8 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = Deadline::of(request.metadata());
         let options = request.get_ref().options.as_ref();
-        let reports_prompt = options.is_some_and(|asked| asked.prompt_logprobs.is_some());
-        let started = match deadline {
-            Ok(_) if reports_prompt => Err(only_once()),
+        let refused = options.map_or(Ok(()), fits_a_stream);
+        let started = match deadline.and_then(|deadline| refused.map(|()| deadline)) {
             Ok(deadline) => deadline
                 .meet(self.start(request))
                 .await
@@ -169,9 +168,23 @@ impl Inference for InferenceService {
     }
 }
 
-fn only_once() -> ApiError {
-    let message = "prompt_logprobs are only given by GenerateOnce";
-    ApiError::invalid("prompt_logprobs", message).below("options")
+/// Refuses what is only known when all answers have ended.
+fn fits_a_stream(asked: &v1::GenerateOptions) -> Result<(), ApiError> {
+    let n = asked.n.unwrap_or(1);
+    let (param, message) = if asked.prompt_logprobs.is_some() {
+        (
+            "prompt_logprobs",
+            "prompt_logprobs are only given by GenerateOnce",
+        )
+    } else if asked.best_of.is_some_and(|made| made != n) {
+        (
+            "best_of",
+            "best_of is only allowed with GenerateOnce, unless it equals n",
+        )
+    } else {
+        return Ok(());
+    };
+    Err(ApiError::invalid(param, message).below("options"))
 }
 
 /// Ends with an error at the caller's deadline.
@@ -291,6 +304,7 @@ fn options(wire: v1::GenerateOptions) -> Result<Options, ApiError> {
         logprobs_name: Some("logprobs"),
         prompt_logprobs: wire.prompt_logprobs,
         n: wire.n,
+        best_of: wire.best_of,
         bad_words: wire.bad_words,
         priority: wire.priority,
         constraint_name: constraint.is_some().then_some(CONSTRAINT_NAME),
@@ -314,7 +328,7 @@ fn in_message(error: ApiError) -> ApiError {
         return error;
     }
     match error.param.as_deref() {
-        Some("max_tokens" | "min_tokens" | "logprobs" | "prompt_logprobs") => {
+        Some("max_tokens" | "min_tokens" | "logprobs" | "prompt_logprobs" | "best_of") => {
             error.below("options")
         }
         Some(param) if param.starts_with("bad_words") => error.below("options"),

@@ -36,6 +36,16 @@ const SAMPLING_PARAMETERS: &str = "sampling_parameters";
 const TEXT_OUTPUT: &str = "text_output";
 /// Why each of them ended.
 const FINISH_REASON: &str = "finish_reason";
+/// Fields of a completion that a message has another place for, or whose effect its answer has no place for.
+const NO_PARAMETERS: [&str; 7] = [
+    "prompt",
+    "model",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "prompt_logprobs",
+    "include_metrics",
+];
 /// Longest id of a request: it is sent back.
 const ID_BYTES_MAX: usize = 256;
 
@@ -209,7 +219,7 @@ pub(crate) fn completion(request: oip::ModelInferRequest) -> Result<Value, ApiEr
             return Err(ApiError::invalid(&path, message));
         }
     }
-    for name in ["prompt", "model", "stream", "stream_options"] {
+    for name in NO_PARAMETERS {
         if body.contains_key(name) {
             let message = format!("{name} is no parameter of ModelInfer");
             return Err(ApiError::invalid(&format!("parameters.{name}"), message));
@@ -398,6 +408,10 @@ mod tests {
             ),
             (request(vec![prompt()], flag("stream")), "parameters.stream"),
             (request(vec![prompt()], flag("prompt")), "parameters.prompt"),
+            (
+                request(vec![prompt()], flag("prompt_logprobs")),
+                "parameters.prompt_logprobs",
+            ),
             (
                 request(
                     vec![prompt()],

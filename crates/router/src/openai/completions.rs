@@ -9,7 +9,7 @@ use super::options::{
     COMPLETION_REFUSED, not_in_a_stream, refuse_unsupported, shared_options, stream_options,
 };
 use super::{
-    BestOf, Chunk, Form, Head, Parsed, Render, Whole, chunk, few_values, finish_reason, object,
+    Chunk, Form, Head, Parsed, Render, Whole, chunk, few_values, finish_reason, object,
     usage_object,
 };
 use crate::answer::{Choice, Spent};
@@ -47,20 +47,11 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
         };
         return Err(not_in_a_stream(param));
     }
-    let kept = options.n.unwrap_or(1);
-    options.best_of = body.unsigned("best_of")?.filter(|&made| made != kept);
-    if options.best_of.is_some() {
-        if stream {
-            let message = "best_of is only allowed without stream, unless it equals n";
-            return Err(ApiError::invalid("best_of", message));
-        }
-        // The best ones are found by them.
-        options.logprobs = options.logprobs.or(Some(0));
+    options.best_of = body.unsigned("best_of")?;
+    if stream && options.chooses() {
+        let message = "best_of is only allowed without stream, unless it equals n";
+        return Err(ApiError::invalid("best_of", message));
     }
-    let best_of = options.best_of.map(|made| BestOf {
-        made: made as usize,
-        kept: kept as usize,
-    });
     let mut prompts = prompts(body.required("prompt")?)?;
     if let Some(suffix) = body.string("suffix")?.filter(|suffix| !suffix.is_empty()) {
         prompts = infills(prompts, suffix)?;
@@ -71,7 +62,6 @@ pub(crate) fn parse_completion(body: &Value, model: &ServedModel) -> Result<Pars
         include_usage,
         include_metrics: body.boolean("include_metrics")?.unwrap_or(false),
         logprobs,
-        best_of,
         ..Form::default()
     };
     Ok(Parsed { request, form })
@@ -133,16 +123,14 @@ pub(crate) struct CompletionRender {
     head: Head,
     /// Characters of each answer so far, for `text_offset`.
     offsets: Vec<usize>,
-    best_of: Option<BestOf>,
 }
 
 const OBJECT: &str = "text_completion";
 
 impl CompletionRender {
-    pub(crate) fn new(head: Head, num_choices: usize, best_of: Option<BestOf>) -> Self {
+    pub(crate) fn new(head: Head, num_choices: usize) -> Self {
         Self {
             head,
-            best_of,
             offsets: vec![0; num_choices],
         }
     }
@@ -198,7 +186,7 @@ impl Render for CompletionRender {
     fn whole(&self, choices: &[Choice], spent: Spent) -> Result<Vec<u8>, ApiError> {
         let tokenizer = &self.head.tokenizer;
         let mut list = Vec::with_capacity(choices.len());
-        for (index, choice) in chosen(choices, self.best_of).into_iter().enumerate() {
+        for (index, choice) in choices.iter().enumerate() {
             let mut legacy = LegacyLogprobs::starting_at(0, tokenizer);
             if let Some(first) = choice.prompt_begin.filter(|_| choice.is_echoed) {
                 legacy.add_prompt(first, &choice.prompt_tokens);
@@ -229,26 +217,4 @@ struct WholeChoice<'a> {
     finish_reason: Value,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs<'a>>,
-}
-
-/// Of the answers of each prompt the best ones, best first: by the mean log probability of their tokens.
-fn chosen(choices: &[Choice], best_of: Option<BestOf>) -> Vec<&Choice> {
-    let Some(BestOf { made, kept }) = best_of else {
-        return choices.iter().collect();
-    };
-    let mut chosen = Vec::with_capacity(choices.len());
-    for answers in choices.chunks(made.max(1)) {
-        let mut answers: Vec<&Choice> = answers.iter().collect();
-        // Of equals the first.
-        answers.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
-        answers.truncate(kept);
-        chosen.extend(answers);
-    }
-    chosen
-}
-
-fn mean_logprob(choice: &Choice) -> f64 {
-    let logprobs = choice.tokens.iter().filter_map(|token| token.logprob);
-    let sum: f64 = logprobs.map(f64::from).sum();
-    sum / choice.tokens.len().max(1) as f64
 }

@@ -55,17 +55,8 @@ pub(crate) struct Form {
     pub(crate) include_metrics: bool,
     /// Whether the answer reports log probabilities.
     pub(crate) logprobs: bool,
-    /// More answers are made than given.
-    pub(crate) best_of: Option<BestOf>,
     /// What of the request its answer repeats: the text of an object, which is much smaller than its values.
     pub(crate) repeats: Box<str>,
-}
-
-/// Of each prompt's answers the best are given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BestOf {
-    pub(crate) made: usize,
-    pub(crate) kept: usize,
 }
 
 /// What every object of one answer repeats.

@@ -45,50 +45,22 @@ async fn grpc_gives_the_same_answers() {
 async fn grpc_refuses_what_http_refuses_and_says_where() {
     let scene = Scene::start(config(), vec![storyteller()]).await;
     let mut client = InferenceClient::connect(scene.grpc.clone()).await.unwrap();
-    for (options, field) in [
-        (
-            v1::GenerateOptions {
-                temperature: Some(f32::NAN),
-                ..Default::default()
-            },
-            "options.temperature",
-        ),
-        (
-            v1::GenerateOptions {
-                top_p: Some(f32::INFINITY),
-                ..Default::default()
-            },
-            "options.top_p",
-        ),
-        (
-            v1::GenerateOptions {
-                n: Some(1000),
-                ..Default::default()
-            },
-            "options.n",
-        ),
-        (
-            v1::GenerateOptions {
-                max_tokens: Some(5000),
-                ..Default::default()
-            },
-            "options.max_tokens",
-        ),
-        (
-            v1::GenerateOptions {
-                stop: vec![String::new()],
-                ..Default::default()
-            },
-            "options.stop",
-        ),
-        (
-            v1::GenerateOptions {
-                prompt_logprobs: Some(1),
-                ..Default::default()
-            },
-            "options.prompt_logprobs",
-        ),
-    ] {
+    type Change = fn(&mut v1::GenerateOptions);
+    let changes: [(&str, Change); 8] = [
+        ("options.temperature", |o| o.temperature = Some(f32::NAN)),
+        ("options.top_p", |o| o.top_p = Some(f32::INFINITY)),
+        ("options.n", |o| o.n = Some(1000)),
+        ("options.max_tokens", |o| o.max_tokens = Some(5000)),
+        ("options.stop", |o| o.stop = vec![String::new()]),
+        ("options.prompt_logprobs", |o| o.prompt_logprobs = Some(1)),
+        ("options.best_of", |o| o.best_of = Some(2)),
+        ("options.logit_bias", |o| {
+            o.logit_bias = vec![v1::LogitBias { id: 5, bias: 1.0 }; 2];
+        }),
+    ];
+    for (field, change) in changes {
+        let mut options = v1::GenerateOptions::default();
+        change(&mut options);
         let refused = client.generate(plain(options)).await.unwrap_err();
         assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{field}");
         let details = refused.get_error_details();

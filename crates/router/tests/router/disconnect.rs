@@ -80,19 +80,22 @@ async fn metric(scene: &Scene, name: &str) -> u64 {
         .unwrap()
 }
 
+/// A worker that takes sequences and says nothing, behind a router that lets so many run.
+async fn silent_worker(sequences_max: usize) -> Scene {
+    let config = RouterConfig {
+        sequences_max,
+        ..config()
+    };
+    Scene::start(config, vec![scripted(|_| Ok(vec![Step::Hang]))]).await
+}
+
 #[tokio::test]
 async fn clients_that_leave_in_any_phase_leave_nothing_behind() {
-    let silent = scripted(|_| Ok(vec![Step::Hang]));
-    let scene = Scene::start(config(), vec![silent]).await;
+    let scene = silent_worker(config().sequences_max).await;
     leave(&scene, Phase::BodyHalfSent).await;
     leave(&scene, Phase::BeforeTheFirstToken).await;
     scene.end().await;
-    let narrow = RouterConfig {
-        sequences_max: 1,
-        ..config()
-    };
-    let silent = scripted(|_| Ok(vec![Step::Hang]));
-    let scene = Scene::start(narrow, vec![silent]).await;
+    let scene = silent_worker(1).await;
     leave(&scene, Phase::Queued).await;
     scene.end().await;
     let talking = scripted(|_| Ok(vec![Step::Started(0), Step::Token(300), Step::Hang]));
@@ -135,17 +138,11 @@ async fn cancel(scene: &Scene, is_once: bool, reached: impl AsyncFnMut() -> bool
 #[tokio::test]
 async fn calls_that_are_cancelled_in_any_phase_leave_nothing_behind() {
     for is_once in [false, true] {
-        let silent = scripted(|_| Ok(vec![Step::Hang]));
-        let scene = Scene::start(config(), vec![silent]).await;
+        let scene = silent_worker(config().sequences_max).await;
         let open = || scene.workers[0].open.load(Ordering::SeqCst);
         cancel(&scene, is_once, async || open() == CLIENTS).await;
         scene.end().await;
-        let narrow = RouterConfig {
-            sequences_max: 1,
-            ..config()
-        };
-        let silent = scripted(|_| Ok(vec![Step::Hang]));
-        let scene = Scene::start(narrow, vec![silent]).await;
+        let scene = silent_worker(1).await;
         cancel(&scene, is_once, async || {
             metric(&scene, "vllm:num_requests_waiting").await == CLIENTS as u64 - 1
         })

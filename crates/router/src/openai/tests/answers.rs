@@ -89,7 +89,7 @@ fn log_probabilities_have_both_documented_forms_and_leave_the_end_token_out() {
     assert_eq!(content[0]["bytes"], json!(text(a).as_bytes()));
     assert_eq!(content[0]["top_logprobs"][1]["token"], text(b));
     assert_eq!(content[1]["logprob"], -9999.0);
-    let mut legacy = CompletionRender::new(head(true, false), 1, None);
+    let mut legacy = CompletionRender::new(head(true, false), 1);
     let chunk = &values(&legacy.chunks(&delta))[0]["choices"][0]["logprobs"];
     assert_eq!(chunk["tokens"], json!([text(a), text(b)]));
     assert_eq!(chunk["token_logprobs"], json!([-0.5, -9999.0]));
@@ -167,40 +167,14 @@ fn a_chat_that_has_to_match_is_given_out_as_it_matched() {
 }
 
 #[test]
-fn the_best_answers_are_given_best_first() {
-    let answer = |text: &str, logprobs: &[f32]| Choice {
-        text: text.to_owned(),
-        tokens: logprobs.iter().map(|&p| token(0, 5, p, &[])).collect(),
-        finish: Some(FinishReason::Stop),
-        ..Choice::default()
-    };
-    let made = [
-        answer("a", &[-1.0, -1.0]),
-        answer("b", &[-0.5, -0.75, -0.5]),
-        answer("c", &[-0.5, -2.0]),
-        answer("d", &[f32::NEG_INFINITY]),
-        answer("e", &[-3.0]),
-        answer("f", &[-2.0]),
-    ];
-    let best_of = Some(BestOf { made: 3, kept: 2 });
-    let whole = whole_of(
-        &CompletionRender::new(head(false, false), 6, best_of),
-        &made,
-    );
-    let choices = whole["choices"].as_array().unwrap();
-    let texts: Vec<&str> = choices
-        .iter()
-        .map(|c| c["text"].as_str().unwrap())
-        .collect();
-    assert_eq!(texts, ["b", "a", "f", "e"]);
-    let indices: Vec<u64> = choices
-        .iter()
-        .map(|c| c["index"].as_u64().unwrap())
-        .collect();
-    assert_eq!(indices, [0, 1, 2, 3]);
+fn more_answers_are_made_than_given() {
     let parsed = completion_with("best_of", json!(3)).unwrap();
-    assert_eq!((parsed.request.n, parsed.form.logprobs), (3, false));
-    assert_eq!(parsed.request.sampling.logprobs, Some(0));
+    let request = &parsed.request;
+    assert_eq!(
+        (request.n, request.kept, parsed.form.logprobs),
+        (3, 1, false)
+    );
+    assert_eq!(request.sampling.logprobs, Some(0));
     let streamed = json!({ "prompt": "x", "best_of": 2, "stream": true });
     let error = parse_completion(&streamed, &served()).unwrap_err();
     assert_eq!(error.param.as_deref(), Some("best_of"));
@@ -279,7 +253,7 @@ fn a_whole_answer_reports_what_its_chunks_report() {
         ..Choice::default()
     };
     let mut chat = ChatRender::new(head(true, false));
-    let mut completion = CompletionRender::new(head(true, false), 1, None);
+    let mut completion = CompletionRender::new(head(true, false), 1);
     let renders: [&mut dyn Render; 2] = [&mut chat, &mut completion];
     for render in renders {
         let chunk = values(&render.chunks(&delta))[0]["choices"][0]["logprobs"].clone();
