@@ -1,6 +1,6 @@
 // The best tokens of a row of logits, and what their log probabilities need. Draws nothing: that is the host's sampler.
 //
-// argmax: highest logit, lowest id (crates/engine/src/sampler), and the first id whose logit is NaN or infinite, which the sampler refuses.
+// argmax: highest logit, lowest id (crates/compute/src/sampling), and the first id whose logit is NaN or infinite, which is refused.
 // top: the n best by f32's total order, then id; and sum(exp(logit - max)) in f64, by the sampler's polynomial; the order of its terms is
 // not the host's: the sum has 53 bits, a log probability keeps 24.
 //

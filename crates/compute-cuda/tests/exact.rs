@@ -5,6 +5,7 @@
     reason = "a test may panic and say what it skips, its functions too"
 )]
 
+mod choices;
 mod island;
 mod model;
 
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use tramontane_compute::reference::ReferenceBackend;
 use tramontane_compute::{
     AttentionConfig, Backend, Contributions, Error, ExpertJob, KvFormat, RoutedRows, StepBatch,
-    WeightFormat,
+    StepOutputs, Wanted, WeightFormat,
 };
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
@@ -473,10 +474,14 @@ fn a_model_with_random_weights_computes_whole_steps() {
         let mut model = RandomModel::new(&device, &geometry, config, format).unwrap();
         let mut batch = StepBatch::default();
         Prompt::new(1, 40, 0).add_to(&mut batch, 0..40, true);
-        let mut logits = Vec::new();
-        let step = model.attention.step(&batch, &*model.experts, &mut logits);
+        let mut out = StepOutputs::default();
+        let wanted = [Wanted::Logits; 40];
+        let step = model
+            .attention
+            .step(&batch, &wanted, &*model.experts, &mut out);
         let what = format!("{format} on {device:?}");
         assert!(step.unwrap(), "{what}: it holds all experts");
+        let logits = out.logits;
         assert_eq!(logits.len(), batch.logits_rows.len() * geometry.vocab);
         assert!(logits.iter().all(|x| x.is_finite()), "{what}");
         assert!(logits.iter().any(|x| *x != logits[0]), "{what}");
@@ -557,21 +562,17 @@ fn experts_refuse_what_they_do_not_hold_and_a_whole_step_then_is_none() {
     let mut model = Model::new(&checkpoint, &backend, &[0, 8]);
     let mut batch = StepBatch::default();
     Prompt::new(1, 3, 0).add_to(&mut batch, 0..3, true);
-    let mut logits = vec![];
-    assert!(
-        model
-            .attention
-            .step(&batch, &*experts, &mut logits)
-            .unwrap()
-    );
-    assert_eq!(logits.len(), 3 * 75);
+    let mut out = StepOutputs::default();
+    let mut step = |wanted: &[Wanted]| {
+        let done = model.attention.step(&batch, wanted, &*experts, &mut out);
+        done.map(|done| (done, out.logits.len()))
+    };
+    let wanted = [Wanted::Logits; 3];
+    assert_eq!(step(&wanted).unwrap(), (true, 3 * 75));
+    let refused = step(&wanted[1..]).unwrap_err().to_string();
+    assert_eq!(refused, "outputs of logits rows: expected 3, got 2");
     experts.unload(whole);
-    assert!(
-        !model
-            .attention
-            .step(&batch, &*experts, &mut logits)
-            .unwrap()
-    );
+    assert!(!step(&wanted).unwrap().0);
     let refused = compute(1, &rows, 3, 99);
     assert!(matches!(refused, Err(Error::NotHeld { slice }) if slice == whole));
     assert!(compute(2, &rows, 3, 99).is_err());

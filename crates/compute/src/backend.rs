@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
 
-use crate::{Contributions, Error, HostTensor, KvFormat, StepBatch, quant};
+use crate::{Contributions, Error, HostTensor, KvFormat, StepBatch, StepOutputs, Wanted, quant};
 
 /// How weights are stored after loading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -216,17 +216,21 @@ pub trait Attention: Send + fmt::Debug {
     /// model's: a backend that has both halves on one device need not come back between layers. Has the bits that
     /// `begin`, `attend`, `combine` and `logits` would give.
     ///
+    /// `wanted` says of each of `batch.logits_rows` what goes into `out` (cleared first): its logits, or the token that
+    /// [`sampling`](crate::sampling) would choose from them.
+    ///
     /// `false`, and nothing was done: not with these experts, or not on this backend.
     ///
     /// # Errors
-    /// As `begin` and `logits`.
+    /// As `begin` and `logits`, and when `wanted` is not as long as the logits rows.
     fn step(
         &mut self,
         batch: &StepBatch,
+        wanted: &[Wanted],
         experts: &dyn Experts,
-        logits: &mut Vec<f32>,
+        out: &mut StepOutputs,
     ) -> Result<bool, Error> {
-        let (_, _, _) = (batch, experts, logits);
+        let (_, _, _, _) = (batch, wanted, experts, out);
         Ok(false)
     }
 

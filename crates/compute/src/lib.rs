@@ -14,6 +14,7 @@ pub mod error;
 pub mod kv;
 pub mod quant;
 pub mod reference;
+pub mod sampling;
 pub mod tensor;
 
 pub use backend::{
@@ -24,4 +25,5 @@ pub use batch::{KV_PAGE_TOKENS, SequenceSpan, StepBatch};
 pub use combine::{Contributions, ExpertSum, Piece};
 pub use error::Error;
 pub use kv::KvFormat;
+pub use sampling::{Choice, SampleError, StepOutputs, Wanted};
 pub use tensor::{DType, HostTensor, RowOrder};

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch};
+use tramontane_compute::{Attention, KV_PAGE_TOKENS, StepBatch, StepOutputs, Wanted};
 use tramontane_exchange::Exchange;
 use tramontane_types::{FinishReason, ModelGeometry, RequestId, Usage};
 
@@ -54,7 +54,9 @@ pub struct Engine {
     stats: EngineStats,
     /// Kept between steps for their memory.
     batch: StepBatch,
-    logits: Vec<f32>,
+    /// What is wanted of each logits row of the batch, and what came.
+    wanted: Vec<Wanted>,
+    outputs: StepOutputs,
 }
 
 impl Engine {
@@ -89,7 +91,8 @@ impl Engine {
             num_failures: 0,
             stats: EngineStats::default(),
             batch: StepBatch::default(),
-            logits: Vec::new(),
+            wanted: Vec::new(),
+            outputs: StepOutputs::default(),
         })
     }
 
@@ -251,13 +254,12 @@ impl Engine {
             self.wait_for_masks(&plan, &report);
             return Ok(report);
         }
-        batch::fill(&mut self.batch, &plan.chunks, &self.sequences);
+        let filled = (&mut self.batch, &mut self.wanted);
+        batch::fill(filled, &plan.chunks, &self.sequences);
         report.times.schedule_us = elapsed_us(begin);
         let begin = Instant::now();
-        if let Err(error) = self
-            .runner
-            .run(&self.batch, &mut self.logits, &mut report.times)
-        {
+        let outputs = (&mut self.wanted[..], &mut self.outputs);
+        if let Err(error) = self.runner.run(&self.batch, outputs, &mut report.times) {
             self.give_up(error, &plan, events, &mut report)?;
             return Ok(report);
         }

@@ -41,10 +41,12 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The backend returned logits of the wrong size.
-    #[error("expected {expected} logits, got {got}")]
-    LogitsLen {
-        /// Rows times vocabulary.
+    /// The backend returned fewer or more than was wanted.
+    #[error("expected {expected} {what}, got {got}")]
+    OutputsLen {
+        /// `logits`, or `tokens` that it has chosen.
+        what: &'static str,
+        /// One for each row that wants it; of logits, times the vocabulary.
         expected: usize,
         /// What came.
         got: usize,

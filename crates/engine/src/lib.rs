@@ -17,6 +17,7 @@ mod kv;
 mod lookup;
 pub mod masks;
 mod model_runner;
+mod rows;
 mod sampler;
 mod scheduler;
 mod sequence;

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
+use tramontane_compute::SampleError;
 use tramontane_grammar::{Canceller, MatchError, Next};
 use tramontane_types::TokenId;
 
 use crate::FailureKind;
-use crate::sampler::SampleError;
 
 pub use crew::BeforeMask;
 pub(crate) use crew::MaskThreads;

@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
-use tramontane_compute::{Attention, RoutedRows, StepBatch};
+use tramontane_compute::{Attention, RoutedRows, StepBatch, StepOutputs, Wanted};
 use tramontane_exchange::Exchange;
 use tramontane_types::{LayerId, ModelGeometry};
 
+use crate::rows::num_logits;
 use crate::{Error, StepTimes};
 
 /// Whole steps between two looks at what they chose: a look is a short copy from the device.
@@ -49,32 +50,40 @@ impl ModelRunner {
         })
     }
 
-    /// Computes the batch; `logits` receives `[batch.logits_rows.len(), vocab]`.
+    /// Computes the batch; `out` receives what is wanted of each logits row. Where the backend chooses no tokens, all
+    /// rows have logits, and `wanted` says so then.
     pub(crate) fn run(
         &mut self,
         batch: &StepBatch,
-        logits: &mut Vec<f32>,
+        (wanted, out): (&mut [Wanted], &mut StepOutputs),
         times: &mut StepTimes,
     ) -> Result<(), Error> {
         let mut lap = Lap(Instant::now());
-        if !self.run_whole(batch, logits, times, &mut lap)? {
-            self.run_layers(batch, logits, times, &mut lap)?;
+        if !self.run_whole(batch, (wanted, out), times, &mut lap)? {
+            wanted.fill(Wanted::Logits);
+            out.clear();
+            self.run_layers(batch, &mut out.logits, times, &mut lap)?;
         }
-        let expected = batch.logits_rows.len() * self.vocab;
-        if logits.len() != expected {
-            return Err(Error::LogitsLen {
+        let num_logits = num_logits(wanted);
+        let lens = [
+            ("logits", num_logits * self.vocab, out.logits.len()),
+            ("tokens", wanted.len() - num_logits, out.choices.len()),
+        ];
+        match lens.into_iter().find(|(_, expected, got)| expected != got) {
+            None => Ok(()),
+            Some((what, expected, got)) => Err(Error::OutputsLen {
+                what,
                 expected,
-                got: logits.len(),
-            });
+                got,
+            }),
         }
-        Ok(())
     }
 
     /// One call for everything, when all experts are this worker's and the backend can; otherwise `false`.
     fn run_whole(
         &mut self,
         batch: &StepBatch,
-        logits: &mut Vec<f32>,
+        (wanted, out): (&[Wanted], &mut StepOutputs),
         times: &mut StepTimes,
         lap: &mut Lap,
     ) -> Result<bool, Error> {
@@ -83,7 +92,7 @@ impl ModelRunner {
         };
         let is_done = self
             .attention
-            .step(batch, &*experts, logits)
+            .step(batch, wanted, &*experts, out)
             .map_err(refused("compute a step"))?;
         self.uncounted += usize::from(is_done);
         if self.uncounted >= COUNT_EVERY {
@@ -212,10 +221,11 @@ mod tests {
         fn step(
             &mut self,
             _: &StepBatch,
+            _: &[Wanted],
             _: &dyn Experts,
-            logits: &mut Vec<f32>,
+            out: &mut StepOutputs,
         ) -> Result<bool, ComputeError> {
-            logits.clear();
+            out.clear();
             self.steps += 1;
             Ok(true)
         }
@@ -293,10 +303,10 @@ mod tests {
         };
         let attention = Box::<Whole>::default();
         let mut runner = ModelRunner::new(&geometry, attention, Box::new(exchange)).unwrap();
-        let (mut logits, mut times) = (vec![], StepTimes::default());
+        let (mut out, mut times) = (StepOutputs::default(), StepTimes::default());
         for _ in 0..2 * COUNT_EVERY + 1 {
             let batch = StepBatch::default();
-            runner.run(&batch, &mut logits, &mut times).unwrap();
+            runner.run(&batch, (&mut [], &mut out), &mut times).unwrap();
         }
         assert_eq!(*counted.lock().unwrap(), [COUNT_EVERY as u64; 2]);
     }

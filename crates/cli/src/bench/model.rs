@@ -1,13 +1,16 @@
 //! `tramontane bench model`: how near a GPU comes to its limits with a model of full size and weights that mean nothing.
 //!
-//! Weights are made on the device, so nothing is downloaded. A step is what the engine runs: batch up, logits down.
+//! Weights are made on the device, so nothing is downloaded. A step is what the engine runs for greedy requests: batch up,
+//! best tokens down.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use serde::Serialize;
-use tramontane_compute::{AttentionConfig, KV_PAGE_TOKENS, KvFormat, SequenceSpan, StepBatch};
+use tramontane_compute::{
+    AttentionConfig, KV_PAGE_TOKENS, KvFormat, SequenceSpan, StepBatch, StepOutputs, Wanted,
+};
 use tramontane_compute_cuda::{
     CudaConfig, DeviceChoice, KernelCache, LibraryDirs, RandomModel, WeightBytes, check_format,
     measure, open,
@@ -80,7 +83,8 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
     output::note("making random weights on the device");
     let mut bench = Bench {
         model: RandomModel::new(&device, &geometry, attention, args.weights)?,
-        logits: Vec::new(),
+        wanted: Vec::new(),
+        outputs: StepOutputs::default(),
         copy,
         geometry,
     };
@@ -120,7 +124,9 @@ fn geometry(args: &BenchModelArgs) -> ModelGeometry {
 
 struct Bench {
     model: RandomModel,
-    logits: Vec<f32>,
+    /// Of the last step.
+    wanted: Vec<Wanted>,
+    outputs: StepOutputs,
     copy: f64,
     geometry: ModelGeometry,
 }
@@ -143,7 +149,7 @@ impl Bench {
         Ok(self.line("decode", (batch, context), seconds, batch))
     }
 
-    /// A prompt in one step, of which the last token's logits are wanted.
+    /// A prompt in one step, behind whose last token the best one is wanted.
     fn prefill(&mut self, rows: usize) -> anyhow::Result<Line> {
         let batch = prefill_batch(&self.geometry, rows);
         self.step(&batch)?;
@@ -158,16 +164,19 @@ impl Bench {
 
     fn step(&mut self, batch: &StepBatch) -> anyhow::Result<()> {
         let experts = Arc::clone(&self.model.experts);
+        self.wanted.clear();
+        self.wanted.resize(batch.logits_rows.len(), Wanted::Best);
         let attention = &mut self.model.attention;
-        let done = attention.step(batch, &*experts, &mut self.logits)?;
+        let done = attention.step(batch, &self.wanted, &*experts, &mut self.outputs)?;
         anyhow::ensure!(done, "the device does not hold all experts");
         Ok(())
     }
 
-    /// Looks at the last step's logits, which takes longer than some steps.
+    /// Looks at the last step's tokens: a row whose logits are not finite has none.
     fn check(&self) -> anyhow::Result<()> {
-        let is_finite = self.logits.iter().all(|x| x.is_finite());
-        anyhow::ensure!(is_finite, "logits are not finite");
+        for choice in &self.outputs.choices {
+            (*choice).context("the last step")?;
+        }
         Ok(())
     }
 

@@ -246,7 +246,24 @@ pub(super) struct Round {
     pub(super) pad: u32,
 }
 
+/// What `tr_argmax` says of a row.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Best {
+    /// [`Self::NO_TOKEN`] when every logit is NaN.
+    pub(super) id: u32,
+    pub(super) logit: f32,
+    /// The first token whose logit is NaN or infinity.
+    pub(super) bad_id: u32,
+    pub(super) pad: u32,
+}
+
+impl Best {
+    pub(super) const NO_TOKEN: u32 = u32::MAX;
+}
+
 const _: () = {
+    assert!(size_of::<Best>() == 16);
     assert!(size_of::<NodeParts>() == 136);
     assert!(size_of::<Panels>() == 56);
     assert!(size_of::<Pack>() == 64);

@@ -4,10 +4,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use tramontane_compute::error::check_index;
+use tramontane_compute::error::{check_index, check_size};
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionWeights, Contributions, Error, Experts, RoutedRows,
-    RowFormat, StepBatch,
+    RowFormat, StepBatch, StepOutputs, Wanted,
 };
 use tramontane_types::{ExpertId, LayerId, SegmentRange};
 
@@ -17,7 +17,7 @@ use super::context::{Context, failed};
 use super::core::Core;
 use super::experts::{CudaExperts, Held};
 use super::island::{Behind, Island, RankStep};
-use super::step::WholeStep;
+use super::step::{Answer, WholeStep};
 use crate::device::{DeviceError, Pinned};
 
 /// See the module; made by [`CudaBackend`](super::CudaBackend).
@@ -96,13 +96,12 @@ impl CudaAttention {
         island
     }
 
-    /// A whole step; the ranks know of it.
+    /// A whole step; the ranks know of it, and one of them gives an answer.
     fn compute(
         &mut self,
         held: &Held,
         step: RankStep<'_>,
-        wants_logits: bool,
-        logits: &mut Vec<f32>,
+        answer: Option<Answer<'_>>,
     ) -> Result<(), Error> {
         let (core, island) = (&mut self.core, self.island.as_ref());
         let made = match &mut self.whole {
@@ -112,7 +111,7 @@ impl CudaAttention {
                 new.map(|new| none.insert(new))
             }
         };
-        let mut done = made.and_then(|whole| whole.run(core, held, step, wants_logits, logits));
+        let mut done = made.and_then(|whole| whole.run(core, held, step, answer));
         if let Some(island) = island {
             done = island.end(done);
         }
@@ -162,7 +161,7 @@ impl CudaAttention {
                 got: 0,
             }));
         }
-        self.compute(&held, step, false, &mut Vec::new())
+        self.compute(&held, step, None)
     }
 
     fn on_this_device<'a>(&self, experts: &'a dyn Experts) -> Option<&'a CudaExperts> {
@@ -291,9 +290,15 @@ impl Attention for CudaAttention {
     fn step(
         &mut self,
         batch: &StepBatch,
+        wanted: &[Wanted],
         experts: &dyn Experts,
-        logits: &mut Vec<f32>,
+        out: &mut StepOutputs,
     ) -> Result<bool, Error> {
+        check_size(
+            "outputs of logits rows",
+            batch.logits_rows.len(),
+            wanted.len(),
+        )?;
         let Some(experts) = self.on_this_device(experts) else {
             return Ok(false);
         };
@@ -312,7 +317,8 @@ impl Attention for CudaAttention {
         {
             return Ok(false);
         }
-        self.compute(&held, step, true, logits).map(|()| true)
+        let answer = Answer { wanted, out };
+        self.compute(&held, step, Some(answer)).map(|()| true)
     }
 
     fn take_chosen(&mut self, chosen: &mut Vec<u64>) -> Result<(), Error> {

@@ -12,12 +12,13 @@ use super::context::{Context, Matrix, Out, Rows, failed};
 use super::input::StepInput;
 use super::kernels::{AttendKernels, Kernels, ROUTE_ROWS_MAX};
 use super::norms::Norm;
+use super::outputs::Outputs;
 use super::panels::Panels;
 use super::plan::{AttendPlan, COUNTERS_MAX, SLOTS_MAX};
 use super::round::RoundedRows;
 use super::weights::{LayerWeights, Weights};
 use crate::collective::Collective;
-use crate::device::{Args, Buffer, DeviceError, Kernel, Pinned, Shape, Stream};
+use crate::device::{Args, Buffer, DeviceError, Kernel, Shape, Stream};
 
 /// Logits that are computed at once; a step that wants more takes several turns.
 const LOGITS_ROWS: usize = 256;
@@ -59,8 +60,6 @@ pub(super) struct Buffers {
     slot_outputs: Buffer,
     slot_softmax: Buffer,
     counters: Buffer,
-    /// `[LOGITS_ROWS, vocab]` f32.
-    pub(super) logits: Buffer,
 }
 
 impl Buffers {
@@ -74,7 +73,6 @@ impl Buffers {
         let heads = g.num_heads * g.head_dim;
         let choices = rows * g.top_k * 4;
         let cache_layer_bytes = config.num_pages * g.num_kv_heads * attend.page_bytes;
-        let logits_rows = rows.min(LOGITS_ROWS);
         let zeros = |len: usize| context.upload(&vec![0; len]);
         Ok(Self {
             residual: context.buffer(rows * g.hidden * 4)?,
@@ -97,7 +95,6 @@ impl Buffers {
             slot_outputs: context.buffer(SLOTS_MAX * g.num_heads * padded * 4)?,
             slot_softmax: context.buffer(SLOTS_MAX * g.num_heads * 2 * 4)?,
             counters: zeros(COUNTERS_MAX * g.num_kv_heads * 4)?,
-            logits: context.buffer(logits_rows * g.vocab * 4)?,
         })
     }
 }
@@ -113,7 +110,7 @@ pub(super) struct Core {
     attend: AttendKernels,
     input: StepInput,
     plan: AttendPlan,
-    logits: Pinned,
+    pub(super) outputs: Outputs,
     /// The batch that was sent.
     batch: StepBatch,
     /// Pages that the step writes.
@@ -146,7 +143,7 @@ impl Core {
             weights,
             input: StepInput::new(&context, config)?,
             plan: AttendPlan::default(),
-            logits: context.pinned(buffers.logits.bytes())?,
+            outputs: Outputs::new(&context, config.max_rows.min(LOGITS_ROWS))?,
             batch: StepBatch::default(),
             written: Vec::with_capacity(config.max_rows),
             buffers,
@@ -230,25 +227,11 @@ impl Core {
             buffers: &self.buffers,
             attend: &self.attend,
             input: &self.input,
+            outputs: &self.outputs,
             rows,
             has_narrow: !self.plan.narrow.is_empty(),
             has_wide: !self.plan.wide.is_empty(),
         }
-    }
-
-    /// Copies the first logits to the host, waits for them and appends them.
-    pub(super) fn take_logits(&mut self, rows: usize, out: &mut Vec<f32>) -> Result<(), Error> {
-        let len = rows * self.context.geometry.vocab;
-        let bytes = len * size_of::<f32>();
-        // SAFETY: both live in `self`, and the wait is below.
-        let queued = unsafe {
-            self.stream
-                .download(&mut self.logits, &self.buffers.logits, 0, bytes)
-        };
-        queued.map_err(failed("computing logits"))?;
-        self.wait()?;
-        out.extend_from_slice(&self.logits.as_slice::<f32>()[..len]);
-        Ok(())
     }
 }
 
@@ -261,6 +244,7 @@ pub(super) struct Queue<'a> {
     pub(super) buffers: &'a Buffers,
     pub(super) attend: &'a AttendKernels,
     pub(super) input: &'a StepInput,
+    pub(super) outputs: &'a Outputs,
     /// Rows that grids have blocks for: those of the step, or more.
     pub(super) rows: usize,
     /// Whether there may be narrow and wide tiles.
@@ -480,7 +464,7 @@ impl Queue<'_> {
     /// As `launch`.
     pub(super) unsafe fn lm_head(&self) -> Result<(), DeviceError> {
         let out = Out {
-            address: self.buffers.logits.address(),
+            address: self.outputs.logits(),
             is_added: false,
         };
         // SAFETY: the caller's promise.

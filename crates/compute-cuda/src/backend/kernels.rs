@@ -153,6 +153,7 @@ const NARROW_SHARED: u32 = 4_368;
 const NORM_SHARED: u32 = 256;
 const GATE_SHARED: u32 = 4 * 1024 + 256;
 const GATE8_SHARED: u32 = 4 * 8 * 1024 + 256;
+const SAMPLE_SHARED: u32 = 512;
 const ROUTE_SHARED: u32 = 4 * (EXPERTS_MAX as u32 + 1);
 
 /// All of them.
@@ -180,6 +181,7 @@ pub(super) struct Kernels {
     pub(super) route: Kernel,
     pub(super) combine_pieces: Kernel,
     pub(super) sum_nodes: Kernel,
+    pub(super) argmax: Kernel,
 }
 
 /// Norms that write rows in one format.
@@ -313,6 +315,7 @@ impl Kernels {
             route: kernel("tr_route")?,
             combine_pieces: kernel("tr_combine_pieces")?,
             sum_nodes: kernel("tr_sum_nodes")?,
+            argmax: kernel("tr_argmax")?,
         })
     }
 
@@ -344,6 +347,10 @@ impl Kernels {
 
     pub(super) fn route_shape() -> Shape {
         Shape::new(1, 1024, ROUTE_SHARED)
+    }
+
+    pub(super) fn argmax_shape(rows: usize) -> Shape {
+        Shape::new(rows as u32, 1024, SAMPLE_SHARED)
     }
 
     pub(super) fn combine_shape(rows: usize, hidden: usize) -> Shape {

@@ -16,6 +16,7 @@ mod input;
 mod island;
 mod kernels;
 mod norms;
+mod outputs;
 mod panels;
 mod plan;
 mod products;

@@ -1,5 +1,5 @@
 //! A whole step on the device, when all experts are there, or on all ranks of an island together: the host sends a batch and
-//! gets logits. Short steps are graphs.
+//! gets logits, or tokens. Short steps are graphs.
 //!
 //! Grids of a graph are those of its bucket, the next larger number of rows of a list; kernels read the true number
 //! on the device, and rows behind it change nothing. So a row has the same bits in every bucket.
@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tramontane_compute::Error;
+use tramontane_compute::{Error, StepOutputs, Wanted};
 use tramontane_types::SegmentRange;
 
 use super::abi::{ExpertOutputs, JobEntry, NodeParts};
@@ -36,6 +36,14 @@ struct Form {
     has_wide: bool,
     /// The table of experts: made at the first load, and then the same as long as they live.
     entries: u64,
+}
+
+/// What the rank that answers gives of a step.
+#[derive(Debug)]
+pub(super) struct Answer<'a> {
+    /// Of each logits row.
+    pub(super) wanted: &'a [Wanted],
+    pub(super) out: &'a mut StepOutputs,
 }
 
 /// The memory of whole steps, and their graphs.
@@ -103,18 +111,19 @@ impl WholeStep {
         })
     }
 
-    /// Computes a step; `logits` is cleared first, and stays empty unless they are wanted. `held` is all experts, or
+    /// Computes a step, and what is wanted of its logits rows where this rank is to answer. `held` is all experts, or
     /// this rank's segments of them, kept until the device has finished.
     pub(super) fn run(
         &mut self,
         core: &mut Core,
         held: &Held,
         RankStep { batch, pages }: RankStep<'_>,
-        wants_logits: bool,
-        logits: &mut Vec<f32>,
+        mut answer: Option<Answer<'_>>,
     ) -> Result<(), Error> {
         core.send(batch)?;
-        logits.clear();
+        if let Some(answer) = &mut answer {
+            answer.out.clear();
+        }
         if let Some(ranks) = &self.ranks {
             let copied = core.copy_pages(&**ranks.island.collective(), pages);
             copied.map_err(failed("copying pages to the other ranks"))?;
@@ -126,23 +135,25 @@ impl WholeStep {
             some => bucket(some, core.logits_max()),
         };
         if let Some((rows, logits_rows)) = rows.zip(logits_rows) {
-            self.run_graph(core, held, (rows, logits_rows), wants_logits)?;
-            return match wants_logits {
-                true => core.take_logits(num_logits, logits),
-                false => core.wait(),
+            self.run_graph(core, held, (rows, logits_rows), answer.is_some())?;
+            return match answer {
+                Some(Answer { wanted, out }) => core.take_outputs(wanted, out),
+                None => core.wait(),
             };
         }
         let queue = core.queue(batch.num_rows());
         // SAFETY: everything lives in `core`, `self` and `held` until the waits below.
         let queued = unsafe { self.layers(&queue, held) };
         queued.map_err(failed("computing a step"))?;
-        let num_logits = if wants_logits { num_logits } else { 0 };
-        for first in (0..num_logits).step_by(core.logits_max()) {
-            let rows = core.logits_max().min(num_logits - first);
+        let Some(Answer { wanted, out }) = answer else {
+            return core.wait();
+        };
+        for (turn, wanted) in wanted.chunks(core.logits_max()).enumerate() {
+            let first = turn * core.logits_max();
             // SAFETY: as above.
-            let queued = unsafe { self.logits(&core.queue(rows), first) };
+            let queued = unsafe { self.logits(&core.queue(wanted.len()), first) };
             queued.map_err(failed("computing logits"))?;
-            core.take_logits(rows, logits)?;
+            core.take_outputs(wanted, out)?;
         }
         core.wait()
     }
@@ -153,10 +164,10 @@ impl WholeStep {
         core: &Core,
         held: &Held,
         (rows, logits): (usize, usize),
-        wants_logits: bool,
+        answers: bool,
     ) -> Result<(), Error> {
         let queue = core.queue(rows);
-        // Ranks that want none make their graphs in the same steps as the one that does: NCCL may have to connect.
+        // Ranks that give none make their graphs in the same steps as the one that does: NCCL may have to connect.
         let form = Form {
             rows,
             logits,
@@ -174,7 +185,7 @@ impl WholeStep {
                 // drops the graph before its buffers.
                 unsafe {
                     self.layers(&queue, held)?;
-                    if logits > 0 && wants_logits {
+                    if logits > 0 && answers {
                         self.logits(
                             &Queue {
                                 rows: logits,
@@ -225,13 +236,14 @@ impl WholeStep {
         Ok(())
     }
 
-    /// Queues the last layer's sums, the final norm and the LM head for the logits rows from the `first` on.
+    /// Queues the last layer's sums, the final norm, the LM head and the best tokens, for the logits rows from the `first` on.
     unsafe fn logits(&self, queue: &Queue<'_>, first: usize) -> Result<(), DeviceError> {
         let norm = queue.norm_of_logits(first);
         // SAFETY: the caller's promise.
         unsafe {
             self.combine_norm(queue, norm)?;
-            queue.lm_head()
+            queue.lm_head()?;
+            queue.best_tokens()
         }
     }
 

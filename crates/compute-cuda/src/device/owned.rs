@@ -234,7 +234,7 @@ impl Stream {
         bytes: usize,
     ) -> Result<(), DeviceError> {
         let to = buffer.check("uploading", 0, bytes)?;
-        check_pinned("uploading", from, bytes)?;
+        check_pinned("uploading", from, 0, bytes)?;
         // SAFETY: the ranges were checked; the rest is the caller's promise.
         unsafe {
             self.device
@@ -256,12 +256,30 @@ impl Stream {
         begin: usize,
         bytes: usize,
     ) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.download_to((to, 0), buffer, begin, bytes) }
+    }
+
+    /// As [`download`](Self::download), to pinned memory from byte `at` on.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    ///
+    /// # Safety
+    /// As [`download`](Self::download).
+    pub unsafe fn download_to(
+        &self,
+        (to, at): (&mut Pinned, usize),
+        buffer: &Buffer,
+        begin: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
         let from = buffer.check("downloading", begin, bytes)?;
-        check_pinned("downloading", to, bytes)?;
+        check_pinned("downloading", to, at, bytes)?;
         // SAFETY: the ranges were checked; the rest is the caller's promise.
         unsafe {
-            self.device
-                .copy_out(to.memory.as_ptr(), from, bytes, self.handle)
+            let to = to.memory.as_ptr().add(at);
+            self.device.copy_out(to, from, bytes, self.handle)
         }
     }
 
@@ -356,16 +374,21 @@ impl Stream {
     }
 }
 
-fn check_pinned(what: &'static str, memory: &Pinned, bytes: usize) -> Result<(), DeviceError> {
-    if bytes <= memory.bytes {
-        return Ok(());
+fn check_pinned(
+    what: &'static str,
+    memory: &Pinned,
+    begin: usize,
+    len: usize,
+) -> Result<(), DeviceError> {
+    match begin.checked_add(len) {
+        Some(end) if end <= memory.bytes => Ok(()),
+        end => Err(DeviceError::Outside {
+            what,
+            begin,
+            end: end.unwrap_or(usize::MAX),
+            bytes: memory.bytes,
+        }),
     }
-    Err(DeviceError::Outside {
-        what,
-        begin: 0,
-        end: bytes,
-        bytes: memory.bytes,
-    })
 }
 
 impl Drop for Stream {

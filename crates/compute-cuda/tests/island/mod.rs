@@ -9,13 +9,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use tramontane_compute::{Backend as _, StepBatch, WeightFormat};
+use tramontane_compute::{Backend as _, StepBatch, Wanted, WeightFormat};
 use tramontane_compute_cuda::device::{Device, DeviceError};
 use tramontane_compute_cuda::{
     CudaBackend, Island, Lead, RankAttention, RankStep, Target, rank_segments,
 };
 use tramontane_types::{ModelGeometry, SegmentRange};
 
+use crate::choices;
 use crate::model::devices::{REQUIRE_GPU, emulator, variable};
 use crate::model::{ATTENTION, Checkpoint, Model, Prompt, bits, geometry, load};
 
@@ -211,6 +212,33 @@ fn any_number_of_ranks_has_the_bits_of_one() {
             assert!(leader.end().iter().all(|&steps| steps == 5));
         }
     }
+}
+
+/// Rank 0 alone gives tokens, and graphs are made in the same steps as by the others, whatever rows want.
+#[test]
+fn ranks_choose_the_tokens_of_one() {
+    if is_for_a_gpu() {
+        return;
+    }
+    let prompt = Prompt::new(1, 300, 7);
+    let expected = expected(Target::Sm90a, &prompt);
+    let mut leader = Leader::new(Target::Sm90a, 3, usize::MAX);
+    let mut begin = 0;
+    for (rows, wants_logits) in [(4, false), (4, true), (4, false), (270, false), (18, true)] {
+        let mut batch = StepBatch::default();
+        prompt.add_to(&mut batch, begin..begin + rows, true);
+        // The first row wants its token in any case.
+        let mut wanted = vec![Wanted::Best; rows];
+        if wants_logits {
+            wanted[1..].fill(Wanted::Logits);
+        }
+        let got = leader.model.try_outputs(&batch, &wanted).unwrap();
+        let logits = &expected[begin * 75..(begin + rows) * 75];
+        let logits: Vec<f32> = logits.iter().map(|&x| f32::from_bits(x)).collect();
+        assert!(got == choices::expected(&logits, &wanted), "{rows} rows");
+        begin += rows;
+    }
+    assert!(leader.end().iter().all(|&steps| steps == 5));
 }
 
 #[test]

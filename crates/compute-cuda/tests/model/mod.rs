@@ -10,7 +10,7 @@ use tramontane_compute::quant::{self, BLOCK};
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
     DType, Error, ExpertJob, ExpertSum, ExpertWeights, Experts, HostTensor, KvFormat, Piece,
-    RoutedRows, SequenceSpan, StepBatch, WeightFormat,
+    RoutedRows, SequenceSpan, StepBatch, StepOutputs, Wanted, WeightFormat,
 };
 use tramontane_types::{
     ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange, slice,
@@ -177,6 +177,13 @@ impl Checkpoint {
         checkpoint
     }
 
+    /// Fills one token's row of the LM head.
+    pub(crate) fn set_lm_head(&mut self, id: usize, value: f32) {
+        let row_bytes = self.lm_head.cols * size_of::<f32>();
+        let row = &mut self.lm_head.data[id * row_bytes..][..row_bytes];
+        row.copy_from_slice(&value.to_le_bytes().repeat(self.lm_head.cols));
+    }
+
     pub(crate) fn attention(&self) -> AttentionWeights<'_> {
         let layers = self.layers.iter();
         AttentionWeights {
@@ -277,10 +284,26 @@ impl Model {
 
     /// The logits of one step in one call, or why it failed.
     pub(crate) fn try_whole(&mut self, batch: &StepBatch) -> Result<Vec<f32>, Error> {
-        let mut logits = vec![1.0; 3];
+        let wanted = vec![Wanted::Logits; batch.logits_rows.len()];
+        let outputs = self.try_outputs(batch, &wanted)?;
+        assert_eq!(outputs.choices, []);
+        Ok(outputs.logits)
+    }
+
+    /// What is wanted of the logits rows of one step in one call.
+    pub(crate) fn try_outputs(
+        &mut self,
+        batch: &StepBatch,
+        wanted: &[Wanted],
+    ) -> Result<StepOutputs, Error> {
+        // Of another step.
+        let mut out = StepOutputs {
+            logits: vec![1.0; 3],
+            choices: vec![Ok(7); 3],
+        };
         let experts = &self.workers[0].1;
-        assert!(self.attention.step(batch, &**experts, &mut logits)?);
-        Ok(logits)
+        assert!(self.attention.step(batch, wanted, &**experts, &mut out)?);
+        Ok(out)
     }
 
     /// The experts of whole steps.

@@ -3,12 +3,14 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use tramontane_compute::SampleError;
 use tramontane_grammar::{Next, TokenMask};
 use tramontane_types::FinishReason;
 
 use super::{Engine, Events, elapsed_us};
 use crate::masks::{MaskError, Matching, NoToken};
-use crate::sampler::{Draw, SampleError};
+use crate::rows::Rows;
+use crate::sampler::Draw;
 use crate::scheduler::{Chunk, Plan};
 use crate::sequence::{SequenceKey, WantedLogits};
 use crate::{EngineStats, FailureKind, SequenceEvent, StepReport};
@@ -49,27 +51,27 @@ impl Engine {
         events: &mut Events,
         report: &mut StepReport,
     ) {
-        let mut logits = std::mem::take(&mut self.logits);
-        let mut rest = logits.as_mut_slice();
+        let mut outputs = std::mem::take(&mut self.outputs);
+        let given = std::mem::take(&mut self.wanted);
+        let mut rest = Rows::new(&given, &mut outputs, self.geometry.vocab);
         for chunk in &plan.chunks {
             let Some(sequence) = self.sequences.get(&chunk.key) else {
                 continue;
             };
             let wanted = sequence.wanted_logits(chunk.num_rows);
-            let (rows, others) = rest.split_at_mut(wanted.num_rows() * self.geometry.vocab);
-            rest = others;
+            let rows = rest.take_rows(wanted.num_rows());
             report.num_rows += chunk.num_rows;
             report.num_sequences += 1;
             self.commit_chunk(*chunk, (wanted, rows), until, events, report);
         }
-        self.logits = logits;
+        (self.outputs, self.wanted) = (outputs, given);
     }
 
-    /// One sequence's part of [`Self::commit`]; `rows` are the logits that it wanted.
+    /// One sequence's part of [`Self::commit`]; `rows` are those that it wanted.
     fn commit_chunk(
         &mut self,
         chunk: Chunk,
-        (wanted, rows): (WantedLogits, &mut [f32]),
+        (wanted, mut rows): (WantedLogits, Rows<'_>),
         until: Instant,
         events: &mut Events,
         report: &mut StepReport,
@@ -77,11 +79,11 @@ impl Engine {
         let Some(begin) = self.advance(chunk, events) else {
             return;
         };
-        let (prompt, sampled) = rows.split_at_mut(wanted.prompt.len() * self.geometry.vocab);
+        let prompt = rows.take_rows(wanted.prompt.len()).into_logits();
         let done = self
             .report_prompt(chunk.key, wanted.prompt, prompt, events)
             .map_err(NoToken::from)
-            .and_then(|()| self.sample_all(chunk.key, sampled, until, events, report));
+            .and_then(|()| self.sample_all(chunk.key, rows, until, events, report));
         match done {
             Ok(sampled) => {
                 self.register(chunk.key, begin);
@@ -179,7 +181,7 @@ impl Engine {
     fn sample_all(
         &mut self,
         key: SequenceKey,
-        logits: &mut [f32],
+        rows: Rows<'_>,
         until: Instant,
         events: &mut Events,
         report: &mut StepReport,
@@ -189,7 +191,7 @@ impl Engine {
         };
         let mut num_true = 0;
         let mut sampled = Sampled::Open;
-        for row in logits.chunks_exact_mut(self.geometry.vocab) {
+        for row in rows {
             let (position, first_output) = (sequence.num_output() as u32, sequence.num_prompt());
             let mask = match next_mask(&mut sequence.matching, until, &mut self.stats)? {
                 NextMask::Any => None,

@@ -10,29 +10,18 @@ pub(crate) mod softmax;
 
 use std::cmp::Ordering;
 
+use tramontane_compute::sampling::{SampleError, Wanted, argmax, check_numbers, max};
 use tramontane_grammar::TokenMask;
 use tramontane_types::{SamplingParams, TokenId, TokenLogprob, TokenOutput};
 
+use crate::rows::Row;
 use crate::sequence::SeenTokens;
 use softmax::{exp, log_sum_exp};
 
 /// The first guess of how many tokens reach `top_p`.
 const NUCLEUS_FIRST_GUESS: usize = 64;
-/// Logits that are looked at together before anything is decided.
-const SCAN_BLOCK: usize = 1024;
-/// Maxima that a scan keeps: enough for the widest vectors.
-const SCAN_LANES: usize = 16;
 /// Factor of the next guess, when they do not.
 const NUCLEUS_GROWTH: usize = 4;
-
-/// Why no token could be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SampleError {
-    #[error("the logit of token {id} is not a number or infinite")]
-    NotFinite { id: usize },
-    #[error("no token is left to choose from")]
-    NoCandidate,
-}
 
 /// What sampling depends on besides the logits.
 #[derive(Clone, Copy, Debug)]
@@ -71,9 +60,64 @@ impl Candidate {
     }
 }
 
+/// What a step is to give of the row behind which output token `position` is sampled. A token alone only where
+/// [`Sampler::sample`] would take the same one from the row's logits.
+pub(crate) fn wanted(params: &SamplingParams, position: u32) -> Wanted {
+    // Whoever adds a parameter says here whether it changes the choice.
+    let SamplingParams {
+        temperature,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+        logit_bias,
+        min_tokens,
+        logprobs,
+        bad_words,
+        constraint,
+        // Of several candidates; the best one is always among them.
+        top_k: _,
+        top_p: _,
+        min_p: _,
+        seed: _,
+        // Look at the token that was sampled, or at the prompt.
+        max_tokens: _,
+        stop_ids: _,
+        ignore_eos: _,
+        prompt_logprobs: _,
+    } = params;
+    let has_penalty =
+        *presence_penalty != 0.0 || *frequency_penalty != 0.0 || *repetition_penalty != 1.0;
+    let changes_logits = has_penalty
+        || !logit_bias.is_empty()
+        || !bad_words.is_empty()
+        || constraint.is_some()
+        || position < *min_tokens;
+    if changes_logits || logprobs.is_some() || *temperature != 0.0 {
+        return Wanted::Logits;
+    }
+    Wanted::Best
+}
+
 impl Sampler {
-    /// Chooses a token. `logits`, `[vocab]`, are changed on the way.
+    /// Chooses a token from logits, or takes over the one that was chosen as [`wanted`].
     pub(crate) fn sample(
+        &mut self,
+        row: Row<'_>,
+        draw: Draw<'_>,
+    ) -> Result<TokenOutput, SampleError> {
+        match row {
+            Row::Logits(logits) => self.sample_logits(logits, draw),
+            Row::Chosen(choice) => Ok(TokenOutput {
+                index: draw.position,
+                id: choice?,
+                logprob: None,
+                top_logprobs: Vec::new(),
+            }),
+        }
+    }
+
+    /// `logits`, `[vocab]`, are changed on the way.
+    fn sample_logits(
         &mut self,
         logits: &mut [f32],
         draw: Draw<'_>,
@@ -138,10 +182,10 @@ impl Sampler {
     }
 
     fn choose(&mut self, logits: &[f32], draw: Draw<'_>) -> Result<TokenId, SampleError> {
-        let best = argmax(logits).ok_or(SampleError::NoCandidate)?;
-        if !best.logit.is_finite() {
-            let id = best.id as usize;
-            let all_masked = best.logit == f32::NEG_INFINITY;
+        let (best, logit) = argmax(logits).ok_or(SampleError::NoCandidate)?;
+        if !logit.is_finite() {
+            let id = best as usize;
+            let all_masked = logit == f32::NEG_INFINITY;
             return Err(if all_masked {
                 SampleError::NoCandidate
             } else {
@@ -150,10 +194,10 @@ impl Sampler {
         }
         let params = draw.params;
         if params.temperature == 0.0 {
-            return Ok(best.id);
+            return Ok(best);
         }
         let scale = Scale {
-            max: f64::from(best.logit),
+            max: f64::from(logit),
             temperature: f64::from(params.temperature),
         };
         let unit = philox::uniform(params.seed, draw.position);
@@ -289,56 +333,6 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>) {
         }
     }
     mask.apply(logits);
-}
-
-fn check_numbers(logits: &[f32]) -> Result<(), SampleError> {
-    // Minus infinity is a token that the model itself excludes.
-    let is_bad = |l: f32| l.is_nan() | (l == f32::INFINITY);
-    // A block is counted without a way out, as vectors; the bad one is looked for where there is one.
-    for (n, block) in logits.chunks(SCAN_BLOCK).enumerate() {
-        let num_bad: u32 = block.iter().map(|&l| u32::from(is_bad(l))).sum();
-        if num_bad > 0 {
-            let at = block.iter().position(|&l| is_bad(l)).unwrap_or(0);
-            let id = n * SCAN_BLOCK + at;
-            return Err(SampleError::NotFinite { id });
-        }
-    }
-    Ok(())
-}
-
-fn max(logits: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut lanes = [f32::NEG_INFINITY; SCAN_LANES];
-    let (vectors, rest) = logits.as_chunks::<SCAN_LANES>();
-    for vector in vectors {
-        for (lane, &x) in lanes.iter_mut().zip(vector) {
-            *lane = larger(*lane, x);
-        }
-    }
-    lanes
-        .iter()
-        .chain(rest)
-        .copied()
-        .fold(f32::NEG_INFINITY, larger)
-}
-
-/// The best token: highest logit, lowest id.
-fn argmax(logits: &[f32]) -> Option<Candidate> {
-    let mut best = Candidate {
-        logit: *logits.first()?,
-        id: 0,
-    };
-    for (n, block) in logits.chunks(SCAN_BLOCK).enumerate() {
-        let largest = max(block);
-        if largest > best.logit {
-            let at = block.iter().position(|&l| l == largest).unwrap_or(0);
-            best = Candidate {
-                logit: largest,
-                id: (n * SCAN_BLOCK + at) as TokenId,
-            };
-        }
-    }
-    Some(best)
 }
 
 fn log_prob(logit: f32, lse: f64) -> f32 {

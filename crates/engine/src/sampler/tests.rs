@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use tramontane_compute::sampling::best;
+
 use super::*;
 
 fn greedy() -> SamplingParams {
@@ -25,7 +27,7 @@ fn sample_with(
         output: &[],
         mask: None,
     };
-    Sampler::default().sample(&mut logits.to_vec(), draw)
+    Sampler::default().sample(Row::Logits(&mut logits.to_vec()), draw)
 }
 
 fn sample(logits: &[f32], params: &SamplingParams) -> TokenId {
@@ -203,7 +205,8 @@ fn the_last_token_of_a_bad_word_is_masked_behind_its_others() {
             mask: None,
         };
         let mut logits = [0.0, 1.0, 9.0, 2.0];
-        Sampler::default().sample(&mut logits, draw).unwrap().id
+        let row = Row::Logits(&mut logits);
+        Sampler::default().sample(row, draw).unwrap().id
     };
     assert_eq!(after(&[]), 3);
     assert_eq!(after(&[0, 1]), 0, "3 and 1 would complete one");
@@ -274,4 +277,69 @@ fn numbers_that_are_none_are_refused() {
         ..drawn
     };
     assert_eq!(refused(&[1.0], &masked), SampleError::NoCandidate);
+}
+
+#[test]
+fn a_token_alone_is_wanted_only_where_nothing_else_decides() {
+    let at = |position, change: &dyn Fn(&mut SamplingParams)| {
+        let mut params = greedy();
+        change(&mut params);
+        wanted(&params, position)
+    };
+    assert_eq!(at(0, &|_| ()), Wanted::Best);
+    // What only chooses among several, or looks at the sampled token.
+    assert_eq!(
+        at(3, &|p| {
+            (p.top_k, p.top_p, p.min_p, p.seed) = (3, 0.5, 0.1, 9);
+            (p.min_tokens, p.max_tokens) = (3, 9);
+            (p.stop_ids, p.ignore_eos) = (vec![1], true);
+            p.prompt_logprobs = Some(2);
+        }),
+        Wanted::Best
+    );
+    let need_logits: [&dyn Fn(&mut SamplingParams); 9] = [
+        &|p| p.temperature = 1e-6,
+        &|p| p.logprobs = Some(0),
+        &|p| p.logit_bias = vec![(1, 0.0)],
+        &|p| p.presence_penalty = 0.1,
+        &|p| p.frequency_penalty = -0.1,
+        &|p| p.repetition_penalty = 1.1,
+        &|p| p.bad_words = vec![vec![1]],
+        &|p| p.min_tokens = 3,
+        &|p| {
+            let regex = tramontane_types::Constraint::Regex("a".into());
+            p.constraint = Some(std::sync::Arc::new(regex));
+        },
+    ];
+    for (i, change) in need_logits.into_iter().enumerate() {
+        assert_eq!(at(2, change), Wanted::Logits, "change {i}");
+    }
+}
+
+#[test]
+fn a_chosen_token_is_taken_over_and_a_refused_row_is_refused_alike() {
+    let (seen, params) = (SeenTokens::default(), greedy());
+    let taken = |choice| {
+        let draw = Draw {
+            params: &params,
+            position: 4,
+            seen: &seen,
+            eos_ids: &[],
+            output: &[],
+            mask: None,
+        };
+        Sampler::default().sample(Row::Chosen(choice), draw)
+    };
+    let infinity = f32::INFINITY;
+    let rows: [&[f32]; 5] = [
+        &[0.0, 2.0, 2.0],
+        &[-0.0, 0.0],
+        &[-infinity, -infinity],
+        &[1.0, f32::NAN, infinity],
+        &[infinity, f32::NAN],
+    ];
+    for row in rows {
+        let expected = sample_with(row, &params, 4, &seen);
+        assert_eq!(taken(best(row)), expected, "{row:?}");
+    }
 }

@@ -7,6 +7,7 @@
     reason = "a test that cannot go on says so at once"
 )]
 
+mod chosen;
 mod constrained;
 mod ends;
 mod exactness;
@@ -23,10 +24,11 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use tramontane_compute::combine::add_expert_sums;
 use tramontane_compute::reference::ReferenceBackend;
+use tramontane_compute::sampling::best;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
     DType, Error as ComputeError, ExpertJob, ExpertWeights, Experts, HostTensor, KV_PAGE_TOKENS,
-    KvFormat, RoutedRows, RowFormat, StepBatch,
+    KvFormat, RoutedRows, RowFormat, StepBatch, StepOutputs, Wanted,
 };
 use tramontane_engine::{
     Engine, EngineConfig, FailureKind, NewSequence, SequenceEvent, SubmitError,
@@ -129,6 +131,10 @@ struct ToyAttention {
     poisoned: Vec<bool>,
     /// Steps that were computed whole; `None`: it cannot.
     whole_steps: Option<Arc<AtomicU32>>,
+    /// Tokens that it has chosen itself.
+    chosen: Arc<AtomicU32>,
+    /// Whether the words 5 and 6 are far likelier than all others.
+    has_two_words: bool,
 }
 
 impl ToyAttention {
@@ -139,6 +145,8 @@ impl ToyAttention {
             states: Vec::new(),
             poisoned: Vec::new(),
             whole_steps: None,
+            chosen: Arc::default(),
+            has_two_words: false,
         }
     }
 }
@@ -223,6 +231,11 @@ impl Attention for ToyAttention {
         for &row in &batch.logits_rows {
             let begin = out.len();
             out.extend(logits_of(self.states[row as usize]));
+            if self.has_two_words {
+                out[begin + 5..begin + 7]
+                    .iter_mut()
+                    .for_each(|l| *l += 90.0);
+            }
             if self.poisoned[row as usize] {
                 out[begin + 3] = f32::NAN;
             }
@@ -233,8 +246,9 @@ impl Attention for ToyAttention {
     fn step(
         &mut self,
         batch: &StepBatch,
+        wanted: &[Wanted],
         experts: &dyn Experts,
-        logits: &mut Vec<f32>,
+        out: &mut StepOutputs,
     ) -> Result<bool, ComputeError> {
         let Some(count) = &self.whole_steps else {
             return Ok(false);
@@ -255,7 +269,18 @@ impl Attention for ToyAttention {
                 *state = absorb(*state, &residual);
             }
         }
-        self.logits(batch, logits)?;
+        assert_eq!(batch.logits_rows.len(), wanted.len());
+        let mut logits = Vec::new();
+        self.logits(batch, &mut logits)?;
+        out.clear();
+        for (wanted, row) in wanted.iter().zip(logits.chunks_exact(VOCAB)) {
+            match wanted {
+                Wanted::Logits => out.logits.extend(row),
+                Wanted::Best => out.choices.push(best(row)),
+            }
+        }
+        self.chosen
+            .fetch_add(out.choices.len() as u32, Ordering::Relaxed);
         Ok(true)
     }
 }
