@@ -54,6 +54,7 @@ static inline float __uint_as_float(u32 u) { float x; memcpy(&x, &u, 4); return 
 static inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
 static inline float __int_as_float(int u) { float x; memcpy(&x, &u, 4); return x; }
 static inline double __longlong_as_double(long long u) { double x; memcpy(&x, &u, 8); return x; }
+static inline long long __double_as_longlong(double x) { long long u; memcpy(&u, &x, 8); return u; }
 /// Byte i of the result is byte `selector >> 4 i & 7` of y:x.
 static inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
     u64 both = static_cast<u64>(y) << 32 | x;
@@ -71,6 +72,9 @@ static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dsub_rn(double a, double b) { return a - b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 // glibc has declared these names.
 #define __expf(x) expf(x)

@@ -1,10 +1,13 @@
-// The best tokens of a row of logits, and what their log probabilities need. Draws nothing: that is the host's sampler.
+// The best tokens of a row of logits, what their log probabilities need, and tokens that are drawn. What is chosen, and in which order
+// sums are added, is defined by crates/compute/src/sampling.
 //
-// argmax: highest logit, lowest id (crates/compute/src/sampling), and the first id whose logit is NaN or infinite, which is refused.
+// argmax: highest logit, lowest id, and the first id whose logit is NaN or infinite: such a row is refused.
+// group_sums, then draw: weights e^((logit - max) / temperature) of groups of 1024 tokens; where a number falls, by group, chunk, token.
 // top: the n best by f32's total order, then id; and sum(exp(logit - max)) in f64, by the sampler's polynomial; the order of its terms is
 // not the host's: the sum has 53 bits, a log probability keeps 24.
 //
-// grid (rows at most), block 1024. Shared bytes: SAMPLE_SHARED_BYTES = 512. Bytes: 4 vocab per row, times n + 2 for top (L2).
+// grid (rows at most), group_sums (rows at most, groups or fewer); block 1024. Shared bytes: SAMPLE_SHARED_BYTES = 512, of group_sums and
+// draw DRAW_SHARED_BYTES = 8456. Bytes: 4 vocab per row for argmax and for group_sums, times n + 2 for top (L2).
 
 constexpr u32 SAMPLE_THREADS = 1024;
 constexpr u32 SAMPLE_WARPS = SAMPLE_THREADS / 32;
@@ -81,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     }
 }
 
-/// e^x for x <= 0, as crates/engine/src/sampler/softmax.rs.
+/// e^x for x <= 0: the host's bits, so no product and sum are fused.
 __device__ __forceinline__ double exp_below_one(double x) {
     constexpr double ROUND = 6755399441055744.0; // 1.5 * 2^52
     constexpr double COEFFICIENTS[13] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
@@ -90,14 +93,122 @@ __device__ __forceinline__ double exp_below_one(double x) {
     if (!(x >= -700.0)) {
         return 0.0;
     }
-    const double shifted = x * 1.4426950408889634 + ROUND, k = shifted - ROUND;
-    const double r = (x - k * 6.931471803691238e-1) - k * 1.9082149292705877e-10;
+    const double shifted = __dadd_rn(__dmul_rn(x, 1.4426950408889634), ROUND), k = __dsub_rn(shifted, ROUND);
+    const double r = __dsub_rn(__dsub_rn(x, __dmul_rn(k, 6.931471803691238e-1)), __dmul_rn(k, 1.9082149292705877e-10));
     double sum = 1.0 / 6227020800.0;
 #pragma unroll
     for (u32 i = 0; i < 13; ++i) {
-        sum = sum * r + COEFFICIENTS[i];
+        sum = __dadd_rn(__dmul_rn(sum, r), COEFFICIENTS[i]);
     }
-    return sum * __longlong_as_double((static_cast<long long>(k) + 1023) << 52); // 2^k
+    const u64 scale = (static_cast<u64>(__double_as_longlong(shifted)) + 1023) << 52; // 2^k
+    return __dmul_rn(sum, __longlong_as_double(static_cast<long long>(scale)));
+}
+
+/// Of the line of a chunk in shared memory: its weights, and then their sum. Odd, so that lines lie in different banks.
+constexpr u32 CHUNK = 32, LINE = CHUNK + 1;
+static_assert(CHUNK * CHUNK == SAMPLE_THREADS, "a group is a weight for each thread");
+
+/// How a token is drawn.
+struct Draw {
+    double per_temperature; // 0: it is not
+    double min_weight;
+    double uniform; // in [0, 1)
+};
+static_assert(sizeof(Draw) == 24, "as the host has it");
+
+__device__ __forceinline__ bool is_drawn(const Draw &draw, const Best &best) {
+    return draw.per_temperature > 0.0 && best.bad_id == NO_TOKEN && best.logit > __uint_as_float(0xFF800000U);
+}
+
+/// The lines of a group's chunks; all threads come here, and all see them.
+__device__ __forceinline__ void fill_group(double *lines, const float *row, u32 group, u32 vocab, const Draw &draw, float max) {
+    const u32 id = group * SAMPLE_THREADS + threadIdx.x;
+    double weight = 0.0;
+    if (id < vocab) {
+        const double x = __dsub_rn(static_cast<double>(row[id]), static_cast<double>(max));
+        weight = exp_below_one(__dmul_rn(x, draw.per_temperature));
+        weight = weight >= draw.min_weight ? weight : 0.0;
+    }
+    __syncthreads(); // what was there has been read
+    lines[threadIdx.x / CHUNK * LINE + threadIdx.x % CHUNK] = weight;
+    __syncthreads();
+    if (threadIdx.x < CHUNK) {
+        double *line = lines + threadIdx.x * LINE, sum = 0.0;
+#pragma unroll 8
+        for (u32 i = 0; i < CHUNK; ++i) {
+            sum = __dadd_rn(sum, line[i]);
+        }
+        line[CHUNK] = sum;
+    }
+    __syncthreads();
+}
+
+/// sums [rows, groups]: the weights of each group, of rows whose token is drawn. Blocks of a row share its groups in turn.
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
+    tr_group_sums(double *sums, const float *logits, const Best *best, const Draw *draws, const u32 *num_rows, u32 groups, u32 vocab) {
+    grid_begin();
+    auto *lines = reinterpret_cast<double *>(tr_shared());
+    if (blockIdx.x >= *num_rows || !is_drawn(draws[blockIdx.x], best[blockIdx.x])) {
+        return;
+    }
+    const float *row = logits + static_cast<size_t>(blockIdx.x) * vocab;
+    for (u32 group = blockIdx.y; group < groups; group += gridDim.y) {
+        fill_group(lines, row, group, vocab, draws[blockIdx.x], best[blockIdx.x].logit);
+        if (threadIdx.x == 0) {
+            double sum = 0.0;
+            for (u32 chunk = 0; chunk < CHUNK; ++chunk) {
+                sum = __dadd_rn(sum, lines[chunk * LINE + CHUNK]);
+            }
+            sums[static_cast<size_t>(blockIdx.x) * groups + group] = sum;
+        }
+    }
+}
+
+/// The first of n weights, each `stride` behind the one before, that brings the sum beyond `target`, or the last that is not 0. `below` is
+/// the sum before the first, then that before the one that was found. Some weight is not 0: the best token's is 1.
+__device__ __forceinline__ u32 find_weight(const double *weights, u32 stride, u32 n, double target, double *below) {
+    double sum = *below;
+    u32 found = 0;
+    for (u32 i = 0; i < n && !(sum > target); ++i) {
+        const double weight = weights[i * stride];
+        if (weight > 0.0) {
+            found = i;
+            *below = sum;
+            sum = __dadd_rn(sum, weight);
+        }
+    }
+    return found;
+}
+
+/// best [rows]: where a token is drawn, its id takes the place of the best one's. After tr_group_sums.
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
+    tr_draw(Best *best, const double *sums, const float *logits, const Draw *draws, const u32 *num_rows, u32 groups, u32 vocab) {
+    grid_begin();
+    auto *lines = reinterpret_cast<double *>(tr_shared());
+    auto *shared_group = reinterpret_cast<u32 *>(lines + CHUNK * LINE);
+    if (blockIdx.x >= *num_rows || !is_drawn(draws[blockIdx.x], best[blockIdx.x])) {
+        return;
+    }
+    const Draw draw = draws[blockIdx.x];
+    const double *row_sums = sums + static_cast<size_t>(blockIdx.x) * groups;
+    double target = 0.0, below = 0.0;
+    if (threadIdx.x == 0) {
+        double total = 0.0;
+        for (u32 group = 0; group < groups; ++group) {
+            total = __dadd_rn(total, row_sums[group]);
+        }
+        target = __dmul_rn(draw.uniform, total);
+        *shared_group = find_weight(row_sums, 1, groups, target, &below);
+    }
+    __syncthreads();
+    const u32 group = *shared_group;
+    const float *row = logits + static_cast<size_t>(blockIdx.x) * vocab;
+    fill_group(lines, row, group, vocab, draw, best[blockIdx.x].logit);
+    if (threadIdx.x == 0) {
+        const u32 chunk = find_weight(lines + CHUNK, LINE, CHUNK, target, &below);
+        const u32 place = find_weight(lines + chunk * LINE, 1, CHUNK, target, &below);
+        best[blockIdx.x].id = group * SAMPLE_THREADS + chunk * CHUNK + place;
+    }
 }
 
 /// The sum of all threads, in all threads: butterflies, then warps ascending.

@@ -120,6 +120,11 @@ fn is_wgmma(kernel: &str) -> bool {
     kernel.contains("_wg_") || kernel.contains("_cl_")
 }
 
+/// Whether a kernel computes the weights by which tokens are drawn.
+fn draws(kernel: &str) -> bool {
+    ["tr_group_sums", "tr_draw"].contains(&kernel)
+}
+
 /// Products of many tokens keep the first half of a sum in the thread's own memory on purpose (`Halves` in `tree.cuh`).
 fn keeps_halves(kernel: &str) -> bool {
     let is_down_of_64 = kernel.starts_with("tr_down") && kernel.ends_with("_n64");
@@ -200,6 +205,11 @@ fn the_machine_code_is_what_was_meant() {
                     waits, overlaps,
                     "{kernel} for {target}: waits for the kernel in front"
                 );
+                // The host rounds products and sums apart. The emulator's compiler is told to.
+                if draws(&kernel) {
+                    let [has_product, is_fused] = ["DMUL", "DFMA"].map(|word| text.contains(word));
+                    assert!(has_product && !is_fused, "{kernel} for {target}");
+                }
                 let is_wgmma = is_wgmma(&kernel);
                 // Of 16-bit and of 8-bit numbers.
                 let has_wgmma = text.contains("HGMMA") || text.contains("QGMMA");

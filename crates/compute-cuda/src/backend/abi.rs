@@ -246,7 +246,17 @@ pub(super) struct Round {
     pub(super) pad: u32,
 }
 
-/// What `tr_argmax` says of a row.
+/// How `tr_draw` draws the token of a row.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Draw {
+    /// 0: it does not.
+    pub(super) per_temperature: f64,
+    pub(super) min_weight: f64,
+    pub(super) uniform: f64,
+}
+
+/// What `tr_argmax` says of a row, and `tr_draw` behind it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Best {
@@ -264,6 +274,7 @@ impl Best {
 
 const _: () = {
     assert!(size_of::<Best>() == 16);
+    assert!(size_of::<Draw>() == 24);
     assert!(size_of::<NodeParts>() == 136);
     assert!(size_of::<Panels>() == 56);
     assert!(size_of::<Pack>() == 64);

@@ -230,7 +230,7 @@ impl CudaAttention {
 
 impl Attention for CudaAttention {
     fn begin(&mut self, batch: &StepBatch) -> Result<(), Error> {
-        self.core.send(batch)?;
+        self.core.send(batch, &[])?;
         self.behind.note(self.core.written(), true);
         // SAFETY: everything lives in `core`, which waits before it changes anything; and so below.
         let queued = unsafe { self.core.queue(batch.num_rows()).embed() };

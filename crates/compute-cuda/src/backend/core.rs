@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch};
+use tramontane_compute::{AttentionConfig, AttentionWeights, Error, StepBatch, Wanted};
 use tramontane_types::PageId;
 
 use super::abi::{AttendArgs, GateArgs, RopeArgs, RouteArgs};
@@ -177,15 +177,16 @@ impl Core {
         &self.batch
     }
 
-    /// Checks a batch, plans it and queues its copy to the device; what was there before is done.
-    pub(super) fn send(&mut self, batch: &StepBatch) -> Result<(), Error> {
+    /// Checks a batch, plans it and queues its copy to the device; what was there before is done. `wanted` is empty where
+    /// no tokens are chosen.
+    pub(super) fn send(&mut self, batch: &StepBatch, wanted: &[Wanted]) -> Result<(), Error> {
         batch.check(&self.context.geometry, self.config, &mut self.written)?;
         // A step that failed half-way may still be running, and reads what is written now.
         self.wait()?;
         self.batch.clone_from(batch);
         let blocks = attend_blocks(&self.context);
         self.plan.plan(&self.context.geometry, batch, blocks);
-        self.input.send(&self.stream, batch, &self.plan)
+        self.input.send(&self.stream, (batch, wanted), &self.plan)
     }
 
     /// Pages that the running step writes.

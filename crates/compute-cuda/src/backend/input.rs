@@ -1,10 +1,11 @@
 //! What a step tells the device: one block of memory, one copy. Decides nothing about the step.
 
-use tramontane_compute::{AttentionConfig, Error, KV_PAGE_TOKENS, StepBatch};
+use tramontane_compute::{AttentionConfig, Error, KV_PAGE_TOKENS, StepBatch, Wanted};
 use tramontane_types::PageId;
 
-use super::abi::AttendItem;
+use super::abi::{AttendItem, Draw};
 use super::context::{Context, failed};
+use super::outputs::draw_of;
 use super::plan::{AttendPlan, EXTRA_ITEMS};
 use crate::device::{Buffer, Pinned, Stream};
 
@@ -15,6 +16,7 @@ struct Layout {
     positions: usize,
     sequences: usize,
     logits_rows: usize,
+    draws: usize,
     narrow: usize,
     wide: usize,
     tables: usize,
@@ -51,6 +53,7 @@ impl StepInput {
             positions: take(rows),
             sequences: take(rows),
             logits_rows: take(rows),
+            draws: take(config.max_rows * size_of::<Draw>()),
             narrow: take(items),
             wide: take(items),
             tables: take(tables),
@@ -65,11 +68,11 @@ impl StepInput {
         })
     }
 
-    /// Writes a batch that was checked and its plan, and queues the copy.
+    /// Writes a batch that was checked, what is wanted of its logits rows, and its plan, and queues the copy.
     pub(super) fn send(
         &mut self,
         stream: &Stream,
-        batch: &StepBatch,
+        (batch, wanted): (&StepBatch, &[Wanted]),
         plan: &AttendPlan,
     ) -> Result<(), Error> {
         let layout = self.layout;
@@ -83,6 +86,12 @@ impl StepInput {
         self.put(layout.tokens, &batch.tokens);
         self.put(layout.positions, &batch.positions);
         self.put(layout.logits_rows, &batch.logits_rows);
+        let draws = &mut self.host.as_mut_slice::<u8>()[layout.draws..];
+        let draws: &mut [Draw] =
+            bytemuck::cast_slice_mut(&mut draws[..size_of::<Draw>() * wanted.len()]);
+        for (draw, wanted) in draws.iter_mut().zip(wanted) {
+            *draw = draw_of(*wanted);
+        }
         self.put(layout.narrow, &plan.narrow);
         self.put(layout.wide, &plan.wide);
         let words = self.host.as_mut_slice::<u32>();
@@ -138,6 +147,12 @@ impl StepInput {
     /// The logits rows from the `first` on.
     pub(super) fn logits_rows(&self, first: usize) -> u64 {
         self.device.at(self.layout.logits_rows + 4 * first)
+    }
+
+    /// How tokens of the logits rows from the `first` on are drawn.
+    pub(super) fn draws(&self, first: usize) -> u64 {
+        let draw = size_of::<Draw>();
+        self.device.at(self.layout.draws + draw * first)
     }
 
     pub(super) fn narrow(&self) -> u64 {

@@ -154,6 +154,11 @@ const NORM_SHARED: u32 = 256;
 const GATE_SHARED: u32 = 4 * 1024 + 256;
 const GATE8_SHARED: u32 = 4 * 8 * 1024 + 256;
 const SAMPLE_SHARED: u32 = 512;
+const DRAW_SHARED: u32 = 8_456;
+/// Tokens of a group of `tr_group_sums`.
+const GROUP_TOKENS: usize = 1024;
+/// From here on a block takes several groups of a row: other rows keep the device busy.
+const SHARED_GROUPS_ROWS_MIN: usize = 64;
 const ROUTE_SHARED: u32 = 4 * (EXPERTS_MAX as u32 + 1);
 
 /// All of them.
@@ -182,6 +187,8 @@ pub(super) struct Kernels {
     pub(super) combine_pieces: Kernel,
     pub(super) sum_nodes: Kernel,
     pub(super) argmax: Kernel,
+    pub(super) group_sums: Kernel,
+    pub(super) draw: Kernel,
 }
 
 /// Norms that write rows in one format.
@@ -316,6 +323,8 @@ impl Kernels {
             combine_pieces: kernel("tr_combine_pieces")?,
             sum_nodes: kernel("tr_sum_nodes")?,
             argmax: kernel("tr_argmax")?,
+            group_sums: kernel("tr_group_sums")?,
+            draw: kernel("tr_draw")?,
         })
     }
 
@@ -351,6 +360,24 @@ impl Kernels {
 
     pub(super) fn argmax_shape(rows: usize) -> Shape {
         Shape::new(rows as u32, 1024, SAMPLE_SHARED)
+    }
+
+    /// Groups of tokens whose weights are summed first.
+    pub(super) const fn groups(vocab: usize) -> usize {
+        vocab.div_ceil(GROUP_TOKENS)
+    }
+
+    pub(super) fn group_sums_shape(rows: usize, vocab: usize) -> Shape {
+        let groups = Self::groups(vocab) as u32;
+        let blocks = match rows {
+            0..SHARED_GROUPS_ROWS_MIN => groups,
+            _ => groups.div_ceil(4),
+        };
+        Shape::grid2(rows as u32, blocks, 1024, DRAW_SHARED)
+    }
+
+    pub(super) fn draw_shape(rows: usize) -> Shape {
+        Shape::new(rows as u32, 1024, DRAW_SHARED)
     }
 
     pub(super) fn combine_shape(rows: usize, hidden: usize) -> Shape {

@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
+use tramontane_compute::sampling::per_temperature;
 use tramontane_compute::{Choice, Error, SampleError, StepOutputs, Wanted};
 
-use super::abi::Best;
+use super::abi::{Best, Draw};
 use super::context::{Context, failed};
 use super::core::{Core, Queue};
 use super::kernels::Kernels;
@@ -16,8 +17,10 @@ use crate::device::{Args, Buffer, DeviceError, Pinned, Stream};
 pub(super) struct Outputs {
     /// `[rows, vocab]` f32.
     logits: Buffer,
-    /// The best token of each row, `[rows]`.
+    /// The best token of each row, or the one that was drawn, `[rows]`.
     best: Buffer,
+    /// Weights of groups of tokens, `[rows, groups]` f64.
+    sums: Buffer,
     /// Logits that were wanted, one row behind the other.
     logits_on_host: Pinned,
     best_on_host: Pinned,
@@ -31,6 +34,8 @@ impl Outputs {
         Ok(Self {
             logits_on_host: context.pinned(logits.bytes())?,
             best_on_host: context.pinned(best.bytes())?,
+            sums: context
+                .buffer(rows * Kernels::groups(context.geometry.vocab) * size_of::<f64>())?,
             logits,
             best,
         })
@@ -86,20 +91,47 @@ impl Outputs {
 }
 
 impl Queue<'_> {
-    /// The best token of each row of logits. A graph has it whatever its rows want: it takes a fraction of the LM head.
+    /// The best token of each row of logits, or the one that is drawn, for the logits rows from the `first` on. A graph has
+    /// it whatever its rows want: it takes a fraction of the LM head.
     ///
     /// # Safety
     /// As `launch`.
-    pub(super) unsafe fn best_tokens(&self) -> Result<(), DeviceError> {
-        let args = Args::new()
-            .address(self.outputs.best.address())
-            .address(self.outputs.logits.address())
-            // Where this counts more rows than a turn has, the grid has no blocks for them.
-            .address(self.input.num_logits())
-            .size(self.context.geometry.vocab);
-        let shape = Kernels::argmax_shape(self.rows);
+    pub(super) unsafe fn choose_tokens(&self, first: usize) -> Result<(), DeviceError> {
+        let (kernels, vocab) = (&self.context.kernels, self.context.geometry.vocab);
+        let (outputs, draws) = (self.outputs, self.input.draws(first));
+        let (best, logits) = (outputs.best.address(), outputs.logits.address());
+        let sums = outputs.sums.address();
+        // Where this counts more rows than a turn has, the grids have no blocks for them.
+        let num_rows = self.input.num_logits();
+        let groups = Kernels::groups(vocab);
+        let argmax = Args::new().address(best).address(logits).address(num_rows);
+        let group_sums = Args::new().address(sums).address(logits).address(best);
+        let draw = Args::new().address(best).address(sums).address(logits);
+        let how = |args: Args| {
+            let args = args.address(draws).address(num_rows);
+            args.size(groups).size(vocab)
+        };
         // SAFETY: the caller's promise.
-        unsafe { self.launch(self.context.kernels.argmax, shape, args) }
+        unsafe {
+            let shape = Kernels::argmax_shape(self.rows);
+            self.launch(kernels.argmax, shape, argmax.size(vocab))?;
+            let shape = Kernels::group_sums_shape(self.rows, vocab);
+            self.launch(kernels.group_sums, shape, how(group_sums))?;
+            let shape = Kernels::draw_shape(self.rows);
+            self.launch(kernels.draw, shape, how(draw))
+        }
+    }
+}
+
+/// How the kernels draw what is wanted of a row, if that is drawn.
+pub(super) fn draw_of(wanted: Wanted) -> Draw {
+    match wanted {
+        Wanted::Logits | Wanted::Best => Draw::default(),
+        Wanted::Drawn(draw) => Draw {
+            per_temperature: per_temperature(draw.temperature),
+            min_weight: f64::from(draw.min_p),
+            uniform: draw.uniform,
+        },
     }
 }
 

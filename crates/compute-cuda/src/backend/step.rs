@@ -120,7 +120,7 @@ impl WholeStep {
         RankStep { batch, pages }: RankStep<'_>,
         mut answer: Option<Answer<'_>>,
     ) -> Result<(), Error> {
-        core.send(batch)?;
+        core.send(batch, answer.as_ref().map_or(&[], |answer| answer.wanted))?;
         if let Some(answer) = &mut answer {
             answer.out.clear();
         }
@@ -236,14 +236,14 @@ impl WholeStep {
         Ok(())
     }
 
-    /// Queues the last layer's sums, the final norm, the LM head and the best tokens, for the logits rows from the `first` on.
+    /// Queues the last layer's sums, the final norm, the LM head and the choice of tokens, for the logits rows from the `first` on.
     unsafe fn logits(&self, queue: &Queue<'_>, first: usize) -> Result<(), DeviceError> {
         let norm = queue.norm_of_logits(first);
         // SAFETY: the caller's promise.
         unsafe {
             self.combine_norm(queue, norm)?;
             queue.lm_head()?;
-            queue.best_tokens()
+            queue.choose_tokens(first)
         }
     }
 

@@ -3,7 +3,7 @@
 
 mod kernels;
 
-use tramontane_compute::sampling::best;
+use tramontane_compute::sampling::Multinomial;
 use tramontane_compute::{Choice, SampleError, StepBatch, StepOutputs, Wanted};
 use tramontane_types::ModelGeometry;
 
@@ -17,28 +17,37 @@ const VOCAB: usize = 75;
 pub(crate) fn expected(logits: &[f32], wanted: &[Wanted]) -> StepOutputs {
     let mut outputs = StepOutputs::default();
     for (row, wanted) in logits.chunks_exact(VOCAB).zip(wanted) {
-        match wanted {
-            Wanted::Logits => outputs.logits.extend(row),
-            Wanted::Best => outputs.choices.push(best(row)),
+        match wanted.choose(row) {
+            None => outputs.logits.extend(row),
+            Some(choice) => outputs.choices.push(choice),
         }
     }
     outputs
 }
 
 /// Some rows want this and others that, or all the same.
-fn mixes(rows: usize) -> [Vec<Wanted>; 4] {
-    let mix = |wants_logits: &dyn Fn(usize) -> bool| {
-        let of_row = |row| match wants_logits(row) {
-            true => Wanted::Logits,
-            false => Wanted::Best,
-        };
-        (0..rows).map(of_row).collect()
+fn mixes(rows: usize) -> [Vec<Wanted>; 5] {
+    let drawn = |row: usize| {
+        Wanted::Drawn(Multinomial {
+            temperature: 0.5 + (row % 4) as f32 * 0.5,
+            min_p: (row % 3) as f32 * 0.01,
+            uniform: (row * 7919 % 1009) as f64 / 1009.0,
+        })
     };
+    let mix = |of_row: &dyn Fn(usize) -> Wanted| (0..rows).map(of_row).collect();
     [
-        mix(&|row| row % 5 < 2),
-        mix(&|_| false),
-        mix(&|_| true),
-        mix(&|row| row + 1 == rows),
+        mix(&|row| match row % 5 {
+            0 | 1 => Wanted::Logits,
+            2 => Wanted::Best,
+            _ => drawn(row),
+        }),
+        mix(&drawn),
+        mix(&|_| Wanted::Best),
+        mix(&|_| Wanted::Logits),
+        mix(&|row| match row + 1 == rows {
+            true => Wanted::Logits,
+            false => drawn(row),
+        }),
     ]
 }
 

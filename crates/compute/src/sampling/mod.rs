@@ -1,6 +1,9 @@
-//! What an engine wants of a row of logits, and what the best token of one is. A backend that chooses tokens itself chooses
-//! these, and refuses the same rows: this is its specification. Looks at nothing but the row.
+//! What an engine wants of a row of logits, and which token is taken from one: the best, or one that is drawn. A backend that
+//! chooses tokens itself chooses these, and refuses the same rows: this is its specification. Looks at nothing but the row.
 
+mod multinomial;
+
+pub use multinomial::{Multinomial, Scale, Sums, at_least, exp, multinomial, per_temperature};
 use tramontane_types::TokenId;
 
 /// Logits that are looked at together before anything is decided.
@@ -16,6 +19,8 @@ pub enum Wanted {
     Logits,
     /// The [`best`] token alone.
     Best,
+    /// A token alone, drawn as [`multinomial`] does.
+    Drawn(Multinomial),
 }
 
 impl Wanted {
@@ -23,6 +28,16 @@ impl Wanted {
     #[must_use]
     pub const fn wants_logits(self) -> bool {
         matches!(self, Self::Logits)
+    }
+
+    /// The token that is wanted of a row; `None` where that is the logits.
+    #[must_use]
+    pub fn choose(self, logits: &[f32]) -> Option<Choice> {
+        match self {
+            Self::Logits => None,
+            Self::Best => Some(best(logits)),
+            Self::Drawn(draw) => Some(multinomial(logits, &draw)),
+        }
     }
 }
 
@@ -40,7 +55,7 @@ pub enum SampleError {
     NoCandidate,
 }
 
-/// A token, or why there is none.
+/// The token of a row of logits, or why there is none.
 pub type Choice = Result<TokenId, SampleError>;
 
 /// What a step gives of its logits rows.

@@ -10,13 +10,15 @@ pub(crate) mod softmax;
 
 use std::cmp::Ordering;
 
-use tramontane_compute::sampling::{SampleError, Wanted, argmax, check_numbers, max};
+use tramontane_compute::sampling::{
+    Multinomial, SampleError, Scale, Sums, Wanted, argmax, at_least, check_numbers, max,
+};
 use tramontane_grammar::TokenMask;
 use tramontane_types::{SamplingParams, TokenId, TokenLogprob, TokenOutput};
 
 use crate::rows::Row;
 use crate::sequence::SeenTokens;
-use softmax::{exp, log_sum_exp};
+use softmax::log_sum_exp;
 
 /// The first guess of how many tokens reach `top_p`.
 const NUCLEUS_FIRST_GUESS: usize = 64;
@@ -42,6 +44,7 @@ pub(crate) struct Draw<'a> {
 pub(crate) struct Sampler {
     candidates: Vec<Candidate>,
     weights: Vec<f64>,
+    sums: Sums,
 }
 
 /// A token that may be chosen. The best one comes first: highest logit, lowest id.
@@ -66,6 +69,10 @@ pub(crate) fn wanted(params: &SamplingParams, position: u32) -> Wanted {
     // Whoever adds a parameter says here whether it changes the choice.
     let SamplingParams {
         temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
         presence_penalty,
         frequency_penalty,
         repetition_penalty,
@@ -74,11 +81,6 @@ pub(crate) fn wanted(params: &SamplingParams, position: u32) -> Wanted {
         logprobs,
         bad_words,
         constraint,
-        // Of several candidates; the best one is always among them.
-        top_k: _,
-        top_p: _,
-        min_p: _,
-        seed: _,
         // Look at the token that was sampled, or at the prompt.
         max_tokens: _,
         stop_ids: _,
@@ -92,10 +94,21 @@ pub(crate) fn wanted(params: &SamplingParams, position: u32) -> Wanted {
         || !bad_words.is_empty()
         || constraint.is_some()
         || position < *min_tokens;
-    if changes_logits || logprobs.is_some() || *temperature != 0.0 {
+    if changes_logits || logprobs.is_some() {
         return Wanted::Logits;
     }
-    Wanted::Best
+    // The best of several candidates is the best of all.
+    if *temperature == 0.0 {
+        return Wanted::Best;
+    }
+    if *top_k != 0 || *top_p < 1.0 {
+        return Wanted::Logits;
+    }
+    Wanted::Drawn(Multinomial {
+        temperature: *temperature,
+        min_p: *min_p,
+        uniform: philox::uniform(*seed, position),
+    })
 }
 
 impl Sampler {
@@ -196,10 +209,7 @@ impl Sampler {
         if params.temperature == 0.0 {
             return Ok(best);
         }
-        let scale = Scale {
-            max: f64::from(logit),
-            temperature: f64::from(params.temperature),
-        };
+        let scale = Scale::new(logit, params.temperature);
         let unit = philox::uniform(params.seed, draw.position);
         let top_k = params.top_k as usize;
         let min_weight = f64::from(params.min_p);
@@ -220,14 +230,17 @@ impl Sampler {
                     .iter()
                     .map(|&l| at_least(scale.weight(l), min_weight)),
             );
-            return pick(&self.weights, unit)
+            return self
+                .sums
+                .pick(&self.weights, unit)
                 .map(|i| i as TokenId)
                 .ok_or(SampleError::NoCandidate);
         }
         for weight in &mut self.weights {
             *weight = at_least(*weight, min_weight);
         }
-        let picked = pick(&self.weights, unit).and_then(|i| self.candidates.get(i));
+        let picked = self.sums.pick(&self.weights, unit);
+        let picked = picked.and_then(|i| self.candidates.get(i));
         picked.map(|c| c.id).ok_or(SampleError::NoCandidate)
     }
 
@@ -256,19 +269,6 @@ impl Sampler {
             .zip(0..)
             .map(|(&logit, id)| Candidate { logit, id });
         self.candidates.extend(all);
-    }
-}
-
-/// Weights relative to the best token's, whose weight is 1.
-#[derive(Clone, Copy, Debug)]
-struct Scale {
-    max: f64,
-    temperature: f64,
-}
-
-impl Scale {
-    fn weight(self, logit: f32) -> f64 {
-        exp((f64::from(logit) - self.max) / self.temperature)
     }
 }
 
@@ -359,28 +359,6 @@ fn keep_nucleus(weights: &mut Vec<f64>, wanted: f64) -> bool {
         }
     }
     false
-}
-
-fn at_least(weight: f64, min: f64) -> f64 {
-    if weight >= min { weight } else { 0.0 }
-}
-
-/// The index that a number in `[0, 1)` falls on.
-fn pick(weights: &[f64], unit: f64) -> Option<usize> {
-    let total: f64 = weights.iter().sum();
-    let target = unit * total;
-    let mut sum = 0.0;
-    let mut last = None;
-    for (i, &weight) in weights.iter().enumerate() {
-        if weight > 0.0 {
-            sum += weight;
-            last = Some(i);
-            if sum > target {
-                break;
-            }
-        }
-    }
-    last
 }
 
 #[cfg(test)]

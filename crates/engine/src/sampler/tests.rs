@@ -174,10 +174,7 @@ fn filters_keep_exactly_the_tokens_they_name() {
 fn a_nucleus_larger_than_the_first_guess_is_found() {
     let logits: Vec<f32> = (0..1000).map(|i| ((i * 37) % 1000) as f32 * 1e-4).collect();
     let mut sampler = Sampler::default();
-    let scale = Scale {
-        max: f64::from(max(&logits)),
-        temperature: 1.0,
-    };
+    let scale = Scale::new(max(&logits), 1.0);
     for top_p in [0.01, 0.5, 0.9, 0.999_999] {
         sampler.fill_nucleus(&logits, scale, top_p);
         let mut sorted: Vec<f64> = logits.iter().map(|&l| scale.weight(l)).collect();
@@ -297,8 +294,19 @@ fn a_token_alone_is_wanted_only_where_nothing_else_decides() {
         }),
         Wanted::Best
     );
-    let need_logits: [&dyn Fn(&mut SamplingParams); 9] = [
-        &|p| p.temperature = 1e-6,
+    assert_eq!(
+        at(7, &|p| {
+            (p.temperature, p.top_p, p.min_p, p.seed) = (0.7, 1.0, 0.1, 9);
+        }),
+        Wanted::Drawn(Multinomial {
+            temperature: 0.7,
+            min_p: 0.1,
+            uniform: philox::uniform(9, 7),
+        })
+    );
+    let need_logits: [&dyn Fn(&mut SamplingParams); 10] = [
+        &|p| (p.temperature, p.top_k) = (1.0, 1),
+        &|p| (p.temperature, p.top_p) = (1.0, 0.999),
         &|p| p.logprobs = Some(0),
         &|p| p.logit_bias = vec![(1, 0.0)],
         &|p| p.presence_penalty = 0.1,
@@ -341,5 +349,25 @@ fn a_chosen_token_is_taken_over_and_a_refused_row_is_refused_alike() {
     for row in rows {
         let expected = sample_with(row, &params, 4, &seen);
         assert_eq!(taken(best(row)), expected, "{row:?}");
+    }
+}
+
+#[test]
+fn what_is_wanted_is_what_would_be_sampled() {
+    let logits: Vec<f32> = (0..3000).map(|i| ((i * 37) % 1009) as f32 * 0.02).collect();
+    let seen = SeenTokens::default();
+    for (seed, temperature) in [0.0, 1e-30, 0.3, 1.0, 2.0].into_iter().enumerate() {
+        for (position, min_p) in [0.0, 1e-9, 0.3, 1.0].into_iter().enumerate() {
+            let params = SamplingParams {
+                temperature,
+                min_p,
+                seed: seed as u64,
+                ..SamplingParams::default()
+            };
+            let position = position as u32;
+            let expected = sample_with(&logits, &params, position, &seen).unwrap();
+            let chosen = wanted(&params, position).choose(&logits);
+            assert_eq!(chosen, Some(Ok(expected.id)), "{temperature} {min_p}");
+        }
     }
 }

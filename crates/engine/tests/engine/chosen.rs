@@ -23,8 +23,8 @@ fn choosing(config: EngineConfig, window: Option<usize>) -> (Bench, Arc<AtomicU3
     bench(attention, config, window)
 }
 
-/// All kinds of requests side by side: greedy ones, with and without a word on the prompt, and those that need logits. Some
-/// prompts say the same again and again, so that guesses come true.
+/// All kinds of requests side by side: greedy ones, with and without a word on the prompt, those that draw from all tokens,
+/// and those that need logits. Some prompts say the same again and again, so that guesses come true.
 fn all_kinds() -> Vec<NewSequence> {
     let mut all = requests();
     for (i, new) in all.iter_mut().enumerate() {
@@ -34,6 +34,9 @@ fn all_kinds() -> Vec<NewSequence> {
             4 => (params.min_tokens, params.stop_ids) = (4, (3..20).collect()),
             8 => params.logit_bias = vec![(5, 3.0)],
             12 => params.bad_words = vec![vec![7], vec![8, 9]],
+            // These draw from all tokens.
+            1 | 9 => params.top_k = 0,
+            7 | 15 => params.logprobs = None,
             _ => {}
         }
     }
@@ -87,18 +90,24 @@ fn tokens_are_chosen_for_guesses_too() {
         };
         bench(attention, config, None)
     };
-    let new = request("a", prompt(3, 10), greedy(300));
-    let (mut one_by_one, _) = bench(false, config());
-    one_by_one.serve(std::slice::from_ref(&new), false);
-    let (mut guessing, chosen) = bench(true, guesses);
-    guessing.serve(std::slice::from_ref(&new), false);
-    assert_eq!(guessing.of(&new).said(), one_by_one.of(&new).said());
-    let stats = guessing.engine.stats();
-    assert!(stats.guesses_true > 20, "{stats:?}");
-    assert!(stats.guesses_true < stats.tokens_guessed, "{stats:?}");
-    // Every row of a guess, true or not.
-    let rows = stats.tokens_guessed + stats.tokens_sampled - stats.guesses_true;
-    assert_eq!(u64::from(chosen.load(Ordering::Relaxed)), rows);
+    for temperature in [0.0, 1.0] {
+        let params = SamplingParams {
+            temperature,
+            ..greedy(300)
+        };
+        let new = request("a", prompt(3, 10), params);
+        let (mut one_by_one, _) = bench(false, config());
+        one_by_one.serve(std::slice::from_ref(&new), false);
+        let (mut guessing, chosen) = bench(true, guesses.clone());
+        guessing.serve(std::slice::from_ref(&new), false);
+        assert_eq!(guessing.of(&new).said(), one_by_one.of(&new).said());
+        let stats = guessing.engine.stats();
+        assert!(stats.guesses_true > 20, "{stats:?}");
+        assert!(stats.guesses_true < stats.tokens_guessed, "{stats:?}");
+        // Every row of a guess, true or not.
+        let rows = stats.tokens_guessed + stats.tokens_sampled - stats.guesses_true;
+        assert_eq!(u64::from(chosen.load(Ordering::Relaxed)), rows);
+    }
 }
 
 #[test]

@@ -24,7 +24,6 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use tramontane_compute::combine::add_expert_sums;
 use tramontane_compute::reference::ReferenceBackend;
-use tramontane_compute::sampling::best;
 use tramontane_compute::{
     Attention, AttentionConfig, AttentionLayerWeights, AttentionWeights, Backend, Contributions,
     DType, Error as ComputeError, ExpertJob, ExpertWeights, Experts, HostTensor, KV_PAGE_TOKENS,
@@ -274,9 +273,9 @@ impl Attention for ToyAttention {
         self.logits(batch, &mut logits)?;
         out.clear();
         for (wanted, row) in wanted.iter().zip(logits.chunks_exact(VOCAB)) {
-            match wanted {
-                Wanted::Logits => out.logits.extend(row),
-                Wanted::Best => out.choices.push(best(row)),
+            match wanted.choose(row) {
+                None => out.logits.extend(row),
+                Some(choice) => out.choices.push(choice),
             }
         }
         self.chosen
