@@ -34,6 +34,9 @@ pub(crate) struct BenchModelArgs {
     /// Lengths of prompts
     #[arg(long, value_delimiter = ',', default_values_t = [512, 4096], value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
     pub(crate) prefill: Vec<usize>,
+    /// What comes back of each sequence
+    #[arg(long, value_enum, default_value_t = BenchSampling::Greedy)]
+    pub(crate) sampling: BenchSampling,
     /// Directory of compiled kernels; the user's cache when absent
     #[arg(long, env = "TRAMONTANE_WORKER__KERNEL_CACHE")]
     pub(crate) cache: Option<PathBuf>,
@@ -57,6 +60,17 @@ pub(crate) enum RandomShape {
     /// 7 B weights
     #[value(name = "mistral-7b")]
     Mistral7b,
+}
+
+/// What a step gives of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchSampling {
+    /// The best token
+    Greedy,
+    /// A token drawn at temperature 1
+    Drawn,
+    /// All logits, for the host to sample from; that is not timed
+    Host,
 }
 
 /// What else can be measured.

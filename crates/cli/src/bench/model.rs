@@ -1,13 +1,14 @@
 //! `tramontane bench model`: how near a GPU comes to its limits with a model of full size and weights that mean nothing.
 //!
-//! Weights are made on the device, so nothing is downloaded. A step is what the engine runs for greedy requests: batch up,
-//! best tokens down.
+//! Weights are made on the device, so nothing is downloaded. A step is what the engine runs: batch up, tokens or logits down.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use clap::ValueEnum as _;
 use serde::Serialize;
+use tramontane_compute::sampling::Multinomial;
 use tramontane_compute::{
     AttentionConfig, KV_PAGE_TOKENS, KvFormat, SequenceSpan, StepBatch, StepOutputs, Wanted,
 };
@@ -18,7 +19,7 @@ use tramontane_compute_cuda::{
 use tramontane_runtime::config::cache_dir;
 use tramontane_types::{ModelGeometry, PageId};
 
-use super::args::{BenchModelArgs, RandomShape};
+use super::args::{BenchModelArgs, BenchSampling, RandomShape};
 use crate::output;
 use crate::settings::misuse;
 
@@ -48,6 +49,7 @@ struct Report {
     model: String,
     layers: usize,
     weights: String,
+    sampling: String,
     copy_gigabytes_per_second: f64,
     lines: Vec<Line>,
 }
@@ -83,6 +85,7 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
     output::note("making random weights on the device");
     let mut bench = Bench {
         model: RandomModel::new(&device, &geometry, attention, args.weights)?,
+        sampling: args.sampling,
         wanted: Vec::new(),
         outputs: StepOutputs::default(),
         copy,
@@ -101,6 +104,7 @@ pub(crate) fn run(args: &BenchModelArgs) -> anyhow::Result<()> {
         model: args.random.name().to_owned(),
         layers: bench.geometry.num_layers,
         weights: args.weights.to_string(),
+        sampling: args.sampling.name(),
         copy_gigabytes_per_second: copy / 1e9,
         lines,
     };
@@ -124,6 +128,7 @@ fn geometry(args: &BenchModelArgs) -> ModelGeometry {
 
 struct Bench {
     model: RandomModel,
+    sampling: BenchSampling,
     /// Of the last step.
     wanted: Vec<Wanted>,
     outputs: StepOutputs,
@@ -149,7 +154,7 @@ impl Bench {
         Ok(self.line("decode", (batch, context), seconds, batch))
     }
 
-    /// A prompt in one step, behind whose last token the best one is wanted.
+    /// A prompt in one step, behind whose last token one is wanted.
     fn prefill(&mut self, rows: usize) -> anyhow::Result<Line> {
         let batch = prefill_batch(&self.geometry, rows);
         self.step(&batch)?;
@@ -165,15 +170,19 @@ impl Bench {
     fn step(&mut self, batch: &StepBatch) -> anyhow::Result<()> {
         let experts = Arc::clone(&self.model.experts);
         self.wanted.clear();
-        self.wanted.resize(batch.logits_rows.len(), Wanted::Best);
+        let rows = 0..batch.logits_rows.len();
+        self.wanted
+            .extend(rows.map(|row| self.sampling.wanted(row)));
         let attention = &mut self.model.attention;
         let done = attention.step(batch, &self.wanted, &*experts, &mut self.outputs)?;
         anyhow::ensure!(done, "the device does not hold all experts");
         Ok(())
     }
 
-    /// Looks at the last step's tokens: a row whose logits are not finite has none.
+    /// Looks at what the last step gave, which takes longer than some steps where that is logits.
     fn check(&self) -> anyhow::Result<()> {
+        let is_finite = self.outputs.logits.iter().all(|x| x.is_finite());
+        anyhow::ensure!(is_finite, "logits are not finite");
         for choice in &self.outputs.choices {
             (*choice).context("the last step")?;
         }
@@ -278,10 +287,11 @@ fn step_flops(g: &ModelGeometry, rows: usize, context: usize, logits: usize) -> 
 impl Report {
     fn print(&self) -> std::io::Result<()> {
         output::line(&format!(
-            "{} of {} layers, {} weights, on {} ({}); copy {:.0} GB/s\n",
+            "{} of {} layers, {} weights, sampling {}, on {} ({}); copy {:.0} GB/s\n",
             self.model,
             self.layers,
             self.weights,
+            self.sampling,
             self.device,
             self.target,
             self.copy_gigabytes_per_second
@@ -303,6 +313,27 @@ impl Report {
         };
         let rows: Vec<Vec<String>> = self.lines.iter().map(row).collect();
         output::table(&head, &rows)
+    }
+}
+
+impl BenchSampling {
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// What is wanted of a logits row.
+    fn wanted(self, row: usize) -> Wanted {
+        match self {
+            Self::Greedy => Wanted::Best,
+            Self::Drawn => Wanted::Drawn(Multinomial {
+                temperature: 1.0,
+                min_p: 0.0,
+                // Another number for each.
+                uniform: (row * 7919 % 10_007) as f64 / 10_007.0,
+            }),
+            Self::Host => Wanted::Logits,
+        }
     }
 }
 
