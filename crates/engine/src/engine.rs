@@ -166,8 +166,8 @@ impl Engine {
         let key = SequenceKey(self.next_key);
         self.next_key += 1;
         self.by_id.insert(sequence.id.clone(), key);
+        self.scheduler.enqueue(key, sequence.owner);
         self.sequences.insert(key, sequence);
-        self.scheduler.enqueue(key);
         Ok(())
     }
 

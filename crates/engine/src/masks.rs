@@ -16,6 +16,7 @@ use tramontane_grammar::{Canceller, MatchError, Next};
 use tramontane_types::TokenId;
 
 use crate::FailureKind;
+use crate::sequence::OwnerId;
 
 pub use crew::BeforeMask;
 pub(crate) use crew::MaskThreads;
@@ -211,7 +212,12 @@ impl Matching {
 
     /// Goes on by a token that was sampled as [`allowed`](Self::allowed) says, and finds what may come then if
     /// `finds_mask`, while others compute.
-    pub(crate) fn accept(&mut self, id: TokenId, finds_mask: bool, threads: &MaskThreads) {
+    pub(crate) fn accept(
+        &mut self,
+        id: TokenId,
+        finds_mask: bool,
+        (owner, threads): (OwnerId, &MaskThreads),
+    ) {
         let (done, back) = sync_channel(1);
         let ticket = Arc::new(Ticket::default());
         let away = Away {
@@ -228,7 +234,7 @@ impl Matching {
                     ticket,
                     done,
                 };
-                if let Err(error) = threads.send(job) {
+                if let Err(error) = threads.send(owner, job) {
                     self.place = Place::Broken(error);
                 }
             }

@@ -2,16 +2,18 @@
 //! reads a clock, does I/O, or looks at a token.
 //!
 //! - Decodes first, the longest not served first; then prompts in progress, then new ones, by arrival.
-//! - A step has at most `max_step_rows` rows; a prompt is cut into chunks that fit rows and pages.
-//! - When no page is left, the latest arrival gives up its pages and waits again (at its place by
-//!   arrival, so before everything younger); its sampled tokens are kept and computed again later.
-//! - Nobody overtakes the head of the queue: whatever waits is served in order of arrival.
+//! - A step has at most `max_step_rows` rows; a prompt is cut into chunks that fit rows and pages. Each owner's first
+//!   prompt has an equal share of the rows for prompts, and the others have what is left.
+//! - When no page is left, the latest arrival of the owner with most running sequences gives up its pages and waits again
+//!   (at its place by arrival, so before everything younger); its sampled tokens are kept and computed again later.
+//! - Of what waits, the next is the head of the owner with fewest running sequences, of several the one that came first.
+//!   Nobody overtakes it: others wait until it has its pages.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::EngineConfig;
 use crate::kv::BlockPool;
-use crate::sequence::{Sequence, SequenceKey, Sequences};
+use crate::sequence::{OwnerId, Sequence, SequenceKey, Sequences};
 
 /// One page is kept free per this many running sequences when a new one is admitted, so that it is
 /// not preempted at once by those that grow.
@@ -76,7 +78,8 @@ pub(crate) struct Scheduler {
     window: Option<usize>,
     pool: BlockPool,
     running: BTreeSet<SequenceKey>,
-    waiting: BTreeSet<SequenceKey>,
+    /// By owner; never an empty set.
+    waiting: BTreeMap<OwnerId, BTreeSet<SequenceKey>>,
     /// Counts every chunk ever planned.
     turn: u64,
 }
@@ -91,20 +94,27 @@ impl Scheduler {
             window,
             pool,
             running: BTreeSet::new(),
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             turn: 0,
         }
     }
 
-    /// Queues a new sequence; keys only grow.
-    pub(crate) fn enqueue(&mut self, key: SequenceKey) {
-        self.waiting.insert(key);
+    /// Queues a sequence of an owner; keys of new ones only grow.
+    pub(crate) fn enqueue(&mut self, key: SequenceKey, owner: OwnerId) {
+        self.waiting.entry(owner).or_default().insert(key);
     }
 
     /// Forgets a sequence that ended. Its pages go back when it is dropped.
     pub(crate) fn remove(&mut self, key: SequenceKey) {
         self.running.remove(&key);
-        self.waiting.remove(&key);
+        self.leave_queue(key);
+    }
+
+    fn leave_queue(&mut self, key: SequenceKey) {
+        self.waiting.retain(|_, keys| {
+            keys.remove(&key);
+            !keys.is_empty()
+        });
     }
 
     pub(crate) const fn running(&self) -> &BTreeSet<SequenceKey> {
@@ -112,7 +122,7 @@ impl Scheduler {
     }
 
     pub(crate) fn num_waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.values().map(BTreeSet::len).sum()
     }
 
     /// Chooses the rows of the next step. Empty only when no sequence could do anything with one.
@@ -121,19 +131,10 @@ impl Scheduler {
             rows_left: self.max_step_rows,
             ..Plan::default()
         };
-        for key in self.service_order(sequences) {
-            if plan.rows_left == 0 {
-                break;
-            }
-            // A sequence may have been preempted by one before it.
-            if self.running.contains(&key) {
-                self.continue_running(key, sequences, &mut plan);
-            }
+        for key in self.decodes(sequences) {
+            self.continue_running((key, 1), sequences, &mut plan);
         }
-        // Who just lost pages comes first again, and there is nothing for it yet.
-        if plan.num_preempted == 0 {
-            self.admit(sequences, &mut plan);
-        }
+        self.plan_prompts(sequences, &mut plan);
         guess(sequences, &mut plan);
         for chunk in &plan.chunks {
             self.turn += 1;
@@ -144,87 +145,177 @@ impl Scheduler {
         plan
     }
 
-    /// Running sequences: decodes by how long they were not served, then prompts by arrival. Without those that could not
-    /// sample yet.
-    fn service_order(&self, sequences: &Sequences) -> Vec<SequenceKey> {
-        let mut order: Vec<_> = self
-            .running
-            .iter()
-            .filter_map(|key| {
-                let sequence = sequences.get(key).filter(|s| !s.awaits_mask)?;
-                let is_prompt = sequence.num_remaining() > 1;
-                Some((
-                    is_prompt,
-                    if is_prompt { 0 } else { sequence.last_turn },
-                    *key,
-                ))
-            })
-            .collect();
-        order.sort_unstable();
-        order.into_iter().map(|(_, _, key)| key).collect()
+    /// Running sequences that can use a row: not those that could not sample yet.
+    fn able<'a>(
+        &self,
+        sequences: &'a Sequences,
+    ) -> impl Iterator<Item = (SequenceKey, &'a Sequence)> {
+        let known = |key: &SequenceKey| Some((*key, sequences.get(key)?));
+        let running = self.running.iter().filter_map(known);
+        running.filter(|(_, sequence)| !sequence.awaits_mask)
     }
 
-    /// Plans rows of a running sequence; takes pages away from younger ones when there are none.
-    fn continue_running(&mut self, key: SequenceKey, sequences: &mut Sequences, plan: &mut Plan) {
-        while let Some(sequence) = sequences.get_mut(&key) {
-            let wanted = plan.rows_max(sequence, self.max_prefill_chunk);
+    /// Those that lack the row of their last token alone, by how long they were not served.
+    fn decodes(&self, sequences: &Sequences) -> Vec<SequenceKey> {
+        let mut order: Vec<_> = self
+            .able(sequences)
+            .filter(|(_, sequence)| sequence.num_remaining() <= 1)
+            .map(|(key, sequence)| (sequence.last_turn, key))
+            .collect();
+        order.sort_unstable();
+        order.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// Plans rows of prompts: the first of each owner, then the others, running ones before new ones.
+    fn plan_prompts(&mut self, sequences: &mut Sequences, plan: &mut Plan) {
+        let prompts = self.able(sequences);
+        let prompts = prompts.filter(|(_, sequence)| sequence.num_remaining() > 1);
+        let mut owners = BTreeSet::new();
+        let (firsts, others): (Vec<_>, Vec<_>) = prompts
+            .map(|(key, sequence)| (key, sequence.owner))
+            .partition(|(_, owner)| owners.insert(*owner));
+        let newcomers = self.newcomers(&owners, sequences);
+        let mut sharers = firsts.len() + newcomers.len();
+        let mut share = |plan: &Plan| {
+            let share = plan.rows_left.div_ceil(sharers);
+            sharers -= 1;
+            share
+        };
+        for (key, _) in firsts {
+            self.continue_running((key, share(plan)), sequences, plan);
+        }
+        for key in newcomers {
+            if !self.admit((key, share(plan)), sequences, plan) {
+                break;
+            }
+        }
+        for (key, _) in others {
+            self.continue_running((key, self.max_prefill_chunk), sequences, plan);
+        }
+        while let Some(key) = self.next_waiting(sequences) {
+            if !self.admit((key, self.max_prefill_chunk), sequences, plan) {
+                break;
+            }
+        }
+    }
+
+    /// Plans up to so many rows of a running sequence; takes pages away from others when there are none.
+    fn continue_running(
+        &mut self,
+        (key, rows_max): (SequenceKey, usize),
+        sequences: &mut Sequences,
+        plan: &mut Plan,
+    ) {
+        // It may have been preempted by one before it.
+        while plan.rows_left > 0 && self.running.contains(&key) {
+            let Some(sequence) = sequences.get_mut(&key) else {
+                return;
+            };
+            let wanted = plan.rows_max(sequence, self.max_prefill_chunk.min(rows_max));
             let num_rows = sequence.reserve(wanted, self.window);
             if num_rows > 0 {
                 plan.push(key, num_rows);
                 return;
             }
-            let Some(youngest) = self.running.pop_last() else {
-                return;
-            };
-            if let Some(victim) = sequences.get_mut(&youngest) {
-                victim.clear_pages();
-            }
-            self.waiting.insert(youngest);
-            plan.remove(youngest);
-            plan.num_preempted += 1;
-            if youngest == key {
-                return;
-            }
+            self.preempt(sequences, plan);
         }
     }
 
-    /// Starts waiting sequences in order while there are rows, places and pages.
-    fn admit(&mut self, sequences: &mut Sequences, plan: &mut Plan) {
-        let mut pages_promised = self.pages_promised(sequences);
-        while plan.rows_left > 0 && self.running.len() < self.max_running {
-            let Some(&key) = self.waiting.first() else {
-                return;
-            };
-            let Some(sequence) = sequences.get_mut(&key) else {
-                self.waiting.remove(&key);
-                continue;
-            };
-            // What is reported is computed.
-            if self.prefix_cache && !sequence.reports_prompt() {
-                sequence.adopt_prefix(&self.pool, self.window);
-            }
-            // Alone, a sequence always fits, up to its last token: the engine ends it where the pages do.
-            let missing = sequence.pages_missing(self.window);
-            let headroom = self.running.len().div_ceil(RUNNING_PER_HEADROOM_PAGE);
-            if !self.running.is_empty()
-                && self.pool.num_available() < missing + pages_promised + headroom
-            {
-                sequence.clear_pages();
-                return;
-            }
-            let cached_tokens = sequence.num_computed as u32;
-            let wanted = plan.rows_max(sequence, self.max_prefill_chunk);
-            let num_rows = sequence.reserve(wanted, self.window);
-            if num_rows == 0 {
-                sequence.clear_pages();
-                return;
-            }
-            sequence.cached_tokens.get_or_insert(cached_tokens);
-            pages_promised += sequence.pages_missing(self.window);
-            self.waiting.remove(&key);
-            self.running.insert(key);
-            plan.push(key, num_rows);
+    /// Takes the pages of the latest arrival of whoever has most sequences running.
+    fn preempt(&mut self, sequences: &mut Sequences, plan: &mut Plan) {
+        let counts = self.counts(sequences);
+        let running = self.running.iter().rev();
+        let known = running.filter_map(|key| Some((*key, sequences.get(key)?.owner)));
+        // Of equals the first, which came last.
+        let victim = known.min_by_key(|(_, owner)| std::cmp::Reverse(counts.get(owner)));
+        let Some((key, owner)) = victim else {
+            return;
+        };
+        self.running.remove(&key);
+        if let Some(victim) = sequences.get_mut(&key) {
+            victim.clear_pages();
         }
+        self.enqueue(key, owner);
+        plan.remove(key);
+        plan.num_preempted += 1;
+    }
+
+    /// How many sequences of each owner run.
+    fn counts(&self, sequences: &Sequences) -> BTreeMap<OwnerId, usize> {
+        let mut counts = BTreeMap::new();
+        for sequence in self.running.iter().filter_map(|key| sequences.get(key)) {
+            *counts.entry(sequence.owner).or_default() += 1;
+        }
+        counts
+    }
+
+    /// The heads of what waits, in the order in which they are next.
+    fn heads(&self, sequences: &Sequences) -> Vec<(usize, SequenceKey, OwnerId)> {
+        let counts = self.counts(sequences);
+        let heads = self.waiting.iter().filter_map(|(owner, keys)| {
+            let num_running = counts.get(owner).copied().unwrap_or(0);
+            Some((num_running, *keys.first()?, *owner))
+        });
+        let mut heads: Vec<_> = heads.collect();
+        heads.sort_unstable();
+        heads
+    }
+
+    fn next_waiting(&self, sequences: &Sequences) -> Option<SequenceKey> {
+        let heads = self.heads(sequences);
+        heads.first().map(|(_, key, _)| *key)
+    }
+
+    /// The heads of those without a prompt under way, as far as there are places.
+    fn newcomers(&self, owners: &BTreeSet<OwnerId>, sequences: &Sequences) -> Vec<SequenceKey> {
+        let places = self.max_running.saturating_sub(self.running.len());
+        let heads = self.heads(sequences).into_iter();
+        let newcomers = heads.filter(|(_, _, owner)| !owners.contains(owner));
+        newcomers.map(|(_, key, _)| key).take(places).collect()
+    }
+
+    /// Starts a waiting sequence with up to so many rows, if there are rows, a place and pages.
+    fn admit(
+        &mut self,
+        (key, rows_max): (SequenceKey, usize),
+        sequences: &mut Sequences,
+        plan: &mut Plan,
+    ) -> bool {
+        // Who just lost pages comes first again, and there is nothing for it yet.
+        let has_room = plan.num_preempted == 0 && self.running.len() < self.max_running;
+        if !has_room || plan.rows_left == 0 {
+            return false;
+        }
+        let pages_promised = self.pages_promised(sequences);
+        let Some(sequence) = sequences.get_mut(&key) else {
+            self.leave_queue(key);
+            return true;
+        };
+        // What is reported is computed.
+        if self.prefix_cache && !sequence.reports_prompt() {
+            sequence.adopt_prefix(&self.pool, self.window);
+        }
+        // Alone, a sequence always fits, up to its last token: the engine ends it where the pages do.
+        let missing = sequence.pages_missing(self.window);
+        let headroom = self.running.len().div_ceil(RUNNING_PER_HEADROOM_PAGE);
+        if !self.running.is_empty()
+            && self.pool.num_available() < missing + pages_promised + headroom
+        {
+            sequence.clear_pages();
+            return false;
+        }
+        let cached_tokens = sequence.num_computed as u32;
+        let wanted = plan.rows_max(sequence, self.max_prefill_chunk.min(rows_max));
+        let num_rows = sequence.reserve(wanted, self.window);
+        if num_rows == 0 {
+            sequence.clear_pages();
+            return false;
+        }
+        sequence.cached_tokens.get_or_insert(cached_tokens);
+        self.leave_queue(key);
+        self.running.insert(key);
+        plan.push(key, num_rows);
+        true
     }
 
     /// Pages that running sequences still need for the tokens they have.
@@ -263,7 +354,7 @@ mod tests {
     use crate::sequence::NewSequence;
 
     /// A scenario: the first line sets limits (`rows chunk pages running window`, 0 is no window).
-    /// `+a 100` submits 100 tokens, `-a` ends a sequence, `step 3` plans that many steps and computes
+    /// `+a 100` submits 100 tokens, `+a 100 7` those of owner 7, `-a` ends a sequence, `step 3` plans that many steps and computes
     /// them, `skip 3` does so without printing,
     /// `limit 3` changes the rows of a step. A step prints `name:rows` in order, `!` in front when somebody was preempted; then the
     /// pages that are available.
@@ -284,17 +375,19 @@ mod tests {
         let mut got = String::new();
         for line in scenario.split(';').map(str::trim) {
             if let Some(rest) = line.strip_prefix('+') {
-                let (name, len) = rest.split_once(' ').unwrap();
+                let words: Vec<&str> = rest.split(' ').collect();
+                let (name, len) = (words[0], words[1]);
+                let owner = words.get(2).map_or(0, |owner| owner.parse().unwrap());
                 let key = SequenceKey(u64::from(name.as_bytes()[0]));
                 let new = NewSequence {
                     id: RequestId::new(name),
                     prompt: vec![0; len.parse().unwrap()],
                     num_resumed: 0,
                     params: SamplingParams::default(),
-                    cache_salt: 0,
+                    cache_salt: owner,
                 };
                 sequences.insert(key, Sequence::new(new, &pool));
-                scheduler.enqueue(key);
+                scheduler.enqueue(key, owner);
             } else if let Some(name) = line.strip_prefix('-') {
                 let key = SequenceKey(u64::from(name.as_bytes()[0]));
                 scheduler.remove(key);
@@ -453,6 +546,52 @@ mod tests {
              a:100 free 0
              a:1 free 2
              a:1 free 2",
+        );
+    }
+
+    #[test]
+    fn owners_share_the_rows_for_prompts_and_the_rest_goes_by_arrival() {
+        check(
+            "40 40 99 9 0",
+            "+a 100 1; +b 100 1; +c 10 2; step 3; +d 50 3; step 2",
+            "a:20 c:10 b:10 free 96
+             c:1 a:39 free 96
+             c:1 a:39 free 95
+             c:1 a:2 d:37 free 94
+             c:1 a:1 b:19 d:13 free 94",
+        );
+    }
+
+    #[test]
+    fn who_has_fewest_running_is_next() {
+        check(
+            "9 9 9 3 0",
+            "+a 1 1; +b 1 1; +c 1 1; +d 1 1; step 1; +e 1 2; -a; step 1; -b; step 1",
+            "a:1 b:1 c:1 free 6
+             b:1 c:1 e:1 free 6
+             c:1 e:1 d:1 free 6",
+        );
+    }
+
+    #[test]
+    fn a_head_that_needs_pages_is_not_overtaken() {
+        check(
+            "900 900 6 9 0",
+            "+a 128 1; step 1; +b 250 2; +c 10 3; step 1; -a; step 1",
+            "a:128 free 4
+             a:1 free 3
+             b:250 c:10 free 1",
+        );
+    }
+
+    #[test]
+    fn who_has_most_running_is_preempted() {
+        check(
+            "200 99 4 9 0",
+            "+a 64 1; +b 64 1; +c 64 2; step 1; step 2",
+            "a:64 c:64 b:64 free 1
+             a:1 c:1 !free 0
+             a:1 c:1 free 0",
         );
     }
 }

@@ -24,7 +24,8 @@ pub struct NewSequence {
     pub num_resumed: usize,
     /// How to sample.
     pub params: SamplingParams,
-    /// Only sequences of the same salt share cached pages.
+    /// Whose it is: only sequences of the same salt share cached pages, and those of different ones share rows and pages
+    /// fairly.
     pub cache_salt: u64,
 }
 
@@ -75,6 +76,9 @@ pub enum FailureKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SequenceKey(pub(crate) u64);
 
+/// Whose a sequence is.
+pub(crate) type OwnerId = u64;
+
 /// All sequences of an engine, oldest first.
 pub(crate) type Sequences = BTreeMap<SequenceKey, Sequence>;
 
@@ -105,6 +109,7 @@ impl WantedLogits {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: RequestId,
+    pub(crate) owner: OwnerId,
     pub(crate) params: SamplingParams,
     /// Prompt, then output.
     pub(crate) tokens: Vec<TokenId>,
@@ -141,6 +146,7 @@ impl Sequence {
         let first_output = new.prompt.len().saturating_sub(new.num_resumed);
         let mut sequence = Self {
             id: new.id,
+            owner: new.cache_salt,
             params: new.params,
             tokens: new.prompt,
             first_output,

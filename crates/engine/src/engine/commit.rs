@@ -230,7 +230,8 @@ impl Engine {
             let reason = sequence.finish_reason(&self.config.eos_ids, self.length_max);
             // Whoever finds the next mask does so while others compute.
             if let Some(matching) = sequence.matching.as_mut().filter(|_| reason != STOP) {
-                matching.accept(id, reason.is_none(), &self.masks);
+                let threads = (sequence.owner, &self.masks);
+                matching.accept(id, reason.is_none(), threads);
                 sampled = reason.map_or(Sampled::Open, |_length| Sampled::Full);
             }
             if reason.is_some() {

@@ -1,20 +1,21 @@
-//! The threads that find masks. Nothing but the mask itself ends the work on it: a thread that is at one for too long is
+//! The threads that find masks, for the owners of sequences in turn. Nothing but the mask itself ends the work on it: a thread that is at one for too long is
 //! replaced, and ends when it is done.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-use tramontane_types::TokenId;
+use parking_lot::{Condvar, Mutex};
+use tramontane_types::{TokenId, TurnQueue};
 
 use super::{
     HeldMatcher, MASK_QUEUE_MAX, MASK_STRAYS_MAX, MASK_THREADS, MaskError, MaskLimits, MatcherRoom,
 };
 use crate::Error;
+use crate::sequence::OwnerId;
 
 /// Stack of a thread: what expressions derive to calls itself.
 const MASK_STACK_BYTES: usize = 16 << 20;
@@ -25,8 +26,7 @@ pub type BeforeMask = Box<dyn Fn(TokenId) + Send + Sync>;
 /// The threads of one engine.
 #[derive(Debug)]
 pub(crate) struct MaskThreads {
-    jobs: Option<SyncSender<Job>>,
-    queue: Arc<Mutex<Receiver<Job>>>,
+    jobs: Arc<Jobs>,
     threads: Vec<MaskThread>,
     /// Those that were replaced and are still at their masks.
     strays: Vec<MaskThread>,
@@ -35,6 +35,14 @@ pub(crate) struct MaskThreads {
     bell: Receiver<()>,
     pub(crate) room: MatcherRoom,
     pub(crate) limits: MaskLimits,
+}
+
+/// What waits for a thread.
+#[derive(Debug, Default)]
+struct Jobs {
+    /// `None` when no more will come.
+    waiting: Mutex<Option<TurnQueue<OwnerId, Job>>>,
+    changed: Condvar,
 }
 
 /// What all threads use.
@@ -80,11 +88,12 @@ pub(super) struct Job {
 impl MaskThreads {
     /// Starts the threads.
     pub(crate) fn start(limits: MaskLimits) -> Result<Self, Error> {
-        let (jobs, queue) = sync_channel(MASK_QUEUE_MAX);
         let (ring, bell) = sync_channel(1);
         let mut crew = Self {
-            jobs: Some(jobs),
-            queue: Arc::new(Mutex::new(queue)),
+            jobs: Arc::new(Jobs {
+                waiting: Mutex::new(Some(TurnQueue::default())),
+                changed: Condvar::new(),
+            }),
             threads: Vec::with_capacity(MASK_THREADS),
             strays: Vec::new(),
             shared: Arc::new(Shared {
@@ -106,26 +115,27 @@ impl MaskThreads {
 
     fn spawn(&self) -> std::io::Result<MaskThread> {
         let desk = Arc::<Mutex<Desk>>::default();
-        let (queue, shared, own) = (
-            Arc::clone(&self.queue),
+        let (jobs, shared, own) = (
+            Arc::clone(&self.jobs),
             Arc::clone(&self.shared),
             Arc::clone(&desk),
         );
         let handle = thread::Builder::new()
             .name("masks".to_owned())
             .stack_size(MASK_STACK_BYTES)
-            .spawn(move || work(&queue, &shared, &own))?;
+            .spawn(move || work(&jobs, &shared, &own))?;
         Ok(MaskThread { handle, desk })
     }
 
-    /// Queues a job.
-    pub(super) fn send(&self, job: Job) -> Result<(), MaskError> {
-        let jobs = self.jobs.as_ref().ok_or(MaskError::Lost)?;
+    /// Queues a job of an owner. Where there is no room, one of whoever has most gives way: its sequence finds it lost.
+    pub(super) fn send(&self, owner: OwnerId, job: Job) -> Result<(), MaskError> {
+        let mut waiting = self.jobs.waiting.lock();
+        let queue = waiting.as_mut().ok_or(MaskError::Lost)?;
         let limit = MASK_QUEUE_MAX;
-        jobs.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => MaskError::Queue { limit },
-            TrySendError::Disconnected(_) => MaskError::Lost,
-        })
+        let pushed = queue.push(owner, job, limit);
+        let _gone = pushed.map_err(|_refused| MaskError::Queue { limit })?;
+        self.jobs.changed.notify_one();
+        Ok(())
     }
 
     /// Replaces threads that are at one mask for too long, or have ended.
@@ -176,7 +186,8 @@ impl MaskThreads {
 
 impl Drop for MaskThreads {
     fn drop(&mut self) {
-        self.jobs = None;
+        *self.jobs.waiting.lock() = None;
+        self.jobs.changed.notify_all();
         for thread in self.threads.drain(..).chain(self.strays.drain(..)) {
             // What waits belongs to sequences that are gone, and is given up. One that is at a mask may be so for minutes:
             // it has nothing that anybody needs, and ends by itself.
@@ -202,13 +213,21 @@ impl MaskThread {
     }
 }
 
-fn work(queue: &Mutex<Receiver<Job>>, shared: &Shared, desk: &Mutex<Desk>) {
-    loop {
-        // One waits inside of the lock, the others for the lock.
-        let job = queue.lock().recv();
-        let Ok(job) = job else {
-            return;
-        };
+impl Jobs {
+    /// Waits for the next job; `None` when no more will come.
+    fn next(&self) -> Option<Job> {
+        let mut waiting = self.waiting.lock();
+        loop {
+            if let Some(job) = waiting.as_mut()?.pop() {
+                return Some(job);
+            }
+            self.changed.wait(&mut waiting);
+        }
+    }
+}
+
+fn work(jobs: &Jobs, shared: &Shared, desk: &Mutex<Desk>) {
+    while let Some(job) = jobs.next() {
         desk.lock().since = Some(Instant::now());
         job.run(shared);
         let mut desk = desk.lock();
