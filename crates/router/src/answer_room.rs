@@ -70,18 +70,27 @@ impl AnswerRoom {
     /// The bytes with a share of the memory, which they keep until they are sent or dropped.
     pub(crate) async fn hold(&self, mut bytes: Vec<u8>) -> Result<Bytes, ApiError> {
         bytes.shrink_to_fit();
-        let mut share = None;
-        if bytes.len() > SMALL_BYTES {
-            let needed = kib(bytes.len()).min(self.total);
-            let taken = Arc::clone(&self.left).acquire_many_owned(needed);
-            let Ok(Ok(taken)) = timeout(self.wait_max, taken).await else {
-                let message = "too many large answers wait for their clients";
-                return Err(ApiError::unavailable(message));
-            };
-            share = Some(taken);
-        }
-        let _share = share;
+        let _share = self.share(bytes.len()).await?;
         Ok(Bytes::from_owner(Held { bytes, _share }))
+    }
+
+    /// The share of an answer of so many bytes, which is to be kept as long as they are; a small one has none.
+    pub(crate) async fn share(
+        &self,
+        bytes: usize,
+    ) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        if bytes <= SMALL_BYTES {
+            return Ok(None);
+        }
+        let needed = kib(bytes).min(self.total);
+        let taken = Arc::clone(&self.left).acquire_many_owned(needed);
+        match timeout(self.wait_max, taken).await {
+            Ok(Ok(taken)) => Ok(Some(taken)),
+            _ => {
+                let message = "too many large answers wait for their clients";
+                Err(ApiError::unavailable(message))
+            }
+        }
     }
 }
 

@@ -123,7 +123,8 @@ impl Dispatcher {
         let shape = Shape::of(&request);
         // Before the answer begins: who waits for it counts.
         let counted = self.admission.count();
-        let mut reader = match self.kept.find(key, body, name.answer)? {
+        let tenant = &name.caller.tenant;
+        let mut reader = match self.kept.find((tenant, key), body, name.answer)? {
             Found::Answer(reader) => {
                 self.metrics.attached();
                 reader

@@ -1,6 +1,9 @@
 //! Answers to requests with an idempotency key, kept so that a retry gets the same answer: while it is made,
 //! and for a while after it is whole. Never holds more than its limits, and never shows one client another's:
-//! an answer is found only by the tenant, with the key and the body of the request that began it.
+//! an answer is found only by the tenant, with the key and the body of the request that began it. Where there is no room,
+//! the tenant with most kept answers loses the oldest of its own.
+
+mod forget;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,6 +18,7 @@ use tramontane_coordination::Version;
 use crate::answer::{Told, stopping};
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
+use crate::tenants::TenantName;
 
 /// Deltas that are kept of one answer: one per token at most, and few answers are longer.
 const DELTAS_MAX: usize = 65_536;
@@ -68,6 +72,7 @@ pub(crate) type Began = Result<Arc<Version>, ApiError>;
 #[derive(Debug)]
 struct Tape {
     id: AnswerId,
+    tenant: TenantName,
     body: BodyDigest,
     state: Mutex<TapeState>,
     changed: watch::Sender<()>,
@@ -157,7 +162,7 @@ impl KeptAnswers {
     /// The answer to the request with this key, or the right to make it under the name `id`.
     pub(crate) fn find(
         self: &Arc<Self>,
-        key: KeyDigest,
+        (tenant, key): (&TenantName, KeyDigest),
         body: BodyDigest,
         id: AnswerId,
     ) -> Result<Found, ApiError> {
@@ -181,6 +186,7 @@ impl KeptAnswers {
         }
         let tape = Arc::new(Tape {
             id,
+            tenant: tenant.clone(),
             body,
             state: Mutex::default(),
             changed: watch::Sender::new(()),
@@ -194,26 +200,6 @@ impl KeptAnswers {
             tape,
         };
         Ok(Found::Nothing(recorder, reader))
-    }
-
-    /// Forgets the answer that has been whole for the longest time and is not read, if there is one.
-    fn forget_oldest(&self, tapes: &mut HashMap<KeyDigest, Arc<Tape>>) -> bool {
-        let mut oldest: Option<(Instant, KeyDigest)> = None;
-        for (key, tape) in tapes.iter() {
-            let state = tape.state.lock();
-            let is_read = state.is_read(self.limits.stall);
-            let Some(since) = state.whole_since.filter(|_| !is_read) else {
-                continue;
-            };
-            if oldest.is_none_or(|(other, _)| since < other) {
-                oldest = Some((since, *key));
-            }
-        }
-        let Some(tape) = oldest.and_then(|(_, key)| tapes.remove(&key)) else {
-            return false;
-        };
-        tape.forget();
-        true
     }
 }
 

@@ -12,8 +12,9 @@ use tramontane_types::{Constraint, FinishReason};
 
 use super::conversation::{call_pieces, calls, conversation};
 use super::deadline::Deadline;
+use super::messages::with_room;
 use super::status::{counted, status};
-use super::{arrived, start};
+use super::{Arrived, arrived, start};
 use crate::answer::Answer;
 use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
@@ -52,19 +53,25 @@ impl InferenceService {
         &self,
         request: Request<M>,
         work: impl FnOnce(M) -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError>
+    ) -> Result<Response<T>, ApiError>
     where
         M: Send + 'static,
-        T: Send + 'static,
+        T: prost::Message + 'static,
     {
-        let arrived = arrived(&self.app, &request)?;
-        let tenant = arrived.caller.tenant.clone();
+        let Arrived {
+            caller,
+            arrival,
+            room,
+            ..
+        } = arrived(&self.app, &request)?;
         let message = request.into_inner();
         let work = move || {
-            let _counted = arrived;
-            work(message)
+            let _counted = arrival;
+            Ok((work(message)?, room))
         };
-        self.app.dispatcher.prepare(&tenant, work).await
+        // Until the answer has room of its own.
+        let (answer, _room) = self.app.dispatcher.prepare(&caller.tenant, work).await?;
+        with_room(&self.app, answer).await
     }
 
     fn answered<T>(&self, route: Route, result: Result<T, ApiError>) -> Result<T, Status> {
@@ -101,16 +108,20 @@ impl Inference for InferenceService {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResult>, Status> {
         let deadline = Deadline::of(request.metadata());
+        let options = request.get_ref().options.as_ref();
+        let reports = options.is_some_and(|asked| asked.logprobs.is_some());
         let work = async {
-            let answer = self.start(request).await?;
-            collect(answer, self.app.model.id.clone()).await
+            // It runs until its message has room.
+            let mut answer = self.start(request).await?;
+            let name = self.app.model.id.clone();
+            let result = collect(&mut answer, name, reports).await?;
+            with_room(&self.app, result).await
         };
         let result = match deadline {
             Ok(deadline) => deadline.meet(work).await,
             Err(error) => Err(error),
         };
         self.answered(Route::GrpcGenerateOnce, result)
-            .map(Response::new)
     }
 
     async fn list_models(
@@ -143,10 +154,9 @@ impl Inference for InferenceService {
             };
             let ids = ids.map_err(|error| ApiError::from(error).at("text"))?;
             check_num_tokens(ids.len(), "text")?;
-            Ok(ids)
+            Ok(v1::TokenizeResponse { ids })
         });
-        let ids = self.answered(Route::GrpcTokenize, ids.await)?;
-        Ok(Response::new(v1::TokenizeResponse { ids }))
+        self.answered(Route::GrpcTokenize, ids.await)
     }
 
     async fn detokenize(
@@ -161,10 +171,10 @@ impl Inference for InferenceService {
                 let message = format!("ids must be token ids below {}, got {id}", model.vocab);
                 return Err(ApiError::invalid("ids", message));
             }
-            Ok(tokenizer.decode(&ids, false))
+            let text = tokenizer.decode(&ids, false);
+            Ok(v1::DetokenizeResponse { text })
         });
-        let text = self.answered(Route::GrpcDetokenize, text.await)?;
-        Ok(Response::new(v1::DetokenizeResponse { text }))
+        self.answered(Route::GrpcDetokenize, text.await)
     }
 }
 
@@ -221,10 +231,21 @@ fn answer_name(id: AnswerId) -> String {
     format!("{NAME_PREFIX}{id}")
 }
 
-async fn collect(mut answer: Answer, model: String) -> Result<v1::GenerateResult, ApiError> {
+/// All answers; `reports` says whether log probabilities were asked for, which the best ones are also found by.
+async fn collect(
+    answer: &mut Answer,
+    model: String,
+    reports: bool,
+) -> Result<v1::GenerateResult, ApiError> {
     let choices = answer.collect().await?;
     let mut answers = Vec::with_capacity(choices.len());
-    for (index, choice) in choices.into_iter().enumerate() {
+    for (index, mut choice) in choices.into_iter().enumerate() {
+        if !reports {
+            choice
+                .tokens
+                .iter_mut()
+                .for_each(|token| token.logprob = None);
+        }
         answers.push(v1::Answer {
             index: u32::try_from(index).unwrap_or(u32::MAX),
             text: choice.text,

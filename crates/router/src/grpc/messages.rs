@@ -60,6 +60,26 @@ impl Room {
     }
 }
 
+/// The memory of a call's answer, until its client has taken it.
+#[derive(Clone, Debug)]
+struct AnswerShare {
+    _share: Arc<OwnedSemaphorePermit>,
+}
+
+/// The answer with its share of the memory of answers.
+pub(super) async fn with_room<T: prost::Message>(
+    app: &App,
+    answer: T,
+) -> Result<tonic::Response<T>, ApiError> {
+    let share = app.answer_room.share(answer.encoded_len()).await?;
+    let mut response = tonic::Response::new(answer);
+    if let Some(share) = share {
+        let _share = Arc::new(share);
+        response.extensions_mut().insert(AnswerShare { _share });
+    }
+    Ok(response)
+}
+
 /// What the layer goes by.
 #[derive(Clone, Debug)]
 pub(super) struct Reader {
@@ -75,14 +95,15 @@ pub(super) async fn read(State(reader): State<Reader>, request: Request, next: N
     let answering = async {
         let watch = reader.watch(&request)?;
         let request = reader.with_message(request).await?;
-        let response = next.run(request).await;
-        let Some(watch) = watch else {
+        let mut response = next.run(request).await;
+        let share = response.extensions_mut().remove::<AnswerShare>();
+        if watch.is_none() && share.is_none() {
             return Ok(response);
-        };
-        // Its place is somebody else's when it ends.
+        }
+        // They are somebody else's when it ends.
         Ok(response.map(|body| {
             Body::new(body.map_frame(move |frame| {
-                let _place = &watch;
+                let _kept = (&watch, &share);
                 frame
             }))
         }))

@@ -18,6 +18,7 @@ use tramontane_types::FinishReason;
 
 use self::tensors::{BYTES, Inputs};
 use super::deadline::Deadline;
+use super::messages::with_room;
 use super::status::{counted, status};
 use super::{arrived, start};
 use crate::answer::{Answer, Choice};
@@ -46,6 +47,8 @@ const NO_PARAMETERS: [&str; 7] = [
     "prompt_logprobs",
     "include_metrics",
 ];
+/// Longest name of a parameter: errors repeat it.
+const NAME_BYTES_MAX: usize = 64;
 /// Longest id of a request: it is sent back.
 const ID_BYTES_MAX: usize = 256;
 
@@ -82,7 +85,7 @@ impl OpenInferenceService {
     async fn infer(
         &self,
         request: Request<oip::ModelInferRequest>,
-    ) -> Result<oip::ModelInferResponse, ApiError> {
+    ) -> Result<Response<oip::ModelInferResponse>, ApiError> {
         let arrived = arrived(&self.app, &request)?;
         let request = request.into_inner();
         self.check(&request.model_name, &request.model_version)?;
@@ -104,7 +107,7 @@ impl OpenInferenceService {
         let choices = answer.collect().await?;
         let mut response = response(&choices, &answer, &outputs, is_raw);
         (response.model_name, response.id) = (name, id);
-        Ok(response)
+        with_room(&self.app, response).await
     }
 }
 
@@ -176,7 +179,7 @@ impl GrpcInferenceService for OpenInferenceService {
             Ok(deadline) => deadline.meet(self.infer(request)).await,
             Err(error) => Err(error),
         };
-        counted(&self.app.metrics, Route::GrpcModelInfer, result).map(Response::new)
+        counted(&self.app.metrics, Route::GrpcModelInfer, result)
     }
 }
 
@@ -212,6 +215,12 @@ pub(crate) fn completion(request: oip::ModelInferRequest) -> Result<Value, ApiEr
     }
     inputs.refuse_rest(&[TEXT_INPUT, SAMPLING_PARAMETERS])?;
     for (name, parameter) in request.parameters {
+        if name.len() > NAME_BYTES_MAX {
+            let got = name.len();
+            let message =
+                format!("names of parameters must be at most {NAME_BYTES_MAX} bytes, got {got}");
+            return Err(ApiError::invalid("parameters", message));
+        }
         let path = format!("parameters.{name}");
         let value = parameter_value(parameter, &path)?;
         if body.insert(name, value).is_some() {

@@ -31,8 +31,10 @@ fn version() -> Arc<Version> {
 
 const BODY: BodyDigest = BodyDigest([0; 32]);
 
+/// Keys up to 99 are of one tenant, the others of another.
 fn find(kept: &Arc<KeptAnswers>, n: u8) -> Result<Found, ApiError> {
-    kept.find(key(n), BODY, AnswerId::unique(7))
+    let tenant = TenantName::new(if n < 100 { "a" } else { "b" }).unwrap();
+    kept.find((&tenant, key(n)), BODY, AnswerId::unique(7))
 }
 
 fn begin(kept: &Arc<KeptAnswers>, n: u8) -> (Recorder, Reader) {
@@ -215,4 +217,25 @@ async fn one_reader_that_reads_is_enough_and_reads_to_the_end() {
     assert!(slow.next().await.is_none());
     keeping.await;
     assert_eq!(kept.num_bytes(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_keeps_most_loses_its_own_and_not_anothers() {
+    let kept = kept(KeepLimits {
+        answers_max: 3,
+        ..LIMITS
+    });
+    let mut keeping = Vec::new();
+    for n in [100, 1, 2, 3, 4] {
+        let (recorder, reader) = begin(&kept, n);
+        drop(reader);
+        let mut kept = Box::pin(recorder.keep());
+        assert!(futures::poll!(&mut kept).is_pending());
+        keeping.push(kept);
+        tokio::time::advance(Duration::from_secs(1)).await;
+    }
+    for n in [100, 3, 4] {
+        drop(join(&kept, n));
+    }
+    assert_eq!(kept.num_answers(), 3);
 }

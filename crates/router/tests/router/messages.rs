@@ -1,6 +1,7 @@
 //! Messages that cannot be decoded, metadata that is too large, and the names that calls have.
 
 use http_body_util::BodyExt as _;
+use prost::Message as _;
 use tonic::Code;
 use tonic::codegen::Service as _;
 
@@ -228,5 +229,39 @@ async fn an_error_in_the_midst_of_a_stream_has_the_name_of_its_call() {
     let details = status.get_error_details();
     assert_eq!(details.error_info().unwrap().reason, "UNAVAILABLE");
     assert!(details.retry_info().is_some());
+    scene.end().await;
+}
+
+#[tokio::test]
+async fn answers_that_nobody_takes_are_counted_as_over_http() {
+    let config = RouterConfig {
+        body_bytes_max: 64 << 10,
+        body_timeout: Duration::from_secs(1),
+        ..config()
+    };
+    let scene = Scene::start(config, vec![storyteller()]).await;
+    let size = |id: &u32| scene.tokenizer.token_bytes(*id).map_or(0, <[u8]>::len);
+    let longest = (300..4000).max_by_key(size).unwrap();
+    let ids = vec![longest; 30_000];
+    let answer_bytes = ids.len() * size(&longest);
+    assert!(
+        answer_bytes > 64 << 10,
+        "{answer_bytes} bytes are not counted"
+    );
+    let asked = framed(&v1::DetokenizeRequest { ids }.encode_to_vec());
+    let path = "/tramontane.v1.Inference/Detokenize";
+    let mut channel = channel(&scene.grpc).await;
+    let mut untaken = Vec::new();
+    let room = 32 * (64 << 10);
+    for _ in 0..room / answer_bytes {
+        untaken.push(called(&mut channel, path, asked.clone(), ("x-any", "1")).await);
+    }
+    let status = refused(&mut channel, path, asked.clone()).await;
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(status.message().contains("large answers"), "{status:?}");
+    drop(untaken.pop());
+    let taken = refused(&mut channel, path, asked).await;
+    assert_eq!(taken.code(), Code::Ok, "{taken:?}");
+    drop(untaken);
     scene.end().await;
 }
