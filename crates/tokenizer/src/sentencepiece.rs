@@ -36,6 +36,10 @@ pub(crate) fn load(
         Definition::from_sentencepiece_slice(bytes).map_err(|error| error.to_string())
     }))
     .map_err(|reason| Error::invalid_file(path, "content", "a SentencePiece model", reason))?;
+    if definition.model.vocab().is_empty() {
+        let expected = "at least one of text or of a byte";
+        return Err(Error::invalid_file(path, "pieces", expected, "none"));
+    }
 
     let (tokens, mut controls) = read_pieces(path, &model)?;
     // Control tokens are not known to the encoder, so no text can become one.

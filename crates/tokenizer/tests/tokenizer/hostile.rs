@@ -247,7 +247,7 @@ mod pieces {
 
 #[test]
 fn hostile_sentencepiece_files_are_refused_or_harmless() {
-    use pieces::{BYTE, CONTROL, NORMAL, base, bytes, piece, specs};
+    use pieces::{BYTE, CONTROL, NORMAL, UNKNOWN, base, bytes, piece, specs};
     let load = |file: &[u8]| from_dir(&[("tokenizer.model", file)]);
     let with = |more: &[Vec<u8>]| [base(), more.concat(), specs(1, 2)].concat();
     let tokenizer = load(&with(&[])).unwrap();
@@ -261,6 +261,9 @@ fn hostile_sentencepiece_files_are_refused_or_harmless() {
     };
     refused(&with(&[piece("</s>", CONTROL)]), "a control token twice");
     refused(&with(&[piece("<0x1>", BYTE)]), "a byte that is none");
+    let empty = [piece("<unk>", UNKNOWN), piece("<s>", CONTROL), specs(1, 1)].concat();
+    let text = load(&empty).unwrap_err().to_string();
+    assert!(text.contains("pieces") && text.contains("none"), "{text}");
     refused(&[base(), specs(99_999, 2)].concat(), "a bos far off");
     refused(&[base(), specs(1, 99_999)].concat(), "an eos far off");
     // A length of 2^62 before three bytes; a varint that never ends.
