@@ -67,8 +67,15 @@ impl HostListener {
             let (greeter, stop) = (self.clone(), stop.clone());
             tasks.spawn(async move {
                 let greeted = stop.run_until_cancelled(greeter.greet(socket, place)).await;
-                if let Some(Err(error)) = greeted {
-                    tracing::warn!(%error, "a connection to the Unix socket came to nothing");
+                match greeted {
+                    // A process of this host that starts looks whether somebody answers here, and says nothing.
+                    Some(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        tracing::debug!(%error, "a connection to the Unix socket came to nothing");
+                    }
+                    Some(Err(error)) => {
+                        tracing::warn!(%error, "a connection to the Unix socket came to nothing");
+                    }
+                    Some(Ok(())) | None => {}
                 }
             });
         }
