@@ -71,7 +71,7 @@ class Secured:
         certs(self.certs, "init", "--host", "llm.example.org")
         certs(self.certs, "issue", "--role", "etcd")
         certs(self.foreign, "init")
-        certs(self.certs, "issue", "--role", "router", "--name", "other-cluster", cluster="other")
+        certs(self.certs, "issue", "--role", "router", "--name", "other-cluster", "--force", cluster="other")
         expired(self.certs, "worker")
         # As a mounted secret is: what processes read is behind a link.
         self.live = tmp / "live"

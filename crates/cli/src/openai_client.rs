@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use futures::{Stream, StreamExt as _};
-use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::{StatusCode, Url};
 use serde_json::Value;
 
 use crate::args::EndpointArgs;
@@ -18,6 +18,8 @@ use crate::settings::misuse;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest server-sent event that is accepted.
 const EVENT_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Most characters that are shown of an answer that is no JSON.
+const SHOWN_CHARS_MAX: usize = 200;
 
 /// An endpoint such as `http://127.0.0.1:8000`, with or without `/v1`.
 #[derive(Clone, Debug)]
@@ -86,7 +88,13 @@ impl Client {
         let answer = self.http.get(&url).send().await;
         let answer = answer
             .with_context(|| format!("no answer from {url}; is `tramontane serve` running?"))?;
-        let models: Value = answer.json().await.context("list of models")?;
+        let status = answer.status();
+        let text = answer.text().await.context("list of models")?;
+        if !status.is_success() {
+            return Err(rejected(&url, status, &text));
+        }
+        let models: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{url} must answer with JSON, got {:?}", words(&text)))?;
         let id = models["data"][0]["id"].as_str();
         Ok(id
             .with_context(|| format!("{url} lists no model"))?
@@ -106,11 +114,7 @@ impl Client {
         let status = answer.status();
         if !status.is_success() {
             let text = answer.text().await.unwrap_or_default();
-            let message = serde_json::from_str::<Value>(&text)
-                .ok()
-                .and_then(|v| v["error"]["message"].as_str().map(str::to_owned))
-                .unwrap_or(text);
-            bail!("{url} answered {status}: {message}");
+            return Err(rejected(&url, status, &text));
         }
         let state = Events {
             bytes: answer.bytes_stream().boxed(),
@@ -122,6 +126,26 @@ impl Client {
         });
         Ok(events.boxed())
     }
+}
+
+/// An answer that is an error, in the server's own words.
+fn rejected(url: &str, status: StatusCode, text: &str) -> anyhow::Error {
+    let message = format!("{url} answered {status}: {}", words(text));
+    if status == StatusCode::UNAUTHORIZED {
+        return refusal(Exit::Failed, message, "--api-key, or OPENAI_API_KEY");
+    }
+    anyhow!(message)
+}
+
+/// What the server says: the message of an OpenAI error, or how its answer begins.
+fn words(text: &str) -> String {
+    let body = serde_json::from_str::<Value>(text).unwrap_or_default();
+    if let Some(message) = body["error"]["message"].as_str() {
+        return message.to_owned();
+    }
+    // On one line, and nothing that a terminal would obey.
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(SHOWN_CHARS_MAX).map(plain).collect()
 }
 
 /// Whoever is on the way would read the key.
@@ -196,6 +220,20 @@ impl Events {
 mod tests {
     use super::*;
     use crate::exit;
+
+    #[test]
+    fn an_error_is_told_in_the_words_of_the_server() {
+        let error = |status, text| rejected("http://a/v1/models", status, text).to_string();
+        let no_key = error(
+            StatusCode::UNAUTHORIZED,
+            r#"{"error": {"message": "who asks?"}}"#,
+        );
+        assert!(no_key.contains("401 Unauthorized: who asks?"), "{no_key}");
+        assert!(no_key.contains("--api-key"), "{no_key}");
+        let plain = error(StatusCode::BAD_REQUEST, "this port speaks TLS\u{1b}[2J");
+        assert!(plain.ends_with(": this port speaks TLS [2J"), "{plain}");
+        assert_eq!(words(&"é".repeat(300)), "é".repeat(SHOWN_CHARS_MAX));
+    }
 
     #[test]
     fn a_key_goes_beyond_this_machine_with_tls_or_when_somebody_insists() {

@@ -219,7 +219,8 @@ impl WorkerRecipe {
             vocabulary: self.vocabulary.clone(),
             grpc: bind("127.0.0.1:0").await?,
             ops: None,
-            progress: shows_progress.then(|| progress_bar("experts", "{pos} of {len} slices")),
+            progress: shows_progress
+                .then(|| progress_bar("experts", "{bytes} of {total_bytes}, {eta} left")),
             exchange: match self.exchange {
                 ExchangeArg::Grpc => ExchangeKind::Grpc,
                 ExchangeArg::Local => ExchangeKind::Local(Arc::clone(&self.local)),

@@ -9,6 +9,7 @@ use rcgen::{
     Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use tramontane_runtime::tls::{PeerName, Role};
+use x509_parser::pem::parse_x509_pem;
 
 use super::Holder;
 
@@ -92,6 +93,15 @@ impl Authority {
             key: key.serialize_pem(),
         })
     }
+}
+
+/// The cluster of an authority that [`Authority::new`] made; `None` for one of somebody else.
+pub(super) fn cluster_of(authority: &str) -> Option<String> {
+    let (_rest, pem) = parse_x509_pem(authority.as_bytes()).ok()?;
+    let cert = pem.parse_x509().ok()?;
+    let name = cert.subject().iter_common_name().next()?.as_str().ok()?;
+    let (cluster, _id) = name.strip_prefix("tramontane ")?.rsplit_once(" CA ")?;
+    Some(cluster.to_owned())
 }
 
 fn params(name: &str, days: u32) -> anyhow::Result<CertificateParams> {

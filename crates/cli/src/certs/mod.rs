@@ -13,10 +13,12 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use crate::exit::{Exit, refusal};
 use crate::output;
-use issue::{Authority, Pair};
+use issue::{Authority, Pair, cluster_of};
 
 /// Days that a certificate is valid unless somebody says otherwise.
 const DAYS: u32 = 365;
+/// Name of a cluster that nobody has named.
+const CLUSTER: &str = "default";
 /// Days that an authority is.
 const CA_DAYS: u32 = 3650;
 /// Most days of either.
@@ -42,7 +44,7 @@ pub(crate) struct InitArgs {
     #[arg(long, default_value = "certs")]
     dir: PathBuf,
     /// Name of the cluster, which all its certificates carry
-    #[arg(long, default_value = "default", value_parser = cluster_name)]
+    #[arg(long, default_value = CLUSTER, value_parser = cluster_name)]
     cluster: String,
     #[command(flatten)]
     names: NameArgs,
@@ -60,9 +62,12 @@ pub(crate) struct IssueArgs {
     /// Name of its files; that of the role when absent
     #[arg(long, value_parser = file_name)]
     name: Option<String>,
-    /// Name of the cluster
-    #[arg(long, default_value = "default", value_parser = cluster_name)]
-    cluster: String,
+    /// Name of the cluster; that of the authority when absent
+    #[arg(long, value_parser = cluster_name)]
+    cluster: Option<String>,
+    /// Also for another cluster than the authority's
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     names: NameArgs,
 }
@@ -146,10 +151,12 @@ fn issue(args: &IssueArgs) -> anyhow::Result<()> {
             refusal(Exit::NotFound, message, "tramontane certs init")
         })
     };
-    let authority = Authority::read(&read(&ca)?, &read(&key)?)
+    let ca = read(&ca)?;
+    let cluster = cluster_for(args, cluster_of(&ca))?;
+    let authority = Authority::read(&ca, &read(&key)?)
         .with_context(|| format!("the authority in {}", args.dir.display()))?;
     let hosts = hosts(&args.names)?;
-    let pair = authority.issue(&args.cluster, args.role, &hosts, args.names.days)?;
+    let pair = authority.issue(&cluster, args.role, &hosts, args.names.days)?;
     write(&args.dir, name, &pair)?;
     let [cert, key] = files(&args.dir, name);
     Ok(output::line(&format!(
@@ -157,6 +164,22 @@ fn issue(args: &IssueArgs) -> anyhow::Result<()> {
         cert.display(),
         key.display()
     ))?)
+}
+
+/// The cluster of a further certificate: processes of one cluster turn away those of another.
+fn cluster_for(args: &IssueArgs, of_authority: Option<String>) -> anyhow::Result<String> {
+    match (&args.cluster, of_authority) {
+        (Some(given), Some(expected)) if *given != expected && !args.force => {
+            let message = format!(
+                "the authority in {} is of the cluster {expected:?}, got --cluster {given:?}",
+                args.dir.display()
+            );
+            let next = format!("--cluster {expected}, or --force");
+            Err(refusal(Exit::Conflict, message, next))
+        }
+        (Some(given), _) => Ok(given.clone()),
+        (None, of_authority) => Ok(of_authority.unwrap_or_else(|| CLUSTER.to_owned())),
+    }
 }
 
 /// Certificate and key of a name.
@@ -319,7 +342,8 @@ mod tests {
             dir: dir.to_owned(),
             role: Holder::Worker,
             name: name.map(str::to_owned),
-            cluster: "prod".to_owned(),
+            cluster: None,
+            force: false,
             names: NameArgs {
                 hosts: vec!["w-9".to_owned()],
                 days: 1,
@@ -331,6 +355,19 @@ mod tests {
         issue(&args(Some("w-9"))).unwrap();
         let expected = Expected::Name(PeerName::new("prod", Role::Worker));
         Tls::load(&settings(dir, "w-9"), expected).unwrap();
+        let other = IssueArgs {
+            cluster: Some("test".to_owned()),
+            ..args(Some("w-8"))
+        };
+        let error = issue(&other).unwrap_err();
+        assert_eq!(exit::of(&error), Exit::Conflict);
+        let text = error.to_string();
+        assert!(
+            text.contains("\"prod\"") && text.contains("\"test\""),
+            "{text}"
+        );
+        let force = true;
+        issue(&IssueArgs { force, ..other }).unwrap();
     }
 
     #[test]

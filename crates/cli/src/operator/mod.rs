@@ -36,6 +36,11 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// What to try when nothing else is known.
 pub(crate) const SEE_STATUS: &str = "tramontane status";
+/// What to try, beside, when the connection broke: ports with TLS break one in the clear so.
+const WITH_TLS: &str = "where the admin port speaks TLS: --tls-ca, --tls-cert and --tls-key (as `tramontane certs init` \
+    prints), or --config with a [tls] section";
+/// What to try when the router wants to know who asks.
+const WITH_KEY: &str = "--api-key, or TRAMONTANE_API_KEY, with an operator's key";
 /// What to try when a version was wrong or is not placed.
 pub(crate) const SEE_WEIGHTS: &str = "tramontane weights list";
 /// What to try when a worker's name was wrong or its state is not clear.
@@ -58,8 +63,11 @@ pub(crate) fn refused(next: &str) -> impl Fn(Status) -> anyhow::Error {
     move |status| {
         let exit = exit_of(&status);
         let next = match exit {
-            Exit::Unavailable | Exit::Timeout => SEE_STATUS,
-            _ => next,
+            // The transport's own errors have a cause.
+            Exit::Unavailable if status.source().is_some() => format!("{SEE_STATUS}; {WITH_TLS}"),
+            Exit::Unavailable | Exit::Timeout => SEE_STATUS.to_owned(),
+            _ if status.code() == Code::Unauthenticated => WITH_KEY.to_owned(),
+            _ => next.to_owned(),
         };
         refusal(exit, words(&status), next)
     }
@@ -144,5 +152,9 @@ mod tests {
         }
         let gone = Status::from_error(Box::new(std::io::Error::other("connection reset")));
         assert_eq!(exit_of(&gone), Exit::Unavailable);
+        let gone = refused(SEE_WORKERS)(gone).to_string();
+        assert!(gone.contains("--tls-cert"), "{gone}");
+        let unknown = refused(SEE_WORKERS)(Status::unauthenticated("who asks?")).to_string();
+        assert!(unknown.contains("TRAMONTANE_API_KEY"), "{unknown}");
     }
 }
