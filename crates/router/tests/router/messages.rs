@@ -4,6 +4,7 @@ use http_body_util::BodyExt as _;
 use prost::Message as _;
 use tonic::Code;
 use tonic::codegen::Service as _;
+use tonic::transport::Endpoint;
 
 use super::*;
 
@@ -250,7 +251,12 @@ async fn answers_that_nobody_takes_are_counted_as_over_http() {
     );
     let asked = framed(&v1::DetokenizeRequest { ids }.encode_to_vec());
     let path = "/tramontane.v1.Inference/Detokenize";
-    let mut channel = channel(&scene.grpc).await;
+    // Each answer is sent as far as its window goes.
+    let endpoint = Endpoint::from_shared(scene.grpc.clone()).unwrap();
+    let endpoint = endpoint
+        .initial_stream_window_size(65_535)
+        .initial_connection_window_size(16 << 20);
+    let mut channel = endpoint.connect().await.unwrap();
     let mut untaken = Vec::new();
     let room = 32 * (64 << 10);
     for _ in 0..room / answer_bytes {
