@@ -40,8 +40,6 @@ pub struct Ticket {
     pub(crate) num_silent: u32,
     /// Whom they were made of, each once.
     silent: Vec<WorkerId>,
-    /// Whether anybody has answered.
-    heard: bool,
     next_call: u64,
     inbox: Arc<Inbox>,
 }
@@ -102,7 +100,6 @@ impl Ticket {
             num_late: 0,
             num_silent: 0,
             silent: Vec::new(),
-            heard: false,
             next_call: 0,
             inbox: Arc::new(Inbox {
                 desk,
@@ -126,9 +123,9 @@ impl Ticket {
     }
 
     /// Whether the layer lacks experts that nobody answers for: a call is silent and there is nobody else to ask, or
-    /// one after the other is silent and nobody answers, and then it is we who are cut off.
+    /// one after the other is silent, and then it is we who are cut off.
     pub(crate) fn is_stuck(&self, now: Instant) -> bool {
-        (self.silent.len() > 1 && !self.heard) || self.open.values().any(|call| call.is_silent(now))
+        self.silent.len() > 1 || self.open.values().any(|call| call.is_silent(now))
     }
 
     /// Notes a call as open and makes the sender for its answer.
@@ -157,7 +154,6 @@ impl Ticket {
     fn sort(&mut self, take: &mut dyn FnMut() -> Option<Arrived>) -> Option<Arrival> {
         loop {
             let (id, at, answer) = take()?;
-            self.heard |= answer.is_ok();
             if let Some(mut call) = self.open.remove(&id) {
                 call.trip = at.saturating_duration_since(call.sent_at);
                 return Some(Arrival::Answer(call, answer));

@@ -96,7 +96,7 @@ impl ExchangeStats {
         }
     }
 
-    /// Nobody could be asked for a job of the running layer, or two who were asked are silent and nobody answers. A call on its way to a worker
+    /// Nobody could be asked for a job of the running layer, or two who were asked are silent. A call on its way to a worker
     /// that may not be there changes nothing about that.
     pub(crate) fn set_stuck(&self) {
         if self.stuck_since.load(Ordering::Relaxed) == 0 {

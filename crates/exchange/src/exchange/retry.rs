@@ -127,8 +127,6 @@ mod tests {
         static NOW: Cell<Instant> = Cell::new(Instant::now());
     }
 
-    const WORKERS: [&str; 3] = ["a", "b", "c"];
-
     /// Workers of a group; those that are cut off take calls and never answer.
     #[derive(Debug, Default)]
     struct Peers {
@@ -165,8 +163,8 @@ mod tests {
             num_kv_heads: 1,
             head_dim: 8,
             ff: 64,
-            num_experts: 3,
-            top_k: 3,
+            num_experts: 2,
+            top_k: 2,
             vocab: 16,
             rope_theta: 1e4,
             rms_eps: 1e-5,
@@ -175,12 +173,12 @@ mod tests {
         }
     }
 
-    /// All experts on each of `WORKERS`, none on us.
+    /// Both experts on `a` and `b`, none on us.
     fn placement() -> Placement {
-        let holders = |first: u16| {
+        let holders = |first, second| {
             vec![SliceHolders {
                 range: SegmentRange::WHOLE,
-                holders: (0..3).map(|i| (first + i) % 3).collect(),
+                holders: vec![first, second],
             }]
         };
         Placement {
@@ -188,9 +186,9 @@ mod tests {
             numeric_class: "c".to_owned(),
             model: "m".to_owned(),
             num_layers: 1,
-            num_experts: 3,
-            workers: WORKERS.map(WorkerId::new).to_vec(),
-            experts: vec![holders(0), holders(1), holders(2)],
+            num_experts: 2,
+            workers: ["a", "b"].map(WorkerId::new).to_vec(),
+            experts: vec![holders(0, 1), holders(1, 0)],
         }
     }
 
@@ -205,7 +203,7 @@ mod tests {
         };
         let placement = ArcSwapOption::from_pointee(placement());
         let mut exchange = ExpertExchange::new(config, None, Arc::new(placement), Arc::new(peers));
-        for worker in WORKERS.map(WorkerId::new) {
+        for worker in ["a", "b"].map(WorkerId::new) {
             for bytes in (0..16).map(|bits| 1 << bits) {
                 for _ in 0..8 {
                     let took = Duration::from_millis(1);
@@ -221,8 +219,8 @@ mod tests {
         let rows = RoutedRows {
             num_rows: 1,
             rows: vec![0; 32],
-            topk_ids: [0, 1, 2].map(ExpertId).to_vec(),
-            topk_weights: vec![0.25; 3],
+            topk_ids: vec![ExpertId(0), ExpertId(1)],
+            topk_weights: vec![0.5; 2],
         };
         let begin = NOW.get();
         let ticket = exchange.dispatch(LayerId(0), &rows).unwrap();
@@ -238,26 +236,19 @@ mod tests {
 
     #[test]
     fn a_worker_that_nobody_answers_knows_it_within_seconds() {
-        let (took, is_stuck) = step(&mut exchange(&WORKERS));
+        let (took, is_stuck) = step(&mut exchange(&["a", "b"]));
         assert!(is_stuck);
         assert!(took < 5 * CALL_TIMEOUT, "{took:?}");
     }
 
     #[test]
-    fn who_gets_an_answer_is_not_cut_off_whoever_else_is_silent() {
-        for silent in [
-            &["a"][..],
-            &["b"],
-            &["c"],
-            &["a", "b"],
-            &["b", "c"],
-            &["c", "a"],
-        ] {
-            let mut exchange = exchange(silent);
+    fn one_silent_holder_of_two_is_no_reason_to_leave_the_others() {
+        for silent in ["a", "b"] {
+            let mut exchange = exchange(&[silent]);
             for _ in 0..100 {
                 let (took, is_stuck) = step(&mut exchange);
-                assert!(!is_stuck, "{silent:?} alone");
-                assert!(took < 2 * CALL_TIMEOUT, "{silent:?} {took:?}");
+                assert!(!is_stuck, "{silent} alone");
+                assert!(took < 2 * CALL_TIMEOUT, "{took:?}");
             }
         }
     }
