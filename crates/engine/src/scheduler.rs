@@ -251,6 +251,10 @@ impl Scheduler {
 
     /// The heads of what waits, in the order in which they are next.
     fn heads(&self, sequences: &Sequences) -> Vec<(usize, SequenceKey, OwnerId)> {
+        // Most steps: what runs need not be counted.
+        if self.waiting.is_empty() {
+            return Vec::new();
+        }
         let counts = self.counts(sequences);
         let heads = self.waiting.iter().filter_map(|(owner, keys)| {
             let num_running = counts.get(owner).copied().unwrap_or(0);

@@ -1,5 +1,5 @@
-//! The threads that find masks, for the owners of sequences in turn. Nothing but the mask itself ends the work on it: a thread that is at one for too long is
-//! replaced, and ends when it is done.
+//! The threads that find masks, for the owners of sequences in turn. Nothing but the mask itself ends the work on it: a
+//! thread that is at one for too long is replaced, and ends when it is done.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -38,7 +38,7 @@ pub(crate) struct MaskThreads {
 }
 
 /// What waits for a thread.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Jobs {
     /// `None` when no more will come.
     waiting: Mutex<Option<TurnQueue<OwnerId, Job>>>,
