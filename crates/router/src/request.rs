@@ -88,8 +88,13 @@ pub(crate) struct Options {
 impl Options {
     /// Whether other answers are made than given: they are chosen when all have ended.
     pub(crate) fn chooses(&self) -> bool {
-        self.best_of.is_some_and(|made| made != self.n.unwrap_or(1))
+        chooses(self.n, self.best_of)
     }
+}
+
+/// Whether `best_of` asks for other answers to be made than the `n` that are given.
+pub(crate) fn chooses(n: Option<u32>, best_of: Option<u32>) -> bool {
+    best_of.is_some_and(|made| made != n.unwrap_or(1))
 }
 
 /// A request that breaks no rule that can be checked without the tokenizer.

@@ -20,7 +20,7 @@ use crate::answer_id::AnswerId;
 use crate::error::{ApiError, ErrorKind};
 use crate::metrics::Route;
 use crate::openai::{check_num_tokens, fingerprint};
-use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, prepare};
+use crate::request::{CONSTRAINT_NAME, GenerationRequest, Options, Prompt, chooses, prepare};
 use crate::run::{App, ServedModel};
 
 /// What names of answers begin with.
@@ -180,13 +180,12 @@ impl Inference for InferenceService {
 
 /// Refuses what is only known when all answers have ended.
 fn fits_a_stream(asked: &v1::GenerateOptions) -> Result<(), ApiError> {
-    let n = asked.n.unwrap_or(1);
     let (param, message) = if asked.prompt_logprobs.is_some() {
         (
             "prompt_logprobs",
             "prompt_logprobs are only given by GenerateOnce",
         )
-    } else if asked.best_of.is_some_and(|made| made != n) {
+    } else if chooses(asked.n, asked.best_of) {
         (
             "best_of",
             "best_of is only allowed with GenerateOnce, unless it equals n",
