@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use half::bf16;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
 
@@ -77,6 +78,23 @@ impl RowFormat {
             Self::F32 => hidden * 4,
             Self::Bf16 => hidden * 2,
             Self::Q8 => quant::q8_row_bytes(hidden),
+        }
+    }
+
+    /// Rounds `row` into `out`, which has [`row_bytes`](Self::row_bytes) of it.
+    pub fn write_row(self, row: &[f32], out: &mut [u8]) {
+        match self {
+            Self::F32 => {
+                for (out, x) in out.chunks_exact_mut(4).zip(row) {
+                    out.copy_from_slice(&x.to_le_bytes());
+                }
+            }
+            Self::Bf16 => {
+                for (out, &x) in out.chunks_exact_mut(2).zip(row) {
+                    out.copy_from_slice(&bf16::from_f32(x).to_le_bytes());
+                }
+            }
+            Self::Q8 => quant::q8_row(row, out),
         }
     }
 }

@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod batch;
 pub mod batch_check;
+mod bf16_rows;
 mod blocks;
 pub mod combine;
 pub mod error;
@@ -22,6 +23,7 @@ pub use backend::{
     ExpertWeights, Experts, RoutedRows, RowFormat, WeightFormat,
 };
 pub use batch::{KV_PAGE_TOKENS, SequenceSpan, StepBatch};
+pub use bf16_rows::Bf16Rows;
 pub use combine::{Contributions, ExpertSum, Piece};
 pub use error::Error;
 pub use kv::KvFormat;

@@ -6,12 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use half::bf16;
 use parking_lot::Mutex;
 use tramontane_compute::reference::ReferenceBackend;
-use tramontane_compute::{
-    Backend, ExpertJob, ExpertWeights, Experts, RowFormat, WeightFormat, quant,
-};
+use tramontane_compute::{Backend, ExpertJob, ExpertWeights, Experts, RowFormat, WeightFormat};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, SegmentRange};
 
 use crate::following::Retired;
@@ -161,18 +158,9 @@ impl KeptExperts {
             (state >> 8) as f32 / (1_u32 << 23) as f32 - 1.0
         };
         let row: Vec<f32> = (0..self.geometry.hidden).map(|_| next()).collect();
-        match format {
-            RowFormat::F32 => row.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            RowFormat::Bf16 => row
-                .iter()
-                .flat_map(|&x| bf16::from_f32(x).to_le_bytes())
-                .collect(),
-            RowFormat::Q8 => {
-                let mut bytes = vec![0; quant::q8_row_bytes(row.len())];
-                quant::q8_row(&row, &mut bytes);
-                bytes
-            }
-        }
+        let mut bytes = vec![0; format.row_bytes(row.len())];
+        format.write_row(&row, &mut bytes);
+        bytes
     }
 
     /// Bits of the segments that have columns.
