@@ -41,7 +41,7 @@ pub use placement_store::PlacementStore;
 pub use placements::{GroupPlacements, Placements, Scope, watch_placements};
 pub use planner::{Intent, Planner, PlannerConfig, PlannerStatus, PlannerStatuses};
 pub use registry::{
-    ExpertLoad, Measured, Members, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord,
+    ExpertLoad, Measured, Members, ModelFacts, Part, Registration, Roles, WorkerLoad, WorkerRecord,
     WorkerState, remove_worker, watch_members,
 };
 pub use remember::RememberingStore;

@@ -1,7 +1,8 @@
 //! Whether the cluster could lose any one worker, and whom it could not. Never counts on a worker that is
 //! leaving or has not loaded.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use tramontane_types::{Placement, SEGMENTS_PER_EXPERT, WorkerId};
@@ -28,14 +29,28 @@ pub fn survives_one_loss(members: &Members, published: &Placement) -> bool {
         return false;
     }
     let counted = of_group().filter(|w| w.roles.experts && w.state.is_staying());
-    let segments: Vec<u64> = counted.map(|w| w.capacity_segments()).collect();
+    let rooms: Vec<Room> = counted.map(|w| Room::of(w)).collect();
     let num_segments = of_group().map(|w| w.model.num_segments).max().unwrap_or(0);
-    leaves_room(&segments, published, num_segments)
+    leaves_room(&rooms, published, num_segments)
 }
 
-/// Whether a copy of the model fits on workers that offer `segments` without any one of them, in slices
-/// as they are cut now.
-pub(crate) fn leaves_room(segments: &[u64], placement: &Placement, num_segments: u8) -> bool {
+/// What a worker has room for.
+pub(crate) struct Room {
+    segments: u64,
+    layers: Range<usize>,
+}
+
+impl Room {
+    pub(crate) fn of(worker: &WorkerRecord) -> Self {
+        Self {
+            segments: worker.capacity_segments(),
+            layers: worker.expert_layers(),
+        }
+    }
+}
+
+/// Whether a copy of the model fits on these workers without any one of them, in slices as they are cut now.
+pub(crate) fn leaves_room(rooms: &[Room], placement: &Placement, num_segments: u8) -> bool {
     let real = |begin: u8, end: u8| u64::from(end.min(num_segments).saturating_sub(begin));
     let lengths = placement
         .iter()
@@ -44,10 +59,26 @@ pub(crate) fn leaves_room(segments: &[u64], placement: &Placement, num_segments:
         .max()
         .unwrap_or(u64::from(SEGMENTS_PER_EXPERT))
         .max(1);
-    let slices: Vec<u64> = segments.iter().map(|segments| segments / longest).collect();
-    let all = slices.iter().fold(0_u64, |sum, n| sum.saturating_add(*n));
-    let largest = slices.iter().copied().max().unwrap_or(0);
-    all.saturating_sub(largest) >= placement.iter().count() as u64
+    // The layers of two workers are the same, or have none in common: each range is by itself.
+    let mut needed: BTreeMap<usize, (u64, Vec<u64>)> = BTreeMap::new();
+    for (slice, _) in placement.iter() {
+        let layer = usize::from(slice.layer.0);
+        let has = |room: &&Room| room.layers.contains(&layer);
+        let Some(first) = rooms.iter().find(has) else {
+            return false;
+        };
+        let of_range =
+            |room: &Room| (room.layers == first.layers).then_some(room.segments / longest);
+        let range = needed
+            .entry(first.layers.start)
+            .or_insert_with(|| (0, rooms.iter().filter_map(of_range).collect()));
+        range.0 += 1;
+    }
+    needed.values().all(|(slices, offered)| {
+        let all = offered.iter().fold(0_u64, |sum, n| sum.saturating_add(*n));
+        let largest = offered.iter().copied().max().unwrap_or(0);
+        all.saturating_sub(largest) >= *slices
+    })
 }
 
 /// Whether every slice is on a worker that serves it, and somebody would take a new sequence.
@@ -98,7 +129,7 @@ mod tests {
     use tramontane_types::{Epoch, SegmentRange, SliceHolders};
 
     use super::*;
-    use crate::registry::record_for_tests as record;
+    use crate::registry::{Part, record_for_tests as record};
 
     /// One layer of experts that these holders of a, b and c hold whole.
     fn placement(experts: &[&[u16]]) -> Placement {
@@ -157,6 +188,22 @@ mod tests {
         assert!(!survives(|w| if w.id.as_str() != "a" {
             w.capacity_bytes = 8_000;
         }));
+    }
+
+    #[test]
+    fn room_counts_only_with_those_who_can_hold_the_layer() {
+        let replicated = placement(&[&[0, 1], &[1, 2], &[2, 0], &[0, 1]]);
+        // Room enough, but only a can hold anything.
+        let only_a = members(|w| {
+            w.capacity_bytes = 64_000;
+            let end_layer = if w.id.as_str() == "a" { 1 } else { 0 };
+            w.part = Some(Part {
+                attention: true,
+                first_layer: 0,
+                end_layer,
+            });
+        });
+        assert!(!survives_one_loss(&only_a, &replicated));
     }
 
     #[test]

@@ -347,6 +347,7 @@ async fn register(store: &EtcdStore, id: &str, ttl: Duration) {
         load: WorkerLoad::default(),
         measured: Measured::default(),
         sequences_max: 0,
+        part: None,
     };
     let lease = store.grant_lease(ttl).await.unwrap();
     let value = serde_json::to_vec(&record).unwrap();

@@ -186,6 +186,7 @@ impl SimWorker {
             version: "sim".to_owned(),
             measured: tramontane_coordination::Measured::default(),
             sequences_max: 0,
+            part: None,
             load: WorkerLoad::default(),
         }
     }

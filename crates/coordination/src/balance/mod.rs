@@ -7,6 +7,7 @@
 //! Every step starts from what the workers already hold and changes as little as it can.
 
 mod assign;
+mod by_layers;
 mod even;
 mod flow;
 mod hot;
@@ -15,6 +16,7 @@ mod quota;
 mod summary;
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, SegmentRange, WorkerId};
 
@@ -58,6 +60,8 @@ pub struct WorkerShare {
     pub id: WorkerId,
     /// Expert segments that fit into its memory.
     pub capacity_segments: u64,
+    /// The layers whose experts it can hold. Those of two workers are the same, or have none in common.
+    pub layers: Range<usize>,
     /// How fast it is, in any unit: shares are in proportion to it, within capacity. Who has none among
     /// others that do is taken for the median; where nobody has one, shares are in proportion to capacity.
     pub speed: Option<f32>,
@@ -94,6 +98,12 @@ pub enum BalanceError {
         slice_segments: u8,
         /// Workers that offer anything.
         num_workers: usize,
+    },
+    /// Experts that nobody can hold, or that workers can hold who differ in others.
+    #[error("no workers can hold the experts of layer {layer} and agree on the layers around it")]
+    Layers {
+        /// The first such layer.
+        layer: usize,
     },
     /// An argument that breaks its rule.
     #[error("{what}: got {got}, expected {expected}")]
@@ -133,6 +143,15 @@ struct Plan<'a> {
 /// See [`BalanceError`].
 pub fn balance(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
     check(input)?;
+    let ranges = by_layers::ranges(input)?;
+    if ranges.len() == 1 {
+        return balance_all(input);
+    }
+    by_layers::place(input, &ranges)
+}
+
+/// The same where all workers can hold all layers.
+fn balance_all(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
     let now = usable_current(input);
     let bare = hot::without_hot_copies(input);
     let input = &BalanceInput {
@@ -140,7 +159,7 @@ pub fn balance(input: &BalanceInput<'_>) -> Result<Placement, BalanceError> {
         ..input.clone()
     };
     let mut workers: Vec<&WorkerShare> = input.workers.iter().collect();
-    workers.retain(|worker| worker.capacity_segments > 0);
+    workers.retain(|worker| worker.capacity_segments > 0 && !worker.layers.is_empty());
     workers.sort_by(|a, b| a.id.cmp(&b.id));
     if workers.is_empty() {
         return Err(BalanceError::NoWorkers);
@@ -301,6 +320,13 @@ fn check(input: &BalanceInput<'_>) -> Result<(), BalanceError> {
     }
     if input.workers.len() > PLACEMENT_WORKERS_MAX {
         return refuse("workers", input.workers.len().to_string(), "at most 4096");
+    }
+    if let Some(bad) = input.workers.iter().find(|w| w.layers.end > layers) {
+        return refuse(
+            "layers of a worker",
+            format!("{:?}", bad.layers),
+            "the model's",
+        );
     }
     let mut ids: Vec<&WorkerId> = input.workers.iter().map(|worker| &worker.id).collect();
     ids.sort_unstable();

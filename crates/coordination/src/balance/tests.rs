@@ -6,15 +6,16 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn share(id: usize, capacity_segments: u64) -> WorkerShare {
+fn share(id: usize, capacity_segments: u64, num_layers: usize) -> WorkerShare {
     WorkerShare {
         id: WorkerId::new(&format!("w{id:03}")),
         capacity_segments,
+        layers: 0..num_layers,
         speed: None,
     }
 }
 
-fn input(
+pub(super) fn input(
     capacities: &[u64],
     (layers, experts, segments): (usize, usize, u8),
 ) -> BalanceInput<'static> {
@@ -22,7 +23,7 @@ fn input(
         workers: capacities
             .iter()
             .enumerate()
-            .map(|(i, &c)| share(i, c))
+            .map(|(i, &c)| share(i, c, layers))
             .collect(),
         num_layers: layers,
         num_experts: experts,
@@ -39,17 +40,17 @@ fn input(
     }
 }
 
-fn with_replicas(mut input: BalanceInput<'_>, replicas: usize) -> BalanceInput<'_> {
+pub(super) fn with_replicas(mut input: BalanceInput<'_>, replicas: usize) -> BalanceInput<'_> {
     input.policy.replicas = NonZeroUsize::new(replicas).unwrap();
     input
 }
 
-fn segments(summary: &Summary) -> Vec<u64> {
+pub(super) fn segments(summary: &Summary) -> Vec<u64> {
     summary.workers.iter().map(|w| w.segments).collect()
 }
 
 /// Everything that must hold of every placement.
-fn check_placement(input: &BalanceInput<'_>, placement: &Placement) -> Summary {
+pub(super) fn check_placement(input: &BalanceInput<'_>, placement: &Placement) -> Summary {
     placement.validate().unwrap();
     let summary = summarise(placement, input.current, input.num_segments);
     for (slice, holders) in placement.iter() {
@@ -250,7 +251,7 @@ fn a_hot_expert_gets_copies_where_memory_is_left_and_keeps_them_while_warm() {
     // No memory beyond one copy: no further copies.
     input.current = None;
     input.expert_load = Some(vec![1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]);
-    input.workers = vec![share(0, 24), share(1, 24), share(2, 16)];
+    input.workers = vec![share(0, 24, 1), share(1, 24, 1), share(2, 16, 1)];
     assert!(
         holders(&balance(&input).unwrap())
             .iter()

@@ -333,6 +333,7 @@ impl PlannerView<'_> {
         let share = |record: &&WorkerRecord| WorkerShare {
             id: record.id.clone(),
             capacity_segments: record.capacity_segments(),
+            layers: record.expert_layers(),
             speed: self.figures.speed(&record.id),
         };
         let input = BalanceInput {
@@ -400,6 +401,7 @@ impl PlannerView<'_> {
             worker.roles.experts
                 && worker.state.is_staying()
                 && worker.capacity_segments() > 0
+                && !worker.expert_layers().is_empty()
                 && group_of(worker) == *group
                 && self.intent.may_hold(id)
                 && !self.late.contains(id)

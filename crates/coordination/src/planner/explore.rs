@@ -8,7 +8,7 @@ use tramontane_types::Placement;
 use super::decide::{Group, PlannerView, decide};
 use super::{Intent, PLAN_TOKENS, PlannerAction, REBALANCE_EVERY, REBALANCE_GAIN, WaitReason};
 use crate::balance::{BalanceError, Costs, predict, summarise};
-use crate::loss::leaves_room;
+use crate::loss::{Room, leaves_room};
 
 /// Numbers of slices per expert that are compared.
 const CUTS: [u8; 4] = [1, 2, 4, 8];
@@ -173,13 +173,13 @@ impl Explorer<'_> {
         let segment_bytes = workers.iter().map(|w| w.segment_bytes).max().unwrap_or(0);
         let num_segments = self.group.model.num_segments;
         let summary = summarise(placement, self.view.published, num_segments);
-        let segments: Vec<u64> = workers.iter().map(|w| w.capacity_segments()).collect();
+        let rooms: Vec<Room> = workers.iter().map(|w| Room::of(w)).collect();
         Promise {
             layer_us: predict(placement, &self.costs, PLAN_TOKENS),
             moved_bytes: summary.moved_segments.saturating_mul(segment_bytes),
             survives_one_loss: summary.replicas_min > 1
                 && self.costs.attention.len() > 1
-                && leaves_room(&segments, placement, num_segments),
+                && leaves_room(&rooms, placement, num_segments),
         }
     }
 

@@ -13,7 +13,7 @@ pub use measured::{
 };
 pub use members::{Members, REJOIN_GRACE, watch_members};
 pub use record::{
-    HostSocket, MODEL_DIMENSION_MAX, MODEL_EXPERTS_MAX, ModelFacts, RECORD_BYTES_MAX,
+    HostSocket, MODEL_DIMENSION_MAX, MODEL_EXPERTS_MAX, ModelFacts, Part, RECORD_BYTES_MAX,
     RECORD_SCHEMA, RECORD_TEXT_BYTES_MAX, Roles, WorkerLoad, WorkerRecord, WorkerState,
 };
 pub use registration::{

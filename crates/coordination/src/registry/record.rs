@@ -1,5 +1,7 @@
 //! What a worker says about itself. Never trusts a stored record: decoding checks every field.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
@@ -62,6 +64,35 @@ pub struct WorkerRecord {
     /// Sequences that it runs at once; 0 where it does not say.
     #[serde(default)]
     pub sequences_max: u32,
+    /// What it can do in its group; everything where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+}
+
+/// What a worker can do in a group whose attention and experts are of two numeric classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Whether it can attend.
+    pub attention: bool,
+    /// The first layer whose experts it can hold.
+    pub first_layer: usize,
+    /// The one behind the last such layer.
+    pub end_layer: usize,
+}
+
+impl Part {
+    const fn is_of(self, num_layers: usize) -> bool {
+        self.first_layer <= self.end_layer && self.end_layer <= num_layers
+    }
+
+    /// The roles that it can have.
+    #[must_use]
+    pub const fn roles(self) -> Roles {
+        Roles {
+            attention: self.attention,
+            experts: self.first_layer < self.end_layer,
+        }
+    }
 }
 
 /// A Unix socket for expert calls.
@@ -154,6 +185,24 @@ impl WorkerRecord {
         }
     }
 
+    /// The layers whose experts it can hold.
+    #[must_use]
+    pub fn expert_layers(&self) -> Range<usize> {
+        let all = 0..self.model.num_layers;
+        self.part
+            .map_or(all, |part| part.first_layer..part.end_layer)
+    }
+
+    /// The roles that it can have.
+    #[must_use]
+    pub fn possible_roles(&self) -> Roles {
+        let all = Roles {
+            attention: true,
+            experts: true,
+        };
+        self.part.map_or(all, Part::roles)
+    }
+
     /// Checks every field against its limit.
     ///
     /// # Errors
@@ -202,6 +251,10 @@ impl WorkerRecord {
         }
         if self.roles.experts && self.segment_bytes == 0 {
             return refuse("segments of 0 bytes".to_owned());
+        }
+        if let Some(part) = self.part.filter(|part| !part.is_of(layers)) {
+            let (first, end) = (part.first_layer, part.end_layer);
+            return refuse(format!("experts of layers {first} to {end} of {layers}"));
         }
         self.measured.validate(model).or_else(refuse)
     }
@@ -277,6 +330,7 @@ pub(crate) mod tests {
             load: WorkerLoad::default(),
             measured: Measured::default(),
             sequences_max: 0,
+            part: None,
         }
     }
 
@@ -320,7 +374,7 @@ pub(crate) mod tests {
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);
-        let edits: [(&str, Edit); 17] = [
+        let edits: [(&str, Edit); 19] = [
             ("path", |v| v["socket"]["path"] = "p".repeat(600).into()),
             ("schema", |v| v["schema"] = 2.into()),
             ("another id", |v| v["id"] = "b".into()),
@@ -334,6 +388,8 @@ pub(crate) mod tests {
             }),
             ("segments", |v| v["model"]["num_segments"] = 9.into()),
             ("no bytes", |v| v["segment_bytes"] = 0.into()),
+            ("part", |v| v["part"]["end_layer"] = 3.into()),
+            ("turned part", |v| v["part"]["first_layer"] = 2.into()),
             ("state", |v| v["state"] = "flying".into()),
             ("speed", |v| v["measured"]["segment_ns"] = 0.into()),
             ("negative", |v| v["measured"]["segment_ns"] = (-1).into()),
@@ -347,6 +403,11 @@ pub(crate) mod tests {
             }),
         ];
         let mut measured = record("a");
+        measured.part = Some(Part {
+            attention: true,
+            first_layer: 0,
+            end_layer: 1,
+        });
         measured.measured = Measured {
             segment_ns: Some(1),
             link_us: Some(1),

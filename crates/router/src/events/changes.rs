@@ -387,6 +387,7 @@ pub(crate) mod tests {
             load: WorkerLoad::default(),
             measured: Measured::default(),
             sequences_max: 0,
+            part: None,
         }
     }
 

@@ -312,6 +312,7 @@ fn record(id: &str, address: String) -> WorkerRecord {
         load: WorkerLoad::default(),
         measured: Measured::default(),
         sequences_max: 0,
+        part: None,
     }
 }
 

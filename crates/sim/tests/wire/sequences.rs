@@ -226,6 +226,7 @@ impl World {
             version: "sim".to_owned(),
             measured: tramontane_coordination::Measured::default(),
             sequences_max: 0,
+            part: None,
             load: WorkerLoad::default(),
         };
         let records = self.plan.servers.iter().map(record);

@@ -238,6 +238,7 @@ mod tests {
             load: WorkerLoad::default(),
             measured: Measured::default(),
             sequences_max: 0,
+            part: None,
         }
     }
 

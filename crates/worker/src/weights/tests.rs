@@ -252,6 +252,7 @@ pub(super) fn record(id: &str, address: &str, model: &str) -> WorkerRecord {
         load: WorkerLoad::default(),
         measured: Measured::default(),
         sequences_max: 0,
+        part: None,
     }
 }
 
