@@ -417,6 +417,10 @@ pub(crate) struct WorkerArgs {
     /// gRPC address of rank 0, host:port, for the others
     #[arg(long)]
     pub(crate) island_leader: Option<String>,
+    /// Numeric class of a group whose attention and experts are of different ones: <attention>+<experts>, or
+    /// <attention>+<experts>@<layers> where whoever attends has the experts of the first layers
+    #[arg(long)]
+    pub(crate) numeric_class: Option<String>,
     /// Compute threads; all cores when absent
     #[arg(long, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) threads: Option<usize>,

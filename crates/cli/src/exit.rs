@@ -68,7 +68,11 @@ pub(crate) fn of(error: &anyhow::Error) -> Exit {
     let is_setting = error
         .downcast_ref::<tramontane_router::Error>()
         .is_some_and(tramontane_router::Error::is_setting);
-    if is_setting || error.is::<Misuse>() {
+    let is_of_worker = matches!(
+        error.downcast_ref::<tramontane_worker::Error>(),
+        Some(tramontane_worker::Error::Config(_))
+    );
+    if is_setting || is_of_worker || error.is::<Misuse>() {
         return Exit::Misused;
     }
     Exit::Failed

@@ -290,6 +290,7 @@ fn worker_flags(args: &WorkerArgs) -> anyhow::Result<Flags> {
     flags.set("worker", "island_leader", args.island_leader.clone());
     flags.set("worker", "weights", args.compute.weights.clone());
     flags.set("worker", "kv_format", args.compute.kv_format.clone());
+    flags.set("worker", "numeric_class", args.numeric_class.clone());
     flags.set("worker", "advertise", args.advertise.clone());
     flags.set("worker", "threads", args.threads.map(|n| n as i64));
     flags.set("worker", "drills", args.drills.then_some(true));

@@ -79,12 +79,12 @@ impl Plan<'_> {
 
     /// Starts the thread of the expert half. Without the experts role it holds nothing.
     pub(crate) fn assemble(&self) -> Worker {
-        let (geometry, backend) = (self.checkpoint.geometry(), &*self.computing.backend);
+        let (geometry, computing) = (self.checkpoint.geometry(), self.computing);
         let epoch = Arc::new(AtomicU64::new(0));
         let desk = Arc::new(self.desk());
         let (peers, transport) = self.transport(&desk);
         let transport = self.drills.on_the_way(transport);
-        let (inner, format) = (Arc::clone(&self.computing.experts), backend.row_format());
+        let (inner, format) = (Arc::clone(&computing.experts), computing.place.row_format);
         let weights = self.config.weights;
         let store = Arc::new(KeptExperts::new(inner, geometry.clone(), format, weights));
         let class = self.version.numeric_class.to_string();
@@ -104,7 +104,7 @@ impl Plan<'_> {
             experts: ExpertHalf {
                 store,
                 server: expert_server.handle(),
-                segment_bytes: backend.segment_bytes(),
+                segment_bytes: computing.backend.segment_bytes(),
             },
             transport,
             weights: Arc::clone(self.weights),
@@ -112,12 +112,12 @@ impl Plan<'_> {
             epoch,
             state: watch::Sender::new(WorkerState::Joining),
             drills: Arc::clone(self.drills),
-            hub: self.computing.hub.clone(),
+            hub: computing.hub.clone(),
         });
         let maker = AttentionMaker {
             config: self.config.clone(),
             checkpoint: Arc::clone(self.checkpoint),
-            backend: Arc::clone(&self.computing.backend),
+            backend: Arc::clone(&computing.backend),
             desk: Arc::clone(&desk),
             serving: Arc::clone(self.serving),
             steps: StepMetrics::new(),
@@ -153,10 +153,7 @@ impl Plan<'_> {
             cluster: self.config.cluster.clone(),
             numeric_class: self.version.numeric_class.to_string(),
             model: self.version.model.to_string(),
-            limits: CallLimits::new(
-                self.checkpoint.geometry(),
-                self.computing.backend.row_format(),
-            ),
+            limits: CallLimits::new(self.checkpoint.geometry(), self.computing.place.row_format),
             link: LinkSettings::default(),
             dial: Arc::new(LinkDial(self.link.clone())),
         };

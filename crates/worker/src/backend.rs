@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tramontane_compute::{Backend, Experts, WeightFormat, reference::ReferenceBackend};
+use tramontane_compute::{Backend, Bf16Rows, Experts, WeightFormat, reference::ReferenceBackend};
 use tramontane_compute_cpu::{CpuBackend, CpuConfig};
 use tramontane_compute_cuda::CudaBackend;
 use tramontane_model::Checkpoint;
@@ -12,6 +12,7 @@ use tramontane_types::ModelGeometry;
 use crate::device::ChosenDevice;
 use crate::island::rank::hello;
 use crate::island::{Hub, HubConfig, IslandExperts};
+use crate::part::Place;
 use crate::{ConfigError, Error, WorkerConfig};
 
 /// What a worker computes with.
@@ -22,6 +23,7 @@ pub(crate) struct Computing {
     pub(crate) experts: Arc<dyn Experts>,
     /// Of a worker that is an island.
     pub(crate) hub: Option<Arc<Hub>>,
+    pub(crate) place: Place,
 }
 
 impl Computing {
@@ -52,10 +54,17 @@ impl Computing {
             Some(backend) => backend,
             None => on_cpu(config, geometry)?,
         };
+        let place = Place::of(config, &*backend, geometry.num_layers)?;
+        let (own, format) = (backend.experts(), backend.row_format());
+        let experts = match place.row_format == format {
+            true => own,
+            false => Arc::new(Bf16Rows::new(own, format, geometry.hidden)),
+        };
         Ok(Self {
-            experts: backend.experts(),
+            experts,
             backend,
             hub: None,
+            place,
         })
     }
 
@@ -81,10 +90,12 @@ impl Computing {
         let (of_hub, gpu) = (Arc::clone(&backend), Arc::clone(gpu));
         let hub = Hub::new(hub_config, of_hub, gpu, Arc::clone(&own));
         let experts = IslandExperts::new(Arc::clone(&hub), own, row_format);
+        let place = Place::of(config, &*backend, checkpoint.geometry().num_layers)?;
         Ok(Self {
             backend,
             experts: Arc::new(experts),
             hub: Some(hub),
+            place,
         })
     }
 }

@@ -16,6 +16,7 @@ use tramontane_runtime::duration_text;
 use tramontane_types::{ModelGeometry, SEGMENTS_PER_EXPERT, TokenId};
 
 use crate::ConfigError;
+use crate::part::MixedClass;
 
 /// Name of a cluster that nobody named.
 pub const CLUSTER: &str = "default";
@@ -83,6 +84,8 @@ pub struct WorkerConfig {
     pub weights: WeightFormat,
     /// How keys and values are kept in memory; part of the numeric class, like `weights`.
     pub kv_format: KvFormat,
+    /// The numeric class of the group, where its attention and its experts are of different ones.
+    pub numeric_class: Option<MixedClass>,
     /// Compute threads; all cores when absent.
     pub threads: Option<NonZeroUsize>,
     /// Bytes for expert weights; half of the machine's memory when absent.
@@ -141,6 +144,7 @@ impl Default for WorkerConfig {
             island_step_deadline: ISLAND_STEP_DEADLINE,
             weights: WeightFormat::Bf16,
             kv_format: KvFormat::default(),
+            numeric_class: None,
             threads: None,
             expert_memory: None,
             kv_memory: None,
@@ -266,6 +270,14 @@ impl WorkerConfig {
                 return Err(ConfigError::new("island_leader", rule, &"nothing"));
             }
             None => {}
+        }
+        if let Some(class) = self
+            .numeric_class
+            .as_ref()
+            .filter(|_| self.island_ranks > 1)
+        {
+            let rule = "absent for an island, which attends and has experts itself";
+            return Err(ConfigError::new("numeric_class", rule, class));
         }
         let has_both = self.roles.0.attention && self.roles.0.experts;
         if self.island_ranks > 1 && !has_both {

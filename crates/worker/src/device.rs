@@ -18,6 +18,8 @@ use crate::{ConfigError, WorkerConfig};
 const EXPERTS_OF_TEN: u64 = 7;
 /// The share for the KV cache. What is left takes the other weights and the buffers of a step.
 const KV_OF_TEN: u64 = 2;
+/// The same for a worker that never has experts.
+const KV_ALONE_OF_TEN: u64 = 7;
 
 /// Devices of this process that are in use, by number: workers of one process share them.
 static IN_USE: Mutex<BTreeMap<u32, Weak<dyn Device>>> = Mutex::new(BTreeMap::new());
@@ -115,8 +117,13 @@ fn open_for(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, Stri
 /// Memory that nobody said is a share of the device's. What was only measured on CPUs is off.
 fn take(config: &mut WorkerConfig, device: &dyn Device) {
     let tenth = device.info().memory_bytes / 10;
+    let class = config.numeric_class.as_ref();
+    let kv = match class.is_some_and(|c| c.parts_attention() && config.roles.0.attention) {
+        true => KV_ALONE_OF_TEN,
+        false => KV_OF_TEN,
+    };
     config.expert_memory.get_or_insert(EXPERTS_OF_TEN * tenth);
-    config.kv_memory.get_or_insert(KV_OF_TEN * tenth);
+    config.kv_memory.get_or_insert(kv * tenth);
     config.lookup_tokens.get_or_insert(0);
 }
 

@@ -25,6 +25,7 @@ mod host_socket;
 mod island;
 mod measure;
 mod metrics;
+mod part;
 mod peers;
 mod registration;
 mod roles;
@@ -43,6 +44,7 @@ pub use engine_thread::{
 };
 pub use error::{ConfigError, Error};
 pub use island::rank::{RankParts, run_rank};
+pub use part::MixedClass;
 pub use run::{ExchangeKind, WorkerParts, run};
 pub use status::{ERROR_DOMAIN, GenerateError, reason};
 pub use weights::{PeerModel, PeerOpened, open_from_peers};

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tramontane_compute::Backend;
 use tramontane_coordination::registry::RECORD_SCHEMA;
 use tramontane_coordination::{
     Measured, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState,
@@ -15,6 +14,7 @@ use tramontane_model::Checkpoint;
 use tramontane_types::{Epoch, WorkerId};
 
 use crate::WorkerConfig;
+use crate::backend::Computing;
 use crate::measure::Meter;
 use crate::state::Node;
 
@@ -25,7 +25,7 @@ pub(crate) const LOAD_EVERY: Duration = Duration::from_secs(1);
 pub(crate) fn record(
     config: &WorkerConfig,
     roles: Roles,
-    backend: &dyn Backend,
+    computing: &Computing,
     checkpoint: &Checkpoint,
     (model_name, address): (&str, String),
 ) -> WorkerRecord {
@@ -40,8 +40,8 @@ pub(crate) fn record(
         socket: None,
         roles,
         capacity_bytes: config.capacity(roles, geometry),
-        segment_bytes: backend.segment_bytes(),
-        numeric_class: config.kv_format.class_of(backend.numeric_class()),
+        segment_bytes: computing.backend.segment_bytes(),
+        numeric_class: computing.place.class.clone(),
         model: ModelFacts {
             fingerprint: checkpoint.fingerprint().to_owned(),
             name: model_name.to_owned(),
@@ -57,6 +57,7 @@ pub(crate) fn record(
         load: WorkerLoad::default(),
         measured: Measured::default(),
         sequences_max: u32::try_from(config.max_running).unwrap_or(u32::MAX),
+        part: computing.place.part,
     }
 }
 

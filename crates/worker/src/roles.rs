@@ -10,11 +10,12 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tramontane_coordination::{GroupPlacements, Placements, Registration, Roles, SeenIntent};
+use tramontane_coordination::{GroupPlacements, Part, Placements, Registration, Roles, SeenIntent};
 use tramontane_types::WorkerId;
 
 use crate::attention::{AttentionMaker, EngineSlot};
 use crate::config::RoleSet;
+use crate::part::possible;
 use crate::state::Node;
 use crate::{Error, WorkerConfig};
 
@@ -33,6 +34,7 @@ const INTENT_WAIT_MAX: Duration = Duration::from_secs(2);
 pub(crate) struct RoleKeeper {
     pub(crate) node: Arc<Node>,
     pub(crate) config: WorkerConfig,
+    pub(crate) part: Option<Part>,
     pub(crate) maker: AttentionMaker,
     pub(crate) slot: Arc<EngineSlot>,
     pub(crate) registration: Registration,
@@ -43,24 +45,27 @@ pub(crate) struct RoleKeeper {
 /// The roles to start with: wanted ones if the store says so in time.
 pub(crate) async fn initial(
     config: &WorkerConfig,
+    part: Option<Part>,
     mut intent: watch::Receiver<Arc<SeenIntent>>,
 ) -> Roles {
     let synced = intent.wait_for(|seen| seen.synced);
     // Away or ended: the keeper follows when it is back.
     let seen = timeout(INTENT_WAIT_MAX, synced).await.ok();
     match seen.and_then(Result::ok) {
-        Some(seen) => wanted(config, &seen),
+        Some(seen) => wanted(config, part, &seen),
         None => config.roles.0,
     }
 }
 
-fn wanted(config: &WorkerConfig, seen: &SeenIntent) -> Roles {
+/// What is wanted of this worker, as far as it can do that; what it was configured for where it can do nothing of it.
+fn wanted(config: &WorkerConfig, part: Option<Part>, seen: &SeenIntent) -> Roles {
     let id = WorkerId::new(&config.id);
-    seen.intent
-        .roles
-        .get(&id)
-        .copied()
-        .unwrap_or(config.roles.0)
+    let wish = seen.intent.roles.get(&id).copied();
+    let can = possible(wish.unwrap_or(config.roles.0), part);
+    if can == Roles::default() {
+        return config.roles.0;
+    }
+    can
 }
 
 impl RoleKeeper {
@@ -68,11 +73,11 @@ impl RoleKeeper {
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
             let seen = Arc::clone(&self.intent.borrow_and_update());
-            let wish = wanted(&self.config, &seen);
+            let wish = wanted(&self.config, self.part, &seen);
             let mut intent = self.intent.clone();
-            let config = self.config.clone();
+            let (config, part) = (self.config.clone(), self.part);
             let other_wish = async {
-                let other = intent.wait_for(|seen| wanted(&config, seen) != wish);
+                let other = intent.wait_for(|seen| wanted(&config, part, seen) != wish);
                 if other.await.is_err() {
                     std::future::pending::<()>().await;
                 }
@@ -201,5 +206,43 @@ impl RoleKeeper {
 
     fn capacity(&self, roles: Roles) -> u64 {
         self.node.capacity(&self.config, roles)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roles(text: &str) -> Roles {
+        text.parse::<RoleSet>().unwrap().0
+    }
+
+    #[test]
+    fn a_worker_wants_what_the_operator_wants_as_far_as_it_can() {
+        let config = WorkerConfig {
+            id: "w".to_owned(),
+            roles: "experts".parse().unwrap(),
+            ..WorkerConfig::default()
+        };
+        let mut seen = SeenIntent::default();
+        let part = |attention, end_layer| {
+            Some(Part {
+                attention,
+                first_layer: 0,
+                end_layer,
+            })
+        };
+        assert_eq!(wanted(&config, None, &seen), roles("experts"));
+        for (wish, part, expected) in [
+            ("attention,experts", None, "attention,experts"),
+            ("attention,experts", part(false, 2), "experts"),
+            ("attention,experts", part(true, 0), "attention"),
+            ("attention,experts", part(true, 1), "attention,experts"),
+            // Nothing of it: as configured.
+            ("attention", part(false, 2), "experts"),
+        ] {
+            seen.intent.roles.insert(WorkerId::new("w"), roles(wish));
+            assert_eq!(wanted(&config, part, &seen), roles(expected), "{wish}");
+        }
     }
 }

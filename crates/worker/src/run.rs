@@ -100,9 +100,10 @@ pub async fn run(
     let weights = Arc::default();
     let checkpoint = watched.back(&parts, &config, &weights, &life);
     let computing = Computing::make(&config, &device, &checkpoint).await?;
-    let roles = roles::initial(&config, watched.intent.clone()).await;
+    let part = computing.place.part;
+    let roles = roles::initial(&config, part, watched.intent.clone()).await;
     let name = (parts.model_name.as_str(), address);
-    let mut record = registration::record(&config, roles, &*computing.backend, &checkpoint, name);
+    let mut record = registration::record(&config, roles, &computing, &checkpoint, name);
     let version = Version::of(&record);
     let (serving, exchange) = (Serving::default(), parts.exchange.clone());
     let drills = Arc::new(life.drills(&config, &parts, record.incarnation));
@@ -374,7 +375,7 @@ impl Worker {
         let node = || Arc::clone(&self.node);
         let (registered, roles) = (Shutdown::new(), life.ended.child_token());
         let (tasks, stop) = (&registered.tasks, registered.token.clone());
-        let ttl = config.lease_ttl;
+        let (ttl, part) = (config.lease_ttl, record.part);
         let scope = Scope::Group(self.node.version.key());
         let placements =
             watch_placements(Arc::clone(&store), scope, &life.tasks, life.ended.clone());
@@ -391,6 +392,7 @@ impl Worker {
         let keeper = RoleKeeper {
             node: node(),
             config: config.clone(),
+            part,
             maker: self.maker.clone(),
             slot: Arc::clone(&self.slot),
             registration: registration.clone(),

@@ -32,13 +32,13 @@ use crate::roles::{ATTENTION, BOTH, EXPERTS, does, want};
 /// Says to a process of the tests that it is a rank that follows, and whom: `host:port`, a space, the model's directory.
 const FOLLOW: &str = "TRAMONTANE_TEST_FOLLOW";
 
-fn emulator() -> Arc<dyn Device> {
+pub(crate) fn emulator() -> Arc<dyn Device> {
     let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     Emulator::new(&dir, Target::Sm80).unwrap()
 }
 
 /// A worker on an emulated device in place of the GPU of this number.
-fn on_device(id: &str, ordinal: u32) -> WorkerConfig {
+pub(crate) fn on_device(id: &str, ordinal: u32) -> WorkerConfig {
     WorkerConfig {
         device: DeviceChoice::Cuda(ordinal),
         max_step_rows: 256,

@@ -11,6 +11,7 @@ mod cluster;
 mod drill;
 mod exactness;
 mod island;
+mod mixed;
 mod orphans;
 mod roles;
 mod weights;

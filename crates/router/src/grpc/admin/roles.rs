@@ -25,6 +25,15 @@ pub(super) async fn set_roles(
     let Some(record) = members.workers.get(&id) else {
         return Err(not_found(format!("there is no worker {id}"), "worker_id"));
     };
+    let can = record.possible_roles();
+    if (wish.attention && !can.attention) || (wish.experts && !can.experts) {
+        let (can, class) = (names(can).join(","), &record.numeric_class);
+        let message = format!(
+            "worker {id} of {class} can have the roles {can}, got {}",
+            names(wish).join(",")
+        );
+        return Err(refusal(&ApiError::invalid("roles", message)));
+    }
     let mut after = seen.intent.clone();
     let before = after.roles.insert(id.clone(), wish).unwrap_or(record.roles);
     let lacks = lacking(record, wish, &after, &members);
@@ -83,6 +92,7 @@ fn lacking(
             && other.state.is_staying()
             && after.may_hold(&other.id)
             && version.has(other)
+            && other.expert_layers() == worker.expert_layers()
     });
     (!wish.experts && !holds).then_some(NAMES[1])
 }
