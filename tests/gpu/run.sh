@@ -110,6 +110,13 @@ for weights in bf16 e4m3 q4; do
         2>"$out/bench.log" || { echo "the benchmark of $weights failed, see $out/bench.log"; failed=1; }
     cat "$out/bench-$weights.json"
 done
+# What it costs to bring logits to the host instead of tokens, and to draw them: on the device, then on the host.
+weights=e4m3; [ "$target" = sm_80 ] && weights=bf16
+for sampling in drawn host; do
+    ./tramontane bench model --random mixtral-8x7b --weights "$weights" --layers "$layers" --sampling "$sampling" --batch 1,128,256 --prefill 512 \
+        --output json >"$out/bench-$sampling.json" 2>"$out/bench.log" || { echo "the benchmark of $sampling failed, see $out/bench.log"; failed=1; }
+    cat "$out/bench-$sampling.json"
+done
 python3 torch_decode.py --layers "$layers" >"$out/torch.json" 2>"$out/torch.log" || echo "no figures of PyTorch, see $out/torch.log"
 [ -s "$out/torch.json" ] && cat "$out/torch.json"
 exit $failed
