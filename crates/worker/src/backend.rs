@@ -82,7 +82,6 @@ impl Computing {
             num_ranks: config.island_ranks,
             form_wait: config.island_form_wait,
             step_max: config.island_step_deadline,
-            expert_bytes: config.expert_bytes(),
             hello: hello(config, &backend, checkpoint),
             geometry: checkpoint.geometry().clone(),
         };

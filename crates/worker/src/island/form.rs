@@ -191,9 +191,15 @@ impl Hub {
             state.island = Some(island);
         }
         state.is_held_back = false;
+        let of_ranks = state.ranks.iter().map(|rank| rank.expert_bytes);
+        let expert_bytes = of_ranks.fold(self.config.hello.expert_bytes, u64::min);
         drop(state);
         tracing::info!(epoch, num_ranks, segments = %own, "the ranks of the island compute together");
-        self.formation.send_replace(Formation { epoch, num_ranks });
+        self.formation.send_replace(Formation {
+            epoch,
+            num_ranks,
+            expert_bytes,
+        });
         Ok(())
     }
 

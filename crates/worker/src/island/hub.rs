@@ -29,9 +29,7 @@ pub(crate) struct HubConfig {
     pub(crate) form_wait: Duration,
     /// How long a step may take before a rank counts as hanging.
     pub(crate) step_max: Duration,
-    /// Bytes that each rank has for experts.
-    pub(crate) expert_bytes: u64,
-    /// What every rank must say.
+    /// What every rank must say, but for its memory.
     pub(crate) hello: v1::RankHello,
     pub(crate) geometry: ModelGeometry,
 }
@@ -43,6 +41,8 @@ pub(crate) struct Formation {
     pub(crate) epoch: u64,
     /// Ranks of it; 1 is the leader alone.
     pub(crate) num_ranks: u32,
+    /// Bytes for experts of the rank that has least; 0 before the first.
+    pub(crate) expert_bytes: u64,
 }
 
 /// The leader's side of an island.
@@ -92,6 +92,8 @@ pub(super) struct Rank {
     pub(super) formed: Option<(u64, Result<(), String>)>,
     /// Segments that it has of every expert.
     pub(super) held: Vec<u8>,
+    /// Memory that it has for experts.
+    pub(super) expert_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -206,7 +208,11 @@ impl Hub {
             .filter_map(|rank| rank_segments(rank, num_ranks))
             .map(SegmentRange::len)
             .max();
-        self.config.expert_bytes / u64::from(most.unwrap_or(8)) * 8
+        let least = match formation.num_ranks {
+            0 => self.config.hello.expert_bytes,
+            _ => formation.expert_bytes,
+        };
+        least / u64::from(most.unwrap_or(8)) * 8
     }
 
     /// Takes a rank in that has greeted; its number, or why not.
@@ -215,8 +221,11 @@ impl Hub {
         hello: &v1::RankHello,
         queue: mpsc::Sender<v1::LeadMessage>,
     ) -> Result<u64, String> {
-        if *hello != self.config.hello {
-            let ours = &self.config.hello;
+        let ours = v1::RankHello {
+            expert_bytes: hello.expert_bytes,
+            ..self.config.hello.clone()
+        };
+        if *hello != ours {
             return Err(format!("the rank is {hello:?}, expected {ours:?}"));
         }
         let mut state = self.state.lock();
@@ -236,6 +245,7 @@ impl Hub {
             heard: Instant::now(),
             formed: None,
             held: vec![0; self.config.geometry.num_layers * self.config.geometry.num_experts],
+            expert_bytes: hello.expert_bytes,
         });
         drop(state);
         tracing::info!(connection = id, "a rank has come");

@@ -103,7 +103,7 @@ fn serve_ops(incoming: Incoming, ready: Readiness, shutdown: &Shutdown) {
     });
 }
 
-/// What all ranks of an island have alike.
+/// What all ranks of an island have alike, and the memory of this one.
 pub(crate) fn hello(
     config: &WorkerConfig,
     backend: &CudaBackend,
@@ -117,6 +117,7 @@ pub(crate) fn hello(
         version: tramontane_runtime::build_info::VERSION.to_owned(),
         kv_pages: limits.num_pages as u64,
         step_rows: limits.max_step_rows as u64,
+        expert_bytes: config.expert_bytes(),
     }
 }
 

@@ -47,6 +47,9 @@ pub(crate) fn on_device(id: &str, ordinal: u32) -> WorkerConfig {
     }
 }
 
+/// What a rank that follows has for experts: less than the leader.
+const FOLLOWER_BYTES: u64 = 3 << 28;
+
 fn ranks(config: WorkerConfig, rank: u32, leader: Option<String>) -> WorkerConfig {
     WorkerConfig {
         island_ranks: 2,
@@ -76,7 +79,10 @@ fn rank_process() {
         checkpoint: Arc::new(tramontane_model::Checkpoint::open(directory.as_ref()).unwrap()),
         ops: None,
     };
-    let config = ranks(on_device("island", 1), 1, Some(leader.to_owned()));
+    let config = WorkerConfig {
+        expert_memory: Some(FOLLOWER_BYTES),
+        ..ranks(on_device("island", 1), 1, Some(leader.to_owned()))
+    };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime
         .block_on(run_rank(config, parts, Shutdown::new()))
@@ -199,7 +205,11 @@ async fn an_island_says_what_one_device_says_and_survives_a_killed_rank() {
         )
         .await;
     assert_eq!(cluster.status("island").await.island_ranks, 2);
-    assert_eq!(offered(&cluster).await, 2 << 30, "both ranks' memory");
+    assert_eq!(
+        offered(&cluster).await,
+        2 * FOLLOWER_BYTES,
+        "twice what the smaller rank has"
+    );
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert_eq!(steps(&cluster).await, cluster.status("island").await.steps);
@@ -344,7 +354,11 @@ async fn roles_of_an_island_without_files_change_while_it_serves() {
     let mut cluster = Cluster::new(Carrier::Grpc);
     let _rank = beside_another(&mut cluster, (5, 6)).await;
     let expected = cluster.generate_all("other", &requests()).await;
-    assert_eq!(offered(&cluster).await, 2 << 30, "both ranks' memory");
+    assert_eq!(
+        offered(&cluster).await,
+        2 * FOLLOWER_BYTES,
+        "twice what the smaller rank has"
+    );
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     let (whole, epoch) = (
@@ -356,7 +370,7 @@ async fn roles_of_an_island_without_files_change_while_it_serves() {
     // Experts for others: both ranks' part of each call, and no memory more than before, since ranks keep their pages.
     want(&cluster, "island", EXPERTS).await;
     does(&cluster, "island", EXPERTS).await;
-    assert_eq!(offered(&cluster).await, 2 << 30);
+    assert_eq!(offered(&cluster).await, 2 * FOLLOWER_BYTES);
     assert!(cluster.generate_all("other", &requests()).await == expected);
     assert_eq!(steps(&cluster).await, whole);
 
@@ -385,7 +399,7 @@ async fn roles_of_an_island_without_files_change_while_it_serves() {
 
     want(&cluster, "island", BOTH).await;
     does(&cluster, "island", BOTH).await;
-    assert_eq!(offered(&cluster).await, 2 << 30);
+    assert_eq!(offered(&cluster).await, 2 * FOLLOWER_BYTES);
     cluster.publish(&["island"], split(1)).await;
     assert!(cluster.generate_all("island", &requests()).await == expected);
     assert!(steps(&cluster).await > whole_again);
