@@ -26,7 +26,7 @@ mod target;
 
 pub use backend::{
     CudaBackend, Island, Lead, RandomModel, RankAttention, RankStep, WeightBytes, check_format,
-    check_geometry, rank_segments,
+    check_geometry, rank_segments, working_bytes,
 };
 pub use cache::KernelCache;
 pub use choose::{CudaConfig, DeviceChoice, Unusable, find, open};

@@ -6,20 +6,19 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 pub use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::{
-    CudaConfig, DeviceChoice, DeviceSummary, KernelCache, LibraryDirs, Unusable,
+    CudaConfig, DeviceChoice, DeviceSummary, KernelCache, LibraryDirs, Unusable, working_bytes,
 };
 use tramontane_runtime::config::cache_dir;
 use tramontane_types::ModelGeometry;
 
 use crate::{ConfigError, WorkerConfig};
 
-/// Of a device's memory, the share that is offered for experts when nobody says how much: of Mixtral's weights they
-/// are 97 %.
-const EXPERTS_OF_TEN: u64 = 7;
-/// The share for the KV cache. What is left takes the other weights and the buffers of a step.
-const KV_OF_TEN: u64 = 2;
-/// The same for a worker that never has experts.
-const KV_ALONE_OF_TEN: u64 = 7;
+/// What of a device's memory is left to the driver, one part in so many.
+const DRIVER_PARTS: u64 = 20;
+/// Of what the other weights and the buffers of a step leave, the parts that experts and the KV cache get when nobody says how much:
+/// of Mixtral's weights experts are 97 %.
+const EXPERT_PARTS: u64 = 7;
+const KV_PARTS: u64 = 2;
 
 /// Devices of this process that are in use, by number: workers of one process share them.
 static IN_USE: Mutex<BTreeMap<u32, Weak<dyn Device>>> = Mutex::new(BTreeMap::new());
@@ -62,7 +61,7 @@ pub fn choose(
                 let rule = format!("a device that can be used, but {why}");
                 ConfigError::new("device", &rule, &config.device)
             })?;
-            take(config, &*device);
+            take(config, &*device, geometry);
             Ok(ChosenDevice {
                 device: Some(device),
             })
@@ -86,7 +85,7 @@ fn automatic(config: &mut WorkerConfig, geometry: &ModelGeometry) -> ChosenDevic
                 "computing on a gpu"
             );
             config.device = DeviceChoice::Cuda(ordinal);
-            take(config, &*device);
+            take(config, &*device, geometry);
             ChosenDevice {
                 device: Some(device),
             }
@@ -114,16 +113,20 @@ fn open_for(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, Stri
     Ok(device)
 }
 
-/// Memory that nobody said is a share of the device's. What was only measured on CPUs is off.
-fn take(config: &mut WorkerConfig, device: &dyn Device) {
-    let tenth = device.info().memory_bytes / 10;
+/// Memory that nobody said is a share of what the device has left. What was only measured on CPUs is off.
+fn take(config: &mut WorkerConfig, device: &dyn Device, geometry: &ModelGeometry) {
+    let memory = device.info().memory_bytes;
+    let working = working_bytes(geometry, config.weights, config.max_step_rows);
+    let left = memory.saturating_sub(memory / DRIVER_PARTS + working);
     let class = config.numeric_class.as_ref();
-    let kv = match class.is_some_and(|c| c.parts_attention() && config.roles.0.attention) {
-        true => KV_ALONE_OF_TEN,
-        false => KV_OF_TEN,
+    let (experts, kv) = match class.is_some_and(|c| c.parts_attention() && config.roles.0.attention)
+    {
+        true => (0, 1),
+        false => (EXPERT_PARTS, KV_PARTS),
     };
-    config.expert_memory.get_or_insert(EXPERTS_OF_TEN * tenth);
-    config.kv_memory.get_or_insert(kv * tenth);
+    let part = left / (experts + kv);
+    config.expert_memory.get_or_insert(experts * part);
+    config.kv_memory.get_or_insert(kv * part);
     config.lookup_tokens.get_or_insert(0);
 }
 

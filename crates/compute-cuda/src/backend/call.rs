@@ -11,9 +11,9 @@ use super::round::RoundedRows;
 use crate::device::{Args, Buffer, DeviceError, Pinned, Stream};
 
 /// (row, expert) pairs of one pass. A call of more takes several; its results do not depend on that.
-const PAIRS_MAX: usize = 1024;
+pub(super) const PAIRS_MAX: usize = 1024;
 /// Output vectors of one pass, by the same reason: a range of segments has up to four nodes.
-const VECTORS_MAX: usize = 2048;
+pub(super) const VECTORS_MAX: usize = 2048;
 /// Jobs of one pass.
 const JOBS_MAX: usize = 512;
 

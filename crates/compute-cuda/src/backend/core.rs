@@ -21,7 +21,7 @@ use crate::collective::Collective;
 use crate::device::{Args, Buffer, DeviceError, Kernel, Shape, Stream};
 
 /// Logits that are computed at once; a step that wants more takes several turns.
-const LOGITS_ROWS: usize = 256;
+pub(super) const LOGITS_ROWS: usize = 256;
 /// Blocks of the attention kernels per multiprocessor.
 const ATTEND_BLOCKS: usize = 4;
 

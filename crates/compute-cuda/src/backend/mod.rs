@@ -15,6 +15,7 @@ mod format;
 mod input;
 mod island;
 mod kernels;
+mod memory;
 mod norms;
 mod outputs;
 mod panels;
@@ -40,6 +41,7 @@ pub use context::check_geometry;
 use experts::CudaExperts;
 use format::Formats;
 pub use island::{Island, Lead, RankStep, rank_segments};
+pub use memory::working_bytes;
 pub use random::{RandomModel, WeightBytes};
 
 /// Computes on a GPU.
