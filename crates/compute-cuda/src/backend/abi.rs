@@ -224,8 +224,11 @@ pub(super) struct Panels {
     pub(super) row_ids: u64,
     pub(super) offsets: u64,
     pub(super) num_rows: u64,
+    /// Of rows as e4m3; otherwise 0.
+    pub(super) x_scales: u64,
+    pub(super) scales: u64,
     pub(super) jobs: i32,
-    pub(super) cols: i32,
+    pub(super) panels: i32,
     pub(super) x_stride: i32,
     pub(super) slots: i32,
 }
@@ -276,7 +279,7 @@ const _: () = {
     assert!(size_of::<Best>() == 16);
     assert!(size_of::<Draw>() == 24);
     assert!(size_of::<NodeParts>() == 136);
-    assert!(size_of::<Panels>() == 56);
+    assert!(size_of::<Panels>() == 72);
     assert!(size_of::<Pack>() == 64);
     assert!(size_of::<Linear>() == 72);
     assert!(size_of::<GateUp>() == 72);

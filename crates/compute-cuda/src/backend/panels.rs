@@ -130,7 +130,7 @@ impl Panels {
         let args = PanelsArgs {
             out: self.buffer.address(),
             x: rows.address,
-            cols: cols as i32,
+            panels: (cols / 64) as i32,
             x_stride: rows.stride as i32,
             slots: self.slots as i32,
             ..source
