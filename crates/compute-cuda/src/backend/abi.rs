@@ -249,6 +249,17 @@ pub(super) struct Round {
     pub(super) pad: u32,
 }
 
+/// `tr_round_panels_e4m3`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct RoundPanels {
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) panels: u64,
+    pub(super) part_cols: u32,
+    pub(super) slots: u32,
+}
+
 /// How `tr_draw` draws the token of a row.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
@@ -288,6 +299,7 @@ const _: () = {
     assert!(size_of::<JobEntry>() == 16);
     assert!(size_of::<NormArgs>() == 64);
     assert!(size_of::<Round>() == 56);
+    assert!(size_of::<RoundPanels>() == 32);
     assert!(size_of::<AttendArgs>() == 104);
     assert!(size_of::<AttendItem>() == 32);
 };
