@@ -43,6 +43,10 @@ static inline float load_in_place(const float *p) {
     emu::check_global(p, 4, 4, "a load");
     return *p;
 }
+static inline float2 load_two_in_place(const float *p) {
+    emu::check_global(p, 8, 8, "a load");
+    return make_float2(p[0], p[1]);
+}
 static inline u32 load_4(const void *p) {
     emu::check_global(p, 4, 4, "a load");
     return *static_cast<const u32 *>(p);

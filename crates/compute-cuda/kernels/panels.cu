@@ -1,14 +1,15 @@
-// Rows of bf16 in the order in which products for long batches read them: panels. Computes nothing.
+// Rows of bf16 or e4m3 in the order in which products for long batches read them: panels. Computes nothing.
 //
-// A panel is 64 columns of all tokens: [cols / 64][slots][128 bytes], a slot's 16-byte chunk c at place c ^ (slot % 8). So the tokens of a
-// tile and step are one run of memory, which a bulk copy takes to several blocks at once. The rows of a job begin at a
-// multiple of 8 slots; what lies between is not written, and only columns that nobody reads are computed from it.
+// A panel is 128 bytes of all tokens (64 columns of bf16, 128 of e4m3): [panels][slots][128 bytes], a slot's 16-byte chunk c at place
+// c ^ (slot % 8). So the tokens of a tile and step are one run of memory, which a bulk copy takes to several blocks at once. The rows of
+// a job begin at a multiple of 8 slots; what lies between is not written, and only columns that nobody reads are computed from it.
+// The scales of e4m3 rows move with them.
 //
-// grid (slots / 32, up, steps / 8, up), block 256: a block has 32 slots and 8 panels, a thread 16 bytes of each. No shared memory. Bytes: all read once
+// grid (slots / 32, up, panels / 8, up), block 256: a block has 32 slots and 8 panels, a thread 16 bytes of each. No shared memory. Bytes: all read once
 // and written once; 128 of a row at a time.
 
 constexpr int PANEL_SLOTS = 32;
-constexpr int PANEL_STEPS = 8;
+constexpr int PANELS_OF_BLOCK = 8;
 
 /// The arguments of tr_panels: see README.md.
 struct PanelsArgs {
@@ -17,7 +18,9 @@ struct PanelsArgs {
     const int *row_ids; // rows of the jobs, or null: slot i is row i
     const int *offsets; // [jobs + 1], or null
     const u32 *num_rows; // where there are no jobs
-    int jobs, cols, x_stride /* bytes */, slots;
+    const float *x_scales; // e4m3: one per row; else null
+    float *scales; // [slots]
+    int jobs, panels, x_stride /* bytes */, slots;
 };
 
 /// The row of a slot, or -1.
@@ -42,10 +45,13 @@ extern "C" __global__ void __launch_bounds__(256) tr_panels(PanelsArgs a) {
     if (row < 0) {
         return;
     }
+    if (a.x_scales != nullptr && blockIdx.y == 0 && chunk == 0) {
+        a.scales[slot] = a.x_scales[row];
+    }
     const u8 *from = a.x + static_cast<long long>(row) * a.x_stride + chunk * 16;
-    int end = min(static_cast<int>(blockIdx.y + 1) * PANEL_STEPS, a.cols / 64);
+    int end = min(static_cast<int>(blockIdx.y + 1) * PANELS_OF_BLOCK, a.panels);
 #pragma unroll 8
-    for (int step = blockIdx.y * PANEL_STEPS; step < end; ++step) {
-        *reinterpret_cast<uint4 *>(a.out + panel_at(step * 64 + chunk * 8, slot, a.slots)) = load_16(from + step * TOKEN_STEP_BYTES);
+    for (int panel = blockIdx.y * PANELS_OF_BLOCK; panel < end; ++panel) {
+        *reinterpret_cast<uint4 *>(a.out + panel_at(panel * 8 + chunk, slot, a.slots)) = load_16(from + panel * TOKEN_STEP_BYTES);
     }
 }

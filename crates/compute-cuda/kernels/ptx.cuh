@@ -74,6 +74,13 @@ __device__ __forceinline__ float load_in_place(const float *p) {
     return out;
 }
 
+/// The same of two, which lie on 8 bytes.
+__device__ __forceinline__ float2 load_two_in_place(const float *p) {
+    float2 out;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "l"(p) : "memory");
+    return out;
+}
+
 /// `x`, of which the compiler knows nothing more: what is computed from it is not computed ahead of a loop, where it
 /// would hold registers.
 __device__ __forceinline__ int computed_here(int x) {

@@ -5,7 +5,9 @@
 // numbers that are not finite. A part is the whole row, or one of its segments (down products).
 // The largest of a part does not depend on an order, so neither does anything else.
 //
-// grid (rows at most, parts), block 256. Shared bytes: 32. Bytes per row: 2 cols read twice (the second time from L1), cols written.
+// tr_round_e4m3: grid (rows at most, parts), block 256. Shared bytes: 32.
+// tr_round_panels_e4m3: grid (slots / 8, parts), block 256, a warp for each part of a slot. No shared memory.
+// Bytes per row: 2 cols read twice (the second time from L1 or L2), cols written.
 
 #if __CUDA_ARCH__ >= 890 || defined(TR_EMULATOR)
 
@@ -28,6 +30,14 @@ __device__ __forceinline__ uint4 load_eight(const u16 *row, u32 i, u32 end) {
     return make_uint4(until(bits.x, i), until(bits.y, i + 2), until(bits.z, i + 4), until(bits.w, i + 6));
 }
 
+__device__ __forceinline__ u32 larger_of_eight(u32 amax, uint4 x) {
+    return larger_of_two(larger_of_two(larger_of_two(larger_of_two(amax, x.x), x.y), x.z), x.w);
+}
+
+__device__ __forceinline__ uint2 e4m3x8_from(uint4 x, float inverse) {
+    return make_uint2(e4m3x4_from(x.x, x.y, inverse), e4m3x4_from(x.z, x.w, inverse));
+}
+
 extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_e4m3(RoundArgs a) {
     grid_begin();
     const u32 row = blockIdx.x, part = blockIdx.y, begin = part * a.part_cols;
@@ -39,17 +49,47 @@ extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_e4m3(RoundA
     const u16 *from = a.rows + static_cast<size_t>(row) * a.row_stride;
     u32 amax = 0;
     for (u32 i = begin + 8 * threadIdx.x; i < end; i += 8 * ROUND_THREADS) {
-        const uint4 x = load_eight(from, i, end);
-        amax = larger_of_two(larger_of_two(larger_of_two(larger_of_two(amax, x.x), x.y), x.z), x.w);
+        amax = larger_of_eight(amax, load_eight(from, i, end));
     }
     const E4m3Scale scale = e4m3_scale_of(block_largest<ROUND_THREADS / 32>(amax, reinterpret_cast<u32 *>(tr_shared())));
     u8 *to = a.out + static_cast<size_t>(row) * a.out_stride;
     for (u32 i = begin + 8 * threadIdx.x; i < (is_last ? a.out_stride : end); i += 8 * ROUND_THREADS) {
-        const uint4 x = load_eight(from, i, end);
-        *reinterpret_cast<uint2 *>(to + i) = make_uint2(e4m3x4_from(x.x, x.y, scale.inverse), e4m3x4_from(x.z, x.w, scale.inverse));
+        *reinterpret_cast<uint2 *>(to + i) = e4m3x8_from(load_eight(from, i, end), scale.inverse);
     }
     if (threadIdx.x == 0) {
         a.scales[static_cast<size_t>(row) * a.scale_stride + part] = scale.scale;
+    }
+}
+
+/// The arguments of tr_round_panels_e4m3: see README.md.
+struct RoundPanelsArgs {
+    u8 *out;           // panels of e4m3
+    float *scales;     // [parts, slots]
+    const u8 *panels;  // of bf16
+    u32 part_cols;     // a multiple of 256
+    u32 slots;         // a multiple of 8
+};
+static_assert(sizeof(RoundPanelsArgs) == 32, "as the host has them");
+
+/// The same of panels (panels.cu). What is in slots that no row has does not matter: nobody reads what comes of it.
+extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_panels_e4m3(RoundPanelsArgs a) {
+    grid_begin();
+    const int slots = static_cast<int>(a.slots), slot = blockIdx.x * (ROUND_THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Chunks of 8 columns.
+    const int begin = blockIdx.y * a.part_cols / 8 + lane, end = (blockIdx.y + 1) * a.part_cols / 8;
+    u32 amax = 0;
+#pragma unroll 4
+    for (int chunk = begin; chunk < end; chunk += 32) {
+        amax = larger_of_eight(amax, load_16(a.panels + panel_at(chunk, slot, slots)));
+    }
+    const E4m3Scale scale = e4m3_scale_of(warp_largest(amax));
+#pragma unroll 4
+    for (int chunk = begin; chunk < end; chunk += 32) {
+        u8 *to = a.out + panel_at(chunk / 2, slot, slots) + chunk % 2 * 8;
+        *reinterpret_cast<uint2 *>(to) = e4m3x8_from(load_16(a.panels + panel_at(chunk, slot, slots)), scale.inverse);
+    }
+    if (lane == 0) {
+        a.scales[static_cast<size_t>(blockIdx.y) * a.slots + slot] = scale.scale;
     }
 }
 

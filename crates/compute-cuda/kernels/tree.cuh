@@ -242,14 +242,14 @@ __device__ __forceinline__ bool climb_whole(Halves<VALUES, KEPT> &halves, float 
 
 // ---- Scales of e4m3.
 
-/// The scales of tokens' rows: one for the row, or one for each of PARTS parts.
-template <int PARTS> struct TokenScales {
-    const float *scale; // [rows, PARTS]
+/// The scales of tokens' rows: one for the row, or one for each of PARTS parts. IS_PANEL: of tokens in panels, by slot.
+template <int PARTS, bool IS_PANEL = false> struct TokenScales {
+    const float *scale; // [rows, PARTS]; IS_PANEL: [PARTS, slots]
 };
 
 /// Scales the sums of one strip and part: row scale times token scale, once each.
 template <class Step, int N, int PARTS>
-__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales<PARTS> &scales,
+__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales<PARTS, false> &scales,
                                            const Tokens &tokens, int part, int lane) {
     if constexpr (Step::WEIGHT == 8) {
         float low = load_in_place(row_scales + lane / 4), high = load_in_place(row_scales + lane / 4 + 8);
@@ -273,18 +273,31 @@ __device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *
     }
 }
 
-// ---- The activation.
-
-/// x / (1 + e^-x), by the fast exponential and reciprocal: a few units in the last place of f32, of which bf16 sees none.
-__device__ __forceinline__ float silu(float x) {
-    return __fmul_rn(x, reciprocal_fast(__fadd_rn(1.0F, exp2_fast(__fmul_rn(x, -1.44269504F)))));
+/// The same from panels: a lane takes the scales of two neighbours at once, also where no token is, of which nothing is written.
+template <class Step, int N, int PARTS>
+__device__ __forceinline__ void scale_sums(float (&sum)[N / 8][4], const float *row_scales, const TokenScales<PARTS, true> &scales,
+                                           const Tokens &tokens, int part, int lane) {
+    if constexpr (Step::WEIGHT == 8) {
+        float low = load_in_place(row_scales + lane / 4), high = load_in_place(row_scales + lane / 4 + 8);
+        long long slots = tokens.stride / TOKEN_STEP_BYTES;
+        const float *base = scales.scale + (PARTS == 1 ? 0 : part * slots) + tokens.first + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            float2 token = load_two_in_place(base + j * 8);
+            sum[j][0] = __fmul_rn(__fmul_rn(sum[j][0], low), token.x);
+            sum[j][1] = __fmul_rn(__fmul_rn(sum[j][1], low), token.y);
+            sum[j][2] = __fmul_rn(__fmul_rn(sum[j][2], high), token.x);
+            sum[j][3] = __fmul_rn(__fmul_rn(sum[j][3], high), token.y);
+        }
+    }
 }
 
-/// Where the 16 bytes of a token's columns from `column` (a multiple of 8) on lie in panels of bf16: [column / 64][slots][128 bytes],
-/// swizzled as in shared memory.
-__device__ __forceinline__ long long panel_at(int column, int slot, int slots) {
-    long long line = static_cast<long long>(column / 64) * slots + slot;
-    return line * TOKEN_STEP_BYTES + ((column / 8 % 8 ^ slot % 8) << 4);
+// ---- Panels.
+
+/// Where chunk `chunk` (16 bytes) of a token's row lies in panels: [chunk / 8][slots][128 bytes], swizzled as in shared memory.
+__device__ __forceinline__ long long panel_at(int chunk, int slot, int slots) {
+    long long line = static_cast<long long>(chunk / 8) * slots + slot;
+    return line * TOKEN_STEP_BYTES + ((chunk % 8 ^ slot % 8) << 4);
 }
 
 /// The slot of a job's first row in panels: jobs begin at multiples of 8.
@@ -294,6 +307,13 @@ __device__ __forceinline__ int first_slot(const int *offsets, int job) {
         slot += divide_up(load_fresh(offsets + j + 1) - load_fresh(offsets + j), 8) * 8;
     }
     return slot;
+}
+
+// ---- The activation.
+
+/// x / (1 + e^-x), by the fast exponential and reciprocal: a few units in the last place of f32, of which bf16 sees none.
+__device__ __forceinline__ float silu(float x) {
+    return __fmul_rn(x, reciprocal_fast(__fadd_rn(1.0F, exp2_fast(__fmul_rn(x, -1.44269504F)))));
 }
 
 /// silu(gate) * up of one strip (8 columns of the intermediate row) for all tokens of the tile, the first of which has row
@@ -311,7 +331,7 @@ __device__ __forceinline__ void put_activation(const GateUp &call, const float (
         u32 both = is_first ? bf16x2_from(even, other) : bf16x2_from(other, odd);
         if (token < tokens.count) {
             auto *out = reinterpret_cast<u8 *>(call.out);
-            out += IS_PANEL ? panel_at(ff_column, first + token, call.out_stride)
+            out += IS_PANEL ? panel_at(ff_column / 8, first + token, call.out_stride)
                             : (static_cast<long long>(first + token) * call.out_stride + ff_column) * 2;
             *reinterpret_cast<u32 *>(out + lane / 8 * 4) = both;
         }

@@ -363,7 +363,7 @@ template <class Step, int N, int CLUSTER = 1> __device__ __forceinline__ void li
     };
     long long at = static_cast<long long>(column) * call.out_stride;
     Output output = {call.out + at, 1, call.out_stride, call.rows, call.is_added != 0};
-    TokenScales<1> scales = {call.x_scales};
+    TokenScales<1, CLUSTER != 1> scales = {call.x_scales};
     group_tree<Step, N, N, LINEAR_ROWS<N>, CLUSTER>(tokens, parts_of, first_row, output, scales, group_of, scales_of);
 }
 
@@ -393,7 +393,7 @@ template <class Step, int N, int CLUSTER = 1, int TILE = N> __device__ __forcein
     long long out = job.out < 0 ? begin : job.out;
     float *at = call.out + (out + static_cast<long long>(column) * vectors) * call.hidden;
     Output output = {at, vectors, call.hidden, call.hidden, false};
-    TokenScales<8> scales = {call.x_scales};
+    TokenScales<8, CLUSTER != 1> scales = {call.x_scales};
     group_tree<Step, N, TILE, DOWN_ROWS<TILE>, CLUSTER>(tokens, parts_of, first_row, output, scales, group_of, scales_of);
 }
 
@@ -435,11 +435,13 @@ __device__ __forceinline__ void gate_up_group(const GateUp &call) {
         return;
     }
     become_consumer<TILE>();
+    // One register until the sums are there, not one for each number that it comes from.
+    int ff_column = segment * part_cols + strip_at(warp) * 8;
     auto finish = [&](int part, float(&sum)[N / 8][4]) {
-        TokenScales<1> scales = {call.x_scales};
+        TokenScales<1, CLUSTER != 1> scales = {call.x_scales};
         scale_sums<Step, N>(sum, expert->gate_up_scales[segment] + strip_at(warp) * 16, scales, tokens, part, lane);
         if (first_tile + warp / 4 < tiles) {
-            put_activation<N, CLUSTER != 1>(call, sum, tokens, computed_here(first), segment * part_cols + strip_at(warp) * 8, lane);
+            put_activation<N, CLUSTER != 1>(call, sum, tokens, computed_here(first), computed_here(ff_column), lane);
         }
     };
     consume(ring, parts, warp, lane, finish);

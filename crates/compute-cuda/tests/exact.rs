@@ -439,23 +439,34 @@ fn a_step_by_panels_has_the_bits_of_shorter_ones() {
     if variable(REQUIRE_GPU).is_some() {
         return println!("skipped: the test of real widths has such steps on a GPU");
     }
-    let geometry = ModelGeometry {
-        hidden: 1024,
-        num_layers: 1,
-        num_heads: 8,
-        num_kv_heads: 2,
-        head_dim: 128,
-        ff: 1024,
-        sliding_window: None,
-        ..geometry()
-    };
-    let checkpoint = Checkpoint::new(geometry.clone());
-    let backend = backend(&emulator(Target::Sm90a), &geometry);
-    let mut model = Model::new(&checkpoint, &backend, &[0, 8]);
-    model.is_whole = true;
-    let prompt = Prompt::new(5, 530, 0);
-    let expected = model.prompt(&prompt, 265);
-    assert!(model.prompt(&prompt, 530) == expected);
+    // The least of which all parts are whole steps.
+    for (format, cols) in [(WeightFormat::Bf16, 1024), (WeightFormat::E4m3, 2048)] {
+        let geometry = ModelGeometry {
+            hidden: cols,
+            num_layers: 1,
+            num_heads: cols / 128,
+            num_kv_heads: 2,
+            head_dim: 128,
+            ff: cols,
+            sliding_window: None,
+            ..geometry()
+        };
+        let checkpoint = Checkpoint::new(geometry.clone());
+        let backend = backend_of(&emulator(Target::Sm90a), &geometry, format);
+        let mut model = Model::new(&checkpoint, &backend, &[0, 8]);
+        model.is_whole = true;
+        let prompts: Vec<Prompt> = (0..10).map(|i| Prompt::new(5 + i, 53, i)).collect();
+        let mut batch = StepBatch::default();
+        for prompt in &prompts {
+            prompt.add_to(&mut batch, 0..53, true);
+        }
+        let together = bits(&model.step(&batch));
+        let values = 53 * geometry.vocab;
+        for i in [0, 9] {
+            let alone = model.prompt(&prompts[i], 53);
+            assert!(together[i * values..][..values] == alone, "{format}, {i}");
+        }
+    }
 }
 
 /// What the benchmark measures: it has no weights to compare with, but it must compute.

@@ -447,20 +447,29 @@ struct Panels {
     const void *x;
     const int *row_ids, *offsets;
     const uint32_t *num_rows;
-    int jobs, cols, x_stride, slots;
+    const float *x_scales;
+    float *scales;
+    int jobs, panels, x_stride, slots;
+};
+struct RoundPanels {
+    uint8_t *out;
+    float *scales;
+    const uint8_t *panels;
+    uint32_t part_cols, slots;
 };
 
 /// Slots behind the last that a tile may read.
 constexpr int TILE_MAX = 256;
 
 static void pack_panels(const Panels &call) {
-    launch("tr_panels", {static_cast<unsigned>(divide_up(call.slots, 32)), static_cast<unsigned>(divide_up(call.cols, 512))}, {256}, 0, call);
+    launch("tr_panels", {static_cast<unsigned>(divide_up(call.slots, 32)), static_cast<unsigned>(divide_up(call.panels, 8))}, {256}, 0, call);
 }
 
 /// Long batches of whole experts, by rows and by panels: the same bits.
 static void panels_give_the_bits_of_rows(const Format &format, std::vector<int> counts) {
     Class c = wgmma_class(format);
-    int hidden = 256, ff = 1024, num_jobs = static_cast<int>(counts.size());
+    bool is_e4m3 = format.name == E4M3.name;
+    int hidden = 256, ff = 16 * format.step_k, num_jobs = static_cast<int>(counts.size());
     Random random{77};
     Experts experts(random, format, num_jobs, hidden, ff);
     std::vector<Job> list;
@@ -475,38 +484,76 @@ static void panels_give_the_bits_of_rows(const Format &format, std::vector<int> 
     Buffer<Expert> table(experts.table);
     Buffer<Job> d_jobs(jobs.list);
     Buffer<int> offsets(jobs.offsets), ids(jobs.ids);
-    Buffer<uint8_t> x_panels(static_cast<size_t>(slots) * hidden * 2), h_panels(static_cast<size_t>(slots) * ff * 2);
-    Buffer<float> out(expected.size());
-    pack_panels({x_panels.data, x.data(), ids.data, offsets.data, nullptr, num_jobs, hidden, x.stride, slots});
+    // Of rows, then of rounded hidden rows; and of hidden rows.
+    Buffer<uint8_t> x_panels(static_cast<size_t>(slots) * (is_e4m3 ? ff : hidden * 2)), h_panels(static_cast<size_t>(slots) * ff * 2);
+    Buffer<float> x_scales(static_cast<size_t>(slots) * 8), out(expected.size());
+    const float *row_scales = is_e4m3 ? x.scales.data : nullptr;
+    pack_panels({x_panels.data, x.data(), ids.data, offsets.data, nullptr, row_scales, x_scales.data, num_jobs, hidden / format.step_k, x.stride, slots});
     auto stage = [&](int n) { return 8 * format.step_bytes + n * 128; };
     unsigned experts_of = static_cast<unsigned>(num_jobs);
-    GateUp gate_up = {reinterpret_cast<uint16_t *>(h_panels.data), table.data, d_jobs.data, offsets.data, ids.data, x_panels.data, nullptr, hidden, ff, slots * 128, slots};
+    GateUp gate_up = {reinterpret_cast<uint16_t *>(h_panels.data), table.data, d_jobs.data, offsets.data, ids.data, x_panels.data, x_scales.data, hidden, ff, slots * 128, slots};
     Dim grid = {static_cast<unsigned>(divide_up(jobs.most, 256) + 1), static_cast<unsigned>(ff / 64), experts_of};
     launch((std::string("tr_gate_up_") + format.name + "_cl_n256").c_str(), grid, {384}, 4 * (stage(256) + 16), gate_up);
-    Down down = {out.data, table.data, d_jobs.data, offsets.data, h_panels.data, nullptr, hidden, ff, slots * 128};
+    if (is_e4m3) {
+        RoundPanels round = {x_panels.data, x_scales.data, h_panels.data, static_cast<uint32_t>(ff / 8), static_cast<uint32_t>(slots)};
+        launch("tr_round_panels_e4m3", {static_cast<unsigned>(slots / 8), 8}, {256}, 0, round);
+    }
+    const uint8_t *read = is_e4m3 ? x_panels.data : h_panels.data;
+    Down down = {out.data, table.data, d_jobs.data, offsets.data, read, x_scales.data, hidden, ff, slots * 128};
     grid = {static_cast<unsigned>(divide_up(jobs.most, 128) + 1), static_cast<unsigned>(hidden / 128), experts_of};
     launch((std::string("tr_down_") + format.name + "_cl_n128").c_str(), grid, {384}, 5 * stage(128) + 128 * 128 * 4 + 80, down);
     if (memcmp(out.data, expected.data(), expected.size() * 4) != 0) fail("experts by panels differ, %s", format.name);
 }
 
+/// Hidden rows rounded and then packed, and packed and then rounded: the same panels and scales.
+static void panels_are_rounded_as_rows_are(int part_cols, int num_rows) {
+    int cols = 8 * part_cols, slots = divide_up(num_rows, 8) * 8;
+    Random random{79};
+    std::vector<uint16_t> values = random_rows(random, num_rows, cols, cols);
+    std::fill_n(values.begin() + cols, part_cols, static_cast<uint16_t>(0)); // a part of zeros
+    values[static_cast<size_t>(3 * cols - 1)] = 0x7F80;                      // infinity, in the last part of row 2
+    Rows rows(E4M3, values, num_rows, cols, cols, part_cols, 8);
+    size_t bytes = static_cast<size_t>(slots) * cols, scales = static_cast<size_t>(slots) * 8;
+    Buffer<uint8_t> expected(bytes), panels(2 * bytes), got(bytes);
+    Buffer<float> unused(scales), got_scales(scales);
+    Buffer<uint32_t> d_rows(std::vector<uint32_t>{static_cast<uint32_t>(num_rows)});
+    pack_panels({expected.data, rows.data(), nullptr, nullptr, d_rows.data, nullptr, unused.data, 0, cols / 128, rows.stride, slots});
+    pack_panels({panels.data, rows.bf16.data, nullptr, nullptr, d_rows.data, nullptr, unused.data, 0, cols / 64, cols * 2, slots});
+    RoundPanels round = {got.data, got_scales.data, panels.data, static_cast<uint32_t>(part_cols), static_cast<uint32_t>(slots)};
+    launch("tr_round_panels_e4m3", {static_cast<unsigned>(slots / 8), 8}, {256}, 0, round);
+    for (int row = 0; row < num_rows; ++row) {
+        for (int panel = 0; panel < cols / 128; ++panel) {
+            size_t at = (static_cast<size_t>(panel) * slots + row) * 128;
+            if (memcmp(got.data + at, expected.data + at, 128) != 0) fail("row %d differs in panel %d of e4m3", row, panel);
+        }
+        for (int part = 0; part < 8; ++part) {
+            const float *scale = &got_scales[static_cast<size_t>(part) * slots + row], *of_row = &rows.scales[static_cast<size_t>(row) * 8 + part];
+            if (memcmp(scale, of_row, 4) != 0) fail("scale of row %d, part %d: %g in panels, %g in rows", row, part, *scale, *of_row);
+        }
+    }
+}
+
 static void linear_by_panels_gives_the_bits_of_rows(const Format &format, int num_tokens, bool is_added) {
-    int rows = 512, cols = 1024, slots = divide_up(num_tokens, 8) * 8 + TILE_MAX;
+    int rows = 512, cols = 16 * format.step_k, slots = divide_up(num_tokens, 8) * 8 + TILE_MAX;
     Random random{78};
     Matrix w(random, format, rows, cols, cols / 8);
     Rows x(format, random_rows(random, num_tokens, cols, cols), num_tokens, cols, cols, cols, 1);
     size_t part_bytes = packed_bytes(format, rows, cols / 8);
-    Buffer<uint8_t> packed(part_bytes * 8), panels(static_cast<size_t>(slots) * cols * 2);
+    Buffer<uint8_t> packed(part_bytes * 8), panels(static_cast<size_t>(slots) * 16 * 128);
+    Buffer<float> weight_scales(static_cast<size_t>(rows) * 8), scales(static_cast<size_t>(slots));
     for (int p = 0; p < 8; ++p) {
         Packed part(w, nullptr, 0, rows, p * cols / 8, cols / 8);
         memcpy(packed.data + p * part_bytes, part.bytes.data, part.bytes.count);
+        memcpy(weight_scales.data + p * rows, part.scales.data, static_cast<size_t>(rows) * 4);
     }
     Buffer<uint32_t> d_rows(std::vector<uint32_t>{static_cast<uint32_t>(num_tokens)});
-    pack_panels({panels.data, x.data(), nullptr, nullptr, d_rows.data, 0, cols, x.stride, slots});
+    const float *row_scales = format.name == E4M3.name ? x.scales.data : nullptr;
+    pack_panels({panels.data, x.data(), nullptr, nullptr, d_rows.data, row_scales, scales.data, 0, 16, x.stride, slots});
     std::vector<float> before(static_cast<size_t>(num_tokens) * rows), results[2];
     for (auto &b : before) b = random.normal();
     for (bool is_panel : {false, true}) {
         Buffer<float> out(before);
-        Linear call = {packed.data, is_panel ? panels.data : x.data(), nullptr, out.data, nullptr, nullptr,
+        Linear call = {packed.data, is_panel ? panels.data : x.data(), nullptr, out.data, weight_scales.data, is_panel ? scales.data : x.scales.data,
                        num_tokens, rows, cols, is_panel ? slots * 128 : x.stride, rows, is_added};
         Dim grid = {static_cast<unsigned>(divide_up(num_tokens, 128)), static_cast<unsigned>(rows / 128)};
         std::string name = std::string("tr_linear_") + format.name + (is_panel ? "_cl_n128" : "_wg_n128");
@@ -576,9 +623,12 @@ static void a_part_has_the_bits_of_the_whole(const Class &c) {
 int main(int argc, char **argv) {
     uint64_t seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : 1;
     tr_emulator_seed(seed);
-    panels_give_the_bits_of_rows(BF16, {300, 70, 3});
-    linear_by_panels_gives_the_bits_of_rows(BF16, 200, false);
-    linear_by_panels_gives_the_bits_of_rows(BF16, 77, true);
+    for (const Format &f : {BF16, E4M3}) {
+        panels_give_the_bits_of_rows(f, {300, 0, 70, 3});
+        linear_by_panels_gives_the_bits_of_rows(f, 200, false);
+        linear_by_panels_gives_the_bits_of_rows(f, 77, true);
+    }
+    panels_are_rounded_as_rows_are(512, 77);
     for (const Format &f : {BF16, E4M3, Q4}) {
         for (const Class &c : {mma_class(f), wgmma_class(f)}) {
             if (f.name != Q4.name) {

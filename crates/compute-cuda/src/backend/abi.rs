@@ -224,8 +224,11 @@ pub(super) struct Panels {
     pub(super) row_ids: u64,
     pub(super) offsets: u64,
     pub(super) num_rows: u64,
+    /// Of rows as e4m3; otherwise 0.
+    pub(super) x_scales: u64,
+    pub(super) scales: u64,
     pub(super) jobs: i32,
-    pub(super) cols: i32,
+    pub(super) panels: i32,
     pub(super) x_stride: i32,
     pub(super) slots: i32,
 }
@@ -244,6 +247,17 @@ pub(super) struct Round {
     pub(super) out_stride: u32,
     pub(super) scale_stride: u32,
     pub(super) pad: u32,
+}
+
+/// `tr_round_panels_e4m3`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct RoundPanels {
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) panels: u64,
+    pub(super) part_cols: u32,
+    pub(super) slots: u32,
 }
 
 /// How `tr_draw` draws the token of a row.
@@ -276,7 +290,7 @@ const _: () = {
     assert!(size_of::<Best>() == 16);
     assert!(size_of::<Draw>() == 24);
     assert!(size_of::<NodeParts>() == 136);
-    assert!(size_of::<Panels>() == 56);
+    assert!(size_of::<Panels>() == 72);
     assert!(size_of::<Pack>() == 64);
     assert!(size_of::<Linear>() == 72);
     assert!(size_of::<GateUp>() == 72);
@@ -285,6 +299,7 @@ const _: () = {
     assert!(size_of::<JobEntry>() == 16);
     assert!(size_of::<NormArgs>() == 64);
     assert!(size_of::<Round>() == 56);
+    assert!(size_of::<RoundPanels>() == 32);
     assert!(size_of::<AttendArgs>() == 104);
     assert!(size_of::<AttendItem>() == 32);
 };

@@ -81,13 +81,17 @@ impl Packing {
         }
     }
 
-    /// Steps of a strip: an even number.
-    pub(super) const fn steps(self, cols: usize) -> usize {
-        let step_cols = match self {
+    /// Columns of a step: 128 bytes of a row that products read.
+    pub(super) const fn step_cols(self) -> usize {
+        match self {
             Self::Bf16 | Self::Q4 => 64,
             Self::E4m3 => 128,
-        };
-        cols.div_ceil(2 * step_cols) * 2
+        }
+    }
+
+    /// Steps of a strip: an even number.
+    pub(super) const fn steps(self, cols: usize) -> usize {
+        cols.div_ceil(2 * self.step_cols()) * 2
     }
 
     /// Bytes of a packed part, without scales that lie beside it.

@@ -18,7 +18,7 @@ use super::experts::Held;
 use super::island::{Island, Nodes, RankStep};
 use super::kernels::Kernels;
 use super::norms::Norm;
-use super::panels::Panels;
+use super::panels::ExpertPanels;
 use crate::device::{Args, Buffer, DeviceError, Graph};
 
 /// Numbers of rows that graphs are made for. Longer steps are launched kernel by kernel: they take long enough to
@@ -58,8 +58,8 @@ pub(super) struct WholeStep {
     jobs: Buffer,
     /// Those who compute the other segments.
     ranks: Option<Ranks>,
-    /// For long steps: rows, and hidden rows.
-    panels: Option<(Panels, Panels)>,
+    /// For long steps.
+    panels: Option<ExpertPanels>,
 }
 
 /// What a rank of an island has beside.
@@ -89,15 +89,14 @@ impl WholeStep {
         let pairs = max_rows * geometry.top_k;
         let own = island.map_or(SegmentRange::WHOLE, |island| island.segments());
         let vectors = pairs * geometry.hidden * size_of::<f32>();
-        let panels = |cols| Panels::new(context, max_rows, (pairs, geometry.num_experts), cols);
         // Ranks of an island have parts of experts, for which there are rows only.
         let panels = match island {
-            None => panels(geometry.hidden).zip(panels(geometry.ff)),
+            None => ExpertPanels::new(context, max_rows),
             Some(_) => None,
         };
         // Longer steps have their hidden rows in panels.
         let hidden_pairs = match panels {
-            Some(_) => pairs.min((Panels::rows_min(geometry) - 1) * geometry.top_k),
+            Some(_) => pairs.min((ExpertPanels::rows_min(geometry) - 1) * geometry.top_k),
             None => pairs,
         };
         let ranks = island.map(|island| Ranks::new(context, island, vectors));
@@ -286,11 +285,9 @@ impl WholeStep {
         // SAFETY: the caller's promise.
         unsafe {
             let panels = self.panels.as_ref();
-            if let Some((rows, hidden)) =
-                panels.filter(|_| queue.rows >= Panels::rows_min(geometry))
-            {
-                let to = (hidden, self.outputs.address());
-                return rows.experts(queue.context, queue.stream, &lists, x, to);
+            let is_long = queue.rows >= ExpertPanels::rows_min(geometry);
+            if let Some(panels) = panels.filter(|_| is_long) {
+                return panels.products(queue.context, queue.stream, &lists, x, out);
             }
             match &self.ranks {
                 None => expert_products(queue.context, queue.stream, &lists, x, to),
