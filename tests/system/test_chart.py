@@ -1,7 +1,9 @@
 """The Helm chart: lints, renders, refuses bad values, and agrees with itself and with the binary."""
 
 import base64
+import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -33,6 +35,15 @@ VARIANTS = {
         "auth.anonymous": "false", "router.env[0].name": "TRAMONTANE_AUTH__JWT__ISSUER", "router.env[0].value": "https://issuer",
     },
     "roles": {"worker.roles": "experts", "worker.threads": "4", "worker.expertMemory": "1000000"},
+    "gpus": {"values": CHART / "examples" / "gpus.yaml"},
+    "pools": {
+        "worker.env[0].name": "TRAMONTANE_WORKER__MAX_RUNNING", "worker.env[0].value": "64", "worker.kvFormat": "q8",
+        "workerPools[0].name": "large", "workerPools[0].replicas": "2", "workerPools[0].device": "cuda:0", "workerPools[0].weights": "e4m3",
+        "workerPools[1].name": "large-1", "workerPools[1].roles": "experts", "workerPools[1].nodeSelector.disk": "fast",
+        "tls.certManager.enabled": "true", "tls.certManager.issuer.name": "ours", "tls.hosts[0]": "llm.example.org",
+        "networkPolicy.operators.team": "ops",
+    },
+    "pools-insecure": {"tls.insecure": "true", "workerPools[0].name": "b", "workerPools[0].runtimeClassName": "nvidia"},
 }
 
 
@@ -41,45 +52,78 @@ def helm(*args):
 
 
 def flags(values):
-    # A large number given by --set would become a float.
-    kind = lambda key: "--set-string" if key in ("worker.expertMemory", "router.env[0].value") else "--set"
-    return [flag for key, value in values.items() for flag in (kind(key), f"{key}={value}")]
+    # A large number given by --set would become a float, and one in an environment is text.
+    kind = lambda key: "--set-string" if key == "worker.expertMemory" or key.endswith("].value") else "--set"
+    files = ["--values", values["values"]] if "values" in values else []
+    return files + [flag for key, value in values.items() if key != "values" for flag in (kind(key), f"{key}={value}")]
+
+
+def render(values):
+    rendered = helm("template", "rel", CHART, *flags(values))
+    assert rendered.returncode == 0, rendered.stderr
+    return [o for o in yaml.safe_load_all(rendered.stdout) if o]
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def objects(request):
-    values = flags(EVERYBODY | VARIANTS[request.param])
-    lint = helm("lint", "--strict", CHART, *values)
+    values = EVERYBODY | VARIANTS[request.param]
+    lint = helm("lint", "--strict", CHART, *flags(values))
     assert lint.returncode == 0, lint.stdout
-    rendered = helm("template", "rel", CHART, *values)
-    assert rendered.returncode == 0, rendered.stderr
-    return [o for o in yaml.safe_load_all(rendered.stdout) if o]
+    return render(values)
 
 
 def pods(objects):
     return [(o, o["spec"]["template"]) for o in objects if o["kind"] in ("Deployment", "StatefulSet")]
 
 
-def test_selectors_find_their_pods(objects):
-    labels = [template["metadata"]["labels"] for _, template in pods(objects)]
-    for owner, template in pods(objects):
-        selector = owner["spec"]["selector"]["matchLabels"].items()
-        assert selector <= template["metadata"]["labels"].items()
+def matches(selector, labels):
+    """Whether a label selector, of those kinds that the chart has, finds a pod."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    among = selector.get("matchExpressions", [])
+    assert all(e["operator"] == "In" for e in among)
+    return selector["matchLabels"].items() <= labels.items() and all(labels.get(e["key"]) in e["values"] for e in among)
+
+
+def test_selectors_find_their_own_pods_and_no_others(objects):
+    labels = {owner["metadata"]["name"]: template["metadata"]["labels"] for owner, template in pods(objects)}
+    selectors = {"Service": {}, "PodDisruptionBudget": {}}
+    for owner, _ in pods(objects):
+        selectors.setdefault(owner["kind"], {})[owner["metadata"]["name"]] = owner["spec"]["selector"]
     for o in objects:
+        name = o["metadata"]["name"]
         if o["kind"] == "Service":
-            selected = [l for l in labels if o["spec"]["selector"].items() <= l.items()]
-            assert len(selected) == 1, o["metadata"]["name"]
+            selectors["Service"][name] = {"matchLabels": o["spec"]["selector"]}
         if o["kind"] == "PodDisruptionBudget":
-            selector = o["spec"]["selector"]["matchLabels"].items()
-            assert sum(selector <= l.items() for l in labels) == 1
-        if o["kind"] == "NetworkPolicy":
-            selector = o["spec"]["podSelector"]["matchLabels"].items()
-            chosen = [t for _, t in pods(objects) if selector <= t["metadata"]["labels"].items()]
-            assert len(chosen) == 1
-            names = {p["name"] for c in chosen[0]["spec"]["containers"] for p in c["ports"]}
-            for rule in o["spec"]["ingress"]:
-                assert {p["port"] for p in rule["ports"]} <= names
-                assert "from" in rule or {p["port"] for p in rule["ports"]} <= {"http", "grpc", "ops", "health"}
+            selectors["PodDisruptionBudget"][name] = o["spec"]["selector"]
+    routers = {"rel": "rel-router", "rel-admin": "rel-router"}
+    for named in selectors.values():
+        for name, selector in named.items():
+            assert [pod for pod, l in labels.items() if matches(selector, l)] == [routers.get(name, name)]
+    stateful = set(selectors["StatefulSet"])
+    assert stateful == set(selectors["Service"]) - set(routers)
+    assert set(selectors["PodDisruptionBudget"]) == {"rel-router"} | stateful - {"rel-etcd"}
+    for owner, template in pods(objects):
+        for spread in template["spec"].get("topologySpreadConstraints", []):
+            assert spread["labelSelector"] == owner["spec"]["selector"]
+
+
+def test_network_policies_cover_every_pod_once(objects):
+    policies = [o for o in objects if o["kind"] == "NetworkPolicy"]
+    for owner, template in pods(objects):
+        found = [o for o in policies if matches(o["spec"]["podSelector"], template["metadata"]["labels"])]
+        assert len(found) == 1, owner["metadata"]["name"]
+        ports = {p["name"] for c in template["spec"]["containers"] for p in c["ports"]}
+        for rule in found[0]["spec"]["ingress"]:
+            assert {p["port"] for p in rule["ports"]} <= ports
+            assert "from" in rule or {p["port"] for p in rule["ports"]} <= {"http", "grpc", "ops", "health"}
+    # All workers and routers reach all workers and etcd.
+    callers = [t["metadata"]["labels"] for _, t in pods(objects) if t["metadata"]["labels"]["app.kubernetes.io/component"] != "etcd"]
+    for policy in policies:
+        if policy["metadata"]["name"] == "rel-router":
+            continue
+        peers = policy["spec"]["ingress"][0]["from"]
+        for labels in callers:
+            assert any(matches(peer["podSelector"], labels) for peer in peers)
 
 
 def environment(container):
@@ -89,7 +133,7 @@ def environment(container):
 def ours(objects):
     """Pods, containers and environment of the binary's processes."""
     found = [(t, c) for _, t in pods(objects) for c in t["spec"]["containers"] if c["name"] in ("router", "worker")]
-    assert len(found) == 2
+    assert {c["name"] for _, c in found} == {"router", "worker"}
     return [(template, container, environment(container)) for template, container in found]
 
 
@@ -146,6 +190,26 @@ def test_certificates_of_helm_are_what_the_binary_takes(objects, tmp_path):
         assert said in asked.stderr, asked.stderr
 
 
+def test_certificates_name_every_pod(objects, tmp_path):
+    asked = {o["metadata"]["name"]: o["spec"]["dnsNames"] for o in objects if o["kind"] == "Certificate" and "dnsNames" in o["spec"]}
+    for name, data in secrets(objects).items():
+        (tmp_path / "cert").write_bytes(base64.b64decode(data["tls.crt"]))
+        command = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", tmp_path / "cert"]
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+        asked[name.removesuffix("-tls")] = re.findall(r"DNS:([^,\s]+)", text)
+    if len(asked) < 2:
+        pytest.skip("these certificates are the operator's")
+    for owner, template in pods(objects):
+        if owner["kind"] != "StatefulSet":
+            continue
+        (container,) = template["spec"]["containers"]
+        name = owner["metadata"]["name"]
+        said = [a for a in container.get("args", []) if a.startswith("--advertise=")]
+        assert said == ([f"--advertise=$(POD_NAME).{name}:8100"] if container["name"] == "worker" else [])
+        for host in (name, f"{name}.default.svc", f"{name}-0.{name}", f"{name}-1.{name}.default.svc"):
+            assert {host, "*." + host.partition(".")[2]} & set(asked[f"rel-{container['name']}"]), host
+
+
 def test_cert_manager_is_asked_for_roles(objects):
     asked = {o["metadata"]["name"]: o["spec"] for o in objects if o["kind"] == "Certificate"}
     if not asked:
@@ -186,6 +250,68 @@ def test_the_binary_knows_every_flag(objects):
                 assert arg.split("=")[0] in known, f"tramontane {args[0]} has no {arg}"
 
 
+def test_the_binary_takes_every_setting(objects):
+    """Settings are read before anything else; what is missing here, and nobody gave it, are etcd's authorities."""
+    for _, container, env in ours(objects):
+        args = [a for a in container["args"] if not a.startswith("--etcd=")]
+        more = {name: e["value"] for name, e in env.items() if name.startswith("TRAMONTANE_WORKER__")}
+        ended = run(*args, "--etcd=https://127.0.0.1:1", env=more, check=False)
+        assert ended.returncode == 2 and "etcd.tls_ca must name" in ended.stderr, ended.stderr
+
+
+def args_of(objects):
+    """Arguments of the workers by their StatefulSet."""
+    workers = [(o, t["spec"]["containers"][0]) for o, t in pods(objects)]
+    return {o["metadata"]["name"]: c["args"] for o, c in workers if c["name"] == "worker"}
+
+
+def test_a_pool_that_says_nothing_is_the_first_one_again():
+    objects = render(EVERYBODY | VARIANTS["roles"] | {
+        "worker.device": "cpu", "worker.numericClass": "a+b@2", "worker.kvFormat": "q8", "worker.env[0].name": "X",
+        "worker.env[0].value": "1", "worker.nodeSelector.disk": "fast", "worker.tolerations[0].operator": "Exists",
+        "worker.runtimeClassName": "nvidia", "worker.drainSeconds": "7", "workerPools[0].name": "gpu",
+    })
+    for kind in ("StatefulSet", "Service", "PodDisruptionBudget"):
+        named = {o["metadata"]["name"]: json.dumps(o) for o in objects if o["kind"] == kind}
+        assert named["rel-worker-gpu"] != named["rel-worker"]
+        assert named["rel-worker-gpu"].replace("worker-gpu", "worker") == named["rel-worker"]
+    (router,) = [c["args"] for _, t in pods(objects) for c in t["spec"]["containers"] if c["name"] == "router"]
+    assert "--min-workers=6" in router
+
+
+def test_what_a_pool_says_replaces_what_worker_says():
+    worker = {
+        "worker.device": "cuda:1", "worker.numericClass": "a+b", "worker.threads": "4", "worker.env[0].name": "X", "worker.drainSeconds": "7",
+        "worker.nodeSelector.disk": "fast", "worker.nodeSelector.rack": "one", "worker.tolerations[0].operator": "Exists",
+    }
+    pool = {
+        "replicas": "5", "roles": "experts", "weights": "q4", "device": "cpu", "numericClass": "c+d@1", "kvFormat": "q8", "threads": "0",
+        "env[0].name": "Y", "drainSeconds": "9", "nodeSelector.disk": "slow", "resources.limits.memory": "1Gi",
+    }
+    pools = {f"workerPools[1].{key}": value for key, value in pool.items()}
+    objects = render(EVERYBODY | worker | pools | {"workerPools[0].name": "a", "workerPools[1].name": "b"})
+    said = {name: [a for a in args if a.split("=")[0] in (
+        "--roles", "--weights", "--device", "--numeric-class", "--kv-format", "--threads"
+    )] for name, args in args_of(objects).items()}
+    first = ["--roles=attention,experts", "--weights=bf16", "--device=cuda:1", "--numeric-class=a+b", "--threads=4"]
+    other = ["--roles=experts", "--weights=q4", "--device=cpu", "--numeric-class=c+d@1", "--kv-format=q8"]
+    assert said == {"rel-worker": first, "rel-worker-a": first, "rel-worker-b": other}
+    (spec,) = [o["spec"] for o in objects if o["kind"] == "StatefulSet" and o["metadata"]["name"] == "rel-worker-b"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert spec["replicas"] == 5 and pod["terminationGracePeriodSeconds"] == 39
+    assert pod["nodeSelector"] == {"disk": "slow"} and pod["tolerations"] == [{"operator": "Exists"}]
+    assert container["resources"] == {"limits": {"memory": "1Gi"}}
+    assert "Y" in environment(container) and "X" not in environment(container)
+
+
+def test_a_worker_without_more_settings_has_no_more_flags():
+    (args,) = args_of(render(EVERYBODY)).values()
+    assert [a.split("=")[0] for a in args] == [
+        "worker", "--id", "--host", "--advertise", "--etcd", "--cluster", "--roles", "--weights"
+    ]
+
+
 def test_routers_say_who_may_ask(objects):
     (env,) = [env for _, container, env in ours(objects) if container["name"] == "router"]
     said = [name for name in env if name.startswith("TRAMONTANE_AUTH__")]
@@ -214,7 +340,41 @@ def test_ports_are_those_of_the_binary(objects):
     ("worker.roles", "cook"), ("worker.replicas", "0"), ("etcd.replicas", "2"), ("worker.weights", "q3"),
     ("tls.certManager.enabled", "true"), ("tls.days", "0"), ("tls.existing.cook", "x"),
     ("model.path", "../../etc"), ("nonsense", "1"), ("image.digest", "sha256:12"), ("auth.anonymous", "perhaps"),
+    ("worker.name", "first"), ("worker.device", "gpu"), ("worker.kvFormat", "bf16"), ("worker.numericClass", "cpu-q4"),
+    ("worker.numericClass", "a+b@0"), ("worker.numericClass", "a+b+c"), ("worker.env", "X=1"), ("worker.tolerations", "all"),
+    ("worker.nodeSelector", "gpu"), ("workerPools", "gpu"),
 ])
 def test_bad_values_are_refused(key, value):
     refused = helm("template", "rel", CHART, *flags(EVERYBODY | {key: value}))
     assert refused.returncode != 0 and key.split(".")[0] in refused.stderr, refused.stderr
+
+
+@pytest.mark.parametrize("pools,said", [
+    ([{}], "name is required"),
+    ([{"name": ""}], "workerPools.0.name"),
+    ([{"name": "GPU"}], "workerPools.0.name"),
+    ([{"name": "a.b"}], "workerPools.0.name"),
+    ([{"name": "gpu-"}], "workerPools.0.name"),
+    # Pods of the first pool are called so.
+    ([{"name": "0"}], "workerPools.0.name"),
+    # With rel-worker- and the hash of a revision this is a label.
+    ([{"name": "g" * 42}], "at most 52 characters"),
+    ([{"name": "a"}, {"name": "b"}, {"name": "a"}], 'got "a" twice'),
+    ([{"name": "a"}, {"name": "b", "colour": "red"}], "workerPools.1: Additional property colour"),
+    ([{"name": "a", "replicas": 0}], "workerPools.0.replicas"),
+    ([{"name": "a", "roles": "cook"}], "workerPools.0.roles"),
+    ([{"name": "a", "weights": "q3"}], "workerPools.0.weights"),
+    ([{"name": "a", "device": "cuda"}], "workerPools.0.device"),
+    ([{"name": "a", "device": None}], "workerPools.0.device"),
+    ([{"name": "a", "numericClass": "cuda-sm89-q4+cpu-q4@"}], "workerPools.0.numericClass"),
+    ([{"name": "a", "kvFormat": "q4"}], "workerPools.0.kvFormat"),
+    ([{"name": "a", "nodeSelector": {"gpus": 1}}], "workerPools.0.nodeSelector"),
+    ([{"name": "a", "env": [{"value": "1"}]}], "workerPools.0.env.0"),
+])
+def test_bad_pools_are_refused(pools, said):
+    refused = helm("template", "rel", CHART, *flags(EVERYBODY), "--set-json", f"workerPools={json.dumps(pools)}")
+    assert refused.returncode != 0 and said in refused.stderr, refused.stderr
+
+
+def test_the_longest_name_of_a_pool_is_taken():
+    assert f"rel-worker-{'g' * 41}" in args_of(render(EVERYBODY | {"workerPools[0].name": "g" * 41}))

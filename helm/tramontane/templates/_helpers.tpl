@@ -16,6 +16,56 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
+{{/* All pools of workers as JSON, `worker` first: each has all settings, and its component, which ends the names of its objects. */}}
+{{- define "tramontane.pools" -}}
+{{- $pools := list (set (deepCopy .Values.worker) "component" "worker") -}}
+{{- $components := list -}}
+{{- range .Values.workerPools -}}
+{{- $component := printf "worker-%s" .name -}}
+{{- if has $component $components -}}
+{{- fail (printf "workerPools: expected a name of its own for every pool, got %q twice" .name) -}}
+{{- end -}}
+{{- $components = append $components $component -}}
+{{- /* Kubernetes makes a label of it, with a hyphen and a hash of ten characters; a label has 63 at most. */}}
+{{- $whole := printf "%s-%s" (include "tramontane.name" $) $component -}}
+{{- if gt (len $whole) 52 -}}
+{{- fail (printf "workerPools: expected a StatefulSet's name of at most 52 characters, got %s with %d: the pool's name or the release's must be shorter" $whole (len $whole)) -}}
+{{- end -}}
+{{- $pool := deepCopy $.Values.worker -}}
+{{- range $key, $value := . -}}
+{{- $_ := set $pool $key $value -}}
+{{- end -}}
+{{- $pools = append $pools (set $pool "component" $component) -}}
+{{- end -}}
+{{- toJson $pools -}}
+{{- end -}}
+
+{{/* How many workers all pools have. */}}
+{{- define "tramontane.workers" -}}
+{{- $workers := 0 -}}
+{{- range include "tramontane.pools" . | fromJsonArray -}}
+{{- $workers = add $workers .replicas -}}
+{{- end -}}
+{{- $workers -}}
+{{- end -}}
+
+{{/* The pods of all pools. The selector of the first one's objects, which cannot be changed, must not find the others. */}}
+{{- define "tramontane.workerSelector" -}}
+{{- if .Values.workerPools -}}
+{{- $components := list -}}
+{{- range include "tramontane.pools" . | fromJsonArray -}}
+{{- $components = append $components .component -}}
+{{- end -}}
+matchLabels:
+  app.kubernetes.io/name: tramontane
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - { key: app.kubernetes.io/component, operator: In, values: [{{ join ", " $components }}] }
+{{- else -}}
+matchLabels: {{- include "tramontane.selector" (dict "root" . "component" "worker") | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
 {{- define "tramontane.image" -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
@@ -41,15 +91,22 @@ app.kubernetes.io/component: {{ .component }}
 {{/* Names by which the holder's ports are reached, one a line. */}}
 {{- define "tramontane.hosts" -}}
 {{- $name := include "tramontane.name" .root -}}
-{{- $service := index (dict "clients" $name "router" (printf "%s-admin" $name) "worker" (printf "%s-worker" $name) "etcd" (printf "%s-etcd" $name)) .holder -}}
+{{- $services := list (index (dict "clients" $name "router" (printf "%s-admin" $name) "worker" (printf "%s-worker" $name) "etcd" (printf "%s-etcd" $name)) .holder) -}}
+{{- if eq .holder "worker" -}}
+{{- range .root.Values.workerPools -}}
+{{- $services = append $services (printf "%s-worker-%s" $name .name) -}}
+{{- end -}}
+{{- end -}}
 {{- $ns := .root.Release.Namespace -}}
 localhost
+{{- range $service := $services }}
 {{ $service }}
 {{ $service }}.{{ $ns }}
 {{ $service }}.{{ $ns }}.svc
-{{- if has .holder (list "worker" "etcd") }}
+{{- if has $.holder (list "worker" "etcd") }}
 *.{{ $service }}
 *.{{ $service }}.{{ $ns }}.svc
+{{- end }}
 {{- end }}
 {{- if eq .holder "clients" }}
 {{- range .root.Values.tls.hosts }}
