@@ -40,7 +40,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     if !has_weights {
         settings.worker.weights = checkpoint.weight_format()?;
     }
-    refuse_islands(&settings.worker)?;
+    refuse_islands_and_parts(&settings.worker)?;
     let device = choose_device(&mut settings.worker, &checkpoint)?;
     if let Some(gpu) = device.gpu().filter(|_| args.workers > 1) {
         let (name, workers) = (&gpu.info().name, args.workers);
@@ -104,7 +104,13 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     services.stop().await
 }
 
-fn refuse_islands(config: &WorkerConfig) -> anyhow::Result<()> {
+/// What is for processes of their own.
+fn refuse_islands_and_parts(config: &WorkerConfig) -> anyhow::Result<()> {
+    if let Some(class) = &config.numeric_class {
+        return Err(misuse(format!(
+            "worker.numeric_class must be absent in one process with all workers, got {class}: they compute alike"
+        )));
+    }
     let got = config.island_ranks;
     if got == 1 {
         return Ok(());

@@ -18,11 +18,13 @@ use tramontane_compute::{
 };
 use tramontane_compute_cuda::device::Device;
 use tramontane_compute_cuda::emulator::Emulator;
-use tramontane_compute_cuda::{CudaBackend, RandomModel, Target, check_format, check_geometry};
+use tramontane_compute_cuda::{
+    CudaBackend, RandomModel, Target, check_format, check_geometry, working_bytes,
+};
 use tramontane_types::{ExpertId, ExpertSlice, LayerId, ModelGeometry, PageId, SegmentRange};
 
 use model::devices::{REQUIRE_GPU, devices, emulator, gpu, variable, work_dir};
-use model::{Checkpoint, Model, NUM_PAGES, Prompt, bits, geometry, load};
+use model::{ATTENTION, Checkpoint, Model, NUM_PAGES, Prompt, bits, geometry, load};
 
 fn backend(device: &Arc<dyn Device>, geometry: &ModelGeometry) -> CudaBackend {
     backend_of(device, geometry, WeightFormat::Bf16)
@@ -452,7 +454,9 @@ fn a_step_by_panels_has_the_bits_of_shorter_ones() {
             ..geometry()
         };
         let checkpoint = Checkpoint::new(geometry.clone());
-        let backend = backend_of(&emulator(Target::Sm90a), &geometry, format);
+        let device = emulator(Target::Sm90a);
+        let before = device.memory_free().unwrap();
+        let backend = backend_of(&device, &geometry, format);
         let mut model = Model::new(&checkpoint, &backend, &[0, 8]);
         model.is_whole = true;
         let prompts: Vec<Prompt> = (0..10).map(|i| Prompt::new(5 + i, 53, i)).collect();
@@ -466,6 +470,17 @@ fn a_step_by_panels_has_the_bits_of_shorter_ones() {
             let alone = model.prompt(&prompts[i], 53);
             assert!(together[i * values..][..values] == alone, "{format}, {i}");
         }
+        // The most that it can take: long steps and short ones, whole and layer by layer, with all buffers.
+        model.is_whole = false;
+        assert!(model.prompt(&prompts[9], 53) == together[9 * values..]);
+        let taken = before - device.memory_free().unwrap();
+        let experts = backend.segment_bytes() * 8 * geometry.num_experts as u64;
+        let cache = (NUM_PAGES * 2 * 2 * 64 * 128 * 2) as u64;
+        let working = working_bytes(&geometry, format, ATTENTION.max_rows);
+        assert!(
+            taken <= working + experts + cache,
+            "{format}: {taken}, {working} foreseen beside {experts} and {cache}"
+        );
     }
 }
 

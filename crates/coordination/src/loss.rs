@@ -1,11 +1,11 @@
 //! Whether the cluster could lose any one worker, and whom it could not. Never counts on a worker that is
 //! leaving or has not loaded.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use tramontane_types::{Placement, SEGMENTS_PER_EXPERT, WorkerId};
+use tramontane_types::{ExpertSlice, LayerId, Placement, WorkerId};
 
 use crate::planner::Intent;
 use crate::registry::{Members, WorkerRecord, WorkerState};
@@ -19,10 +19,10 @@ pub fn survives_one_loss(members: &Members, published: &Placement) -> bool {
     let is_of = |worker: &&Arc<WorkerRecord>| version.has(worker);
     let of_group = || members.workers.values().filter(is_of);
     let attends = |w: &&Arc<WorkerRecord>| w.roles.attention && w.state == WorkerState::Ready;
-    let held = published.iter().all(|(_, holders)| {
+    let held = published.iter().all(|(slice, holders)| {
         let ready = holders
             .iter()
-            .filter(|&&h| is_ready_holder(members, published, h));
+            .filter(|&&h| is_ready_holder(members, published, h, slice.layer));
         ready.count() > 1
     });
     if !held || of_group().filter(attends).count() < 2 {
@@ -49,36 +49,35 @@ impl Room {
     }
 }
 
-/// Whether a copy of the model fits on these workers without any one of them, in slices as they are cut now.
+/// Whether a copy of the model fits on these workers without any one of them, in slices as they are cut now. The layers of two
+/// workers are the same, or have none in common: each range is by itself.
 pub(crate) fn leaves_room(rooms: &[Room], placement: &Placement, num_segments: u8) -> bool {
-    let real = |begin: u8, end: u8| u64::from(end.min(num_segments).saturating_sub(begin));
-    let lengths = placement
-        .iter()
-        .map(|(slice, _)| real(slice.range.begin(), slice.range.end()));
-    let longest = lengths
-        .max()
-        .unwrap_or(u64::from(SEGMENTS_PER_EXPERT))
-        .max(1);
-    // The layers of two workers are the same, or have none in common: each range is by itself.
-    let mut needed: BTreeMap<usize, (u64, Vec<u64>)> = BTreeMap::new();
-    for (slice, _) in placement.iter() {
+    let mut ranges: Vec<&Range<usize>> = rooms.iter().map(|room| &room.layers).collect();
+    ranges.sort_by_key(|range| range.start);
+    ranges.dedup();
+    let in_none = |(slice, _): (ExpertSlice, &[u16])| {
         let layer = usize::from(slice.layer.0);
-        let has = |room: &&Room| room.layers.contains(&layer);
-        let Some(first) = rooms.iter().find(has) else {
-            return false;
-        };
-        let of_range =
-            |room: &Room| (room.layers == first.layers).then_some(room.segments / longest);
-        let range = needed
-            .entry(first.layers.start)
-            .or_insert_with(|| (0, rooms.iter().filter_map(of_range).collect()));
-        range.0 += 1;
-    }
-    needed.values().all(|(slices, offered)| {
+        !ranges.iter().any(|range| range.contains(&layer))
+    };
+    let has_room = |range: &&Range<usize>| {
+        let slices = placement.iter().map(|(slice, _)| slice);
+        let slices = slices.filter(|slice| range.contains(&usize::from(slice.layer.0)));
+        let lengths = slices.map(|s| {
+            s.range
+                .end()
+                .min(num_segments)
+                .saturating_sub(s.range.begin())
+        });
+        let (count, longest) =
+            lengths.fold((0, 1), |(n, most): (u64, u8), len| (n + 1, most.max(len)));
+        let of_range = rooms.iter().filter(|room| room.layers == **range);
+        let offered: Vec<u64> = of_range
+            .map(|room| room.segments / u64::from(longest))
+            .collect();
         let all = offered.iter().fold(0_u64, |sum, n| sum.saturating_add(*n));
-        let largest = offered.iter().copied().max().unwrap_or(0);
-        all.saturating_sub(largest) >= *slices
-    })
+        all.saturating_sub(offered.into_iter().max().unwrap_or(0)) >= count
+    };
+    !placement.iter().any(in_none) && ranges.iter().all(has_room)
 }
 
 /// Whether every slice is on a worker that serves it, and somebody would take a new sequence.
@@ -86,24 +85,23 @@ pub(crate) fn leaves_room(rooms: &[Room], placement: &Placement, num_segments: u
 pub fn is_complete(members: &Members, published: &Placement, intent: &Intent) -> bool {
     let version = Version::of_placement(published);
     let mut takers = members.workers.values().filter(|w| version.has(w));
-    let takes = takers
-        .any(|w| w.roles.attention && w.state == WorkerState::Ready && intent.may_attend(&w.id));
-    let is_held = |holders: &[u16]| {
-        holders
-            .iter()
-            .any(|&h| is_ready_holder(members, published, h))
+    let takes =
+        takers.any(|w| w.roles.attention && w.state == WorkerState::Ready && intent.may_attend(w));
+    let is_held = |(slice, holders): (ExpertSlice, &[u16])| {
+        let mut holders = holders.iter();
+        holders.any(|&h| is_ready_holder(members, published, h, slice.layer))
     };
-    takes && published.iter().all(|(_, holders)| is_held(holders))
+    takes && published.iter().all(is_held)
 }
 
 /// Workers that alone hold some slice: losing one of them stops the model.
 #[must_use]
 pub fn essential_workers(members: &Members, published: &Placement) -> BTreeSet<WorkerId> {
     let mut essential = BTreeSet::new();
-    for (_, holders) in published.iter() {
+    for (slice, holders) in published.iter() {
         let mut ready = holders
             .iter()
-            .filter(|&&h| is_ready_holder(members, published, h));
+            .filter(|&&h| is_ready_holder(members, published, h, slice.layer));
         if let (Some(&only), None) = (ready.next(), ready.next()) {
             essential.extend(published.worker(only).cloned());
         }
@@ -111,13 +109,15 @@ pub fn essential_workers(members: &Members, published: &Placement) -> BTreeSet<W
     essential
 }
 
-fn is_ready_holder(members: &Members, published: &Placement, holder: u16) -> bool {
+fn is_ready_holder(members: &Members, published: &Placement, holder: u16, layer: LayerId) -> bool {
     let worker = published
         .worker(holder)
         .and_then(|id| members.workers.get(id));
     worker.is_some_and(|w| {
-        // A name may have been taken over by a process of other weights.
+        // A name may have been taken over by a process of other weights, roles or layers.
         w.state == WorkerState::Ready
+            && w.roles.experts
+            && w.expert_layers().contains(&usize::from(layer.0))
             && w.loaded >= published.epoch
             && *w.model.fingerprint == *published.model
             && w.numeric_class == published.numeric_class
@@ -204,6 +204,38 @@ mod tests {
             });
         });
         assert!(!survives_one_loss(&only_a, &replicated));
+    }
+
+    #[test]
+    fn each_range_of_layers_is_counted_in_its_own_slices() {
+        let whole = vec![SliceHolders {
+            range: SegmentRange::WHOLE,
+            holders: vec![0, 1],
+        }];
+        let halves = [(0, 4), (4, 8)].map(|(begin, end)| SliceHolders {
+            range: SegmentRange::new(begin, end).unwrap(),
+            holders: vec![2, 3],
+        });
+        let mut placement = placement(&[]);
+        (placement.num_layers, placement.num_experts) = (2, 1);
+        placement.experts = vec![whole, halves.to_vec()];
+        let room = |segments, layers| Room { segments, layers };
+        let rooms = |second: u64| {
+            [
+                room(8, 0..1),
+                room(8, 0..1),
+                room(second, 1..2),
+                room(second, 1..2),
+                room(second, 1..2),
+            ]
+        };
+        // Two of three with room for one half each: enough, although neither has room for a whole expert.
+        assert!(leaves_room(&rooms(4), &placement, 8));
+        assert!(!leaves_room(&rooms(3), &placement, 8));
+        assert!(
+            !leaves_room(&rooms(4)[1..], &placement, 8),
+            "one of the first kind"
+        );
     }
 
     #[test]

@@ -139,10 +139,10 @@ pub(crate) fn attention_workers<'a>(
     version: &'a Version,
     intent: &'a Intent,
 ) -> impl Iterator<Item = (&'a WorkerId, &'a Arc<WorkerRecord>)> {
-    members.workers.iter().filter(move |(id, record)| {
+    members.workers.iter().filter(move |(_, record)| {
         record.roles.attention
             && record.state == WorkerState::Ready
-            && intent.may_attend(id)
+            && intent.may_attend(record)
             && version.has(record)
     })
 }

@@ -61,7 +61,7 @@ pub fn choose(
                 let rule = format!("a device that can be used, but {why}");
                 ConfigError::new("device", &rule, &config.device)
             })?;
-            take(config, &*device, geometry);
+            take(config, device.info().memory_bytes, geometry);
             Ok(ChosenDevice {
                 device: Some(device),
             })
@@ -85,7 +85,7 @@ fn automatic(config: &mut WorkerConfig, geometry: &ModelGeometry) -> ChosenDevic
                 "computing on a gpu"
             );
             config.device = DeviceChoice::Cuda(ordinal);
-            take(config, &*device, geometry);
+            take(config, device.info().memory_bytes, geometry);
             ChosenDevice {
                 device: Some(device),
             }
@@ -114,8 +114,7 @@ fn open_for(config: &WorkerConfig, ordinal: u32) -> Result<Arc<dyn Device>, Stri
 }
 
 /// Memory that nobody said is a share of what the device has left. What was only measured on CPUs is off.
-fn take(config: &mut WorkerConfig, device: &dyn Device, geometry: &ModelGeometry) {
-    let memory = device.info().memory_bytes;
+fn take(config: &mut WorkerConfig, memory: u64, geometry: &ModelGeometry) {
     let working = working_bytes(geometry, config.weights, config.max_step_rows);
     let left = memory.saturating_sub(memory / DRIVER_PARTS + working);
     let class = config.numeric_class.as_ref();
@@ -216,5 +215,42 @@ mod tests {
             (error.key.as_str(), error.got.as_str()),
             ("device", "cuda:99")
         );
+    }
+
+    #[test]
+    fn what_the_other_weights_leave_is_for_experts_and_cache() {
+        let mixtral = ModelGeometry {
+            hidden: 4096,
+            num_layers: 32,
+            num_heads: 32,
+            num_kv_heads: 8,
+            head_dim: 128,
+            ff: 14_336,
+            num_experts: 8,
+            vocab: 32_000,
+            ..geometry()
+        };
+        let shares = |config: WorkerConfig, memory: u64| {
+            let mut config = config;
+            take(&mut config, memory, &mixtral);
+            (config.expert_bytes() >> 20, config.kv_bytes() >> 20)
+        };
+        let bf16 = || config(DeviceChoice::Cuda(0), WeightFormat::Bf16);
+        // Attention, embedding and head are 3.2 GB, buffers of 2,048 rows 0.8.
+        assert_eq!(shares(bf16(), 24 << 30), (14_926, 4_264));
+        // All experts of Mixtral 8x7B in bf16: 86,016 MiB.
+        assert_eq!(shares(bf16(), 141_000_000_000).0, 96_264);
+        assert_eq!(shares(bf16(), 2 << 30), (0, 0));
+        let attends = WorkerConfig {
+            numeric_class: Some("a+b".parse().unwrap()),
+            roles: "attention".parse().unwrap(),
+            ..bf16()
+        };
+        assert_eq!(shares(attends, 24 << 30), (0, 19_191));
+        let told = WorkerConfig {
+            kv_memory: Some(1 << 20),
+            ..bf16()
+        };
+        assert_eq!(shares(told, 24 << 30), (14_926, 1));
     }
 }

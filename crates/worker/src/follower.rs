@@ -133,6 +133,9 @@ impl Follower {
     ) -> Option<Loading> {
         let holds = self.node.roles().experts;
         let held = holds.then(|| self.node.experts.store.held_slices());
+        // Of another numeric class than the group's, results would be others: never loaded, and never said to be.
+        let in_part = |placement: &&Placement| self.can_hold(placement);
+        let (published, pending) = (published.filter(in_part), pending.filter(in_part));
         let next = next_load(&self.node.id, published, pending, held.as_deref());
         for (epoch, is_published) in next.complete {
             self.acknowledge(epoch, is_published);
@@ -141,6 +144,15 @@ impl Follower {
             return None;
         }
         self.start_loading(next.missing, stop.clone())
+    }
+
+    fn can_hold(&self, placement: &Placement) -> bool {
+        let can = self.registration.record().can_hold(placement);
+        if !can {
+            let (worker, epoch) = (&self.node.id, placement.epoch.0);
+            tracing::error!(%worker, epoch, "placement gives this worker experts of layers that its numeric class has no part in: not loaded");
+        }
+        can
     }
 
     fn acknowledge(&self, epoch: Epoch, is_published: bool) {

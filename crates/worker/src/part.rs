@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tramontane_compute::{Backend, RowFormat};
-use tramontane_coordination::{Part, Roles};
+use tramontane_coordination::Part;
 
 use crate::config::RoleSet;
 use crate::{ConfigError, WorkerConfig};
@@ -43,7 +43,11 @@ impl FromStr for MixedClass {
             };
             let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
             let is_class = |class: &str| !class.is_empty() && class.bytes().all(plain);
-            let is_mixed = is_class(attention) && is_class(experts) && attention != experts;
+            // Whoever has experts only keeps no keys and values.
+            let is_mixed = is_class(attention)
+                && is_class(experts)
+                && attention != experts
+                && !experts.ends_with("-kv8");
             is_mixed.then(|| Self {
                 attention: attention.to_owned(),
                 experts: experts.to_owned(),
@@ -151,15 +155,6 @@ fn check_roles(asked: RoleSet, part: Part, mixed: &MixedClass) -> Result<(), Con
     Err(ConfigError::new("roles", &rule, &asked))
 }
 
-/// Roles that are wanted, as far as a worker can take them on.
-pub(crate) fn possible(wanted: Roles, part: Option<Part>) -> Roles {
-    let can = part.map_or(RoleSet::default().0, |part| part.roles());
-    Roles {
-        attention: wanted.attention && can.attention,
-        experts: wanted.experts && can.experts,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tramontane_compute::WeightFormat;
@@ -211,7 +206,7 @@ mod tests {
             assert_eq!(serde_json::from_str::<MixedClass>(&json).unwrap(), class);
         }
         for text in [
-            "", "a", "a+", "+b", "a+a", "a+b@", "a+b@0", "a+b@x", "a+b+c", "a b+c",
+            "", "a", "a+", "+b", "a+a", "a+b@", "a+b@0", "a+b@x", "a+b+c", "a b+c", "a+a-kv8",
         ] {
             let error = text.parse::<MixedClass>().unwrap_err();
             assert!(error.ends_with(&format!("got {text:?}")), "{error}");
@@ -231,13 +226,6 @@ mod tests {
             (&second.class, second.row_format),
             (&class, RowFormat::Bf16)
         );
-        let both = RoleSet::default().0;
-        assert_eq!(
-            possible(both, second.part),
-            "experts".parse::<RoleSet>().unwrap().0
-        );
-        assert_eq!(possible(both, first.part), both);
-        assert_eq!(possible(both, None), both);
     }
 
     #[test]

@@ -15,7 +15,6 @@ use tramontane_types::WorkerId;
 
 use crate::attention::{AttentionMaker, EngineSlot};
 use crate::config::RoleSet;
-use crate::part::possible;
 use crate::state::Node;
 use crate::{Error, WorkerConfig};
 
@@ -59,13 +58,9 @@ pub(crate) async fn initial(
 
 /// What is wanted of this worker, as far as it can do that; what it was configured for where it can do nothing of it.
 fn wanted(config: &WorkerConfig, part: Option<Part>, seen: &SeenIntent) -> Roles {
-    let id = WorkerId::new(&config.id);
-    let wish = seen.intent.roles.get(&id).copied();
-    let can = possible(wish.unwrap_or(config.roles.0), part);
-    if can == Roles::default() {
-        return config.roles.0;
-    }
-    can
+    let can = part.map_or(RoleSet::default().0, Part::roles);
+    let wish = seen.intent.roles_of(&WorkerId::new(&config.id), can);
+    wish.unwrap_or(config.roles.0)
 }
 
 impl RoleKeeper {

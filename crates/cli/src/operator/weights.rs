@@ -168,11 +168,7 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
             } else {
                 " as soon as it is placed"
             },
-            if meant.serving.is_empty() {
-                "VERSION"
-            } else {
-                &meant.serving
-            }
+            undo(&meant)
         ));
     }
     let what = format!("new requests begin with {wanted}");
@@ -180,6 +176,18 @@ async fn use_version(args: &UseArgs) -> anyhow::Result<()> {
         progress(look, &meant)
     })
     .await
+}
+
+/// The version to go back to; with its class where that is what is left behind.
+fn undo(meant: &v1::UseWeightsResponse) -> String {
+    if meant.serving.is_empty() {
+        return "VERSION".to_owned();
+    }
+    let serving = meant.serving.clone();
+    match meant.serving == meant.version {
+        true => format!("{serving} --class {}", meant.serving_class),
+        false => serving,
+    }
 }
 
 /// The router that is asked shows it; others follow within a moment.

@@ -105,6 +105,7 @@ pub(super) fn worker_json(worker: &v1::WorkerSummary) -> Value {
         "wanted_roles": worker.wanted_roles,
         "address": worker.address,
         "numeric_class": worker.numeric_class,
+        "expert_layers": [worker.first_layer, worker.end_layer],
         "weights": worker.weights,
         "capacity_bytes": worker.capacity_bytes,
         "slices": worker.slices,

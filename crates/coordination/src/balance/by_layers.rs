@@ -63,9 +63,18 @@ pub(super) fn place(
             current: current.as_ref(),
             ..input.clone()
         };
-        append(&mut whole, &balance_all(&part)?);
+        let placed = balance_all(&part).map_err(|error| at(error, range.start));
+        append(&mut whole, &placed?);
     }
     Ok(whole)
+}
+
+/// An error of a range of layers that begins here.
+fn at(mut error: BalanceError, first_layer: usize) -> BalanceError {
+    if let BalanceError::Capacity { layer, .. } = &mut error {
+        *layer = first_layer;
+    }
+    error
 }
 
 fn workers_of(input: &BalanceInput<'_>, range: &Range<usize>) -> Vec<WorkerShare> {

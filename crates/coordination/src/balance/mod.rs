@@ -90,6 +90,8 @@ pub enum BalanceError {
          {offered_segments} in slices of {slice_segments}"
     )]
     Capacity {
+        /// The first layer of those that do not fit.
+        layer: usize,
         /// Segments of one copy.
         needed_segments: u64,
         /// Segments that fit, counted in whole slices.
@@ -99,8 +101,8 @@ pub enum BalanceError {
         /// Workers that offer anything.
         num_workers: usize,
     },
-    /// Experts that nobody can hold, or that workers can hold who differ in others.
-    #[error("no workers can hold the experts of layer {layer} and agree on the layers around it")]
+    /// Experts that nobody can hold, or that only workers can hold who differ in others.
+    #[error("none of the workers that are there can hold the experts of layer {layer}")]
     Layers {
         /// The first such layer.
         layer: usize,
@@ -231,6 +233,7 @@ impl<'a> Plan<'a> {
         let slice_segments = self.input.num_segments.div_ceil(self.cut.len() as u8);
         let experts = (self.input.num_layers * self.input.num_experts) as u64;
         Err(BalanceError::Capacity {
+            layer: 0,
             needed_segments: experts * u64::from(self.input.num_segments),
             offered_segments: offered as u64 * u64::from(slice_segments),
             slice_segments,

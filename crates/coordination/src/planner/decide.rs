@@ -203,7 +203,7 @@ impl PlannerView<'_> {
     }
 
     fn with_pending(&self, pending: &Placement, group: Option<&Group>) -> PlannerAction {
-        let stays = |id: &WorkerId| group.is_some_and(|group| self.is_candidate(id, group));
+        let stays = |id: &WorkerId| group.is_some_and(|group| self.stays(id, pending, group));
         if !pending.workers.iter().all(stays) {
             return match self.plan(group) {
                 Ok(placement) => PlannerAction::Propose(Arc::new(placement)),
@@ -239,7 +239,7 @@ impl PlannerView<'_> {
         if !overdue.is_empty() {
             return PlannerAction::Late(overdue);
         }
-        let lost = |id: &WorkerId| !group.is_some_and(|group| self.is_candidate(id, group));
+        let lost = |id: &WorkerId| !group.is_some_and(|group| self.stays(id, published, group));
         if !published.workers.iter().any(lost) {
             return self.settled_plan(group);
         }
@@ -348,19 +348,8 @@ impl PlannerView<'_> {
             numeric_class: group.numeric_class.clone(),
             model: group.model.fingerprint.clone(),
         };
-        balance(&input).map_err(|error| {
-            let model = &group.model;
-            let segments = (model.num_layers * model.num_experts) as u64;
-            let segments = segments * u64::from(model.num_segments);
-            let largest = candidates.iter().map(|w| w.segment_bytes).max();
-            WaitReason::NoPlacement(Shortage {
-                error,
-                needed_bytes: segments.saturating_mul(largest.unwrap_or(0)),
-                offered_bytes: candidates
-                    .iter()
-                    .fold(0, |sum, w| sum.saturating_add(w.capacity_bytes)),
-            })
-        })
+        let placed = balance(&input);
+        placed.map_err(|error| WaitReason::NoPlacement(shortage(error, &group.model, &candidates)))
     }
 
     /// Above every epoch that anybody has ever seen, also after the store was emptied.
@@ -401,11 +390,17 @@ impl PlannerView<'_> {
             worker.roles.experts
                 && worker.state.is_staying()
                 && worker.capacity_segments() > 0
-                && !worker.expert_layers().is_empty()
                 && group_of(worker) == *group
-                && self.intent.may_hold(id)
+                && self.intent.may_hold(worker)
                 && !self.late.contains(id)
         })
+    }
+
+    /// Whether a holder is a candidate, and still one for all that a placement gives it: its name may have been taken over by a
+    /// worker that can hold other layers.
+    fn stays(&self, id: &WorkerId, placement: &Placement, group: &Group) -> bool {
+        let can = |worker: &Arc<WorkerRecord>| worker.can_hold(placement);
+        self.is_candidate(id, group) && self.members.workers.get(id).is_some_and(can)
     }
 
     pub(super) fn candidates(&self, group: &Group) -> Vec<&WorkerRecord> {
@@ -451,6 +446,27 @@ impl PlannerView<'_> {
             incompatible: workers.map(|worker| worker.id.clone()).collect(),
             summary,
         }
+    }
+}
+
+/// An error in bytes, of the layers that it is about and of those who can hold them.
+fn shortage(error: BalanceError, model: &ModelFacts, candidates: &[&WorkerRecord]) -> Shortage {
+    let layer = match &error {
+        BalanceError::Capacity { layer, .. } | BalanceError::Layers { layer } => *layer,
+        _ => 0,
+    };
+    let can = |w: &&&WorkerRecord| w.expert_layers().contains(&layer);
+    let holders: Vec<&&WorkerRecord> = candidates.iter().filter(can).collect();
+    let layers = holders
+        .first()
+        .map_or(model.num_layers, |w| w.expert_layers().len());
+    let segments = (layers * model.num_experts) as u64 * u64::from(model.num_segments);
+    let largest = candidates.iter().map(|w| w.segment_bytes).max();
+    let offered = holders.iter().map(|w| w.capacity_bytes);
+    Shortage {
+        error,
+        needed_bytes: segments.saturating_mul(largest.unwrap_or(0)),
+        offered_bytes: offered.fold(0, u64::saturating_add),
     }
 }
 

@@ -13,7 +13,9 @@ use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::registry::record_for_tests as record;
-use crate::registry::{ExpertLoad, Registration, WorkerRecord, WorkerState};
+use crate::registry::{
+    ExpertLoad, Part, RECORD_SCHEMA_OF_PARTS, Registration, WorkerRecord, WorkerState,
+};
 use crate::store::Revision;
 use crate::{FaultStore, MemoryStore, Scope, watch_members, watch_placements};
 use tramontane_types::Epoch;
@@ -21,7 +23,7 @@ use tramontane_types::Epoch;
 const LONG: Duration = Duration::from_secs(900);
 const TTL: Duration = Duration::from_secs(6);
 
-/// A worker as in `a`, `a:loaded=3`, `a:draining`, `a:class=other`, `a:segments=9`.
+/// A worker as in `a`, `a:loaded=3`, `a:draining`, `a:class=other`, `a:segments=9`, `a:half=first`.
 fn worker(text: &str) -> WorkerRecord {
     let (id, facts) = text.split_once(':').unwrap_or((text, ""));
     let mut worker = record(id);
@@ -30,6 +32,18 @@ fn worker(text: &str) -> WorkerRecord {
             Some(("loaded", epoch)) => worker.loaded = Epoch(epoch.parse().unwrap()),
             Some(("model", model)) => worker.model.fingerprint = model.to_owned(),
             Some(("class", class)) => worker.numeric_class = class.to_owned(),
+            // Of two layers one, in a group of two classes.
+            Some(("half", half)) => {
+                let attention = half == "first";
+                worker.schema = RECORD_SCHEMA_OF_PARTS;
+                worker.numeric_class = "one+other@1".to_owned();
+                worker.part = Some(Part {
+                    attention,
+                    first_layer: usize::from(!attention),
+                    end_layer: if attention { 1 } else { 2 },
+                });
+                worker.validate().unwrap();
+            }
             Some(("ns", ns)) => worker.measured.segment_ns = Some(ns.parse().unwrap()),
             Some(("hot", n)) => {
                 // The first expert of each layer, in times of the others.

@@ -8,7 +8,7 @@ use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
 
 use crate::Error;
 use crate::balance::PLACEMENT_WORKERS_MAX;
-use crate::registry::Roles;
+use crate::registry::{Roles, WorkerRecord};
 use crate::store::{CasOutcome, Entry, Revision, Store, keys};
 use crate::version::Version;
 
@@ -70,16 +70,29 @@ impl Intent {
         }
     }
 
+    /// The roles that are wanted of a worker which can have `can`; `None` where nobody has said any of these.
+    #[must_use]
+    pub fn roles_of(&self, worker: &WorkerId, can: Roles) -> Option<Roles> {
+        let wish = self.roles.get(worker)?;
+        let both = Roles {
+            attention: wish.attention && can.attention,
+            experts: wish.experts && can.experts,
+        };
+        (both != Roles::default()).then_some(both)
+    }
+
     /// Whether new placements may name a worker.
     #[must_use]
-    pub fn may_hold(&self, id: &WorkerId) -> bool {
-        !self.cordoned.contains(id) && self.roles.get(id).is_none_or(|roles| roles.experts)
+    pub fn may_hold(&self, worker: &WorkerRecord) -> bool {
+        let wish = self.roles_of(&worker.id, worker.possible_roles());
+        !self.cordoned.contains(&worker.id) && wish.is_none_or(|roles| roles.experts)
     }
 
     /// Whether new sequences may go to a worker.
     #[must_use]
-    pub fn may_attend(&self, id: &WorkerId) -> bool {
-        !self.cordoned.contains(id) && self.roles.get(id).is_none_or(|roles| roles.attention)
+    pub fn may_attend(&self, worker: &WorkerRecord) -> bool {
+        let wish = self.roles_of(&worker.id, worker.possible_roles());
+        !self.cordoned.contains(&worker.id) && wish.is_none_or(|roles| roles.attention)
     }
 }
 

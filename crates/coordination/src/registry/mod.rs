@@ -14,7 +14,8 @@ pub use measured::{
 pub use members::{Members, REJOIN_GRACE, watch_members};
 pub use record::{
     HostSocket, MODEL_DIMENSION_MAX, MODEL_EXPERTS_MAX, ModelFacts, Part, RECORD_BYTES_MAX,
-    RECORD_SCHEMA, RECORD_TEXT_BYTES_MAX, Roles, WorkerLoad, WorkerRecord, WorkerState,
+    RECORD_SCHEMA, RECORD_SCHEMA_OF_PARTS, RECORD_TEXT_BYTES_MAX, Roles, WorkerLoad, WorkerRecord,
+    WorkerState,
 };
 pub use registration::{
     DEREGISTER_MAX, KEEP_ALIVES_PER_TTL, RECORD_WRITE_SPACING, REREGISTER_PAUSE_MAX,

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tramontane_types::{Epoch, SEGMENTS_PER_EXPERT, WorkerId};
+use tramontane_types::{Epoch, Placement, SEGMENTS_PER_EXPERT, WorkerId};
 
 use super::measured::Measured;
 use crate::Error;
@@ -13,6 +13,8 @@ use crate::store::{Entry, check_key, keys};
 
 /// Version of the record's JSON. Readers skip other versions; new optional fields do not change it.
 pub const RECORD_SCHEMA: u32 = 1;
+/// The same of a record with a [`Part`]: a planner that knows no parts would give its worker any slice, so it must not see it.
+pub const RECORD_SCHEMA_OF_PARTS: u32 = 2;
 /// Largest record; a real one has about 600 bytes, and one per expert of the model.
 pub const RECORD_BYTES_MAX: usize = 16 * 1024;
 /// Longest text field.
@@ -26,7 +28,7 @@ pub const MODEL_EXPERTS_MAX: usize = 32 * 1024;
 /// One worker, as it registers itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerRecord {
-    /// [`RECORD_SCHEMA`].
+    /// [`RECORD_SCHEMA`], or [`RECORD_SCHEMA_OF_PARTS`].
     pub schema: u32,
     /// Unique in the cluster; the last part of the key.
     pub id: WorkerId,
@@ -69,7 +71,8 @@ pub struct WorkerRecord {
     pub part: Option<Part>,
 }
 
-/// What a worker can do in a group whose attention and experts are of two numeric classes.
+/// What a worker can do in a group whose attention and experts are of two numeric classes, `<attention>+<experts>`, or
+/// `<attention>+<experts>@<layers>` where the experts of the first layers are of the attention's class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
     /// Whether it can attend.
@@ -81,8 +84,17 @@ pub struct Part {
 }
 
 impl Part {
-    const fn is_of(self, num_layers: usize) -> bool {
-        self.first_layer <= self.end_layer && self.end_layer <= num_layers
+    /// Whether a group of this class has such a part: all workers of one class agree on the layers.
+    fn is_of(self, class: &str, num_layers: usize) -> bool {
+        let Some((_, experts)) = class.split_once('+') else {
+            return false;
+        };
+        let border = experts.split_once('@').map_or(Ok(0), |(_, n)| n.parse());
+        let layers = border.map(|border: usize| match self.attention {
+            true => (0, border),
+            false => (border, num_layers),
+        });
+        layers == Ok((self.first_layer, self.end_layer)) && self.end_layer <= num_layers
     }
 
     /// The roles that it can have.
@@ -193,6 +205,14 @@ impl WorkerRecord {
             .map_or(all, |part| part.first_layer..part.end_layer)
     }
 
+    /// Whether it can hold all that a placement gives it.
+    #[must_use]
+    pub fn can_hold(&self, placement: &Placement) -> bool {
+        let layers = self.expert_layers();
+        let mut slices = placement.slices_of(&self.id);
+        self.part.is_none() || slices.all(|slice| layers.contains(&usize::from(slice.layer.0)))
+    }
+
     /// The roles that it can have.
     #[must_use]
     pub fn possible_roles(&self) -> Roles {
@@ -214,8 +234,12 @@ impl WorkerRecord {
                 rule,
             ))
         };
-        if self.schema != RECORD_SCHEMA {
-            return refuse(format!("schema {}, expected {RECORD_SCHEMA}", self.schema));
+        let schema = match self.part {
+            None => RECORD_SCHEMA,
+            Some(_) => RECORD_SCHEMA_OF_PARTS,
+        };
+        if self.schema != schema {
+            return refuse(format!("schema {}, expected {schema}", self.schema));
         }
         if self.id.as_str().is_empty() || self.id.as_str().contains('/') {
             return refuse("id must not be empty or hold a slash".to_owned());
@@ -252,9 +276,14 @@ impl WorkerRecord {
         if self.roles.experts && self.segment_bytes == 0 {
             return refuse("segments of 0 bytes".to_owned());
         }
-        if let Some(part) = self.part.filter(|part| !part.is_of(layers)) {
-            let (first, end) = (part.first_layer, part.end_layer);
-            return refuse(format!("experts of layers {first} to {end} of {layers}"));
+        let class = &self.numeric_class;
+        let is_of_class = match self.part {
+            Some(part) => part.is_of(class, layers),
+            None => !class.contains('+'),
+        };
+        if !is_of_class {
+            let part = self.part;
+            return refuse(format!("{part:?} of {layers} layers in a group of {class}"));
         }
         self.measured.validate(model).or_else(refuse)
     }
@@ -374,9 +403,9 @@ pub(crate) mod tests {
     #[test]
     fn hostile_records_are_refused() {
         type Edit = fn(&mut serde_json::Value);
-        let edits: [(&str, Edit); 19] = [
+        let edits: [(&str, Edit); 24] = [
             ("path", |v| v["socket"]["path"] = "p".repeat(600).into()),
-            ("schema", |v| v["schema"] = 2.into()),
+            ("schema", |v| v["schema"] = 3.into()),
             ("another id", |v| v["id"] = "b".into()),
             ("slash", |v| v["id"] = "a/b".into()),
             ("address", |v| v["address"] = "nowhere".into()),
@@ -388,8 +417,16 @@ pub(crate) mod tests {
             }),
             ("segments", |v| v["model"]["num_segments"] = 9.into()),
             ("no bytes", |v| v["segment_bytes"] = 0.into()),
-            ("part", |v| v["part"]["end_layer"] = 3.into()),
+            ("part", |v| v["part"]["end_layer"] = 2.into()),
             ("turned part", |v| v["part"]["first_layer"] = 2.into()),
+            ("other half", |v| v["part"]["attention"] = false.into()),
+            ("no part", |v| {
+                v["schema"] = 1.into();
+                v["part"] = serde_json::Value::Null;
+            }),
+            ("older schema", |v| v["schema"] = 1.into()),
+            ("one class", |v| v["numeric_class"] = "cpu-q8".into()),
+            ("no layers", |v| v["numeric_class"] = "a+b@x".into()),
             ("state", |v| v["state"] = "flying".into()),
             ("speed", |v| v["measured"]["segment_ns"] = 0.into()),
             ("negative", |v| v["measured"]["segment_ns"] = (-1).into()),
@@ -403,6 +440,8 @@ pub(crate) mod tests {
             }),
         ];
         let mut measured = record("a");
+        measured.schema = RECORD_SCHEMA_OF_PARTS;
+        measured.numeric_class = "a+b@1".to_owned();
         measured.part = Some(Part {
             attention: true,
             first_layer: 0,

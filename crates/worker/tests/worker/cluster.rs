@@ -255,6 +255,13 @@ impl Cluster {
         placement
     }
 
+    /// Publishes a placement, whether anybody can load it or not.
+    pub(crate) async fn put(&self, placement: &Placement) {
+        let value = Bytes::from(serde_json::to_vec(placement).unwrap());
+        let key = Version::of_placement(placement).key().published();
+        self.store.put(&key, value, None).await.unwrap();
+    }
+
     /// What the operator wants, from now on.
     pub(crate) async fn want(&self, change: impl FnOnce(&mut Intent)) {
         let (mut wish, revision) = intent(&*self.store).await.unwrap();

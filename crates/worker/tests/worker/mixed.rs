@@ -9,7 +9,7 @@ use tramontane_types::SamplingParams;
 use tramontane_worker::{MixedClass, RoleSet, WorkerConfig};
 
 use crate::cluster::{
-    Carrier, Cluster, Cuts, EXPERTS, Said, checkpoint, config, prompt, request, split,
+    Carrier, Cluster, Cuts, EXPERTS, Said, checkpoint, config, eventually, prompt, request, split,
 };
 use crate::island::{emulator, on_device};
 use crate::roles::{ATTENTION, BOTH, EXPERTS as ONLY_EXPERTS};
@@ -187,4 +187,36 @@ async fn a_worker_says_what_it_can_do_in_its_group() {
         assert_eq!((&record.numeric_class, record.part), (&class, Some(part)));
     }
     cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slices_of_the_other_class_are_never_loaded() {
+    let (bf16, q4) = (class_of(WeightFormat::Bf16), class_of(WeightFormat::Q4));
+    let class = format!("{bf16}+{q4}@1");
+    let mut cluster = Cluster::new(Carrier::Local);
+    let attends = config("a", WeightFormat::Bf16);
+    cluster.start(part_of(&class, attends, BOTH)).await;
+    let expert = config("e", WeightFormat::Q4);
+    cluster.start(part_of(&class, expert, ONLY_EXPERTS)).await;
+    // Somebody who knows no parts: all layers on both. Then one who does.
+    let wrong = cluster.placement(&["a", "e"], split(2)).await;
+    cluster.put(&wrong).await;
+    for id in ["a", "e"] {
+        eventually("the first placement is seen", async || {
+            cluster.status(id).await.epoch == wrong.epoch.0
+        })
+        .await;
+    }
+    cluster.publish(&["a", "e"], cut(1, 1, 1)).await;
+    let held = [cluster.status("a").await, cluster.status("e").await];
+    let held = held.map(|status| status.expert_segments_held);
+    assert_eq!(
+        held,
+        [EXPERTS as u64 * 8; 2],
+        "a layer each, and nothing of the first placement"
+    );
+    let answers = cluster.generate_all("a", &requests()).await;
+    cluster.stop().await;
+    let alone = config("a", WeightFormat::Bf16);
+    assert_eq!(answers, said(&class, &alone, (Carrier::Local, 1), 1).await);
 }

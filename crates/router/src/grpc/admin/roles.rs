@@ -90,7 +90,7 @@ fn lacking(
         other.id != worker.id
             && other.roles.experts
             && other.state.is_staying()
-            && after.may_hold(&other.id)
+            && after.may_hold(other)
             && version.has(other)
             && other.expert_layers() == worker.expert_layers()
     });

@@ -191,6 +191,8 @@ fn summary(
         unconfirmed: members.unconfirmed.contains(id),
         started_ms: record.started_ms,
         weights: record.model.fingerprint.clone(),
+        first_layer: record.expert_layers().start as u32,
+        end_layer: record.expert_layers().end as u32,
     }
 }
 
