@@ -1,4 +1,5 @@
-// Paged attention of a step, all its rows in one batch. Plans nothing: the host lists the tiles (README.md, "Attention items").
+// Paged attention of a step, all its rows in one batch: what both kernels are about, and the narrow one. Plans nothing: the host lists the
+// tiles (README.md, "Attention items").
 //
 // Flash attention (Dao et al., arXiv 2205.14135) with the split of Flash-Decoding. A tile is some consecutive rows of one
 // sequence times the query heads that share a key head; each (row, head) is one row of an m16n8k16 product:
@@ -6,9 +7,9 @@
 //   O = P V     with A = P (16 x 16 tokens), B = V (16 tokens x 8)  P = 2^(S - m), rounded to f16; l = P 1 by the same instruction
 // The order is fixed by the position alone and is that of the CPU backend: pages of 64 tokens ascending inside chunks of 8
 // pages, each with its own (m, l, o); chunks merged ascending. `narrow` tiles (<= 16 (row, head)) spread one page over
-// four warps, `wide` tiles (<= 64) have 16 (row, head) per warp: the same instructions in the same order for a (row, head),
-// so its bits do not depend on the tile it is in. Tokens that no row of a tile sees are never multiplied (they may be NaN);
-// a token that only some rows see is multiplied by 0 for the others, so tiles end with the page (README.md).
+// four warps, `wide` tiles (<= 128, attention_wide.cu) have strips of 16 (row, head) in every warp: the same instructions in the same
+// order for a (row, head), so its bits do not depend on the tile it is in. Tokens that no row of a tile sees are never multiplied (they
+// may be NaN); a token that only some rows see is multiplied by 0 for the others, so tiles end with the page (README.md).
 //
 // Pages of a layer: [page][kv_head] K [64 tokens][HD], V [HD][64 tokens], with Q8 then 64 scales of K and 64 of V. So one load is
 // the B fragment of two k-steps without ldmatrix. Lane 4g+t loads k = 8t..8t+7 of a block of 32, and uses (0,1 | 2,3) for
@@ -20,9 +21,6 @@
 // blocks per SM 64 KiB (32); an H200 needs 29 KiB per SM (4.3 TB/s, 0.9 us). One sequence at 4k is 64 blocks of 512 tokens: there
 // what counts is how long 8 pages take one after another, so those PREFETCH_PAGES further are on their way to L2 by then (two
 // pages in 264 blocks are 17 MiB of it).
-// Wide tiles read a page once per 64 (row, head): 64 flops per byte from L2. For 16 (row, head) it is 32 KiB of shared memory and
-// 132 products: on an A100 256 cycles of either, on Hopper half of what its tensor cores could do; attention is 4 % of the
-// flops of a prefill of 4k.
 
 using namespace attention;
 
@@ -254,207 +252,7 @@ template <class F, u32 HD> __device__ __forceinline__ void attend_narrow(const A
     }
 }
 
-// ---- wide: at most 64 (row, head), 16 per warp; a page is in shared memory for all warps --------------------------------
-
-template <class F, u32 HD> struct WideShared {
-    u8 keys[KEY_BYTES<F, HD>];   // [64][HD], pieces of 16 bytes swizzled
-    u8 values[KEY_BYTES<F, HD>]; // [HD][64], likewise
-    float4 totals[HD / 8 * THREADS]; // outputs of the chunks so far: registers are scarce, and this is rare
-    u32 arrived;
-};
-
-/// Where 16 bytes of a row of `PER_ROW` such pieces are. A quarter of a warp reads 16 bytes (Q8: half of it 8) of rows r, r + 1, with Q8
-/// also two rows further: r + 8, r + 9 of the keys, r + 2, r + 3 of the values. They lie in different banks.
-template <class F, u32 PER_ROW> __device__ __forceinline__ u32 piece_of(u32 row, u32 at) {
-    if constexpr (F::BYTES == 2) {
-        return row * PER_ROW + (PER_ROW < 8 ? at : at ^ (row % 2 * 4));
-    } else if constexpr (PER_ROW == 8) {
-        return row * 8 + (at ^ (row % 2 * 2 + row / 8 % 2 * 4));
-    } else if constexpr (PER_ROW == 4) {
-        return row * 4 + (at ^ ((row / 2 + row / 8) % 2 * 2));
-    } else {
-        return row * PER_ROW + at;
-    }
-}
-
-/// Starts copying half of a page: rows of `PER_ROW` pieces. Rows that are 16 or more apart (with 4 pieces 32) have one swizzle.
-template <class F, u32 HD, u32 PER_ROW> __device__ __forceinline__ void fetch(u8 *to, const u8 *from) {
-    const u32 first = shared_address(to + 16 * piece_of<F, PER_ROW>(threadIdx.x / PER_ROW, threadIdx.x % PER_ROW));
-#pragma unroll
-    for (u32 i = 0; i < KEY_BYTES<F, HD> / 16 / THREADS; ++i) {
-        cp_async_16(first + i * THREADS * 16, from + (i * THREADS + threadIdx.x) * 16, 16);
-    }
-    cp_async_commit();
-}
-
-template <class F, u32 HD> __device__ __forceinline__ void fetch_keys(WideShared<F, HD> &shared, const u8 *keys) {
-    fetch<F, HD, HD * F::BYTES / 16>(shared.keys, keys);
-}
-
-template <class F, u32 HD> __device__ __forceinline__ void fetch_values(WideShared<F, HD> &shared, const u8 *keys) {
-    fetch<F, HD, PAGE_TOKENS * F::BYTES / 16>(shared.values, keys + KEY_BYTES<F, HD>);
-}
-
-/// A lane's 8 elements of block `b` of a row.
-template <class F, u32 PER_ROW> __device__ __forceinline__ uint4 eight_of(const u8 *half, u32 row, u32 b, u32 t) {
-    const u32 byte = (32 * b + 8 * t) * F::BYTES;
-    return widen(*reinterpret_cast<const typename F::Raw *>(half + 16 * piece_of<F, PER_ROW>(row, byte / 16) + byte % 16));
-}
-
-/// The scores of a page, 8 tiles of 8 tokens. Q comes from the L1 cache again for every page: there are no registers for it.
-template <class F, u32 HD>
-__device__ __forceinline__ void wide_scores(float (&c)[8][4], const AttendArgs &a, const Tile &tile, const u8 *keys, u32 g, u32 t) {
-    constexpr u32 PER_ROW = HD * F::BYTES / 16;
-    clear(c);
-#pragma unroll 1
-    for (u32 b = 0; b < HD / 32; ++b) {
-        const Queries q = load_queries<HD>(a, tile, b, t);
-#pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-            const u32 token = 32 * (j / 4) + 8 * (g / 2) + 2 * (j % 4) + g % 2;
-            add_scores(c[j], q, eight_of<F, PER_ROW>(keys, token, b, t));
-        }
-    }
-}
-
-/// Scores become P, and l takes them; returns the factors of what came before. `scales` are those of the values.
-template <class F>
-__device__ __forceinline__ Pair wide_weights(u32 (&p)[4][4], float (&c)[8][4], const u8 *scales, Softmax &s, u32 t) {
-    Pair largest = {fmaxf(c[0][0], c[0][1]), fmaxf(c[0][2], c[0][3])};
-#pragma unroll
-    for (u32 j = 1; j < 8; ++j) {
-        largest = {fmaxf(largest.low, fmaxf(c[j][0], c[j][1])), fmaxf(largest.high, fmaxf(c[j][2], c[j][3]))};
-    }
-    Pair base;
-    const Pair factors = raise(s, {quad_max(largest.low), quad_max(largest.high)}, base);
-    scale_rows(s.l, factors);
-#pragma unroll
-    for (u32 step = 0; step < 4; ++step) {
-        float(&c0)[4] = c[2 * step], (&c1)[4] = c[2 * step + 1];
-        exponents(c0, base);
-        exponents(c1, base);
-        fragment_of(p[step], c0, c1);
-        add_ones(s.l, p[step]);
-        if constexpr (F::SCALES > 0) {
-            weigh(c0, scales_at(scales, token_of(step / 2, 2 * (step % 2), t)));
-            weigh(c1, scales_at(scales, token_of(step / 2, 2 * (step % 2) + 1, t)));
-            fragment_of(p[step], c0, c1);
-        }
-    }
-    return factors;
-}
-
-/// Scales and masks the scores of a page.
-template <class F>
-__device__ __forceinline__ void finish_scores(float (&c)[8][4], const AttendArgs &a, const Tile &tile, const u8 *scales, u32 position,
-                                              bool edge, u32 t) {
-#pragma unroll
-    for (u32 j = 0; j < 8; ++j) {
-        const u32 token = token_of(j / 4, j % 4, t);
-        if constexpr (F::SCALES > 0) {
-            scale_scores(c[j], scales_at(scales, token));
-        }
-        if (edge) {
-            mask_scores(c[j], tile, position + token, a.window);
-        }
-    }
-}
-
-template <class F, u32 HD>
-__device__ __forceinline__ void wide_values(float (&o)[HD / 8][4], const u32 (&p)[4][4], const u8 *values, const Tile &tile, Pair factors,
-                                            u32 position, bool edge, u32 g, u32 t) {
-    constexpr u32 PER_ROW = PAGE_TOKENS * F::BYTES / 16;
-#pragma unroll
-    for (u32 i = 0; i < HD / 8; ++i) {
-        uint4 v[2] = {eight_of<F, PER_ROW>(values, 8 * i + g, 0, t), eight_of<F, PER_ROW>(values, 8 * i + g, 1, t)};
-        if (edge && F::SCALES == 0) {
-            mask_values(v[0], tile, position + 8 * t);
-            mask_values(v[1], tile, position + 32 + 8 * t);
-        }
-        scale_rows(o[i], factors);
-        add_values(o[i], p, v);
-    }
-}
-
-template <class F, u32 HD>
-__device__ __forceinline__ void attend_wide_item(const AttendArgs &a, const AttendItem &item, u32 kv_head, WideShared<F, HD> &shared) {
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const Tile tile = tile_of(a, item, kv_head, 16 * warp + g);
-    const HeadPages pages = head_pages<F, HD>(a, item.sequence, kv_head);
-    const bool is_split = item.num_parts > 1;
-    const bool is_idle = 16 * warp >= item.num_rows * (a.num_heads / a.num_kv_heads); // of all lanes
-    const Range range = pages_of(item, tile);
-    float4 *totals = shared.totals + threadIdx.x; // only this thread's
-    float o[HD / 8][4];
-    Softmax chunk, total;
-    clear(o);
-    clear(chunk);
-    clear(total);
-    for (u32 i = 0; i < HD / 8; ++i) {
-        totals[i * THREADS] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-    }
-    const u8 *next = keys_of(pages, range.begin);
-    fetch_keys(shared, next);
-    fetch_values(shared, next);
-    for (u32 page = range.begin; page < range.end; ++page) {
-        const u32 position = page * PAGE_TOKENS;
-        const bool edge = is_edge(item, tile, position), has_next = page + 1 < range.end;
-        const u8 *scales = next + 2 * KEY_BYTES<F, HD>;
-        next = keys_of(pages, has_next ? page + 1 : page);
-        float c[8][4];
-        u32 p[4][4];
-        Pair factors = {1.0F, 1.0F};
-        cp_async_wait<1>();
-        __syncthreads(); // the keys are there
-        if (!is_idle) {
-            wide_scores<F, HD>(c, a, tile, shared.keys, g, t);
-        }
-        __syncthreads(); // and read
-        fetch_keys(shared, next); // behind the last page this one again: it keeps the count of groups
-        if (!is_idle) {
-            finish_scores<F>(c, a, tile, scales, position, edge, t);
-            factors = wide_weights<F>(p, c, scales + 4 * PAGE_TOKENS, chunk, t);
-        }
-        cp_async_wait<1>();
-        __syncthreads(); // the values are there
-        if (!is_idle) {
-            wide_values<F, HD>(o, p, shared.values, tile, factors, position, edge, g, t);
-        }
-        __syncthreads(); // and read
-        fetch_values(shared, next);
-        if (!has_next || (page + 1) % CHUNK_PAGES == 0) {
-            if (is_split) {
-                keep_chunks<HD>(a, item, tile, page / CHUNK_PAGES, chunk, o, 2 * t, t == 0);
-            } else {
-                const PairJoin by = join_chunk(total, chunk);
-#pragma unroll
-                for (u32 i = 0; i < HD / 8; ++i) {
-                    totals[i * THREADS] = joined(by, totals[i * THREADS], o[i]);
-                }
-            }
-            clear(o);
-            clear(chunk);
-        }
-    }
-    cp_async_wait<0>();
-    if (!is_split) {
-        for (u32 i = 0; i < HD / 8; ++i) {
-            write_outputs<F>(a, tile, total, totals[i * THREADS], 2 * t + 8 * i);
-        }
-    } else if (is_last_part(a, item, kv_head, shared.arrived)) {
-        merge_slots<F, HD>(a, item, tile, kv_head);
-    }
-}
-
-template <class F, u32 HD> __device__ __forceinline__ void attend_wide(const AttendArgs &a) {
-    WideShared<F, HD> &shared = *reinterpret_cast<WideShared<F, HD> *>(tr_shared());
-    for (u32 i = blockIdx.x; i < *a.num_items; i += gridDim.x) {
-        attend_wide_item<F, HD>(a, a.items[i], blockIdx.y, shared);
-    }
-}
-
-// ---- kernels: grid (any, num_kv_heads), the blocks share the items; 128 threads ------------------------------------------
-// Shared bytes: narrow 4,368; wide f16 512 HD + 16 (65,552 for 128: more than 48 KiB must be asked for), q8 384 HD + 16.
+// ---- kernels: grid (any, num_kv_heads), the blocks share the items; 128 threads, 4,368 bytes of shared memory ------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_32(AttendArgs a) { grid_begin(); attend_narrow<F16, 32>(a); }
 extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_64(AttendArgs a) { grid_begin(); attend_narrow<F16, 64>(a); }
@@ -462,9 +260,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_f16_12
 extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_32(AttendArgs a) { grid_begin(); attend_narrow<Q8, 32>(a); }
 extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_64(AttendArgs a) { grid_begin(); attend_narrow<Q8, 64>(a); }
 extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_narrow_q8_128(AttendArgs a) { grid_begin(); attend_narrow<Q8, 128>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_32(AttendArgs a) { grid_begin(); attend_wide<F16, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_64(AttendArgs a) { grid_begin(); attend_wide<F16, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_f16_128(AttendArgs a) { grid_begin(); attend_wide<F16, 128>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_32(AttendArgs a) { grid_begin(); attend_wide<Q8, 32>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_64(AttendArgs a) { grid_begin(); attend_wide<Q8, 64>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) tr_attend_wide_q8_128(AttendArgs a) { grid_begin(); attend_wide<Q8, 128>(a); }

@@ -342,7 +342,10 @@ fn a_step_of_more_rows_than_a_graph_has_the_same_bits() {
         let expected = by_layers.prompt(&prompt, 270);
         let mut whole = Model::new(&checkpoint, &backend(&device, &geometry()), &[0, 8]);
         whole.is_whole = true;
-        assert!(whole.prompt(&prompt, 270) == expected);
+        // Attention in tiles of 128, 64 and 16 (row, head).
+        for chunk in [270, 33, 8] {
+            assert!(whole.prompt(&prompt, chunk) == expected, "{chunk}");
+        }
     }
 }
 
@@ -410,8 +413,9 @@ fn tiles_of_every_size_have_the_same_bits_at_real_widths() {
     let geometry = ModelGeometry {
         hidden: 2048,
         num_layers: 1,
-        num_heads: 16,
-        num_kv_heads: 4,
+        // So many that a step of all rows has attention tiles of every size.
+        num_heads: 80,
+        num_kv_heads: 20,
         head_dim: 128,
         ff: 4096,
         sliding_window: None,

@@ -88,12 +88,7 @@ fn every_kernel_compiles_for_every_target_without_a_stack() {
             for (kernel, usage) in &module.kernels {
                 let what = format!("{kernel} for {target}: {usage:?}");
                 assert!(kernel.starts_with("tr_"), "{what}");
-                let most = if keeps_halves(kernel) {
-                    HALVES_BYTES
-                } else {
-                    0
-                };
-                assert!(usage.stack_bytes <= most, "{what}");
+                assert!(usage.stack_bytes <= stack_bytes_of(kernel), "{what}");
                 assert!((1..=REGISTERS_MAX).contains(&usage.registers), "{what}");
                 assert!(usage.shared_bytes <= SHARED_BYTES_MAX, "{what}");
             }
@@ -134,6 +129,24 @@ fn keeps_halves(kernel: &str) -> bool {
 
 /// Two times the 64 sums of a thread.
 const HALVES_BYTES: u32 = 512;
+
+/// What a wide tile of so many dims has summed of earlier chunks, for two strips of a warp (`WideTotals` in
+/// `attention_wide.cu`). A byte more is something that did not fit the registers.
+fn totals_bytes(kernel: &str) -> Option<u32> {
+    let format_and_dims = kernel.strip_prefix("tr_attend_wide_")?;
+    let (_, dims) = format_and_dims.split_once('_')?;
+    Some(4 * dims.parse::<u32>().ok()? + 32)
+}
+
+/// Own memory that a thread of a kernel has on purpose.
+fn stack_bytes_of(kernel: &str) -> u32 {
+    let halves = if keeps_halves(kernel) {
+        HALVES_BYTES
+    } else {
+        0
+    };
+    totals_bytes(kernel).unwrap_or(halves)
+}
 
 /// Names of the kernels that a source defines.
 fn written_in(text: &str) -> Vec<String> {
@@ -192,7 +205,7 @@ fn the_machine_code_is_what_was_meant() {
             for (kernel, text) in code {
                 // Loads and stores of local memory: what did not fit the registers.
                 let spills = ["LDL", "STL"].into_iter();
-                for spilled in spills.filter(|_| !keeps_halves(&kernel)) {
+                for spilled in spills.filter(|_| stack_bytes_of(&kernel) == 0) {
                     let is_there = text
                         .split_whitespace()
                         .any(|word| word == spilled || word.starts_with(&format!("{spilled}.")));

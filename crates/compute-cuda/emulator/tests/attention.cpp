@@ -114,6 +114,7 @@ struct Cut {
     uint32_t parts = 1;      // at most
     uint32_t blocks = 3;     // that share the items
     uint32_t tile_rows = 64; // at most
+    uint32_t pairs = 128;    // (row, head) of a wide tile, at most
 };
 
 struct Plan {
@@ -130,7 +131,7 @@ static Plan plan(const Shape &shape, const std::vector<Span> &spans, Cut cut) {
         uint32_t done = 0;
         while (done < span.num_rows) {
             const uint32_t position = span.first + done;
-            uint32_t rows = is_narrow ? span.num_rows : std::max(1U, 64 / shape.group());
+            uint32_t rows = is_narrow ? span.num_rows : std::max(1U, cut.pairs / shape.group());
             rows = std::min({rows, span.num_rows - done, PAGE - position % PAGE, cut.tile_rows});
             const uint32_t begin = (position + 1 > shape.window ? position + 1 - shape.window : 0) / CHUNK;
             const uint32_t end = (position + rows + CHUNK - 1) / CHUNK, chunks = end - begin;
@@ -180,11 +181,10 @@ static std::vector<uint16_t> attend(Cache &cache, const std::vector<Span> &spans
                     slot_outputs.data, slot_softmax.data, counters.data, stride, cache.table_stride, shape.num_heads,
                     shape.num_kv_heads, shape.head_dim, shape.window};
     const std::string tail = std::string(shape.is_q8 ? "_q8_" : "_f16_") + std::to_string(hd);
-    const Dim grid{cut.blocks, shape.num_kv_heads};
-    launch(("tr_attend_narrow" + tail).c_str(), grid, {128}, 4368, args);
+    launch(("tr_attend_narrow" + tail).c_str(), {cut.blocks, shape.num_kv_heads}, {128}, 4368, args);
     args.items = wide.data;
     args.num_items = counts.data + 1;
-    launch(("tr_attend_wide" + tail).c_str(), grid, {128}, (shape.is_q8 ? 384 : 512) * hd + 16, args);
+    launch(("tr_attend_wide" + tail).c_str(), {cut.blocks}, {128}, shape.is_q8 ? 448 * hd + 1600 : 640 * hd + 64, args);
     for (size_t i = 0; i < counters.count; ++i) {
         if (counters[i] != 0) fail("counter %zu was left at %u", i, counters[i]);
     }
@@ -265,9 +265,13 @@ static void rows_are_a_softmax(Shape shape, const std::vector<Span> &spans) {
         }
         begin += span.num_rows;
     }
-    // All of it cut otherwise.
-    if (attend(cache, spans, {true, 1, 2, 5}) != together || attend(cache, spans, {false, 2, 7, 64}) != together) {
-        fail("%u heads of %u differ when the step is cut otherwise", shape.num_heads, shape.head_dim);
+    // All of it cut otherwise: into tiles of every number of strips.
+    for (Cut cut : {Cut{true, 1, 2, 5}, Cut{false, 2, 7, 64}, Cut{true, 1, 3, 64, 64}, Cut{true, 2, 1, 64, 96}, Cut{true, 1, 1, 64, 128}}) {
+        tr_emulator_seed(cut.pairs + cut.parts + cut.blocks);
+        if (attend(cache, spans, cut) != together) {
+            fail("%u heads of %u differ when the step is cut otherwise (%u parts, %u blocks, tiles of %u)", shape.num_heads, shape.head_dim,
+                 cut.parts, cut.blocks, cut.pairs);
+        }
     }
 }
 
@@ -334,6 +338,10 @@ int main() {
         rows_are_a_softmax({4, 1, 128, ALL, is_q8}, {{0, 100, 33}, {1, 200, 1}, {2, 0, 1}});
         rows_are_a_softmax({32, 1, 24, ALL, is_q8}, {{0, 60, 9}, {1, 0, 1}});
         rows_are_a_softmax({3, 1, 32, 600, is_q8}, {{0, 1100, 70}, {1, 1023, 2}});
+        // Wide tiles of 65 to 128 (row, head): a warp with two strips beside one with one or none, over several chunks.
+        rows_are_a_softmax({5, 1, 128, ALL, is_q8}, {{0, 1040, 14}});
+        rows_are_a_softmax({7, 1, 64, 700, is_q8}, {{0, 1030, 13}, {1, 40, 11}});
+        rows_are_a_softmax({128, 1, 32, ALL, is_q8}, {{0, 62, 3}});
         what_is_not_a_number_stays_one(is_q8);
     }
     rows_are_a_softmax({8, 2, 64, 40, false}, {{0, 90, 50}, {1, 300, 1}});

@@ -170,7 +170,7 @@ pub(super) struct AttendArgs {
     pub(super) window: u32,
 }
 
-/// A tile's share of the attention, see `attention.cu`.
+/// A tile's share of the attention, see `attention.cu` and `attention_wide.cu`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct AttendItem {

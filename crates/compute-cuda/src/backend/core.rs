@@ -231,7 +231,7 @@ impl Core {
             outputs: &self.outputs,
             rows,
             has_narrow: !self.plan.narrow.is_empty(),
-            has_wide: !self.plan.wide.is_empty(),
+            wide_items: self.plan.wide.len(),
         }
     }
 }
@@ -248,9 +248,10 @@ pub(super) struct Queue<'a> {
     pub(super) outputs: &'a Outputs,
     /// Rows that grids have blocks for: those of the step, or more.
     pub(super) rows: usize,
-    /// Whether there may be narrow and wide tiles.
+    /// Whether there may be narrow tiles.
     pub(super) has_narrow: bool,
-    pub(super) has_wide: bool,
+    /// Items of wide ones. Later steps of a graph may have more, which its blocks share.
+    pub(super) wide_items: usize,
 }
 
 impl Queue<'_> {
@@ -392,15 +393,18 @@ impl Queue<'_> {
             ..args
         };
         let kv_heads = geometry.num_kv_heads;
-        let blocks = attend_blocks(self.context).div_ceil(kv_heads) as u32;
+        let blocks = attend_blocks(self.context);
         // SAFETY: the caller's promise.
         unsafe {
             if self.has_narrow {
+                let blocks = blocks.div_ceil(kv_heads) as u32;
                 let shape = AttendKernels::narrow_shape(blocks, kv_heads as u32);
                 self.launch(kernels.narrow, shape, Args::new().pod(&args))?;
             }
-            if self.has_wide {
-                let shape = kernels.wide_shape(blocks, kv_heads as u32);
+            if self.wide_items > 0 {
+                // A block each: the device begins one where another has ended, the long ones first.
+                let blocks = blocks.max(self.wide_items * kv_heads) as u32;
+                let shape = kernels.wide_shape(blocks);
                 self.launch(kernels.wide, shape, Args::new().pod(&wide))?;
             }
         }

@@ -127,7 +127,7 @@ pub(super) const HEAD_DIM_MAX: usize = HEAD_DIMS[HEAD_DIMS.len() - 1];
 pub(super) const EXPERTS_MAX: usize = 256;
 /// (row, head) pairs of a tile of the two attention kernels.
 pub(super) const NARROW_PAIRS: usize = 16;
-pub(super) const WIDE_PAIRS: usize = 64;
+pub(super) const WIDE_PAIRS: usize = 128;
 /// Rows of a block of `tr_norm_gate8_bf16`.
 const GATE_ROWS: usize = 8;
 /// From here on the gate is read once for so many rows; with fewer, blocks of one row end sooner.
@@ -255,10 +255,10 @@ impl AttendKernels {
         let width = width.unwrap_or(HEAD_DIMS.len() - 1);
         let padded_dim = HEAD_DIMS[width];
         let ([rope, narrow, wide], wide_shared, page_bytes) = match kv_format {
-            KvFormat::F16 => (ATTEND_F16[width], 512 * padded_dim + 16, 256 * padded_dim),
+            KvFormat::F16 => (ATTEND_F16[width], 640 * padded_dim + 64, 256 * padded_dim),
             KvFormat::Q8 => (
                 ATTEND_Q8[width],
-                384 * padded_dim + 16,
+                448 * padded_dim + 1_600,
                 128 * padded_dim + 512,
             ),
         };
@@ -277,8 +277,9 @@ impl AttendKernels {
         Shape::grid2(blocks, num_kv_heads, 128, NARROW_SHARED)
     }
 
-    pub(super) fn wide_shape(&self, blocks: u32, num_kv_heads: u32) -> Shape {
-        Shape::grid2(blocks, num_kv_heads, 128, self.wide_shared)
+    /// `blocks` share items and key heads.
+    pub(super) fn wide_shape(&self, blocks: u32) -> Shape {
+        Shape::new(blocks, 128, self.wide_shared)
     }
 }
 

@@ -3,6 +3,8 @@
 //! A tile is some consecutive rows of one sequence, inside one page. Neither its size nor how many parts it has
 //! changes a bit: chunks of pages have softmaxes of their own, and are merged in one order by whoever is last.
 
+use std::cmp::Reverse;
+
 use tramontane_compute::batch_check::first_visible;
 use tramontane_compute::{KV_PAGE_TOKENS, SequenceSpan, StepBatch};
 use tramontane_types::ModelGeometry;
@@ -24,7 +26,7 @@ pub(super) const EXTRA_ITEMS: usize = 2_048;
 pub(super) struct AttendPlan {
     /// Tiles of up to [`NARROW_PAIRS`] (row, head).
     pub(super) narrow: Vec<AttendItem>,
-    /// Those of more.
+    /// Those of more, the longest contexts first.
     pub(super) wide: Vec<AttendItem>,
     slots: usize,
     counters: usize,
@@ -34,6 +36,8 @@ pub(super) struct AttendPlan {
 struct Tile {
     item: AttendItem,
     chunks: std::ops::Range<usize>,
+    /// Positions.
+    seen: usize,
 }
 
 impl AttendPlan {
@@ -43,10 +47,13 @@ impl AttendPlan {
         self.wide.clear();
         (self.slots, self.counters) = (0, 0);
         let group = geometry.num_heads / geometry.num_kv_heads;
+        let rows_max = wide_rows(geometry, batch.positions.len(), blocks);
         let mut tiles = Vec::new();
         for (index, span) in batch.sequences.iter().enumerate() {
-            tiles_of(geometry, batch, (index, span), group, &mut tiles);
+            tiles_of(geometry, batch, (index, span), rows_max, &mut tiles);
         }
+        // What begins last is what the device waits for in the end.
+        tiles.sort_by_key(|tile| Reverse(tile.seen));
         let wanted = blocks.div_ceil(geometry.num_kv_heads).max(1);
         let parts_each = wanted / tiles.len().max(1);
         for tile in tiles {
@@ -57,7 +64,7 @@ impl AttendPlan {
     }
 
     fn add(&mut self, tile: Tile, parts: usize, is_narrow: bool) {
-        let Tile { item, chunks } = tile;
+        let Tile { item, chunks, .. } = tile;
         let slots = item.num_rows as usize * chunks.len();
         let fits = self.slots + slots <= SLOTS_MAX && self.counters < COUNTERS_MAX;
         let items = if is_narrow {
@@ -91,15 +98,26 @@ impl AttendPlan {
     }
 }
 
-/// Cuts a sequence's rows into tiles: at the ends of pages, and after as many rows as a tile holds.
+/// Rows of a wide tile: as many as it has room for if that leaves half of `blocks`, which is what the device holds at a time.
+/// Otherwise half as many: keys are loaded twice as often, by twice as many blocks.
+fn wide_rows(geometry: &ModelGeometry, num_rows: usize, blocks: usize) -> usize {
+    let tiles = num_rows * geometry.num_heads / WIDE_PAIRS;
+    let pairs = if 2 * tiles < blocks {
+        WIDE_PAIRS / 2
+    } else {
+        WIDE_PAIRS
+    };
+    (pairs * geometry.num_kv_heads / geometry.num_heads).max(1)
+}
+
+/// Cuts a sequence's rows into tiles: at the ends of pages, and after `rows_max` rows.
 fn tiles_of(
     geometry: &ModelGeometry,
     batch: &StepBatch,
     (index, span): (usize, &SequenceSpan),
-    group: usize,
+    rows_max: usize,
     tiles: &mut Vec<Tile>,
 ) {
-    let rows_max = (WIDE_PAIRS / group).max(1);
     let mut row = span.row_begin as usize;
     let end = row + span.num_rows as usize;
     while row < end {
@@ -115,6 +133,7 @@ fn tiles_of(
                 ..AttendItem::default()
             },
             chunks: first / CHUNK_TOKENS..(position + num_rows).div_ceil(CHUNK_TOKENS),
+            seen: position + num_rows - first,
         });
         row += num_rows;
     }
@@ -203,7 +222,29 @@ mod tests {
         let sizes =
             |items: &[AttendItem]| -> Vec<u32> { items.iter().map(|i| i.num_rows).collect() };
         assert_eq!(sizes(&plan.narrow), [4, 4, 3]);
-        assert_eq!(sizes(&plan.wide), [16, 16, 16]);
+        assert_eq!(sizes(&plan.wide), [32, 16]);
+    }
+
+    #[test]
+    fn long_contexts_come_first_and_a_short_step_has_smaller_tiles() {
+        let geometry = geometry(32, 8, None);
+        let rows = |batch: &StepBatch| -> Vec<u32> {
+            let plan = plan(&geometry, batch, 528);
+            check(&geometry, batch, &plan);
+            let begins = plan
+                .wide
+                .iter()
+                .map(|item| batch.positions[item.row_begin as usize]);
+            assert!(begins.is_sorted_by(|a, b| a >= b));
+            let firsts = plan.wide.iter().filter(|item| item.chunk_begin == 0);
+            firsts.map(|item| item.num_rows).collect()
+        };
+        // 264 tiles of 128 (row, head) are two for each of 132 multiprocessors.
+        assert_eq!(rows(&batch(&[(0, 1_056)])), [32; 33]);
+        assert_eq!(rows(&batch(&[(0, 1_024)])), [16; 64]);
+        assert_eq!(rows(&batch(&[(64, 640), (0, 512)])), [32; 36]);
+        // The rest of a prompt, whose context several blocks share.
+        assert_eq!(rows(&batch(&[(6_400, 64)])), [16; 4]);
     }
 
     #[test]

@@ -171,7 +171,7 @@ impl WholeStep {
             rows,
             logits,
             has_narrow: queue.has_narrow,
-            has_wide: queue.has_wide,
+            has_wide: queue.wide_items > 0,
             entries: held.entries(0, core.context.geometry.num_experts),
         };
         if !self.graphs.contains_key(&form) {
