@@ -13,7 +13,7 @@ use super::kernels::{EXPERTS_MAX, HEAD_DIM_MAX, Kernels, WIDE_PAIRS};
 use crate::device::{Args, Buffer, Device, DeviceError, Pinned, Stream};
 
 /// Row-major weights on their way, in bytes: enough to keep the bus busy, little beside the weights.
-const STAGING_BYTES: usize = 32 << 20;
+pub(super) const STAGING_BYTES: usize = 32 << 20;
 
 /// Shared by a backend, its attention worker and its experts.
 pub(crate) struct Context {

@@ -5,6 +5,7 @@ use tramontane_compute::WeightFormat;
 use tramontane_types::ModelGeometry;
 
 use super::call::{PAIRS_MAX, VECTORS_MAX};
+use super::context::STAGING_BYTES;
 use super::core::LOGITS_ROWS;
 use super::plan::SLOTS_MAX;
 
@@ -41,10 +42,10 @@ fn of_rows(g: &ModelGeometry, max_rows: usize) -> usize {
     max_rows * (row + attended + 4 * g.num_experts + g.top_k * pair)
 }
 
-/// Logits and their sums, parts of long contexts, calls of others and the sums that they bring.
+/// Logits and their sums, parts of long contexts, calls of others and the sums that they bring, weights on their way.
 fn fixed(g: &ModelGeometry) -> usize {
     let logits = LOGITS_ROWS * (g.vocab * 4 + g.vocab / 64 + 64);
     let slots = SLOTS_MAX * g.num_heads * (HEAD_MAX + 2) * 4;
     let calls = PAIRS_MAX * (4 * g.hidden + 4 * g.ff) + 2 * VECTORS_MAX * g.hidden * 4;
-    logits + slots + calls + (1 << 20)
+    logits + slots + calls + STAGING_BYTES.max(256 * g.hidden.max(g.ff)) + (1 << 20)
 }
