@@ -417,8 +417,8 @@ pub(crate) struct WorkerArgs {
     /// gRPC address of rank 0, host:port, for the others
     #[arg(long)]
     pub(crate) island_leader: Option<String>,
-    /// Numeric class of a group whose attention and experts are of different ones: <attention>+<experts>, or
-    /// <attention>+<experts>@<layers> where whoever attends has the experts of the first layers
+    /// Numeric class of a group whose attention is of class A and whose experts are of class B: A+B, or A+B@N where the
+    /// experts of the first N layers are of class A too
     #[arg(long)]
     pub(crate) numeric_class: Option<String>,
     /// Compute threads; all cores when absent
