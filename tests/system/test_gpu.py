@@ -53,7 +53,9 @@ def test_kernels_are_compiled_ahead_and_found_again(tmp_path):
     lines = json.loads(first.stdout)
     names = {line["kernel"] for line in lines}
     assert {"tr_embed_bf16", "tr_route", "tr_linear_bf16_n8"} <= names
-    assert all(line["target"] == "sm_80" and line["registers"] > 0 and line["stack_bytes"] == 0 for line in lines)
+    assert all(line["target"] == "sm_80" and line["registers"] > 0 for line in lines)
+    # Wide tiles of attention keep sums of earlier chunks in a thread's own memory, on purpose.
+    assert all(line["kernel"].startswith("tr_attend_wide_") for line in lines if line["stack_bytes"] > 0)
     again = run(*args)
     assert again.returncode == 0 and "0 modules compiled" in again.stderr
     assert json.loads(again.stdout) == lines

@@ -43,6 +43,10 @@ static inline float load_in_place(const float *p) {
     emu::check_global(p, 4, 4, "a load");
     return *p;
 }
+static inline uint4 load_16_in_place(const void *p) {
+    emu::check_global(p, 16, 16, "a load");
+    return *static_cast<const uint4 *>(p);
+}
 static inline float2 load_two_in_place(const float *p) {
     emu::check_global(p, 8, 8, "a load");
     return make_float2(p[0], p[1]);

@@ -74,7 +74,14 @@ __device__ __forceinline__ float load_in_place(const float *p) {
     return out;
 }
 
-/// The same of two, which lie on 8 bytes.
+/// The same of 16 bytes: what the kernel in front wrote, where nothing but the order of instructions keeps the load behind the wait.
+__device__ __forceinline__ uint4 load_16_in_place(const void *p) {
+    uint4 out;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "l"(p) : "memory");
+    return out;
+}
+
+/// The same of two numbers, which lie on 8 bytes.
 __device__ __forceinline__ float2 load_two_in_place(const float *p) {
     float2 out;
     asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(out.x), "=f"(out.y) : "l"(p) : "memory");

@@ -80,13 +80,13 @@ extern "C" __global__ void __launch_bounds__(ROUND_THREADS) tr_round_panels_e4m3
     u32 amax = 0;
 #pragma unroll 4
     for (int chunk = begin; chunk < end; chunk += 32) {
-        amax = larger_of_eight(amax, load_16(a.panels + panel_at(chunk, slot, slots)));
+        amax = larger_of_eight(amax, load_16_in_place(a.panels + panel_at(chunk, slot, slots)));
     }
     const E4m3Scale scale = e4m3_scale_of(warp_largest(amax));
 #pragma unroll 4
     for (int chunk = begin; chunk < end; chunk += 32) {
         u8 *to = a.out + panel_at(chunk / 2, slot, slots) + chunk % 2 * 8;
-        *reinterpret_cast<uint2 *>(to) = e4m3x8_from(load_16(a.panels + panel_at(chunk, slot, slots)), scale.inverse);
+        *reinterpret_cast<uint2 *>(to) = e4m3x8_from(load_16_in_place(a.panels + panel_at(chunk, slot, slots)), scale.inverse);
     }
     if (lane == 0) {
         a.scales[static_cast<size_t>(blockIdx.y) * a.slots + slot] = scale.scale;

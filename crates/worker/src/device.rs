@@ -237,20 +237,20 @@ mod tests {
         };
         let bf16 = || config(DeviceChoice::Cuda(0), WeightFormat::Bf16);
         // Attention, embedding and head are 3.2 GB, buffers of 2,048 rows 0.8.
-        assert_eq!(shares(bf16(), 24 << 30), (15_016, 4_290));
+        assert_eq!(shares(bf16(), 24 << 30), (15_074, 4_307));
         // All experts of Mixtral 8x7B in bf16: 86,016 MiB.
-        assert_eq!(shares(bf16(), 141_000_000_000).0, 96_214);
+        assert_eq!(shares(bf16(), 141_000_000_000).0, 96_272);
         assert_eq!(shares(bf16(), 2 << 30), (0, 0));
         let attends = WorkerConfig {
             numeric_class: Some("a+b".parse().unwrap()),
             roles: "attention".parse().unwrap(),
             ..bf16()
         };
-        assert_eq!(shares(attends, 24 << 30), (0, 19_307));
+        assert_eq!(shares(attends, 24 << 30), (0, 19_381));
         let told = WorkerConfig {
             kv_memory: Some(1 << 20),
             ..bf16()
         };
-        assert_eq!(shares(told, 24 << 30), (15_016, 1));
+        assert_eq!(shares(told, 24 << 30), (15_074, 1));
     }
 }

@@ -7,6 +7,7 @@ use tramontane_types::ModelGeometry;
 use super::call::{PAIRS_MAX, VECTORS_MAX};
 use super::context::STAGING_BYTES;
 use super::core::LOGITS_ROWS;
+use super::panels::ExpertPanels;
 use super::plan::SLOTS_MAX;
 
 /// Dims that kernels have for a head, at most.
@@ -38,8 +39,10 @@ fn of_rows(g: &ModelGeometry, max_rows: usize) -> usize {
     let (heads, kv) = (g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
     let row = 4 * g.hidden + 3 * g.hidden + 4 * (heads + 2 * kv) + 2 * g.num_heads * HEAD_MAX;
     let attended = 3 * heads + 2 * g.hidden.max(heads);
-    let pair = 4 * g.hidden + 2 * g.hidden.max(g.ff) + 3 * g.ff + 64;
-    max_rows * (row + attended + 4 * g.num_experts + g.top_k * pair)
+    let pair = 4 * g.hidden + g.ff.max(2 * g.hidden) + 2 * g.ff + 64;
+    // Where long steps have panels, rows are for shorter ones.
+    let hidden_rows = max_rows.min(ExpertPanels::rows_min(g)) * g.top_k * 3 * g.ff;
+    max_rows * (row + attended + 4 * g.num_experts + g.top_k * pair) + hidden_rows
 }
 
 /// Logits and their sums, parts of long contexts, calls of others and the sums that they bring, weights on their way.

@@ -223,6 +223,9 @@ impl ExpertPanels {
     /// `None` as [`Panels::new`].
     pub(super) fn new(context: &Context, max_rows: usize) -> Option<Self> {
         let (g, kernels) = (&context.geometry, context.kernels.panels?);
+        if max_rows < Self::rows_min(g) {
+            return None;
+        }
         let cols = match kernels.round {
             Some(_) => g.hidden.max(g.ff),
             None => g.hidden,
