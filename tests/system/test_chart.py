@@ -279,6 +279,14 @@ def test_a_pool_that_says_nothing_is_the_first_one_again():
     assert "--min-workers=6" in router
 
 
+def test_the_first_placement_waits_for_those_who_can_hold_experts():
+    for roles, waits_for in [("attention", 5), ("experts", 7), ("attention,experts", 7)]:
+        pools = {"workerPools[0].name": "a", "workerPools[0].replicas": "2", "workerPools[0].roles": roles.replace(",", "\\,")}
+        objects = render(EVERYBODY | {"worker.replicas": "5"} | pools)
+        (router,) = [c["args"] for _, t in pods(objects) for c in t["spec"]["containers"] if c["name"] == "router"]
+        assert f"--min-workers={waits_for}" in router, roles
+
+
 def test_what_a_pool_says_replaces_what_worker_says():
     worker = {
         "worker.device": "cuda:1", "worker.numericClass": "a+b", "worker.threads": "4", "worker.env[0].name": "X", "worker.drainSeconds": "7",

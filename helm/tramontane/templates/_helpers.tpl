@@ -49,6 +49,17 @@ app.kubernetes.io/component: {{ .component }}
 {{- $workers -}}
 {{- end -}}
 
+{{/* How many of them are to have experts: the first placement waits for those. */}}
+{{- define "tramontane.expertWorkers" -}}
+{{- $workers := 0 -}}
+{{- range include "tramontane.pools" . | fromJsonArray -}}
+{{- if contains "experts" .roles -}}
+{{- $workers = add $workers .replicas -}}
+{{- end -}}
+{{- end -}}
+{{- max 1 $workers -}}
+{{- end -}}
+
 {{/* The pods of all pools. The selector of the first one's objects, which cannot be changed, must not find the others. */}}
 {{- define "tramontane.workerSelector" -}}
 {{- if .Values.workerPools -}}
