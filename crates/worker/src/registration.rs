@@ -6,7 +6,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tramontane_coordination::registry::{RECORD_SCHEMA, RECORD_SCHEMA_OF_PARTS};
 use tramontane_coordination::{
     Measured, ModelFacts, Registration, Roles, WorkerLoad, WorkerRecord, WorkerState,
 };
@@ -34,10 +33,7 @@ pub(crate) fn record(
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     WorkerRecord {
-        schema: match computing.place.part {
-            None => RECORD_SCHEMA,
-            Some(_) => RECORD_SCHEMA_OF_PARTS,
-        },
+        schema: WorkerRecord::schema_of(computing.place.part),
         id: WorkerId::new(&config.id),
         address,
         socket: None,

@@ -176,6 +176,15 @@ pub struct WorkerLoad {
 }
 
 impl WorkerRecord {
+    /// The schema of a record with this part.
+    #[must_use]
+    pub const fn schema_of(part: Option<Part>) -> u32 {
+        match part {
+            None => RECORD_SCHEMA,
+            Some(_) => RECORD_SCHEMA_OF_PARTS,
+        }
+    }
+
     /// A number for [`WorkerRecord::incarnation`].
     #[must_use]
     pub fn new_incarnation() -> u64 {
@@ -234,10 +243,7 @@ impl WorkerRecord {
                 rule,
             ))
         };
-        let schema = match self.part {
-            None => RECORD_SCHEMA,
-            Some(_) => RECORD_SCHEMA_OF_PARTS,
-        };
+        let schema = Self::schema_of(self.part);
         if self.schema != schema {
             return refuse(format!("schema {}, expected {schema}", self.schema));
         }
